@@ -1,0 +1,43 @@
+# Every target sets itself up in .venv; nothing else on the machine changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Tests and examples run on the CPU, whatever else the machine has.
+CPU := JAX_PLATFORMS=cpu
+
+.PHONY: kv test parity lint format clean
+
+kv: $(VENV)/installed
+	$(BIN)/python -m calm_jax.train --config=configs/kv.py
+
+test: $(VENV)/test
+	$(CPU) $(BIN)/python -m pytest -n auto --ignore=tests/parity
+
+parity: $(VENV)/parity
+	$(CPU) $(BIN)/python -m pytest tests/parity
+
+lint: $(VENV)/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(VENV)/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/test $(VENV)/dev: $(VENV)/%: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+$(VENV)/parity: $(VENV)/test
+	$(BIN)/python -m pip install --quiet --editable '.[test,parity]'
+	touch $@

@@ -1,0 +1,307 @@
+"""The key-value task (§4.1): keys, expressions over them, their results.
+
+Dimension letters: N expressions, T terms of the longest one.
+"""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+
+from calm_jax.errors import InputError
+
+OPERATORS = "+-*"
+_PLUS, _MINUS, _TIMES = range(3)
+_CONSONANTS = np.array(list("bcdfghjklmnprstvwz"))
+_VOWELS = np.array(list("aeiou"))
+_MAX_KEYS = 1_000_000
+# Rounds without progress after which the sampler gives up.
+_PATIENCE = 20
+_INT64_SAFE = 2.0**62
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KeyValues:
+  """The dictionary D_KV (§4.1).
+
+  Attributes:
+    keys: distinct lower-case strings of 2 to 6 characters.
+    values: int64 [num_keys], a permutation of 1..num_keys.
+    held_in: bool [num_keys], the keys that composition may be trained on.
+  """
+
+  keys: tuple[str, ...]
+  values: np.ndarray
+  held_in: np.ndarray
+
+  @property
+  def fingerprint(self) -> str:
+    """sha256 of the keys, their values and which are held in."""
+    digest = hashlib.sha256(",".join(self.keys).encode())
+    digest.update(self.values.tobytes() + self.held_in.tobytes())
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Expressions:
+  """N expressions of up to T terms; what is beyond an expression's end is -1.
+
+  Attributes:
+    key_ids: int64 [N, T], indices into `KeyValues.keys`.
+    operators: int64 [N, T-1], indices into `OPERATORS`.
+    num_terms: int64 [N].
+  """
+
+  key_ids: np.ndarray
+  operators: np.ndarray
+  num_terms: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.num_terms)
+
+  def __getitem__(self, rows) -> "Expressions":
+    """The expressions at a slice, a mask or an array of indices."""
+    return Expressions(
+      self.key_ids[rows], self.operators[rows], self.num_terms[rows]
+    )
+
+
+def make_key_values(
+  num_keys: int, held_in_fraction: float, seed: int
+) -> KeyValues:
+  """Draws a dictionary of pronounceable keys; the same for the same seed.
+
+  `round(held_in_fraction * num_keys)` of the keys are held in.
+
+  Raises:
+    InputError: a size or a fraction that is not possible.
+  """
+  if not 1 <= num_keys <= _MAX_KEYS:
+    raise InputError(f"num_keys {num_keys} is not within 1..{_MAX_KEYS}")
+  if not 0 <= held_in_fraction <= 1:
+    raise InputError(f"held_in_fraction {held_in_fraction} is not within 0..1")
+  rng = np.random.default_rng(seed)
+  keys: dict[str, None] = {}
+  while len(keys) < num_keys:
+    keys.update(dict.fromkeys(_draw_words(rng, 2 * num_keys)))
+  values = rng.permutation(num_keys).astype(np.int64) + 1
+  held_in = np.zeros(num_keys, bool)
+  count = round(held_in_fraction * num_keys)
+  held_in[rng.permutation(num_keys)[:count]] = True
+  return KeyValues(tuple(keys)[:num_keys], values, held_in)
+
+
+def _draw_words(rng: np.random.Generator, count: int) -> list[str]:
+  # Consonants and vowels in turn: pronounceable, and never a task's name.
+  vowel_first = rng.random((count, 1)) < 0.3
+  is_vowel = (np.arange(6) % 2 == 1) ^ vowel_first
+  consonants = _CONSONANTS[rng.integers(len(_CONSONANTS), size=(count, 6))]
+  vowels = _VOWELS[rng.integers(len(_VOWELS), size=(count, 6))]
+  letters = np.where(is_vowel, vowels, consonants)
+  lengths = rng.integers(2, 7, size=count)
+  return [
+    "".join(word[:length])
+    for word, length in zip(letters, lengths, strict=True)
+  ]
+
+
+def sample_expressions(
+  rng: np.random.Generator,
+  kv: KeyValues,
+  n: int,
+  *,
+  min_terms: int,
+  max_terms: int,
+  operators: str | tuple[str, ...] = OPERATORS,
+  keys: str = "all",
+  part: str = "train",
+) -> Expressions:
+  """Draws `n` expressions D_KV-EXP (§4.1).
+
+  The number of terms, the operators and the keys are uniform. A hash of the
+  expression reserves 1/16 of all expressions for evaluation, so the parts are
+  disjoint whatever the seeds. An expression of one term is a line of the
+  dictionary D_KV rather than an expression: the augmenting model must see all
+  of them to know its keys, so they are never reserved and never evaluated.
+
+  Args:
+    rng: the source of randomness.
+    kv: the dictionary.
+    n: how many.
+    min_terms, max_terms: bounds of the number of keys in an expression.
+    operators: characters out of "+-*".
+    keys: "all"; "held_in"; "held_out"; or "mixed", where one held-in and one
+      held-out key are at random places and the others are any key.
+    part: "train" and "any" repeat expressions; "eval" draws distinct ones.
+
+  Raises:
+    InputError: an unknown choice, or not as many expressions exist.
+  """
+  _check_choice(min_terms, max_terms, operators, keys, part)
+  pools = _pools(kv, keys)
+  codes = np.array([OPERATORS.index(c) for c in operators])
+  span = (min_terms, max_terms)
+  if part == "eval":
+    return _sample_distinct(rng, n, span, codes, pools)
+  num_terms = rng.integers(min_terms, max_terms + 1, size=n)
+  drawn = _draw(rng, num_terms, max_terms, codes, pools)
+  if part == "any":
+    return drawn
+  bad = np.flatnonzero(is_eval(drawn))
+  for _ in range(10 * _PATIENCE):
+    if not len(bad):
+      return drawn
+    # The number of terms is kept, so that rejection does not skew it.
+    again = _draw(rng, num_terms[bad], max_terms, codes, pools)
+    drawn.key_ids[bad] = again.key_ids
+    drawn.operators[bad] = again.operators
+    bad = bad[is_eval(again)]
+  raise InputError(
+    f"all expressions of {num_terms[bad[0]]} terms over {keys} keys are"
+    " reserved for evaluation: use more keys, terms or operators"
+  )
+
+
+def is_eval(expressions: Expressions) -> np.ndarray:
+  """Which expressions are reserved for evaluation: bool [N]."""
+  with np.errstate(over="ignore"):
+    hash_N = _mix(expressions.num_terms.astype(np.uint64))
+    for j in range(expressions.key_ids.shape[1]):
+      columns = [expressions.key_ids[:, j]]
+      if j:
+        columns.append(expressions.operators[:, j - 1])
+      for column in columns:
+        mixed = _mix(hash_N ^ (column + 1).astype(np.uint64))
+        hash_N = np.where(j < expressions.num_terms, mixed, hash_N)
+  return (hash_N >> np.uint64(60) == 0) & (expressions.num_terms > 1)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+  # The finalizer of SplitMix64: every bit of x moves every bit of the result.
+  x = x + np.uint64(0x9E3779B97F4A7C15)
+  x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+  x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+  return x ^ (x >> np.uint64(31))
+
+
+def evaluate(kv: KeyValues, expressions: Expressions) -> np.ndarray:
+  """Exact results [N], × before + and −.
+
+  The array is int64 where all results and what they are summed from fit, else
+  of dtype object with Python integers (25,000^6 does not fit).
+  """
+  present = expressions.key_ids >= 0
+  # An absent term multiplies by 1, which changes nothing.
+  values_NT = np.where(present, kv.values[expressions.key_ids], 1)
+  codes = np.where(expressions.operators < 0, _TIMES, expressions.operators)
+  all_plus = np.where(codes == _MINUS, _PLUS, codes)
+  bounds = _sum_products(values_NT.astype(np.float64), all_plus)
+  big = np.flatnonzero(bounds >= _INT64_SAFE)
+  with np.errstate(over="ignore"):
+    results = _sum_products(values_NT, codes)
+  if not len(big):
+    return results
+  results = results.astype(object)
+  results[big] = _sum_products(values_NT[big].astype(object), codes[big])
+  return results
+
+
+def _sum_products(values_NT: np.ndarray, codes: np.ndarray) -> np.ndarray:
+  total = np.zeros_like(values_NT[:, 0])
+  product = values_NT[:, 0]
+  for j in range(codes.shape[1]):
+    value, code = values_NT[:, j + 1], codes[:, j]
+    # The sign travels with the first factor of the product that it precedes.
+    total = np.where(code == _TIMES, total, total + product)
+    product = np.where(
+      code == _TIMES,
+      product * value,
+      np.where(code == _MINUS, -value, value),
+    )
+  return total + product
+
+
+def _check_choice(min_terms, max_terms, operators, keys, part) -> None:
+  if not 1 <= min_terms <= max_terms:
+    raise InputError(
+      f"min_terms {min_terms} and max_terms {max_terms}: expected"
+      " 1 <= min_terms <= max_terms"
+    )
+  if not operators or set(operators) - set(OPERATORS):
+    raise InputError(f"operators {operators!r}: expected some of {OPERATORS!r}")
+  if len(set(operators)) < len(operators):
+    raise InputError(f"operators {operators!r}: one of them is repeated")
+  if part not in ("train", "eval", "any"):
+    raise InputError(f"part {part!r}: expected train, eval or any")
+  if part == "eval" and min_terms < 2:
+    raise InputError(
+      "min_terms 1 with part eval: single keys are the dictionary and are"
+      " never held back; set min_terms to 2 or more, or part to any"
+    )
+  if keys == "mixed" and min_terms < 2:
+    raise InputError(f"min_terms {min_terms}: mixed keys need at least 2 terms")
+
+
+def _pools(kv: KeyValues, keys: str) -> tuple[np.ndarray, ...]:
+  """Key ids that any place, one place and another place are drawn from."""
+  everything = np.arange(len(kv.keys))
+  held_in, held_out = np.flatnonzero(kv.held_in), np.flatnonzero(~kv.held_in)
+  pools = {
+    "all": (everything,),
+    "held_in": (held_in,),
+    "held_out": (held_out,),
+    "mixed": (everything, held_in, held_out),
+  }
+  if keys not in pools:
+    raise InputError(f"keys {keys!r}: expected one of {', '.join(pools)}")
+  if not all(len(pool) for pool in pools[keys]):
+    raise InputError(
+      f"keys {keys!r}: {len(held_in)} keys are held in and {len(held_out)} held"
+      " out; change held_in_fraction"
+    )
+  return pools[keys]
+
+
+def _draw(rng, num_terms, max_terms, codes, pools) -> Expressions:
+  n = len(num_terms)
+  places = np.arange(max_terms)
+  key_ids = pools[0][rng.integers(len(pools[0]), size=(n, max_terms))]
+  if len(pools) > 1:
+    first = rng.integers(num_terms)
+    # A step of 1..num_terms-1 lands on any other place.
+    second = (first + rng.integers(1, num_terms)) % num_terms
+    for place, pool in zip((first, second), pools[1:], strict=True):
+      key_ids[np.arange(n), place] = pool[rng.integers(len(pool), size=n)]
+  operators = codes[rng.integers(len(codes), size=(n, max_terms - 1))]
+  key_ids = np.where(places < num_terms[:, None], key_ids, -1)
+  operators = np.where(places[1:] < num_terms[:, None], operators, -1)
+  return Expressions(key_ids, operators, num_terms)
+
+
+def _sample_distinct(rng, n, span, codes, pools) -> Expressions:
+  rows = np.zeros((0, 2 * span[1]), np.int64)
+  idle = 0
+  while len(rows) < n and idle < _PATIENCE:
+    # 1 in 16 is kept; the floor lets small spaces be exhausted.
+    draws = max(1 << 14, 20 * (n - len(rows)))
+    num_terms = rng.integers(span[0], span[1] + 1, size=draws)
+    drawn = _draw(rng, num_terms, span[1], codes, pools)
+    drawn = drawn[is_eval(drawn)]
+    new = np.concatenate(
+      [drawn.num_terms[:, None], drawn.key_ids, drawn.operators], axis=1
+    )
+    before = len(rows)
+    rows = np.concatenate([rows, new])
+    _, first = np.unique(rows, axis=0, return_index=True)
+    rows = rows[np.sort(first)]
+    idle = idle + 1 if len(rows) == before else 0
+  if len(rows) < n:
+    raise InputError(
+      f"only {len(rows)} expressions of {span[0]} to {span[1]} terms are"
+      f" reserved for evaluation, {n} asked for: ask for fewer, or use more"
+      " keys, terms or operators"
+    )
+  rows = rows[:n]
+  return Expressions(
+    rows[:, 1 : span[1] + 1], rows[:, span[1] + 1 :], rows[:, 0]
+  )

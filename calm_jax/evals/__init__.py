@@ -1,0 +1,1 @@
+"""Evaluators: callables and examples in, metrics and rows out."""

@@ -1,0 +1,1 @@
+"""Experiments: data for the stages, and what is measured at the end."""

@@ -1,0 +1,28 @@
+"""What an experiment gives to the training command."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from calm_jax.language_model import LanguageModel
+from calm_jax.tokenizer import Tokenizer
+
+
+class Experiment(Protocol):
+  """Data for the stages of a run, and its evaluation."""
+
+  tokenizer: Tokenizer
+
+  def source(self, data: dict, batch_size: int, length: int, seed: int):
+    """Random access to the training batches of a stage."""
+
+  def eval_batches(self, data: dict, batch_size: int, length: int) -> list:
+    """Held-out batches of a stage; may be empty."""
+
+  def evaluate(
+    self, models: dict[str, LanguageModel], data: dict, prefix: str = ""
+  ) -> dict[str, Any]:
+    """A part of results.json; the keys of models are its columns."""
+
+  def look(self, model: LanguageModel, data: dict) -> dict[str, Any]:
+    """Arrays for the picture of where the composed model looks."""

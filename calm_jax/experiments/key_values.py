@@ -1,0 +1,171 @@
+"""The key-value experiment (§4.1): arithmetic over memorised keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calm_jax.data import arithmetic
+from calm_jax.errors import InputError
+from calm_jax.evals.base import write_rows
+from calm_jax.evals.exact_match import exact_match
+from calm_jax.language_model import LanguageModel, with_bos
+
+# Column of Table 1 -> the keys that its expressions are drawn from.
+SPLITS = {"held_in": "held_in", "mixed": "mixed", "held_out": "held_out"}
+_EVAL_SEED = 1_000_003
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyValueTask:
+  """What is memorised and asked; see `data.arithmetic` for the formats.
+
+  Attributes:
+    num_keys: size of the dictionary D_KV; values are 1 .. num_keys.
+    held_in_fraction: share of the keys that D_C may use (the paper's 20%).
+    min_terms, max_terms: keys in an expression.
+    operators: some of "+-*".
+    keys: "pieces" or "characters", how a key is split.
+    digits: "single" or "grouped", how a number is split.
+    num_examples: expressions per evaluation set.
+    seed: of keys, values and expressions.
+  """
+
+  num_keys: int
+  held_in_fraction: float
+  min_terms: int
+  max_terms: int
+  operators: str
+  keys: str
+  digits: str
+  num_examples: int
+  seed: int
+
+
+class KeyValues:
+  """The experiment: stages' data, Table 1, and where the model looks."""
+
+  def __init__(self, task: KeyValueTask, workdir: Path, loaded: dict):
+    if loaded:
+      raise InputError(
+        f"the key-value experiment trains its own {' and '.join(loaded)}: "
+        "leave --config.anchor and --config.augmenting empty"
+      )
+    self.task, self.workdir = task, workdir
+    self.kv = arithmetic.make_key_values(
+      task.num_keys, task.held_in_fraction, task.seed
+    )
+    self.tokenizer = arithmetic.train_tokenizer(
+      self.kv,
+      workdir / "tokenizer",
+      keys=task.keys,
+      digits=task.digits,
+      seed=task.seed,
+    )
+
+  def source(self, data: dict, batch_size: int, length: int, seed: int):
+    """An endless mixture of the tasks named in `data`; see ArithmeticSource."""
+    settings = {
+      "min_terms": self.task.min_terms,
+      "max_terms": self.task.max_terms,
+      "operators": self.task.operators,
+    } | data
+    return arithmetic.ArithmeticSource(
+      self.kv,
+      self.tokenizer,
+      settings.pop("tasks"),
+      seed=seed,
+      batch_size=batch_size,
+      length=length,
+      **settings,
+    )
+
+  def eval_batches(self, data: dict, batch_size: int, length: int) -> list:
+    """Two batches of expressions that no stage trains on."""
+    data = data | {"part": "eval", "min_terms": self.task.min_terms}
+    source = self.source(data, batch_size, length, _EVAL_SEED)
+    return [source[0], source[1]]
+
+  def evaluate(
+    self, models: dict[str, LanguageModel], data: dict, prefix: str = ""
+  ) -> dict[str, Any]:
+    """Table 1 for the models given, in percent; writes their predictions.
+
+    Args:
+      models: by column: "augmenting", "anchor", "composed".
+      data: of the stage that composed them; `answer` has the format of
+        KV-MATH, "direct" or "steps", and an answer in either counts.
+      prefix: of the files of predictions.
+    """
+    answer = data["answer"]["kv_math"]
+    table: dict[str, dict[str, float]] = {}
+    for task in arithmetic.TASKS:
+      table[task] = {}
+      for column, model in models.items():
+        splits = ["held_out"]
+        if task == "kv_math" and column == "composed":
+          splits = list(SPLITS)
+        for split in splits:
+          name = f"{prefix}{task}.{split}.{column}.jsonl"
+          accuracy = self._accuracy(name, model, task, split, answer)
+          if len(splits) > 1:
+            table[task][f"{column}_{split}"] = accuracy
+        # The headline is all keys held out, the last of the splits.
+        table[task][column] = accuracy
+    return {
+      "table1": table, "answer": answer, "examples": self.task.num_examples
+    }
+
+  def _expressions(self, split: str):
+    task = self.task
+    return arithmetic.sample_expressions(
+      np.random.default_rng((_EVAL_SEED, task.seed)),
+      self.kv,
+      task.num_examples,
+      min_terms=task.min_terms,
+      max_terms=task.max_terms,
+      operators=task.operators,
+      keys=split,
+      part="eval",
+    )
+
+  def _accuracy(self, name, model, task, split, answer) -> float:
+    expressions = self._expressions(split)
+    formats = [answer, *({"direct", "steps"} - {answer})]
+    by_format = [
+      arithmetic.examples(self.kv, expressions, task, f) for f in formats
+    ]
+    answers = [
+      tuple(example.completion for example in same)
+      for same in zip(*by_format, strict=True)
+    ]
+    longest = max(len(self.tokenizer.encode(a)) for r in answers for a in r)
+    outcome = exact_match(
+      [example.prompt for example in by_format[0]],
+      answers,
+      lambda prompts: model.generate(
+        prompts, longest + 1, batch_size=min(256, self.task.num_examples)
+      ),
+      num_terms=[example.num_terms for example in by_format[0]],
+    )
+    write_rows(self.workdir / "predictions" / name, outcome.rows)
+    return round(outcome.metrics["accuracy"], 2)
+
+  def look(self, model: LanguageModel, data: dict) -> dict[str, np.ndarray]:
+    """Cross-attention over one KV-MATH example with all keys held out.
+
+    Returns:
+      What `LanguageModel.cross_attention` does, and "prompt_length".
+    """
+    example = arithmetic.examples(
+      self.kv, self._expressions("held_out"), "kv_math", data["answer"]["kv_math"]
+    )[0]
+    prompt = with_bos(self.tokenizer, self.tokenizer.encode(example.prompt))
+    answer = self.tokenizer.encode_continuation(
+      example.prompt, example.completion
+    )
+    look = model.cross_attention(prompt + answer)
+    return look | {"prompt_length": np.array(len(prompt))}

@@ -1,0 +1,285 @@
+"""A model as a user holds it: architecture, parameters, tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from calm_jax import composition, decode, tree
+from calm_jax.composition import Augmenting, Composition, Connection
+from calm_jax.errors import InputError
+from calm_jax.models import hf
+from calm_jax.tokenizer import Tokenizer, load_tokenizer
+
+Array = jax.Array
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _logits(params, spec, sequence):
+  return composition.forward(params, spec, sequence)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+  """One decoder, or a composition of several.
+
+  Attributes:
+    spec: the architectures and how they are joined.
+    params: for one decoder its own tree, for a composition {"anchor",
+      "augmenting", "composition"} (design: one tree).
+    tokenizer: None if the checkpoint has none; only calls that need text
+      raise then.
+    origin: where it was loaded from.
+  """
+
+  spec: Composition
+  params: dict[str, Any]
+  tokenizer: Tokenizer | None = None
+  origin: str = ""
+
+  @property
+  def is_composed(self) -> bool:
+    return bool(self.spec.augmenting)
+
+  @property
+  def tree(self) -> dict[str, Any]:
+    """The parameters as `composition.forward` takes them."""
+    return self.params if self.is_composed else {"anchor": self.params}
+
+  @property
+  def num_params(self) -> int:
+    """Parameters of all models together."""
+    return tree.count(self.params)
+
+  @property
+  def num_composition_params(self) -> int:
+    """Trainable parameters that the composition adds; 0 for one model."""
+    return tree.count(self.params["composition"]) if self.is_composed else 0
+
+  def logits(self, tokens_BL) -> Array:
+    """Next-token logits of full rows.
+
+    Args:
+      tokens_BL: integers [B, L].
+
+    Returns:
+      float32 [B, L, V].
+
+    Raises:
+      InputError: not two axes, not integers, an id outside the vocabulary, or
+        rows longer than the models' length limit.
+    """
+    tokens_BL = np.asarray(tokens_BL)
+    if tokens_BL.ndim != 2 or tokens_BL.dtype.kind not in "iu":
+      raise InputError(
+        "tokens must be integers [B, L], got "
+        f"{tokens_BL.dtype} {list(tokens_BL.shape)}"
+      )
+    V = self.spec.anchor.vocab_size
+    if tokens_BL.size and not 0 <= tokens_BL.min() <= tokens_BL.max() < V:
+      raise InputError(
+        f"token ids run from {tokens_BL.min()} to {tokens_BL.max()}; the "
+        f"vocabulary has ids 0 to {V - 1}"
+      )
+    limit = decode.max_length(self.spec)
+    if tokens_BL.shape[1] > limit:
+      raise InputError(
+        f"rows of {tokens_BL.shape[1]} tokens exceed the models' length "
+        f"limit of {limit}"
+      )
+    sequence = composition.plain_sequence(jnp.asarray(tokens_BL, jnp.int32))
+    if any(a.visibility == "encoder" for _, a in self.spec.augmenting):
+      raise InputError(
+        "logits(tokens) cannot tell where the prompts end, which "
+        "visibility='encoder' needs; call composition.forward with `visible`"
+      )
+    return _logits(self.tree, self.spec, sequence)
+
+  def generate(
+    self,
+    prompts: list[str],
+    max_new_tokens: int = 64,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 64,
+  ) -> list[str]:
+    """Continues texts, greedily unless a temperature is given.
+
+    Args:
+      prompts: texts; a BOS token is put before each if the tokenizer has one.
+      max_new_tokens: longest continuation, which ends early at EOS.
+      temperature: 0 for the likeliest token at each step.
+      seed: of the sampling.
+      batch_size: rows that decode together.
+
+    Returns:
+      The continuations without their prompts.
+
+    Raises:
+      InputError: the model has no tokenizer, prompts is a single string, or a
+        prompt is too long.
+    """
+    tokenizer = self.text()
+    if isinstance(prompts, str):
+      raise InputError("prompts must be a list of texts, got one str")
+    ids = [with_bos(tokenizer, tokenizer.encode(p)) for p in prompts]
+    new = decode.generate(
+      self.tree,
+      self.spec,
+      ids,
+      max_new_tokens=max_new_tokens,
+      stop=tokenizer.eos_id,
+      sampler=decode.Sampler(temperature),
+      seed=seed,
+      batch_size=batch_size,
+    )
+    return [
+      tokenizer.decode_continuation(p, n)
+      for p, n in zip(ids, new, strict=True)
+    ]
+
+  def cross_attention(self, ids: list[int]) -> dict[str, np.ndarray]:
+    """Where each connection's heads look, for one sequence of token ids.
+
+    Returns:
+      "weights" float32 [C, N, L, M], "tokens" [L] their pieces (ids without a
+      tokenizer), "connections" [C] their names.
+
+    Raises:
+      InputError: this is not a composition.
+    """
+    if not self.is_composed:
+      raise InputError("a single model has no cross-attention to look at")
+    sequence = composition.plain_sequence(jnp.array([ids], jnp.int32))
+    look: dict = {}
+    composition.states(self.tree, self.spec, sequence, look=look)
+    pieces = self.tokenizer.pieces if self.tokenizer else range(max(ids) + 1)
+    return {
+      "weights": np.stack([np.asarray(w)[0] for w in look.values()]),
+      "tokens": np.array([str(pieces[i]) for i in ids]),
+      "connections": np.array([f"{n}/{c.name}" for n, c in look]),
+    }
+
+  def text(self) -> Tokenizer:
+    """The tokenizer, or an InputError that says why there is none."""
+    if self.tokenizer is None:
+      raise InputError(
+        f"{self.origin or 'this model'} was loaded without a tokenizer; put "
+        "its tokenizer.json or tokenizer.model into the folder to use text"
+      )
+    return self.tokenizer
+
+
+def with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+  """Ids behind the BOS token, if there is one."""
+  return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
+
+
+def load_model(path_or_hub_id: str, dtype: str = "float32") -> LanguageModel:
+  """Loads a Hugging Face checkpoint: safetensors only, never pickle.
+
+  Args:
+    path_or_hub_id: a folder, or an id on the Hugging Face hub.
+    dtype: of the parameters and the computation.
+
+  Raises:
+    InputError: a missing folder, a family or option that is not supported, or
+      tensors that are unknown, missing, duplicate, misshapen or truncated.
+  """
+  folder = hf.resolve(path_or_hub_id)
+  config = dataclasses.replace(hf.load_config(folder), dtype=dtype)
+  params = hf.load_params(folder, config, dtype=dtype)
+  has_tokenizer = any(
+    (folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")
+  )
+  tokenizer = load_tokenizer(str(folder)) if has_tokenizer else None
+  return LanguageModel(
+    Composition(config),
+    jax.tree.map(jnp.asarray, params),
+    tokenizer,
+    str(path_or_hub_id),
+  )
+
+
+def compose(
+  anchor: LanguageModel,
+  augmenting: LanguageModel | dict[str, LanguageModel],
+  connections=None,
+  *,
+  visibility: str = "causal",
+  norm: bool = True,
+  output_init: str = "zeros",
+  seed: int = 0,
+) -> LanguageModel:
+  """Composes frozen models (§3.1) with a fresh, untrained composition.
+
+  Args:
+    anchor: the model that speaks.
+    augmenting: the model that knows something, or several by name.
+    connections: how many, or (augmenting layer, anchor layer) pairs counted
+      from 1; every fourth layer of the augmenting model if None (§4).
+    visibility: see `Augmenting`.
+    norm: see `Augmenting`.
+    output_init: see `Augmenting`.
+    seed: of the fresh parameters.
+
+  Returns:
+    A model whose logits are the anchor's, bit for bit, until it is trained
+    (with output_init="zeros").
+
+  Raises:
+    InputError: the vocabularies differ, or a connection is impossible.
+  """
+  if isinstance(augmenting, LanguageModel):
+    augmenting = {"augmenting": augmenting}
+  parts = []
+  for name, model in augmenting.items():
+    if model.is_composed or anchor.is_composed:
+      raise InputError("compose takes single models, not compositions")
+    check_same_vocabulary(name, model, anchor)
+    parts.append((name, join(
+      model.spec.anchor, anchor.spec.anchor, connections,
+      visibility=visibility, norm=norm, output_init=output_init,
+    )))  # fmt: skip
+  spec = Composition(anchor.spec.anchor, tuple(parts))
+  params = {
+    "anchor": anchor.params,
+    "augmenting": {name: m.params for name, m in augmenting.items()},
+    "composition": composition.init(jax.random.key(seed), spec),
+  }
+  return LanguageModel(spec, params, anchor.tokenizer, anchor.origin)
+
+
+def join(augmenting, anchor, connections=None, **options) -> Augmenting:
+  """An `Augmenting` from two configs; connections as `compose` takes them."""
+  if connections is None or isinstance(connections, int):
+    connections = composition.default_connections(
+      augmenting.num_layers, anchor.num_layers, connections
+    )
+  pairs = tuple(Connection(*pair) for pair in connections)
+  return Augmenting(augmenting, pairs, **options)
+
+
+def check_same_vocabulary(
+  name: str, augmenting: LanguageModel, anchor: LanguageModel
+) -> None:
+  """Raises InputError unless both models read the same token ids."""
+  sizes = augmenting.spec.anchor.vocab_size, anchor.spec.anchor.vocab_size
+  hint = "models with different vocabularies cannot be composed yet"
+  if sizes[0] != sizes[1]:
+    raise InputError(
+      f"augmenting model {name!r} has a vocabulary of {sizes[0]}, the anchor "
+      f"one of {sizes[1]}: {hint}"
+    )
+  both = augmenting.tokenizer, anchor.tokenizer
+  if None not in both and both[0].fingerprint != both[1].fingerprint:
+    raise InputError(
+      f"augmenting model {name!r} and the anchor have vocabularies of the "
+      f"same size with different pieces: {hint}"
+    )

@@ -1,0 +1,176 @@
+"""One decoder, in steps: embed, layers [start, stop), logits.
+
+The caller may stop after any layer and go on with another hidden state; that
+is all that composition needs, so there are no hooks. Parameters are a nested
+dict with the layers stacked on a leading axis:
+
+  {"embed": {"embedding": [V, D]},
+   "layers": {"attention": {...}, "mlp": {...}, ...}  each [num_layers, ...],
+   "final_norm": {"scale": [D]},
+   "head": {"kernel": [D, V]}}                        unless tied
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from calm_jax.models.config import ModelConfig
+from calm_jax.models.layers import Block, Context, Linear, RMSNorm, rope_tables
+
+Array = jax.Array
+
+
+def init(rng: Array, config: ModelConfig) -> dict:
+  """Random float32 parameters: normal with variance 1 / fan-in.
+
+  Embeddings have variance 1 / D, norms start at one, biases at zero; matrices
+  that write into the residual stream are scaled down by sqrt(2 num_layers).
+  """
+
+  def one(key, path, shape):
+    owner, name = path[-2].key, path[-1].key
+    if name == "scale":
+      return jnp.ones(shape.shape, jnp.float32)
+    if name == "bias":
+      return jnp.zeros(shape.shape, jnp.float32)
+    variance = 1 / shape.shape[-1 if name == "embedding" else -2]
+    if owner in ("output", "down"):
+      variance /= 2 * config.num_layers
+    return variance**0.5 * jax.random.normal(key, shape.shape, jnp.float32)
+
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(param_shapes(config))
+  keys = jax.random.split(rng, len(leaves))
+  return jax.tree_util.tree_unflatten(
+    treedef, [one(k, p, s) for k, (p, s) in zip(keys, leaves, strict=True)]
+  )
+
+
+def _shapes(config: ModelConfig) -> dict:
+  """The parameter tree; call under eval_shape."""
+  rng = jax.random.key(0)
+  x = jnp.zeros((1, 1, config.width))
+  context = make_context(
+    config, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool)
+  )
+  layer = Block(config).init(rng, x, context)["params"]
+  params = {
+    "embed": {"embedding": jnp.zeros((config.vocab_size, config.width))},
+    "layers": jax.tree.map(
+      lambda p: jnp.zeros((config.num_layers, *p.shape)), layer
+    ),
+    "final_norm": RMSNorm(config.norm_eps).init(rng, x)["params"],
+  }
+  if not config.tie_embeddings:
+    params["head"] = Linear(config.vocab_size).init(rng, x)["params"]
+  return params
+
+
+def param_shapes(config: ModelConfig) -> dict:
+  """The parameter tree as ShapeDtypeStructs, nothing allocated."""
+  return jax.eval_shape(lambda: _shapes(config))
+
+
+def make_context(
+  config: ModelConfig,
+  positions_BL: Array,
+  mask_BLS: Array,
+  index: Array | None = None,
+) -> Context:
+  """What the layers need to know: rotary tables, mask, cache slot."""
+  return Context(rope_tables(positions_BL, config), mask_BLS[:, None], index)
+
+
+def self_attention_mask(
+  query_segments_BL: Array, key_segments_BS: Array, first_slot: Array | int = 0
+) -> Array:
+  """Causal mask within segments, bool [B, L, S].
+
+  Query l sits at slot first_slot + l. Segment 0 is padding; it sees only
+  itself, so that no row of the softmax is empty.
+  """
+  L, S = query_segments_BL.shape[1], key_segments_BS.shape[1]
+  causal_LS = jnp.arange(S) <= first_slot + jnp.arange(L)[:, None]
+  same_BLS = query_segments_BL[:, :, None] == key_segments_BS[:, None, :]
+  return causal_LS & same_BLS
+
+
+def embed(params: dict, config: ModelConfig, tokens_BL: Array) -> Array:
+  """Hidden states before the first layer, [B, L, D]."""
+  return params["embed"]["embedding"].astype(config.dtype)[tokens_BL]
+
+
+def run_layers(
+  params: dict,
+  config: ModelConfig,
+  x_BLD: Array,
+  context: Context,
+  start: int = 0,
+  stop: int | None = None,
+  cache: dict | None = None,
+) -> tuple[Array, dict | None]:
+  """Layers start+1 .. stop (counting from 1) of the decoder.
+
+  Args:
+    params: the decoder's tree.
+    config: its architecture.
+    x_BLD: hidden states after layer `start`.
+    context: from `make_context`.
+    start: layers to skip.
+    stop: last layer to run; all of them if None.
+    cache: {"key", "value"}, each [num_layers, B, S, K, H], or None.
+
+  Returns:
+    Hidden states after layer `stop`, and the cache with the new keys and
+    values at slots index .. index + L - 1.
+  """
+  stop = config.num_layers if stop is None else stop
+  whole = (start, stop) == (0, config.num_layers)
+
+  def body(carry, scanned):
+    x, cache = carry
+    layer, weights = scanned
+    if weights is None:
+      weights = jax.tree.map(lambda p: p[layer], params["layers"])
+    y = Block(config).apply({"params": weights}, x, context, cache, layer)
+    return y, None
+
+  if whole:
+    # The gradient of indexing would add into the whole stack once per layer.
+    weights = params["layers"]
+  else:
+    # Slicing the stack before the scan would copy it, so index inside; and
+    # save matmuls only, or the indexed weights are saved for the backward
+    # pass, which copies them just the same.
+    weights = None
+    body = jax.checkpoint(
+      body,
+      policy=jax.checkpoint_policies.dots_saveable,
+      prevent_cse=False,
+    )
+  (x_BLD, cache), _ = jax.lax.scan(
+    body,
+    (x_BLD, cache),
+    (jnp.arange(start, stop), weights),
+    unroll=min(config.unroll, stop - start),
+  )
+  return x_BLD, cache
+
+
+def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:
+  """Logits after the last layer, float32 [B, L, V]."""
+  x = RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x_BLD)
+  if config.tie_embeddings:
+    kernel = params["embed"]["embedding"].T
+  else:
+    kernel = params["head"]["kernel"]
+  flat = x.reshape(-1, x.shape[-1]) @ kernel.astype(config.dtype)
+  return flat.reshape(*x.shape[:-1], -1).astype(jnp.float32)
+
+
+def empty_cache(config: ModelConfig, batch: int, slots: int) -> dict:
+  """Zeros {"key", "value"}, each [num_layers, B, S, K, H]."""
+  shape = (
+    config.num_layers, batch, slots, config.num_kv_heads, config.head_dim
+  )  # fmt: skip
+  return {name: jnp.zeros(shape, config.dtype) for name in ("key", "value")}

@@ -1,0 +1,170 @@
+"""Runs an experiment: its stages, its evaluation, its report.
+
+  python -m calm_jax.train --config=configs/kv.py --config.seed=1
+
+Started again by the same command, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from calm_jax import cli, composition, language_model, report, trainer
+from calm_jax.composition import Composition
+from calm_jax.errors import InputError
+from calm_jax.experiments.key_values import KeyValues, KeyValueTask
+from calm_jax.experiments.text import Text, TextTask
+from calm_jax.language_model import LanguageModel
+from calm_jax.models import decoder
+from calm_jax.models.config import ModelConfig
+
+EXPERIMENTS = {
+  "key_values": (KeyValues, KeyValueTask),
+  "text": (Text, TextTask),
+}
+
+
+def main(config: ConfigDict) -> dict[str, Any]:
+  """Runs everything that a config asks for; returns results.json."""
+  settings = _plain(config)
+  if settings["experiment"] not in EXPERIMENTS:
+    raise InputError(
+      f"experiment={settings['experiment']!r} is none of {list(EXPERIMENTS)}"
+    )
+  workdir = Path(settings["workdir"])
+  workdir.mkdir(parents=True, exist_ok=True)
+  loaded = {
+    side: language_model.load_model(settings[side], settings["dtype"])
+    for side in ("anchor", "augmenting")
+    if settings[side]
+  }
+  make, task = EXPERIMENTS[settings["experiment"]]
+  experiment = make(
+    task(**settings["task"], seed=settings["seed"]), workdir, loaded
+  )
+  spec, params = _models(settings, experiment.tokenizer, loaded)
+  origins = {
+    "anchor": settings["anchor"],
+    f"augmenting/{settings['augmenting_name']}": settings["augmenting"],
+  }
+  seconds: dict[str, float] = {}
+
+  def run(name, params):
+    stage = trainer.Stage(**settings["stages"][name])
+    trained, seconds[name] = trainer.run_stage(
+      name,
+      stage,
+      spec,
+      params,
+      experiment.source(
+        stage.data, stage.batch_size, stage.length, settings["seed"]
+      ),
+      experiment.eval_batches(stage.data, stage.batch_size, stage.length),
+      workdir / name,
+      origins={k: v for k, v in origins.items() if v},
+      seed=settings["seed"],
+    )
+    return trained
+
+  *before, last = settings["recipe"]
+  for name in before:
+    params = run(name, params)
+  composed = {name: run(name, params) for name in [last, *settings["alternatives"]]}
+
+  def model(name, tree):
+    part, params = composition.alone(spec, tree, name)
+    if not part.augmenting:
+      params = params["anchor"]
+    return LanguageModel(part, params, experiment.tokenizer)
+
+  augmenting = f"augmenting/{settings['augmenting_name']}"
+  columns = {
+    "augmenting": model(augmenting, params),
+    "anchor": model("anchor", params),
+    "composed": model("composed", composed[last]),
+  }
+  results = experiment.evaluate(columns, settings["stages"][last]["data"])
+  results["other_runs"] = {
+    name: experiment.evaluate(
+      {"composed": model("composed", composed[name])},
+      settings["stages"][name]["data"],
+      prefix=f"{name}.",
+    )
+    for name in settings["alternatives"]
+  }
+  results |= {
+    "parameters": {
+      "anchor": columns["anchor"].num_params,
+      "augmenting": columns["augmenting"].num_params,
+      "composition": columns["composed"].num_composition_params,
+      "composition_paper_count": composition.paper_count(spec),
+    },
+    "seconds": seconds,
+    "config": settings,
+  }
+  look = experiment.look(columns["composed"], settings["stages"][last]["data"])
+  np.savez(workdir / "attention.npz", **look)
+  report.write_report(workdir, results)
+  report.print_results(results)
+  return results
+
+
+def _models(settings, tokenizer, loaded) -> tuple[Composition, dict]:
+  """The composition with every model loaded or freshly initialised."""
+  keys = jax.random.split(jax.random.key(settings["seed"]), 3)
+  models = {}
+  for side, key in zip(("anchor", "augmenting"), keys, strict=False):
+    if side in loaded:
+      models[side] = loaded[side]
+      continue
+    shape = settings[f"{side}_model"]
+    config = ModelConfig(
+      vocab_size=tokenizer.vocab_size,
+      head_dim=shape["width"] // shape["num_heads"],
+      dtype=settings["dtype"],
+      **shape,
+    )
+    models[side] = LanguageModel(
+      Composition(config), decoder.init(key, config), tokenizer
+    )
+  name, joint = settings["augmenting_name"], settings["composition"]
+  composed = language_model.compose(
+    models["anchor"],
+    {name: models["augmenting"]},
+    joint["connections"] or joint["num_connections"] or None,
+    visibility=joint["visibility"],
+    norm=joint["norm"],
+    output_init=joint["output_init"],
+    seed=settings["seed"],
+  )
+  return _unrolled(composed.spec, settings["unroll"]), composed.params
+
+
+def _unrolled(spec: Composition, unroll: int) -> Composition:
+  def one(config):
+    return dataclasses.replace(config, unroll=unroll)
+
+  return Composition(
+    one(spec.anchor),
+    tuple(
+      (name, dataclasses.replace(joined, config=one(joined.config)))
+      for name, joined in spec.augmenting
+    ),
+  )
+
+
+def _plain(value):
+  """A ConfigDict as plain dicts, which is all that goes below here."""
+  if isinstance(value, ConfigDict):
+    return {k: _plain(v) for k, v in value.items()}
+  return value
+
+
+if __name__ == "__main__":
+  cli.run_with_config(main)

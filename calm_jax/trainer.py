@@ -1,0 +1,387 @@
+"""The one training loop: any model or composition, any trainable leaves.
+
+A stage is one run of it. It resumes from its newest checkpoint, ends
+bit-equal to a run that was never interrupted, and is skipped once complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from calm_jax import checkpoint, composition, losses, optim, tree
+from calm_jax.composition import Composition, Sequence
+from calm_jax.data import pipeline
+from calm_jax.errors import InputError
+from calm_jax.metrics import MetricWriter, Progress
+
+Array = jax.Array
+
+
+class TrainingDiverged(RuntimeError):
+  """The loss or the gradient is not finite; names the step and its batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """What one run of the loop does; every default is in configs/common.py.
+
+  Attributes:
+    model: what is run: "composed", "anchor" or "augmenting/<name>".
+    trainable: regexes over leaf names; all other leaves are frozen.
+    data: which data, for the experiment to make sense of.
+    steps: updates.
+    batch_size: rows of one update.
+    length: tokens of a row.
+    accumulate: pieces that a batch is computed in, one after the other.
+    learning_rate, schedule, warmup, final: see `optim.schedule`.
+    b1, b2, eps, weight_decay, decay, clip: see `optim.optimizer`.
+    log_every: steps between two lines of metrics.
+    eval_every: steps between two measurements of the held-out loss.
+    checkpoint_every: steps between two checkpoints.
+    keep_last, keep_best: checkpoints kept.
+  """
+
+  model: str
+  trainable: tuple[str, ...]
+  data: dict[str, Any]
+  steps: int
+  batch_size: int
+  length: int
+  accumulate: int
+  learning_rate: float
+  schedule: str
+  warmup: int
+  final: float
+  b1: float
+  b2: float
+  eps: float
+  weight_decay: float
+  decay: str
+  clip: float
+  log_every: int
+  eval_every: int
+  checkpoint_every: int
+  keep_last: int
+  keep_best: int
+
+
+def row_losses(params: dict, spec: Composition, batch: dict[str, Array]):
+  """Cross-entropy in nats and weights of each row of a batch, [B] each.
+
+  Args:
+    params: tree of the composition, or {"anchor": ...} of one model.
+    spec: what they are.
+    batch: see `data.packing`.
+  """
+  sequence = Sequence(batch["tokens"], batch["segments"], batch["positions"])
+  visible = {
+    name: composition.visible_tokens(
+      joined.visibility, batch["tokens"].shape, batch["prompt_ends"]
+    )
+    for name, joined in spec.augmenting
+  }
+  logits_BLV, _ = composition.forward(params, spec, sequence, visible=visible)
+  return losses.cross_entropy(logits_BLV, batch["targets"], batch["weights"])
+
+
+def make_step(
+  spec: Composition, model: str, tx, learning_rate, accumulate: int
+) -> Callable:
+  """The jitted update: (state, frozen, batch) -> (state, metrics).
+
+  `state` is {"trainable", "opt_state", "step", "rng"} and is donated;
+  gradients are taken of the trainable leaves only.
+  """
+
+  def piece_loss(trainable, frozen, piece, total):
+    part, params = composition.alone(
+      spec, tree.merge(trainable, frozen), model
+    )
+    return row_losses(params, part, piece)[0].sum() / total
+
+  def gradients(trainable, frozen, batch):
+    total = jnp.maximum(batch["weights"].sum(), 1)
+    value_and_grad = jax.value_and_grad(piece_loss)
+    if accumulate == 1:
+      return value_and_grad(trainable, frozen, batch, total)
+    pieces = jax.tree.map(
+      lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch
+    )
+
+    def add(carry, piece):
+      new = value_and_grad(trainable, frozen, piece, total)
+      return jax.tree.map(jnp.add, carry, new), None
+
+    zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable)
+    return jax.lax.scan(add, zeros, pieces)[0]
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state, frozen, batch):
+    trainable = state["trainable"]
+    loss, grads = gradients(trainable, frozen, batch)
+    new, opt_state = optim.update(
+      tx, grads, state["opt_state"], trainable, frozen
+    )
+    metrics = {
+      "loss": loss,
+      "grad_norm": optax.tree.norm(grads),
+      "learning_rate": learning_rate(state["step"]),
+      "tokens": (batch["segments"] > 0).sum(),
+    }
+    state = {
+      "trainable": new,
+      "opt_state": opt_state,
+      "step": state["step"] + 1,
+      "rng": state["rng"],
+    }
+    return state, metrics
+
+  return step
+
+
+def make_eval(spec: Composition, model: str) -> Callable:
+  """Jitted (trainable, frozen, batch) -> (summed loss, weights)."""
+
+  @jax.jit
+  def evaluate(trainable, frozen, batch):
+    part, params = composition.alone(
+      spec, tree.merge(trainable, frozen), model
+    )
+    loss_B, weight_B = row_losses(params, part, batch)
+    return loss_B.sum(), weight_B.sum()
+
+  return evaluate
+
+
+def run_stage(
+  name: str,
+  stage: Stage,
+  spec: Composition,
+  params: dict,
+  source,
+  eval_batches: list[dict],
+  directory: Path,
+  *,
+  origins: dict[str, str],
+  seed: int,
+) -> tuple[dict, float]:
+  """Runs a stage to its end, from wherever an earlier process left it.
+
+  Args:
+    name: of the stage, for the progress bar.
+    stage: what to do.
+    spec: the whole composition.
+    params: its whole tree.
+    source: random access to global batches, with `describe(index)`.
+    eval_batches: held-out batches, measured every `eval_every` steps.
+    directory: where checkpoints and metrics go.
+    origins: where each frozen model came from, for the checkpoint.
+    seed: of the run.
+
+  Returns:
+    (the whole tree with the trained leaves, seconds of training).
+
+  Raises:
+    InputError: the directory holds a run of other settings or other models.
+    TrainingDiverged: the loss is not finite.
+  """
+  if stage.batch_size % stage.accumulate:
+    raise InputError(
+      f"stage {name!r}: batch_size={stage.batch_size} cannot be cut into "
+      f"accumulate={stage.accumulate} equal pieces"
+    )
+  mask = tree.mask(params, stage.trainable)
+  trainable, frozen = tree.partition(params, mask)
+  meta = _meta(stage, spec, frozen, origins, seed, source)
+  done = checkpoint.is_complete(directory)
+  checkpoints_dir = directory / "checkpoints"
+  if done:
+    _check_same_run(done["meta"], meta, directory)
+    trained, _ = checkpoint.restore_trainable(
+      checkpoints_dir, done["step"], abstract=_abstract(trainable)
+    )
+    return tree.merge(trained, frozen), done["seconds"]
+
+  rate = optim.schedule(
+    stage.schedule, stage.learning_rate, stage.steps, stage.warmup, stage.final
+  )
+  tx = optim.optimizer(
+    mask, rate, b1=stage.b1, b2=stage.b2, eps=stage.eps,
+    weight_decay=stage.weight_decay, decay=stage.decay, clip=stage.clip,
+  )  # fmt: skip
+  state = {
+    # A copy, because the step donates it and the caller may hold `params`.
+    "trainable": jax.tree.map(jnp.array, trainable),
+    "opt_state": tx.init(params),
+    "step": jnp.int32(0),
+    "rng": jax.random.key(seed),
+  }
+  with checkpoint.Checkpoints(
+    checkpoints_dir,
+    keep_last=stage.keep_last,
+    keep_best=stage.keep_best if eval_batches else 0,
+    best_metric="eval_loss",
+  ) as checkpoints:
+    data, first, seconds = {"iterator": None}, 0, 0.0
+    if checkpoints.latest() is not None:
+      state, data, saved = checkpoints.restore(state)
+      _check_same_run(saved, meta, directory)
+      first, seconds = int(state["step"]), data["seconds"]
+    iterator = pipeline.make_iterator(source)
+    if data["iterator"] is not None:
+      iterator.set_state(data["iterator"])
+    loop = _Loop(
+      name, stage, source, eval_batches, checkpoints, meta, directory
+    )
+    step = make_step(spec, stage.model, tx, rate, stage.accumulate)
+    evaluate = make_eval(spec, stage.model)
+    state, seconds = loop.run(
+      step, evaluate, state, frozen, iterator, first, seconds
+    )
+  checkpoint.mark_complete(
+    directory, {"step": stage.steps, "seconds": seconds, "meta": meta}
+  )
+  return tree.merge(state["trainable"], frozen), seconds
+
+
+@dataclasses.dataclass
+class _Loop:
+  """The loop itself; step N is dispatched before N-1's metrics are read."""
+
+  name: str
+  stage: Stage
+  source: Any
+  eval_batches: list[dict]
+  checkpoints: checkpoint.Checkpoints
+  meta: dict
+  directory: Path
+
+  def run(self, step, evaluate, state, frozen, iterator, first, seconds):
+    stage = self.stage
+    began = time.monotonic() - seconds
+    with (
+      MetricWriter(self.directory, resume_step=first) as writer,
+      Progress(stage.steps, first, self.name) as progress,
+    ):
+      self._last_log, self._tokens = time.monotonic(), 0
+      pending = None
+      for number in range(first + 1, stage.steps + 1):
+        state, metrics = step(state, frozen, next(iterator))
+        if pending is not None:
+          self._read(*pending, writer, progress)
+        pending = number, metrics
+        last = number == stage.steps
+        evaluates = self.eval_batches and (
+          last or number % stage.eval_every == 0
+        )
+        saves = last or number % stage.checkpoint_every == 0
+        if not (evaluates or saves):
+          continue
+        # Nothing may be saved before its loss is known to be finite.
+        self._read(*pending, writer, progress)
+        pending, scores = None, None
+        if evaluates:
+          scores = {
+            "eval_loss": self._evaluate(evaluate, state["trainable"], frozen)
+          }
+          writer.write(number, scores)
+        if saves:
+          data = {
+            "iterator": iterator.get_state(),
+            "seconds": time.monotonic() - began,
+          }
+          self.checkpoints.save(number, state, data, self.meta, scores)
+    self.checkpoints.wait()
+    return state, time.monotonic() - began
+
+  def _read(self, number, metrics, writer, progress):
+    """Fetches the metrics of a step, which waits until it is done."""
+    values = {k: v.item() for k, v in jax.device_get(metrics).items()}
+    if not all(math.isfinite(values[k]) for k in ("loss", "grad_norm")):
+      self.checkpoints.wait()
+      raise TrainingDiverged(
+        f"stage {self.name!r}, step {number}: loss {values['loss']}, gradient "
+        f"norm {values['grad_norm']}; the batch was "
+        f"{self.source.describe(number - 1)}; the last good checkpoint is "
+        f"step {self.checkpoints.latest()} in {self.directory}/checkpoints"
+      )
+    self._tokens += values.pop("tokens")
+    if number % self.stage.log_every == 0 or number == self.stage.steps:
+      now = time.monotonic()
+      speed = self._tokens / (now - self._last_log)
+      self._last_log, self._tokens = now, 0
+      writer.write(number, values | {"tokens_per_second": speed})
+      progress.update(number, loss=values["loss"], tokens_per_second=speed)
+
+  def _evaluate(self, evaluate, trainable, frozen) -> float:
+    sums = [evaluate(trainable, frozen, b) for b in self.eval_batches]
+    loss, weight = map(sum, zip(*jax.device_get(sums), strict=True))
+    return float(loss / weight)
+
+
+def _abstract(params):
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+    params,
+  )
+
+
+def _meta(stage, spec, frozen, origins, seed, source) -> dict:
+  """What a checkpoint depends on besides the saved leaves; JSON."""
+  models = {}
+  for kind, part in frozen.items():
+    children = {kind: part} if kind == "anchor" else {
+      f"{kind}/{name}": child for name, child in part.items()
+    }  # fmt: skip
+    for name, child in children.items():
+      models[name] = {
+        "origin": origins.get(name, "this run"),
+        "sha256": tree.fingerprint(child),
+      }
+  settings = dataclasses.asdict(stage) | {
+    "trainable": list(stage.trainable),
+    "seed": seed,
+    "source": source.fingerprint,
+    "composition": repr(spec),
+  }
+  # How often something is written changes no weight.
+  for key in (
+    "log_every", "checkpoint_every", "eval_every", "keep_last", "keep_best"
+  ):  # fmt: skip
+    del settings[key]
+  return {"frozen": models, "settings": settings}
+
+
+def _check_same_run(saved: dict, current: dict, directory: Path) -> None:
+  old, new = _flat(saved), _flat(current)
+  odd = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+  if odd:
+    lines = [f"  {k}: was {old.get(k)}, is {new.get(k)}" for k in odd]
+    raise InputError(
+      f"{directory} holds a run that differs in\n"
+      + "\n".join(lines)
+      + "\nchoose another --config.workdir, or remove that folder"
+    )
+
+
+def _flat(nested: dict, prefix: str = "") -> dict[str, Any]:
+  flat: dict[str, Any] = {}
+  for key, value in nested.items():
+    if isinstance(value, dict):
+      flat |= _flat(value, f"{prefix}{key}.")
+    else:
+      # JSON has no tuples.
+      flat[f"{prefix}{key}"] = (
+        list(value) if isinstance(value, tuple) else value
+      )
+  return flat

@@ -1,0 +1,113 @@
+"""The key-value experiment of the paper (§4.1, Table 1).
+
+  configs/kv.py         for two CPU cores, about a quarter of an hour
+  configs/kv.py:paper   the paper's size, for an accelerator
+  configs/kv.py:tiny    a minute, to see that everything runs
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(variant: str = "small") -> ConfigDict:
+  """See above."""
+  config = common.get_config()
+  config.experiment = "key_values"
+  config.workdir = "runs/kv"
+  config.augmenting_name = "kv"
+  config.task = ConfigDict({
+    "num_keys": 1000,
+    "held_in_fraction": 0.2,
+    "min_terms": 2,
+    "max_terms": 3,
+    "operators": "+-",
+    "keys": "pieces",
+    "digits": "single",
+    "num_examples": 1000,
+  })
+  config.recipe = ("augmenting", "anchor", "compose")
+  config.alternatives = ("compose_direct",)
+  config.stages = ConfigDict({
+    "augmenting": common.stage(
+      model="augmenting/kv",
+      trainable=("augmenting/kv/.*",),
+      data=_data({"kv_subs": 1.0}, min_terms=1),
+      steps=1500,
+      length=20,
+    ),
+    "anchor": common.stage(
+      model="anchor",
+      trainable=("anchor/.*",),
+      # m_B answers directly: its own text has no keys to substitute.
+      data=_data({"num_math": 1.0}),
+      steps=4000,
+      length=20,
+    ),
+    "compose": _compose("steps"),
+    "compose_direct": _compose("direct"),
+  })
+  VARIANTS[variant](config)
+  return config
+
+
+def _data(tasks: dict[str, float], **changes) -> ConfigDict:
+  return ConfigDict({"tasks": ConfigDict(tasks), "pack": False} | changes)
+
+
+def _compose(answer: str) -> ConfigDict:
+  """D_C: arithmetic over held-in keys, and what keeps the other tasks."""
+  return common.stage(
+    data=_data(
+      {"kv_math": 0.6, "kv_subs": 0.2, "num_math": 0.2},
+      keys="held_in",
+      # NUM-MATH stays as m_B learnt it.
+      answer=ConfigDict({"kv_math": answer, "num_math": "direct"}),
+    ),
+    steps=1000,
+    length=28,
+  )
+
+
+def _small(config: ConfigDict) -> None:
+  config.unroll = 4
+  for stage in config.stages.values():
+    stage.update(batch_size=128, learning_rate=2e-3)
+
+
+def _tiny(config: ConfigDict) -> None:
+  config.workdir = "runs/kv_tiny"
+  config.task.num_keys = 200
+  config.task.num_examples = 16
+  config.task.max_terms = 2
+  for side in ("anchor", "augmenting"):
+    config[f"{side}_model"].update(width=32, num_layers=2, mlp_width=64)
+  for stage in config.stages.values():
+    stage.update(
+      steps=20, batch_size=8, length=28, warmup=5, log_every=5, eval_every=10,
+      checkpoint_every=10,
+    )  # fmt: skip
+
+
+def _paper(config: ConfigDict) -> None:
+  config.workdir = "runs/kv_paper"
+  config.dtype = "bfloat16"
+  config.task.update(
+    num_keys=25_000, min_terms=3, max_terms=6, operators="+-*"
+  )
+  config.anchor_model.update(
+    width=768, num_layers=12, num_heads=12, num_kv_heads=12, mlp_width=2048
+  )
+  config.augmenting_model.update(
+    width=512, num_layers=8, num_heads=8, num_kv_heads=8, mlp_width=1408
+  )
+  for stage in config.stages.values():
+    stage.data.pack = True
+    stage.update(batch_size=256, length=256, warmup=1000, learning_rate=5e-4)
+  config.stages.augmenting.steps = 50_000
+  config.stages.anchor.steps = 200_000
+  config.stages.compose.steps = 20_000
+  config.stages.compose_direct.steps = 20_000
+
+
+VARIANTS = {"small": _small, "tiny": _tiny, "paper": _paper}

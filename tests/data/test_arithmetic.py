@@ -1,0 +1,286 @@
+"""Tests of calm_jax.data.arithmetic and its source of batches."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from calm_jax.data.arithmetic import (
+  ANSWERS,
+  TASKS,
+  ArithmeticSource,
+  Example,
+  Expressions,
+  evaluate,
+  examples,
+  is_eval,
+  make_key_values,
+  sample_expressions,
+  train_tokenizer,
+)
+from calm_jax.errors import InputError
+from calm_jax.tokenizer import train_sentencepiece
+
+KV = make_key_values(40, 0.5, seed=0)
+BIG_KV = make_key_values(25_000, 0.2, seed=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+  return train_tokenizer(KV, tmp_path_factory.mktemp("kv") / "tokenizer")
+
+
+def source(tokenizer, tasks=("kv_math",), kv=KV, **changes):
+  settings = {
+    "seed": 3,
+    "batch_size": 8,
+    "length": 48,
+    "min_terms": 2,
+    "max_terms": 3,
+  }
+  weights = dict.fromkeys(tasks, 1.0)
+  return ArithmeticSource(kv, tokenizer, weights, **settings | changes)
+
+
+def segments_of(batch):
+  """(prompt ids, completion ids) of every segment, checking every array."""
+  found = []
+  for row in range(len(batch["tokens"])):
+    arrays = {name: values[row] for name, values in batch.items()}
+    numbers = arrays["segments"]
+    used = int((numbers > 0).sum())
+    assert (numbers[used:] == 0).all() and (np.diff(numbers[:used]) >= 0).all()
+    assert set(numbers[:used]) == set(range(1, numbers.max(initial=0) + 1))
+    for values in arrays.values():
+      assert (values[used:] == 0).all()
+    for number in range(1, numbers.max(initial=0) + 1):
+      slots = np.flatnonzero(numbers == number)
+      tokens = arrays["tokens"][slots]
+      ends = set(arrays["prompt_ends"][slots])
+      assert len(ends) == 1
+      prompt = int(ends.pop() - slots[0])
+      within = np.arange(len(slots))
+      expected = {
+        "positions": within,
+        "targets": np.append(tokens[1:], 0),
+        "weights": (within + 1 >= prompt) & (within + 1 < len(slots)),
+      }
+      for name, values in expected.items():
+        np.testing.assert_array_equal(arrays[name][slots], values)
+      found.append((tokens[:prompt].tolist(), tokens[prompt:].tolist()))
+  return found
+
+
+def test_texts_of_the_tasks():
+  ids = np.array([[0, 1, -1], [2, 3, 4]])
+  drawn = Expressions(ids, np.array([[0, -1], [1, 2]]), np.array([2, 3]))
+  a, b, c, d, e = KV.keys[:5]
+  v, w, x, y, z = (int(value) for value in KV.values[:5])
+  assert examples(KV, drawn, "kv_subs") == [
+    Example(f"subs:{a}+{b}=", f"{v}+{w}", 2),
+    Example(f"subs:{c}-{d}*{e}=", f"{x}-{y}*{z}", 3),
+  ]
+  assert examples(KV, drawn, "kv_math")[1] == Example(
+    f"math:{c}-{d}*{e}=", str(x - y * z), 3
+  )
+  assert examples(KV, drawn, "kv_math", "steps")[0] == Example(
+    f"math:{a}+{b}=", f"{v}+{w}={v + w}", 2
+  )
+  assert examples(KV, drawn, "num_math")[0] == Example(
+    f"math:{v}+{w}=", str(v + w), 2
+  )
+  assert examples(KV, drawn, "num_math", "steps")[0].completion == (
+    f"{v}+{w}={v + w}"
+  )
+  with pytest.raises(InputError, match="kv_subs, kv_math, num_math"):
+    examples(KV, drawn, "math")
+  with pytest.raises(InputError, match="direct, steps"):
+    examples(KV, drawn, "kv_math", "long")
+
+
+@pytest.mark.parametrize("keys", ["pieces", "characters"])
+@pytest.mark.parametrize("digits", ["single", "grouped"])
+def test_tokenizer_pieces(tmp_path, keys, digits):
+  made = train_tokenizer(KV, tmp_path / "t", keys=keys, digits=digits)
+  for key in KV.keys:
+    assert len(made.encode(key)) == (1 if keys == "pieces" else len(key))
+    assert made.decode(made.encode(key)) == key
+  for task in ("subs:", "math:"):
+    assert len(made.encode(task)) == 1
+  assert len(made.encode("1234")) == (4 if digits == "single" else 2)
+  again = train_tokenizer(KV, tmp_path / "u", keys=keys, digits=digits)
+  assert again.fingerprint == made.fingerprint
+  assert (tmp_path / "t.model").read_bytes() == (
+    tmp_path / "u.model"
+  ).read_bytes()
+
+
+def test_tokenizer_choices(tmp_path):
+  with pytest.raises(InputError, match="pieces or characters"):
+    train_tokenizer(KV, tmp_path / "t", keys="words")
+  with pytest.raises(InputError, match="single or grouped"):
+    train_tokenizer(KV, tmp_path / "t", digits="two")
+
+
+@pytest.mark.parametrize("keys", ["pieces", "characters"])
+@pytest.mark.parametrize("digits", ["single", "grouped"])
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_tokens_equal_the_tokenizer(tmp_path, keys, digits, answer):
+  made = train_tokenizer(KV, tmp_path / "t", keys=keys, digits=digits)
+  batch = source(made, TASKS, answer=answer, length=96, batch_size=32)[0]
+  found = segments_of(batch)
+  assert len(found) > 64
+  lines = set()
+  for prompt, completion in found:
+    texts = made.decode(prompt), made.decode(completion)
+    assert prompt == [made.bos_id, *made.encode(texts[0])]
+    assert completion == [*made.encode(texts[1]), made.eos_id]
+    lines.add(texts[0][:5] + ("n" if texts[0][5].isdigit() else "k"))
+    right = texts[1].split("=")[-1]
+    if texts[0].startswith("math:"):
+      values = dict(zip(KV.keys, KV.values.tolist(), strict=True))
+      assert eval(texts[0][5:-1], values) == int(right)
+  assert lines == {"subs:k", "math:k", "math:n"}
+
+
+def test_big_results_equal_the_tokenizer(tmp_path):
+  made = train_tokenizer(BIG_KV, tmp_path / "t", digits="grouped")
+  batches = source(
+    made,
+    kv=BIG_KV,
+    max_terms=6,
+    operators="*",
+    batch_size=64,
+    pack=False,
+  )
+  values = dict(zip(BIG_KV.keys, BIG_KV.values.tolist(), strict=True))
+  longest = 0
+  for prompt, completion in segments_of(batches[0]):
+    text = made.decode(completion)
+    assert completion == [*made.encode(text), made.eos_id]
+    assert eval(made.decode(prompt)[5:-1], values) == int(text)
+    longest = max(longest, len(text))
+  assert longest > 19
+
+
+def test_same_examples_as_the_texts(tokenizer):
+  batch = source(tokenizer, ["kv_subs"], pack=False, batch_size=50)[7]
+  rng = np.random.default_rng(np.random.SeedSequence((3, 7)))
+  drawn = sample_expressions(rng, KV, 50, min_terms=2, max_terms=3)
+  assert [
+    (tokenizer.decode(p), tokenizer.decode(c)) for p, c in segments_of(batch)
+  ] == [(e.prompt, e.completion) for e in examples(KV, drawn, "kv_subs")]
+  assert not is_eval(drawn).any()
+  assert len(evaluate(KV, drawn)) == 50
+
+
+def test_types_and_shapes(tokenizer):
+  batch = source(tokenizer)[0]
+  assert list(batch) == [
+    "tokens",
+    "segments",
+    "positions",
+    "targets",
+    "weights",
+    "prompt_ends",
+  ]
+  for name, values in batch.items():
+    assert values.shape == (8, 48)
+    assert values.dtype == (np.float32 if name == "weights" else np.int32)
+
+
+def test_rows_are_filled(tokenizer):
+  for length in (16, 48, 500):
+    for index in range(20):
+      batch = source(tokenizer, length=length)[index]
+      gaps = (batch["segments"] == 0).sum(axis=1)
+      # No example of 2 or 3 terms is longer than 16 here.
+      assert (gaps < 16).all()
+
+
+def test_batches_follow_from_seed_and_index(tokenizer):
+  one, same = source(tokenizer), source(tokenizer)
+  same[0]
+  other = source(tokenizer, seed=4)
+  for name in one[5]:
+    np.testing.assert_array_equal(one[5][name], same[5][name])
+  assert (one[5]["tokens"] != one[6]["tokens"]).any()
+  assert (one[5]["tokens"] != other[5]["tokens"]).any()
+  assert one.fingerprint == same.fingerprint != other.fingerprint
+  with pytest.raises(IndexError):
+    source(tokenizer, num_batches=2)[2]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_hosts_share_the_global_batch(tokenizer, pack):
+  whole = source(tokenizer, TASKS, pack=pack)
+  parts = [
+    source(tokenizer, TASKS, pack=pack, process_index=i, process_count=4)
+    for i in range(4)
+  ]
+  for name, values in whole[2].items():
+    joined = np.concatenate([part[2][name] for part in parts])
+    np.testing.assert_array_equal(values, joined)
+  assert {part.fingerprint for part in parts} == {whole.fingerprint}
+  with pytest.raises(InputError, match="multiple of 3"):
+    source(tokenizer, process_count=3)
+  with pytest.raises(InputError, match="process_index"):
+    source(tokenizer, process_index=2, process_count=2)
+
+
+def test_too_long_an_example(tokenizer):
+  with pytest.raises(InputError, match=r"math:.* tokens and a row has 8"):
+    source(tokenizer, length=8)
+
+
+@pytest.mark.parametrize(
+  "tasks", [{}, {"kv_math": 0}, {"kv": 1}, {"kv_math": -1, "kv_subs": 2}]
+)
+def test_bad_mixtures(tokenizer, tasks):
+  with pytest.raises(InputError, match="task"):
+    ArithmeticSource(
+      KV,
+      tokenizer,
+      tasks,
+      seed=0,
+      batch_size=8,
+      length=48,
+      min_terms=2,
+      max_terms=3,
+    )
+
+
+def test_a_tokenizer_that_merges_across_words(tmp_path):
+  drawn = sample_expressions(
+    np.random.default_rng(0), KV, 500, min_terms=2, max_terms=3
+  )
+  texts = [e.prompt + e.completion for e in examples(KV, drawn, "kv_subs")]
+  merging = train_sentencepiece(
+    texts, tmp_path / "t", vocab_size=300, split_digits=False
+  )
+  with pytest.raises(InputError, match="train_tokenizer"):
+    source(merging, ["kv_subs"], length=200)
+
+
+def test_without_special_tokens(tokenizer):
+  bare = dataclasses.replace(tokenizer, bos_id=None, eos_id=None)
+  for prompt, completion in segments_of(source(bare)[0]):
+    assert prompt == bare.encode(bare.decode(prompt))
+    assert completion == bare.encode(bare.decode(completion))
+
+
+def test_describe(tokenizer):
+  made = source(tokenizer, ["kv_math", "num_math"])
+  assert made.describe(17) == "batch 17 of kv_math+num_math, seed 3"
+
+
+def test_an_answer_format_for_each_task(tokenizer):
+  mixed = source(tokenizer, TASKS, answer={"kv_math": "steps"}, batch_size=32)
+  direct = source(tokenizer, TASKS, batch_size=32)
+  assert mixed.fingerprint != direct.fingerprint
+  for prompt, completion in segments_of(mixed[0]):
+    asked, text = tokenizer.decode(prompt), tokenizer.decode(completion)
+    is_kv_math = asked.startswith("math:") and asked[5].isalpha()
+    assert ("=" in text) == is_kv_math
+  with pytest.raises(InputError, match="direct, steps"):
+    source(tokenizer, answer={"kv_math": "long"})
