@@ -20,7 +20,12 @@ import jax.numpy as jnp
 from calm_jax.errors import InputError
 from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.layers import Linear, RMSNorm
+from calm_jax.models.layers import (
+  Linear,
+  RMSNorm,
+  at_least_float32,
+  dot_product_attention,
+)
 
 Array = jax.Array
 VISIBILITIES = ("causal", "encoder", "unmasked")
@@ -125,9 +130,7 @@ def default_connections(
     return (2 * k * layers + n) // (2 * n)
 
   return tuple(
-    Connection(
-      nearest(k, num_augmenting_layers), nearest(k, num_anchor_layers)
-    )
+    Connection(nearest(k, num_augmenting_layers), nearest(k, num_anchor_layers))
     for k in range(1, n + 1)
   )
 
@@ -190,15 +193,17 @@ class CrossAttention(nn.Module):
     }
 
   def _query(self, x_BLD: Array) -> Array:
-    return self._heads(self.query(self.query_norm(x_BLD) if self.norm else x_BLD))
+    return self._heads(
+      self.query(self.query_norm(x_BLD) if self.norm else x_BLD)
+    )
 
   def attend(self, x_BLD: Array, keys_values: dict, mask_BLM: Array) -> Array:
     """What is added to the residual stream, [B, L, D]."""
-    out_BLNH = jax.nn.dot_product_attention(
+    out_BLNH = dot_product_attention(
       self._query(x_BLD),
       keys_values["key"],
       keys_values["value"],
-      mask=mask_BLM[:, None],
+      mask_BLM[:, None],
     )
     # A position that sees nothing gets nothing; the softmax of an empty row
     # would average over what it must not see.
@@ -212,7 +217,8 @@ class CrossAttention(nn.Module):
     """Where each head looks, float32 [B, N, L, M]; for pictures."""
     q_BLNH = self._query(x_BLD)
     scores = jnp.einsum("blnh,bmnh->bnlm", q_BLNH, keys_values["key"])
-    scores = scores.astype(jnp.float32) / q_BLNH.shape[-1] ** 0.5
+    scores = scores.astype(at_least_float32(scores.dtype))
+    scores = scores / q_BLNH.shape[-1] ** 0.5
     lowest = jnp.finfo(scores.dtype).min
     return jax.nn.softmax(jnp.where(mask_BLM[:, None], scores, lowest))
 
@@ -402,7 +408,9 @@ def states(
       )
       if visible is None:
         visible_BL = visible_tokens(
-          joined.visibility, anchor.tokens.shape, first_slot=0 if index is None else index
+          joined.visibility,
+          anchor.tokens.shape,
+          first_slot=0 if index is None else index,
         )
       else:
         visible_BL = visible[name]

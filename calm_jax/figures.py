@@ -51,20 +51,17 @@ def loss_figure(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
   """The training loss of each stage, one panel each, on a log axis.
 
   Args:
-    stages: stage name to its metrics, dicts with "step" and "loss". Lines
-      without a loss, or with one that a log axis cannot show, are left out.
+    stages: stage name to its metrics, dicts with "step" and "loss" or
+      "eval_loss". A loss that a log axis cannot show is left out.
 
   Raises:
     InputError: no stage has a loss to draw.
   """
   series = {}
   for name, lines in stages.items():
-    points = [
-      (line["step"], float(line["loss"])) for line in lines if "loss" in line
-    ]
-    points = [p for p in points if math.isfinite(p[1]) and p[1] > 0]
-    if points:
-      series[name] = np.array(points).T
+    points = _curve(lines, "loss")
+    if points.size:
+      series[name] = points, _curve(lines, "eval_loss")
   if not series:
     raise InputError(f"no loss to draw in the stages {list(stages)}")
   columns = min(len(series), 3)
@@ -74,16 +71,14 @@ def loss_figure(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
       figsize=(max(3.5 * columns, 5), 3.0 * rows), layout="constrained"
     )
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, (name, (steps, losses)) in zip(
-      panels, series.items(), strict=False
-    ):
-      _draw_loss(axes, steps, losses)
+    for axes, (name, curves) in zip(panels, series.items(), strict=False):
+      _draw_loss(axes, *curves)
       axes.set_title(name, parse_math=False)
     for axes in panels[len(series) :]:
       axes.set_visible(False)
     for axes in panels[: len(series) : columns]:
       axes.set_ylabel("loss (nats per token)")
-    panels[0].legend(loc="upper right")
+    _legend(figure, panels)
   return figure
 
 
@@ -124,17 +119,7 @@ def accuracy_figure(
       axes.grid(axis="x", visible=False)
     panels[0].set_ylim(-3, 103)
     panels[0].set_ylabel("accuracy (%)")
-    handles = {}
-    for axes in panels:
-      for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-        handles.setdefault(label, handle)
-    figure.legend(
-      handles.values(),
-      handles.keys(),
-      loc="outside lower center",
-      ncols=len(handles),
-      handlelength=3,
-    )
+    _legend(figure, panels)
   return figure
 
 
@@ -243,12 +228,22 @@ def _smooth(values: np.ndarray) -> np.ndarray:
   return (total[high] - total[low]) / (high - low)
 
 
-def _draw_loss(axes, steps: np.ndarray, losses: np.ndarray) -> None:
+def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+  """Steps and values, [2, points]."""
+  points = [(x["step"], float(x[name])) for x in lines if name in x]
+  points = [p for p in points if math.isfinite(p[1]) and p[1] > 0]
+  return np.array(points, dtype=float).reshape(-1, 2).T
+
+
+def _draw_loss(axes, training: np.ndarray, held_out: np.ndarray) -> None:
+  steps, losses = training
   lone = "o" if len(steps) == 1 else None
   axes.plot(steps, losses, color="0.65", lw=0.6, label="as logged")
   axes.plot(
     steps, _smooth(losses), color="#0072B2", lw=2, marker=lone, label="smoothed"
   )
+  if held_out.size:
+    axes.plot(*held_out, "k--", marker="D", ms=4, lw=1.2, label="evaluation")
   axes.set_yscale("log")
   axes.set_xlabel("step")
   axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
@@ -261,6 +256,21 @@ def _draw_loss(axes, steps: np.ndarray, losses: np.ndarray) -> None:
   )
   axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
   axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure, panels) -> None:
+  """One legend for all panels, of each label once."""
+  handles = {}
+  for axes in panels:
+    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+      handles.setdefault(label, handle)
+  figure.legend(
+    handles.values(),
+    handles.keys(),
+    loc="outside lower center",
+    ncols=len(handles),
+    handlelength=3,
+  )
 
 
 def _short_number(value: float, _=None) -> str:

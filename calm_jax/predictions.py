@@ -13,7 +13,6 @@ SET_NAMES = {
   "kv_math_held_out": "KV-MATH, all keys held-out",
   "kv_math_mixed": "KV-MATH, mixed",
   "kv_math_held_in": "KV-MATH, all keys held-in",
-  "kv_math": "KV-MATH",
   "num_math": "NUM-MATH",
   "kv_subs": "KV-SUBS",
 }
@@ -55,15 +54,14 @@ def count_by_terms(
 ) -> dict[str, dict[str, dict[int, tuple[int, int]]]]:
   """How many are right by number of terms, on KV-MATH and NUM-MATH.
 
-  Of KV-MATH the expressions whose keys are all held-out are counted, where
-  there is a file of them. Lines without "num_terms" are left out.
+  Of KV-MATH only the expressions whose keys are all held-out. Lines without
+  "num_terms" are left out.
 
   Returns:
     Name of the data set -> model -> number of terms -> (correct, total).
   """
-  strict = any(name == "kv_math_held_out" for name, _ in predictions)
   counts = {}
-  for name in ("kv_math_held_out" if strict else "kv_math", "num_math"):
+  for name in ("kv_math_held_out", "num_math"):
     by_model = {}
     for model in MODELS:
       by_terms: dict[int, tuple[int, int]] = {}

@@ -2,7 +2,7 @@
 
 What it reads in the work folder, each part left out where it is absent:
 
-  <stage>/metrics.jsonl             "step", "loss", ... a line
+  <stage>/metrics.jsonl             "step", "loss" or "eval_loss", ... a line
   predictions/<set>.<model>.jsonl   "prompt", "completion", "prediction",
                                     "correct", "num_terms" a line
   attention.npz                     weights [C, N, L, M], tokens [L],
@@ -61,8 +61,9 @@ def write_report(
   Args:
     workdir: a local folder; see the head of this file for what is read.
     results: "table1" or "perplexity" or both, and of "parameters",
-      "seconds", "examples", "answer", "other_runs" and "configuration"
-      (nested or flat) those that are known. Accuracies are fractions.
+      "bits_per_byte", "seconds", "examples", "answer", "config" (nested or
+      flat) and "other_runs" (name -> results) those that are known.
+      Accuracies are in percent.
 
   Returns:
     The path of report.md.
@@ -133,7 +134,7 @@ def _draw(
       "loss.png",
       "Training loss",
       "Cross-entropy of each stage on a log axis; the thick line is a moving "
-      "average.",
+      "average, the dashed one the loss on examples that are not trained on.",
     )
   return drawn
 
@@ -186,7 +187,7 @@ def _markdown(
   for title, file, caption in drawn:
     parts.append(f"## {title}\n\n![{title}]({file})\n\n{caption}")
   parts.append(_examples(predictions))
-  parts.append(_configuration(results.get("configuration", {})))
+  parts.append(_configuration(results.get("config", {})))
   return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -198,12 +199,12 @@ def _headline(results: Mapping[str, Any], predictions: Predictions) -> str:
     return ""
   text = (
     "Arithmetic over keys that the composition has never seen in training: "
-    f"**{100 * value:.1f}%** of the answers are right (the paper: 84.3%)"
+    f"**{value:.1f}%** of the answers are right (the paper: 84.3%)"
   )
   lines = predictions.get(("kv_math_held_out", "composed"), [])
   correct = sum(bool(line["correct"]) for line in lines)
   # A file that holds only some of the examples says nothing of the number.
-  if lines and abs(correct / len(lines) - value) < 1e-4:
+  if lines and abs(100 * correct / len(lines) - value) < 0.01:
     low, high = wilson_interval(correct, len(lines))
     text += (
       f"; of {len(lines):,} examples, 95% interval {100 * low:.1f} to "
@@ -267,8 +268,9 @@ def _examples(predictions: Predictions) -> str:
     (
       "## Examples",
       "",
-      "The first right and the first wrong ones of each file in "
-      "`predictions/`, so the shares here say nothing.",
+      "The first right and the first wrong ones of the composed model on each "
+      "data set, and of the models alone on the first; so the shares here say "
+      "nothing. All are in `predictions/`.",
       "",
       _row(header),
       _row(["---"] * len(header)),
@@ -298,8 +300,10 @@ def _configuration(configuration: Mapping[str, Any]) -> str:
   ]
   if not rows:
     return ""
-  head = ["## Configuration", "", _row(("setting", "value"))]
-  return "\n".join([*head, _row(("---", "---")), *rows])
+  # Folded: it is everything that was set, and long.
+  head = ["## Configuration", "", "<details><summary>all settings</summary>"]
+  head += ["", _row(("setting", "value")), _row(("---", "---"))]
+  return "\n".join([*head, *rows, "", "</details>"])
 
 
 def _flat(

@@ -43,8 +43,22 @@ KINDS = {
 NOTHING = "–"
 
 _ANSWERS = {
-  "steps": "the model writes the expression in numbers before the result",
-  "direct": "the model writes the result alone, as in the paper",
+  "steps": "the composition is trained to write the expression in numbers, "
+  "then the result",
+  "direct": "the composition is trained to write the result alone, as in the "
+  "paper",
+}
+_SCORES = {
+  "perplexity": (
+    "Perplexity",
+    "exp of the mean loss per token: over how many equally likely tokens the "
+    "model hesitates.",
+  ),
+  "bits_per_byte": (
+    "Bits per byte",
+    "What it takes to code the text with the model; unlike perplexity it "
+    "compares models of different tokenizers.",
+  ),
 }
 
 Results = Mapping[str, Any]
@@ -70,7 +84,7 @@ def table1_rows(results: Results) -> Rows:
   """Table 1: one row per data set, each cell "paper / ours" in percent.
 
   Args:
-    results: has "table1": {task: {model: accuracy in [0, 1]}}. Under
+    results: has "table1": {task: {model: accuracy in %}}. Under
       "kv_math", "<model>_held_out", "<model>_mixed" and "<model>_held_in"
       are the accuracies by kind of key; "<model>" alone stands for the
       headline where "<model>_held_out" is absent.
@@ -81,7 +95,7 @@ def table1_rows(results: Results) -> Rows:
     number stands beside the headline: all keys held-out.
 
   Raises:
-    InputError: "table1" is absent, or an accuracy is not in [0, 1].
+    InputError: "table1" is absent, or an accuracy is not in [0, 100].
   """
   table1 = _section(results, "table1")
   rows = []
@@ -107,7 +121,9 @@ def tables(results: Results) -> list[Table]:
   if "table1" in results:
     made += _table1_tables(results)
   if "perplexity" in results:
-    made.append(_perplexity_table(results["perplexity"]))
+    made.append(_score_table(results, "perplexity"))
+  if "bits_per_byte" in results:
+    made.append(_score_table(results, "bits_per_byte"))
   if not made:
     raise InputError('results have neither "table1" nor "perplexity"')
   return made + _cost_tables(results)
@@ -202,12 +218,9 @@ def _beside(paper: float | None, ours: float | None) -> str:
 def _percent(accuracy: float | None) -> str:
   if accuracy is None:
     return NOTHING
-  if not 0 <= accuracy <= 1:
-    raise InputError(
-      f"accuracy {accuracy} is not in [0, 1]; results hold fractions, not "
-      "percent"
-    )
-  return f"{100 * accuracy:.1f}"
+  if not 0 <= accuracy <= 100:
+    raise InputError(f"accuracy {accuracy} is not in percent, from 0 to 100")
+  return f"{accuracy:.1f}"
 
 
 def _table1_tables(results: Results) -> list[Table]:
@@ -222,7 +235,8 @@ def _table1_tables(results: Results) -> list[Table]:
       bold=frozenset({(headline, len(MODELS))}),
     )
   ]
-  if results.get("other_runs"):
+  others = results.get("other_runs", {}).values()
+  if any("table1" in run for run in others):
     made.append(_other_runs_table(results))
   return made
 
@@ -231,7 +245,8 @@ def _table1_notes(results: Results) -> tuple[str, ...]:
   notes = [
     "KV-SUBS: keys replaced by their values. NUM-MATH: arithmetic on numbers. "
     "KV-MATH: arithmetic on keys, which takes both models.",
-    "Exact match of the whole answer. Held-out: keys never seen in training "
+    "Exact match of the whole answer, with or without the steps before the "
+    "result. Held-out: keys never seen in training "
     "the composition; mixed: held-in and held-out keys in one expression.",
   ]
   kv_math = results["table1"].get("kv_math", {})
@@ -243,24 +258,24 @@ def _table1_notes(results: Results) -> tuple[str, ...]:
   answer = results.get("answer")
   if answer is not None:
     notes.append(f"Answer format {answer}: {_ANSWERS.get(answer, answer)}.")
-  if results.get("examples"):
-    counts = ", ".join(
-      f"{name} {count:,}" for name, count in results["examples"].items()
-    )
+  examples = results.get("examples")
+  if isinstance(examples, Mapping):
+    counts = ", ".join(f"{name} {n:,}" for name, n in examples.items())
     notes.append(f"Examples evaluated: {counts}.")
+  elif examples is not None:
+    notes.append(f"Examples evaluated: {examples:,} of each kind.")
   return tuple(notes)
 
 
 def _other_runs_table(results: Results) -> Table:
-  runs = {results.get("answer", "this run"): results["table1"]}
-  for name, table1 in results["other_runs"].items():
-    # Both runs may have the same answer format, and neither may be lost.
-    runs[name if name not in runs else f"{name} (other)"] = table1
+  runs = {"this run": results} | {
+    name: run for name, run in results["other_runs"].items() if "table1" in run
+  }
   labels = [_kind_label(kind) for kind in KINDS]
   labels = [TASK_NAMES["kv_subs"], TASK_NAMES["num_math"], *labels]
   columns = []
-  for table1 in runs.values():
-    column = {}
+  for run in runs.values():
+    table1, column = run["table1"], {}
     for task in PAPER_TABLE1:
       for label, ours in _accuracies(task, table1.get(task, {})):
         # One number for all of KV-MATH is the headline's.
@@ -274,32 +289,49 @@ def _other_runs_table(results: Results) -> Table:
   ]
   return Table(
     title="The composed model in other runs: accuracy in %",
-    header=("data set", *runs),
+    header=(
+      "data set",
+      *(
+        f"{name}, {run['answer']}" if "answer" in run else name
+        for name, run in runs.items()
+      ),
+    ),
     rows=rows,
-    notes=("The same evaluation for each column; the first is this run.",),
+    notes=("The same models alone and the same evaluation for each column.",),
   )
 
 
-def _perplexity_table(perplexity: Mapping[str, Mapping[str, Any]]) -> Table:
+def _score_table(results: Results, name: str) -> Table:
+  """A score of text by evaluation set and model, the lower the better."""
+  columns = {MODEL_NAMES[model]: (results[name], model) for model in MODELS}
+  for run, other in results.get("other_runs", {}).items():
+    if name in other:
+      columns[f"composed, {run}"] = (other[name], "composed")
   rows, bold = [], set()
-  for number, (name, by_model) in enumerate(perplexity.items()):
-    values = [by_model.get(model) for model in MODELS]
+  for number, set_name in enumerate(results[name]):
+    values = [
+      by_set.get(set_name, {}).get(model) for by_set, model in columns.values()
+    ]
     values = [None if value is None else float(value) for value in values]
     finite = [v for v in values if v is not None and math.isfinite(v)]
-    rows.append((name, *(NOTHING if v is None else f"{v:.2f}" for v in values)))
+    digits = 2 if name == "perplexity" else 3
+    rows.append(
+      (
+        set_name,
+        *(NOTHING if v is None else f"{v:.{digits}f}" for v in values),
+      )
+    )
     bold |= {
       (number, column)
       for column, value in enumerate(values, start=1)
       if finite and value == min(finite)
     }
+  title, note = _SCORES[name]
   return Table(
-    title="Perplexity (lower is better)",
-    header=("evaluation set", *(MODEL_NAMES[model] for model in MODELS)),
+    title=f"{title} (lower is better)",
+    header=("evaluation set", *columns),
     rows=rows,
-    notes=(
-      "exp of the mean loss per token: over how many equally likely tokens "
-      "the model hesitates; bold is the best of the row.",
-    ),
+    notes=(f"{note} Bold is the best of the row.",),
     bold=frozenset(bold),
   )
 

@@ -75,7 +75,9 @@ def main(config: ConfigDict) -> dict[str, Any]:
   *before, last = settings["recipe"]
   for name in before:
     params = run(name, params)
-  composed = {name: run(name, params) for name in [last, *settings["alternatives"]]}
+  composed = {
+    name: run(name, params) for name in [last, *settings["alternatives"]]
+  }
 
   def model(name, tree):
     part, params = composition.alone(spec, tree, name)
@@ -94,7 +96,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
     name: experiment.evaluate(
       {"composed": model("composed", composed[name])},
       settings["stages"][name]["data"],
-      prefix=f"{name}.",
+      prefix=f"{name}/",
     )
     for name in settings["alternatives"]
   }

@@ -202,7 +202,7 @@ def run_stage(
     )
   mask = tree.mask(params, stage.trainable)
   trainable, frozen = tree.partition(params, mask)
-  meta = _meta(stage, spec, frozen, origins, seed, source)
+  meta = _meta(stage, spec, params, frozen, origins, seed, source)
   done = checkpoint.is_complete(directory)
   checkpoints_dir = directory / "checkpoints"
   if done:
@@ -336,29 +336,29 @@ def _abstract(params):
   )
 
 
-def _meta(stage, spec, frozen, origins, seed, source) -> dict:
+def _meta(stage, spec, params, frozen, origins, seed, source) -> dict:
   """What a checkpoint depends on besides the saved leaves; JSON."""
-  models = {}
-  for kind, part in frozen.items():
-    children = {kind: part} if kind == "anchor" else {
-      f"{kind}/{name}": child for name, child in part.items()
-    }  # fmt: skip
-    for name, child in children.items():
-      models[name] = {
-        "origin": origins.get(name, "this run"),
-        "sha256": tree.fingerprint(child),
-      }
+  part, _ = composition.alone(spec, params, stage.model)
   settings = dataclasses.asdict(stage) | {
-    "trainable": list(stage.trainable),
-    "seed": seed,
-    "source": source.fingerprint,
-    "composition": repr(spec),
-  }
+    "seed": seed, "source": source.fingerprint, "spec": repr(part)
+  }  # fmt: skip
   # How often something is written changes no weight.
   for key in (
     "log_every", "checkpoint_every", "eval_every", "keep_last", "keep_best"
   ):  # fmt: skip
     del settings[key]
+  models = {}
+  for name in ["anchor", *(f"augmenting/{n}" for n in params["augmenting"])]:
+    leaves = {
+      leaf: x
+      for leaf, x in tree.flatten(frozen).items()
+      if leaf.startswith(f"{name}/")
+    }
+    if leaves and stage.model in ("composed", name):
+      models[name] = {
+        "origin": origins.get(name, "trained by this run"),
+        "sha256": tree.fingerprint(leaves),
+      }
   return {"frozen": models, "settings": settings}
 
 

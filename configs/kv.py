@@ -17,10 +17,10 @@ def get_config(variant: str = "small") -> ConfigDict:
   config.workdir = "runs/kv"
   config.augmenting_name = "kv"
   config.task = ConfigDict({
-    "num_keys": 1000,
+    "num_keys": 999,
     "held_in_fraction": 0.2,
     "min_terms": 2,
-    "max_terms": 3,
+    "max_terms": 2,
     "operators": "+-",
     "keys": "pieces",
     "digits": "single",
@@ -33,16 +33,16 @@ def get_config(variant: str = "small") -> ConfigDict:
       model="augmenting/kv",
       trainable=("augmenting/kv/.*",),
       data=_data({"kv_subs": 1.0}, min_terms=1),
-      steps=1500,
-      length=20,
+      steps=700,
+      length=16,
     ),
     "anchor": common.stage(
       model="anchor",
       trainable=("anchor/.*",),
       # m_B answers directly: its own text has no keys to substitute.
       data=_data({"num_math": 1.0}),
-      steps=4000,
-      length=20,
+      steps=2200,
+      length=16,
     ),
     "compose": _compose("steps"),
     "compose_direct": _compose("direct"),
@@ -64,13 +64,14 @@ def _compose(answer: str) -> ConfigDict:
       # NUM-MATH stays as m_B learnt it.
       answer=ConfigDict({"kv_math": answer, "num_math": "direct"}),
     ),
-    steps=1000,
-    length=28,
+    steps=800,
+    length=20,
   )
 
 
 def _small(config: ConfigDict) -> None:
   config.unroll = 4
+  config.composition.num_connections = 2
   for stage in config.stages.values():
     stage.update(batch_size=128, learning_rate=2e-3)
 
@@ -84,7 +85,7 @@ def _tiny(config: ConfigDict) -> None:
     config[f"{side}_model"].update(width=32, num_layers=2, mlp_width=64)
   for stage in config.stages.values():
     stage.update(
-      steps=20, batch_size=8, length=28, warmup=5, log_every=5, eval_every=10,
+      steps=20, batch_size=8, length=20, warmup=5, log_every=5, eval_every=10,
       checkpoint_every=10,
     )  # fmt: skip
 

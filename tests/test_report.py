@@ -12,15 +12,15 @@ from calm_jax.predictions import count_by_terms
 from calm_jax.tables import MODELS
 
 TABLE1 = {
-  "kv_subs": {"augmenting": 0.991, "anchor": 0.0, "composed": 0.95},
-  "num_math": {"augmenting": 0.03, "anchor": 0.9, "composed": 0.88},
+  "kv_subs": {"augmenting": 99.1, "anchor": 0.0, "composed": 95.0},
+  "num_math": {"augmenting": 3.0, "anchor": 90.0, "composed": 88.0},
   "kv_math": {
     "augmenting": 0.0,
-    "anchor": 0.001,
-    "composed": 0.9,
-    "composed_held_in": 0.97,
-    "composed_mixed": 0.91,
-    "composed_held_out": 0.75,
+    "anchor": 0.1,
+    "composed": 75.0,
+    "composed_held_in": 97.0,
+    "composed_mixed": 91.0,
+    "composed_held_out": 75.0,
   },
 }
 RESULTS = {
@@ -32,7 +32,7 @@ RESULTS = {
     "composition_paper_count": 64_000,
   },
   "seconds": {"augmenting": 12.34, "compose": 3720.0},
-  "examples": {"kv_math": 2000},
+  "examples": 2000,
   "answer": "steps",
 }
 PERPLEXITY = {
@@ -100,14 +100,14 @@ def test_table1_sets_the_paper_beside_ours():
 
 
 def test_table1_without_kinds_or_models():
-  rows = report.table1_rows({"table1": {"kv_math": {"composed": 0.5}}})
+  rows = report.table1_rows({"table1": {"kv_math": {"composed": 50.0}}})
   assert rows[0] == ("KV-SUBS", "98.1 / –", "0.0 / –", "92.9 / –")
   assert rows[2:] == [("KV-MATH", "0.7 / –", "0.0 / –", "84.3 / 50.0")]
 
 
-@pytest.mark.parametrize("accuracy", [98.1, -0.1, math.nan])
-def test_an_accuracy_is_a_fraction(accuracy):
-  with pytest.raises(InputError, match="fractions"):
+@pytest.mark.parametrize("accuracy", [100.1, -0.1, math.nan])
+def test_an_accuracy_is_in_percent(accuracy):
+  with pytest.raises(InputError, match="percent"):
     report.table1_rows({"table1": {"kv_subs": {"anchor": accuracy}}})
 
 
@@ -116,16 +116,24 @@ def test_printed_table1_has_the_costs():
   assert "84.3 / 75.0" in text
   assert "1,000,000" in text and "8.0%" in text and "6.4%" in text
   assert "12.3 s" in text and "1 h 02 min" in text
-  assert "kv_math 2,000" in text
+  assert "2,000 of each kind" in text
 
 
 def test_other_runs_stand_beside_this_one():
   other = {
-    "direct": {"kv_math": {"composed": 0.5}},
-    "steps": {"kv_math": {"composed_held_out": 0.4, "composed_mixed": 0.6}},
+    "shorter": {"table1": {"kv_math": {"composed": 50.0}}, "answer": "direct"},
+    "mixed": {
+      "table1": {"kv_math": {"composed_held_out": 40, "composed_mixed": 60}}
+    },
+    "text": {"perplexity": {}},
   }
   made = report.tables(RESULTS | {"other_runs": other})[1]
-  assert made.header == ("data set", "steps", "direct", "steps (other)")
+  assert made.header == (
+    "data set",
+    "this run, steps",
+    "shorter, direct",
+    "mixed",
+  )
   rows = {row[0]: row[1:] for row in made.rows}
   assert rows["KV-SUBS"] == ("95.0", "–", "–")
   assert rows["KV-MATH, all keys held-out"] == ("75.0", "50.0", "40.0")
@@ -143,6 +151,19 @@ def test_perplexity_stresses_the_best_of_each_row():
   assert "code [py]" in printed(
     report.print_results, {"perplexity": PERPLEXITY}
   )
+
+
+def test_scores_of_other_runs_are_columns():
+  results = {
+    "perplexity": {"text": {"composed": 5.0}},
+    "bits_per_byte": {"text": {"composed": 0.9876}},
+    "other_runs": {"lora": {"perplexity": {"text": {"composed": 4.0}}}},
+  }
+  scores, bits = report.tables(results)
+  assert scores.header[-2:] == ("composed", "composed, lora")
+  assert scores.rows == [("text", "–", "–", "5.00", "4.00")]
+  assert scores.bold == {(0, 4)}
+  assert bits.rows == [("text", "–", "–", "0.988")]
 
 
 def test_results_without_a_section():
@@ -165,9 +186,7 @@ def test_wilson_interval():
 
 def test_report_embeds_the_figures_and_examples(workdir):
   configuration = {"seed": 0, "compose": {"learning_rate": 1e-3}}
-  path = report.write_report(
-    workdir, RESULTS | {"configuration": configuration}
-  )
+  path = report.write_report(workdir, RESULTS | {"config": configuration})
   text = path.read_text(encoding="utf-8")
   for name in ("accuracy", "attention", "loss"):
     assert f"](figures/{name}.png)" in text
@@ -205,13 +224,13 @@ def test_results_json_holds_numpy_and_infinite_numbers(tmp_path):
   results = {
     "perplexity": {"a": {"anchor": np.float32(2.5), "composed": math.inf}},
     "parameters": {"anchor": np.int64(7)},
-    "configuration": {"dtype": np.float32, "layers": (1, np.arange(2))},
+    "config": {"dtype": np.float32, "layers": (1, np.arange(2))},
   }
   report.write_report(tmp_path, results)
   read = json.loads((tmp_path / "results.json").read_text())
   assert read["perplexity"]["a"] == {"anchor": 2.5, "composed": "Infinity"}
   assert read["parameters"] == {"anchor": 7}
-  assert read["configuration"]["layers"] == [1, [0, 1]]
+  assert read["config"]["layers"] == [1, [0, 1]]
   # Written once, read back, and the same tables again.
   assert report.tables(read) == report.tables(results)
 
@@ -233,18 +252,22 @@ def test_stages_are_in_the_order_they_were_run(workdir):
 def test_predictions_are_counted_by_number_of_terms(tmp_path):
   folder = tmp_path / "predictions"
   lines = [prediction(True, 3), prediction(False, 3), prediction(True, 6)]
-  write_lines(folder / "kv_math.composed.jsonl", lines)
+  write_lines(folder / "kv_math_held_out.composed.jsonl", lines)
   write_lines(folder / "other.set.anchor.jsonl", lines)
   no_terms = [{k: v for k, v in x.items() if k != "num_terms"} for x in lines]
   write_lines(folder / "num_math.anchor.jsonl", no_terms)
+  # Of another run: in a folder of its own, and not read.
+  write_lines(folder / "direct" / "kv_math_held_out.composed.jsonl", lines)
   read = report.read_predictions(tmp_path)
   assert list(read) == [
-    ("kv_math", "composed"),
+    ("kv_math_held_out", "composed"),
     ("num_math", "anchor"),
     ("other.set", "anchor"),
   ]
   counts = count_by_terms(read)
-  assert counts == {"KV-MATH": {"composed": {3: (1, 2), 6: (1, 1)}}}
+  assert counts == {
+    "KV-MATH, all keys held-out": {"composed": {3: (1, 2), 6: (1, 1)}}
+  }
 
 
 @pytest.mark.parametrize(

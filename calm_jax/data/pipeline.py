@@ -135,6 +135,15 @@ class TextSource:
     rest = f" and {more} more" if more > 0 else ""
     return f"batch {index} (epoch {epoch}): {named}{rest}"
 
+  def row_origins(self, index: int) -> list[list[str]]:
+    """The origins of the examples in each of this process's rows."""
+    return [
+      list(self._segments.origins[self._bounds[r] : self._bounds[r + 1]])
+      if r >= 0
+      else []
+      for r in self._row_ids(index)[self._rows]
+    ]
+
   @functools.cached_property
   def fingerprint(self) -> str:
     """Names the sequence of global batches, whatever the number of hosts."""

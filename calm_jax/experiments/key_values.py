@@ -14,8 +14,8 @@ from calm_jax.evals.base import write_rows
 from calm_jax.evals.exact_match import exact_match
 from calm_jax.language_model import LanguageModel, with_bos
 
-# Column of Table 1 -> the keys that its expressions are drawn from.
-SPLITS = {"held_in": "held_in", "mixed": "mixed", "held_out": "held_out"}
+# Which keys the expressions of an evaluation set are drawn from.
+SPLITS = ("held_in", "mixed", "held_out")
 _EVAL_SEED = 1_000_003
 
 
@@ -105,11 +105,12 @@ class KeyValues:
     for task in arithmetic.TASKS:
       table[task] = {}
       for column, model in models.items():
-        splits = ["held_out"]
+        splits = SPLITS[-1:]
         if task == "kv_math" and column == "composed":
-          splits = list(SPLITS)
+          splits = SPLITS
         for split in splits:
-          name = f"{prefix}{task}.{split}.{column}.jsonl"
+          kind = f"_{split}" if task == "kv_math" else ""
+          name = f"{prefix}{task}{kind}.{column}.jsonl"
           accuracy = self._accuracy(name, model, task, split, answer)
           if len(splits) > 1:
             table[task][f"{column}_{split}"] = accuracy

@@ -119,7 +119,7 @@ class Text:
         for name, value in outcome.metrics.items():
           table[name][set_name][column] = value
         write_rows(
-          self.workdir / "predictions" / f"{prefix}{set_name}.{column}.jsonl",
+          self.workdir / "scores" / f"{prefix}{set_name}.{column}.jsonl",
           outcome.rows,
         )
     return table
@@ -152,10 +152,10 @@ class Text:
     sums: dict[str, np.ndarray] = {}
     for i in range(len(source)):
       nats_B, tokens_B = jax.device_get(score(model.tree, model.spec, source[i]))
-      for origin, *both in zip(
-        source.row_origins(i), nats_B, tokens_B, strict=False
-      ):
-        sums[origin] = sums.get(origin, np.zeros(2)) + np.array(both)
+      rows = zip(source.row_origins(i), nats_B, tokens_B, strict=True)
+      for origins, *both in rows:
+        for origin in origins:  # one, or none in a row of padding
+          sums[origin] = sums.get(origin, np.zeros(2)) + np.array(both)
     return [tuple(map(float, sums[e.origin])) for e in examples]
 
   def look(self, model: LanguageModel, data: dict) -> dict[str, np.ndarray]:

@@ -23,13 +23,15 @@ class ModelConfig:
     head_dim: H, width of one head.
     mlp_width: F, hidden width of the gated MLP.
     max_length: longest sequence the model was made for, in tokens.
-    activation: non-linearity of the MLP's gate, a name in `jax.nn`.
+    activation: non-linearity of the MLP's gate: "silu", "relu", or "gelu"
+      (its tanh approximation); a name in `jax.nn`.
     norm_eps: added to the mean square inside the RMS norm.
     rope_theta: base of the rotary frequencies.
     tie_embeddings: whether the head is the embedding table, transposed.
     attention_bias: whether q, k, v and the output projection have biases.
     mlp_bias: whether the three matrices of the MLP have biases.
-    dtype: dtype of the computation; norms, softmax and logits are float32.
+    dtype: dtype of the computation; norms, softmax and logits are float32
+      at least.
     unroll: layers compiled out per step of the scan over layers; more is
       faster for small models on a CPU, and compiles for longer.
   """
@@ -93,6 +95,13 @@ _NO_ARITHMETIC = {
 }  # fmt: skip
 
 
+# transformers' names of activations; its "gelu" is the exact one, which differs
+# from `jax.nn.gelu` and is not computed here.
+ACTIVATIONS = {
+  "silu": "silu", "swish": "silu", "relu": "relu", "gelu_pytorch_tanh": "gelu"
+}  # fmt: skip
+
+
 def _llama(hf: dict[str, Any]) -> ModelConfig:
   unknown = set(hf) - _LLAMA_USED - set(_LLAMA_ONLY) - _NO_ARITHMETIC
   if unknown:
@@ -115,6 +124,12 @@ def _llama(hf: dict[str, Any]) -> ModelConfig:
   theta = rope.pop("rope_theta", hf.get("rope_theta", 10_000.0))
   if rope:
     raise InputError(f"rope_parameters has unknown options: {sorted(rope)}")
+  activation = hf.get("hidden_act", "silu")
+  if activation not in ACTIVATIONS:
+    raise InputError(
+      f"config.json of a llama asks for hidden_act={activation!r}, which is "
+      f"not computed here (only {sorted(ACTIVATIONS)})"
+    )
   num_heads = hf["num_attention_heads"]
   return ModelConfig(
     vocab_size=hf["vocab_size"],
@@ -125,7 +140,7 @@ def _llama(hf: dict[str, Any]) -> ModelConfig:
     head_dim=hf.get("head_dim") or hf["hidden_size"] // num_heads,
     mlp_width=hf["intermediate_size"],
     max_length=hf.get("max_position_embeddings", 2048),
-    activation=hf.get("hidden_act", "silu"),
+    activation=ACTIVATIONS[activation],
     norm_eps=hf.get("rms_norm_eps", 1e-6),
     rope_theta=float(theta),
     tie_embeddings=hf.get("tie_word_embeddings", False),

@@ -16,7 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.layers import Block, Context, Linear, RMSNorm, rope_tables
+from calm_jax.models.layers import (
+  Block,
+  Context,
+  Linear,
+  RMSNorm,
+  at_least_float32,
+  rope_tables,
+)
 
 Array = jax.Array
 
@@ -158,14 +165,15 @@ def run_layers(
 
 
 def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:
-  """Logits after the last layer, float32 [B, L, V]."""
+  """Logits after the last layer, float32 or more [B, L, V]."""
   x = RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x_BLD)
   if config.tie_embeddings:
     kernel = params["embed"]["embedding"].T
   else:
     kernel = params["head"]["kernel"]
   flat = x.reshape(-1, x.shape[-1]) @ kernel.astype(config.dtype)
-  return flat.reshape(*x.shape[:-1], -1).astype(jnp.float32)
+  logits_BLV = flat.reshape(*x.shape[:-1], -1)
+  return logits_BLV.astype(at_least_float32(config.dtype))
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> dict:

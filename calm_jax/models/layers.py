@@ -40,15 +40,20 @@ class Linear(nn.Module):
     return y.reshape(*x.shape[:-1], self.features)
 
 
+def at_least_float32(dtype):
+  """What norms, angles, softmax and logits are computed in."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
 class RMSNorm(nn.Module):
-  """x / rms(x) * scale, in float32; the result has the dtype of x."""
+  """x / rms(x) * scale, in float32 or more; the result is of x's dtype."""
 
   eps: float
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-    x32 = x.astype(jnp.float32)
+    x32 = x.astype(at_least_float32(x.dtype))
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     y = x32 * jax.lax.rsqrt(mean_square + self.eps)
     return (y * scale).astype(x.dtype)
@@ -58,7 +63,7 @@ class Context(NamedTuple):
   """What every layer needs to know of the sequence.
 
   Attributes:
-    rope: (cos, sin), each float32 [B, L, 1, H/2].
+    rope: (cos, sin), each float32 or more [B, L, 1, H/2].
     mask: bool [B, 1, L, S], True where query l may read key s.
     index: int32 [], the cache's slot of the first query; None without a cache.
   """
@@ -69,21 +74,35 @@ class Context(NamedTuple):
 
 
 def rope_tables(positions_BL: Array, config: ModelConfig):
-  """Cosines and sines of the rotary angles, float32 [B, L, 1, H/2] each."""
-  half = config.head_dim // 2
-  frequencies = config.rope_theta ** (
-    -jnp.arange(half, dtype=jnp.float32) / half
-  )
-  angles = positions_BL[..., None, None].astype(jnp.float32) * frequencies
+  """Cosines and sines of the rotary angles, [B, L, 1, H/2] each."""
+  half, dtype = config.head_dim // 2, at_least_float32(config.dtype)
+  frequencies = config.rope_theta ** (-jnp.arange(half, dtype=dtype) / half)
+  angles = positions_BL[..., None, None].astype(dtype) * frequencies
   return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x_BLNH: Array, rope: tuple[Array, Array]) -> Array:
   """Rotates pairs (h, h + H/2) by the angle of their position."""
   cos, sin = rope
-  a, b = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
+  a, b = jnp.split(x_BLNH.astype(cos.dtype), 2, axis=-1)
   y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return y.astype(x_BLNH.dtype)
+
+
+def dot_product_attention(
+  q_BLNH: Array, k_BSKH: Array, v_BSKH: Array, mask_B1LS: Array
+) -> Array:
+  """Softmax attention, [B, L, N, H]; each key head serves N / K queries."""
+  if q_BLNH.dtype != jnp.float64:
+    return jax.nn.dot_product_attention(q_BLNH, k_BSKH, v_BSKH, mask=mask_B1LS)
+  # The library's softmax is never more than float32, too coarse for gradients
+  # to be checked against finite differences: float64 is spelled out.
+  group = q_BLNH.shape[2] // k_BSKH.shape[2]
+  k_BSNH, v_BSNH = (jnp.repeat(x, group, axis=2) for x in (k_BSKH, v_BSKH))
+  scores = jnp.einsum("blnh,bsnh->bnls", q_BLNH, k_BSNH)
+  scores = scores / q_BLNH.shape[-1] ** 0.5
+  scores = jnp.where(mask_B1LS, scores, jnp.finfo(scores.dtype).min)
+  return jnp.einsum("bnls,bsnh->blnh", jax.nn.softmax(scores), v_BSNH)
 
 
 class Attention(nn.Module):
@@ -111,9 +130,7 @@ class Attention(nn.Module):
         "value": update(cache["value"], v_BSKH[None], at),
       }
       k_BSKH, v_BSKH = cache["key"][layer], cache["value"][layer]
-    out_BLNH = jax.nn.dot_product_attention(
-      q_BLNH, k_BSKH, v_BSKH, mask=context.mask
-    )
+    out_BLNH = dot_product_attention(q_BLNH, k_BSKH, v_BSKH, context.mask)
     out = Linear(D, c.attention_bias, c.dtype, name="output")
     return out(out_BLNH.reshape(B, L, -1)), cache
 

@@ -1,0 +1,175 @@
+"""Folders of Hugging Face checkpoints: found, downloaded, opened.
+
+safetensors only: a pickled checkpoint (*.bin, *.pt) runs any code it likes
+when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import numpy as np
+import safetensors
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from calm_jax.errors import InputError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_HUB_FILES = (
+  "model*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt"
+)  # fmt: skip
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SHOWN = 8
+
+
+def resolve(path_or_hub_id: str | os.PathLike) -> pathlib.Path:
+  """The local folder of a checkpoint, downloaded first if need be.
+
+  Args:
+    path_or_hub_id: a folder, or an id on the Hugging Face hub, `org/name`.
+      Only safetensors, JSON and tokenizer files are downloaded.
+
+  Raises:
+    InputError: no such folder, or the hub does not have it or cannot be
+      reached. What cannot be a hub id fails without asking the network.
+  """
+  name = str(path_or_hub_id)
+  path = pathlib.Path(name).expanduser()
+  if name and path.is_dir():
+    return path
+  if name and path.exists():
+    raise InputError(f"{name} is a file; give the folder that it is in")
+  if not _HUB_ID.fullmatch(name):
+    raise InputError(
+      f"no folder {name!r}; give one with {CONFIG} and {WEIGHTS}, or an id on "
+      "the Hugging Face hub, which looks like org/name"
+    )
+  try:
+    return pathlib.Path(
+      huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_FILES))
+    )
+  except (OSError, HfHubHTTPError, HFValidationError) as error:
+    raise InputError(
+      f"cannot get {name}: there is no such folder here, and the Hugging Face "
+      f"hub answered: {error}\nCheck the spelling and the network; a gated "
+      f"model needs `hf auth login`; without a network, run `hf download "
+      f"{name} --local-dir FOLDER` elsewhere and give FOLDER"
+    ) from error
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """A JSON object; InputError if the file is missing or anything else."""
+  try:
+    read = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError as error:
+    raise InputError(
+      f"{path} is missing: {path.parent} holds no Hugging Face checkpoint"
+    ) from error
+  except (OSError, ValueError) as error:
+    raise InputError(f"{path} is not readable JSON: {error}") from error
+  if not isinstance(read, dict):
+    raise InputError(f"{path} is not a JSON object but {type(read).__name__}")
+  return read
+
+
+def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  single, index = folder / WEIGHTS, folder / INDEX
+  if single.exists() and index.exists():
+    raise InputError(
+      f"{folder} has both {WEIGHTS} and {INDEX}: two sets of weights; move "
+      "one of them away"
+    )
+  if single.exists():
+    return [single]
+  if index.exists():
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+      raise InputError(f"{index} has no weight_map from tensors to files")
+    names = sorted({str(s) for s in shards.values()})
+    for name in names:
+      if pathlib.PurePath(name).name != name:
+        raise InputError(f"{index} names a file outside its folder: {name!r}")
+      if not (folder / name).exists():
+        raise InputError(
+          f"{index} names {name}, which is missing; the download may not have "
+          "finished"
+        )
+    return [folder / name for name in names]
+  others = sorted(p.name for p in folder.glob("*.safetensors"))
+  pickled = sorted(
+    p.name
+    for p in folder.glob("*")
+    if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+  )
+  if others:
+    raise InputError(
+      f"{folder} has neither {WEIGHTS} nor {INDEX}, only {others[:_SHOWN]}"
+    )
+  if pickled:
+    raise InputError(
+      f"{folder} has weights as {pickled[:_SHOWN]} only. These are pickles, "
+      "which run any code they hold when read, so they are never opened here: "
+      "convert them to safetensors, with transformers where you trust them: "
+      "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)"
+    )
+  raise InputError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}")
+
+
+def _open(path: pathlib.Path):
+  try:
+    return safetensors.safe_open(path, framework="np")
+  except (OSError, safetensors.SafetensorError) as error:
+    hint = "truncated or not safetensors; download it again"
+    if path.is_file():
+      with path.open("rb") as f:
+        if f.read(40).startswith(b"version https://git-lfs"):
+          hint = "only git-lfs's pointer to the file; run `git lfs pull`"
+    raise InputError(f"cannot read {path}: {hint} ({error})") from error
+
+
+class Tensor(NamedTuple):
+  """A tensor in an open file."""
+
+  name: str
+  file: Any
+  path: pathlib.Path
+
+  def shape(self) -> tuple[int, ...]:
+    return tuple(self.file.get_slice(self.name).get_shape())
+
+  def dtype(self) -> str:
+    return self.file.get_slice(self.name).get_dtype()
+
+  def read(self) -> np.ndarray:
+    try:
+      return self.file.get_tensor(self.name)
+    except (OSError, safetensors.SafetensorError) as error:
+      raise InputError(f"cannot read {self}: {error}") from error
+
+  def __str__(self) -> str:
+    return f"{self.name} {list(self.shape())} ({self.path.name})"
+
+
+def open_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
+  """All tensors of a checkpoint by name; none is read yet.
+
+  Raises:
+    InputError: there are no weights, they are pickled, a file is missing or
+      corrupt, or two files hold the same tensor.
+  """
+  found: dict[str, Tensor] = {}
+  for path in _weight_files(folder):
+    file = _open(path)
+    for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+      tensor = Tensor(name, file, path)
+      if name in found:
+        raise InputError(f"two files hold one tensor: {found[name]}, {tensor}")
+      found[name] = tensor
+  return found

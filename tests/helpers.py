@@ -1,0 +1,149 @@
+"""Layouts of token rows, and small random models, for the tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from calm_jax import composition
+from calm_jax.composition import Augmenting, Composition, Connection, Sequence
+from calm_jax.models import decoder
+from calm_jax.models.config import ModelConfig
+
+
+def rows(*rows_of_parts, length: int) -> Sequence:
+  """Rows of parts: an array is a segment, an int that many pads."""
+  shape = (len(rows_of_parts), length)
+  out = Sequence(*(np.zeros(shape, np.int32) for _ in range(3)))
+  for row, parts in enumerate(rows_of_parts):
+    at = segment = 0
+    for part in parts:
+      if isinstance(part, int):
+        at += part
+        continue
+      segment += 1
+      here = slice(at, at + len(part))
+      out.tokens[row, here] = part
+      out.segments[row, here] = segment
+      out.positions[row, here] = np.arange(len(part))
+      at += len(part)
+  return out
+
+
+def layouts(a, b, length: int) -> dict[str, tuple[Sequence, dict]]:
+  """Two sequences in every layout, with where each then is.
+
+  Returns:
+    {layout: (rows [2, length], {(row, first slot): the sequence there})}.
+  """
+  A, B = length - len(a), length - len(b)
+  return {
+    "right": (rows([a, A], [b, B], length=length), {(0, 0): a, (1, 0): b}),
+    "left": (rows([A, a], [B, b], length=length), {(0, A): a, (1, B): b}),
+    "packed": (
+      rows([a, b], [b, a], length=length),
+      {(0, 0): a, (0, len(a)): b, (1, 0): b, (1, len(b)): a},
+    ),
+  }
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def decode_rows(params, config: ModelConfig, sequence: Sequence):
+  """Logits [B, L, V] of one model by itself."""
+  mask = decoder.self_attention_mask(sequence.segments, sequence.segments)
+  context = decoder.make_context(config, sequence.positions, mask)
+  x = decoder.embed(params, config, sequence.tokens)
+  x, _ = decoder.run_layers(params, config, x, context)
+  return decoder.logits(params, config, x)
+
+
+composed = jax.jit(
+  lambda params, spec, sequence, **kw: composition.forward(
+    params, spec, sequence, **kw
+  )[0],
+  static_argnums=1,
+)
+
+
+def random_params(shapes, seed: int):
+  """What `init` does, from numpy: it compiles nothing."""
+  random = np.random.default_rng(seed)
+
+  def one(path, leaf):
+    noise = random.standard_normal(leaf.shape)
+    if path[-1].key == "scale":
+      value = 1 + 0.1 * noise
+    else:
+      value = noise / leaf.shape[-2 if path[-1].key == "kernel" else -1] ** 0.5
+    return jnp.asarray(value, leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def model(seed: int, **changes) -> tuple[ModelConfig, dict]:
+  """A small random decoder: 4 layers, grouped heads, odd vocabulary."""
+  config = ModelConfig(
+    **{
+      "vocab_size": 61, "width": 32, "num_layers": 4, "num_heads": 4,
+      "num_kv_heads": 2, "head_dim": 8, "mlp_width": 40, "rope_theta": 100.0,
+    } | changes
+  )  # fmt: skip
+  return config, random_params(decoder.param_shapes(config), seed)
+
+
+def compose(
+  names=("kv",), connections=((2, 2), (3, 4)), seed: int = 0, **options
+) -> tuple[Composition, dict]:
+  """A composition; the augmenting models have 3 layers of width 24.
+
+  W^O is random too, unlike that of `composition.init`: a trained one.
+  """
+  anchor, anchor_params = model(1)
+  parts, subtrees = [], {}
+  for i, name in enumerate(names):
+    config, subtrees[name] = model(
+      10 + i, width=24, num_layers=3, num_heads=3, num_kv_heads=1
+    )
+    pairs = tuple(Connection(*c) for c in connections)
+    parts.append((name, Augmenting(config, pairs, **options)))
+  spec = Composition(anchor, tuple(parts))
+  params = {
+    "anchor": anchor_params,
+    "augmenting": subtrees,
+    "composition": random_params(theta_shapes(spec), seed),
+  }
+  return spec, params
+
+
+def theta_shapes(spec: Composition):
+  """The composition subtree as ShapeDtypeStructs."""
+  return jax.eval_shape(lambda: composition.init(jax.random.key(0), spec))
+
+
+def fresh(spec: Composition, params: dict) -> dict:
+  """The tree before training: a composition subtree from `init`."""
+  init = jax.jit(composition.init, static_argnums=1)
+  return params | {"composition": init(jax.random.key(3), spec)}
+
+
+def in_dtype(params, dtype: str):
+  """All leaves in another dtype."""
+  return jax.tree.map(lambda p: jnp.asarray(p, dtype), params)
+
+
+def retype(spec: Composition, **changes) -> Composition:
+  """The same composition with other fields in every model's config."""
+  return Composition(
+    dataclasses.replace(spec.anchor, **changes),
+    tuple(
+      (
+        n,
+        dataclasses.replace(a, config=dataclasses.replace(a.config, **changes)),
+      )
+      for n, a in spec.augmenting
+    ),
+  )
