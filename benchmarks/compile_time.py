@@ -1,6 +1,6 @@
 """Seconds to compile a composition's training step, by depth of the anchor.
 
-  python benchmarks/compile_time.py [--width 256] [--repeats 3]
+  python -m benchmarks.compile_time [--width 256] [--repeats 3]
 
 Layers run in a scan, so 48 should cost about what 12 do; the target is a
 ratio of 1.5 at most.
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from calm_jax import composition, losses
-from calm_jax.composition import Augmenting, Composition, Connection
+from calm_jax.connections import Augmenting, Composition, Connection
 from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
 

@@ -10,13 +10,16 @@ width, N heads, H head width, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from calm_jax.connections import (
+  Augmenting,
+  Composition,
+)
 from calm_jax.errors import InputError
 from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
@@ -28,63 +31,6 @@ from calm_jax.models.layers import (
 )
 
 Array = jax.Array
-VISIBILITIES = ("causal", "encoder", "unmasked")
-
-
-class Connection(NamedTuple):
-  """A pair of layers, counted from 1, each tapped after its block."""
-
-  augmenting: int
-  anchor: int
-
-  @property
-  def name(self) -> str:
-    return f"layer_{self.augmenting}_to_{self.anchor}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Augmenting:
-  """One augmenting model and how it is joined to the anchor.
-
-  Attributes:
-    config: the model's architecture.
-    connections: pairs of layers; see `default_connections`.
-    visibility: which of its tokens an anchor position may attend to:
-      "causal" (up to and including itself), "encoder" (the prompt only, the
-      ablation of §4.4), "unmasked" (all; leaks the targets in training).
-    norm: RMS norm before the query and before the projection; the paper has
-      none.
-    output_init: W^O at the start: "zeros" (the composed model starts as the
-      anchor exactly) or "normal".
-  """
-
-  config: ModelConfig
-  connections: tuple[Connection, ...]
-  visibility: str = "causal"
-  norm: bool = True
-  output_init: str = "zeros"
-
-  def __post_init__(self):
-    if self.visibility not in VISIBILITIES:
-      raise InputError(
-        f"visibility={self.visibility!r} is none of {VISIBILITIES}"
-      )
-    if self.output_init not in ("zeros", "normal"):
-      raise InputError(
-        f"output_init={self.output_init!r} is neither 'zeros' nor 'normal'"
-      )
-
-
-@dataclasses.dataclass(frozen=True)
-class Composition:
-  """An anchor and any number of named augmenting models; none is fine too."""
-
-  anchor: ModelConfig
-  augmenting: tuple[tuple[str, Augmenting], ...] = ()
-
-  def __post_init__(self):
-    for name, augmenting in self.augmenting:
-      check_connections(name, augmenting, self.anchor)
 
 
 class Sequence(NamedTuple):
@@ -105,52 +51,6 @@ def plain_sequence(tokens_BL: Array) -> Sequence:
     jnp.arange(tokens_BL.shape[1]), tokens_BL.shape
   )
   return Sequence(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)
-
-
-def default_connections(
-  num_augmenting_layers: int, num_anchor_layers: int, n: int | None = None
-) -> tuple[Connection, ...]:
-  """Evenly spaced connections (§3.1, §4): N_A/n = 4 unless n is given.
-
-  The k-th joins layer round(k N_A / n) to layer round(k N_B / n), so that the
-  last joins the two last layers.
-
-  Raises:
-    InputError: more connections than one of the models has layers.
-  """
-  n = max(1, num_augmenting_layers // 4) if n is None else n
-  if not 1 <= n <= min(num_augmenting_layers, num_anchor_layers):
-    raise InputError(
-      f"{n} connections are impossible between {num_augmenting_layers} "
-      f"augmenting and {num_anchor_layers} anchor layers: give between 1 and "
-      f"{min(num_augmenting_layers, num_anchor_layers)}"
-    )
-
-  def nearest(k, layers):  # halves go up, unlike Python's round
-    return (2 * k * layers + n) // (2 * n)
-
-  return tuple(
-    Connection(nearest(k, num_augmenting_layers), nearest(k, num_anchor_layers))
-    for k in range(1, n + 1)
-  )
-
-
-def check_connections(name: str, augmenting: Augmenting, anchor: ModelConfig):
-  """Raises InputError unless every connection joins two layers that exist."""
-  layers = augmenting.config.num_layers, anchor.num_layers
-  if not augmenting.connections:
-    raise InputError(f"augmenting model {name!r} has no connection")
-  for connection in augmenting.connections:
-    for side, layer, count in zip(
-      ("augmenting", "anchor"), connection, layers, strict=True
-    ):
-      if not 1 <= layer <= count:
-        raise InputError(
-          f"connection {tuple(connection)} of {name!r} is impossible: the "
-          f"{side} model has layers 1 to {count}, not {layer}"
-        )
-  if len(set(augmenting.connections)) != len(augmenting.connections):
-    raise InputError(f"{name!r} has the same connection twice")
 
 
 class CrossAttention(nn.Module):
@@ -245,15 +145,6 @@ def init(rng: Array, spec: Composition) -> dict:
       )
       params[name][connection.name] = variables["params"]
   return params
-
-
-def paper_count(spec: Composition) -> int:
-  """Parameters added, by the formula of Appendix C.1, which forgets W^O."""
-  D = spec.anchor.width
-  return sum(
-    len(a.connections) * (a.config.width * D + 3 * D * D)
-    for _, a in spec.augmenting
-  )
 
 
 def visible_tokens(

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm_jax import composition
-from calm_jax.composition import Composition, Sequence
+from calm_jax.composition import Sequence
+from calm_jax.connections import Composition
 from calm_jax.errors import InputError
 
 Array = jax.Array
@@ -122,7 +123,7 @@ def generate(
   *,
   max_new_tokens: int,
   stop: int | None,
-  sampler: Sampler = Sampler(),  # noqa: B008 (frozen)
+  sampler: Sampler = Sampler(),
   seed: int = 0,
   batch_size: int = 64,
 ) -> list[list[int]]:

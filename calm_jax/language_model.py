@@ -11,7 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm_jax import composition, decode, tree
-from calm_jax.composition import Augmenting, Composition, Connection
+from calm_jax.connections import (
+  Augmenting,
+  Composition,
+  Connection,
+  default_connections,
+)
 from calm_jax.errors import InputError
 from calm_jax.models import hf
 from calm_jax.tokenizer import Tokenizer, load_tokenizer
@@ -140,8 +145,7 @@ class LanguageModel:
       batch_size=batch_size,
     )
     return [
-      tokenizer.decode_continuation(p, n)
-      for p, n in zip(ids, new, strict=True)
+      tokenizer.decode_continuation(p, n) for p, n in zip(ids, new, strict=True)
     ]
 
   def cross_attention(self, ids: list[int]) -> dict[str, np.ndarray]:
@@ -259,7 +263,7 @@ def compose(
 def join(augmenting, anchor, connections=None, **options) -> Augmenting:
   """An `Augmenting` from two configs; connections as `compose` takes them."""
   if connections is None or isinstance(connections, int):
-    connections = composition.default_connections(
+    connections = default_connections(
       augmenting.num_layers, anchor.num_layers, connections
     )
   pairs = tuple(Connection(*pair) for pair in connections)

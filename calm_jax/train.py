@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from calm_jax import cli, composition, language_model, report, trainer
-from calm_jax.composition import Composition
+from calm_jax.connections import Composition, paper_count
 from calm_jax.errors import InputError
 from calm_jax.experiments.key_values import KeyValues, KeyValueTask
 from calm_jax.experiments.text import Text, TextTask
@@ -105,7 +105,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
       "anchor": columns["anchor"].num_params,
       "augmenting": columns["augmenting"].num_params,
       "composition": columns["composed"].num_composition_params,
-      "composition_paper_count": composition.paper_count(spec),
+      "composition_paper_count": paper_count(spec),
     },
     "seconds": seconds,
     "config": settings,

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import optax
 
 from calm_jax import checkpoint, composition, losses, optim, tree
-from calm_jax.composition import Composition, Sequence
+from calm_jax.composition import Sequence
+from calm_jax.connections import Composition
 from calm_jax.data import pipeline
 from calm_jax.errors import InputError
 from calm_jax.metrics import MetricWriter, Progress
@@ -104,9 +105,7 @@ def make_step(
   """
 
   def piece_loss(trainable, frozen, piece, total):
-    part, params = composition.alone(
-      spec, tree.merge(trainable, frozen), model
-    )
+    part, params = composition.alone(spec, tree.merge(trainable, frozen), model)
     return row_losses(params, part, piece)[0].sum() / total
 
   def gradients(trainable, frozen, batch):
@@ -154,9 +153,7 @@ def make_eval(spec: Composition, model: str) -> Callable:
 
   @jax.jit
   def evaluate(trainable, frozen, batch):
-    part, params = composition.alone(
-      spec, tree.merge(trainable, frozen), model
-    )
+    part, params = composition.alone(spec, tree.merge(trainable, frozen), model)
     loss_B, weight_B = row_losses(params, part, batch)
     return loss_B.sum(), weight_B.sum()
 

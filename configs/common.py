@@ -5,43 +5,49 @@ from ml_collections import ConfigDict
 
 def model(**changes) -> ConfigDict:
   """A decoder trained from scratch; see calm_jax.models.config."""
-  return ConfigDict({
-    "width": 128,
-    "num_layers": 4,
-    "num_heads": 4,
-    "num_kv_heads": 4,
-    "mlp_width": 352,
-    "max_length": 512,
-    "tie_embeddings": False,
-  } | changes)
+  return ConfigDict(
+    {
+      "width": 128,
+      "num_layers": 4,
+      "num_heads": 4,
+      "num_kv_heads": 4,
+      "mlp_width": 352,
+      "max_length": 512,
+      "tie_embeddings": False,
+    }
+    | changes
+  )
 
 
 def stage(**changes) -> ConfigDict:
   """One run of the training loop; see calm_jax.trainer.Stage."""
-  return ConfigDict({
-    "model": "composed",
-    "trainable": ("composition/.*",),
-    "data": ConfigDict(),
-    "steps": 1000,
-    "batch_size": 64,
-    "length": 128,
-    "accumulate": 1,
-    "learning_rate": 1e-3,
-    "schedule": "cosine",
-    "warmup": 50,
-    "final": 0.05,
-    "b1": 0.9,
-    "b2": 0.98,
-    "eps": 1e-8,
-    "weight_decay": 0.01,
-    "decay": "kernel|embedding",
-    "clip": 1.0,
-    "log_every": 20,
-    "eval_every": 500,
-    "checkpoint_every": 500,
-    "keep_last": 2,
-    "keep_best": 1,
-  } | changes)
+  return ConfigDict(
+    {
+      "model": "composed",
+      "trainable": ("composition/.*",),
+      "data": ConfigDict(),
+      "steps": 1000,
+      "batch_size": 64,
+      "length": 128,
+      "accumulate": 1,
+      "learning_rate": 1e-3,
+      "schedule": "cosine",
+      "warmup": 50,
+      "final": 0.05,
+      "b1": 0.9,
+      "b2": 0.98,
+      "eps": 1e-8,
+      "weight_decay": 0.01,
+      "decay": "kernel|embedding",
+      "clip": 1.0,
+      "log_every": 20,
+      "eval_every": 500,
+      "checkpoint_every": 500,
+      "keep_last": 2,
+      "keep_best": 1,
+    }
+    | changes
+  )
 
 
 def get_config() -> ConfigDict:
@@ -60,15 +66,17 @@ def get_config() -> ConfigDict:
   config.augmenting_name = "augmenting"
   config.anchor_model = model()
   config.augmenting_model = model()
-  config.composition = ConfigDict({
-    # Pairs (augmenting layer, anchor layer) counted from 1; empty: evenly
-    # spaced, num_connections of them (0: a quarter of m_A's layers, §4).
-    "connections": (),
-    "num_connections": 0,
-    "visibility": "causal",
-    "norm": True,
-    "output_init": "zeros",
-  })
+  config.composition = ConfigDict(
+    {
+      # Pairs (augmenting layer, anchor layer) counted from 1; empty: evenly
+      # spaced, num_connections of them (0: a quarter of m_A's layers, §4).
+      "connections": (),
+      "num_connections": 0,
+      "visibility": "causal",
+      "norm": True,
+      "output_init": "zeros",
+    }
+  )
   config.recipe = ("compose",)
   config.stages = ConfigDict({"compose": stage()})
   # Further compositions of the same frozen models, each from a fresh start.

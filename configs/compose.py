@@ -23,30 +23,34 @@ def get_config(variant: str = "frozen") -> ConfigDict:
   config.eval_data = ""
   # Of the anchor's own domain; empty: sampled from the anchor.
   config.anchor_eval_data = ""
-  config.task = ConfigDict({
-    "data": config.get_ref("data"),
-    "eval_data": config.get_ref("eval_data"),
-    "anchor_eval_data": config.get_ref("anchor_eval_data"),
-    "num_samples": 64,
-    "sample_tokens": 200,
-    "text_field": "text",
-    "prompt_field": "prompt",
-    "completion_field": "completion",
-    "eval_batch_size": 16,
-    "eval_length": 256,
-  })
-  config.stages = ConfigDict({
-    "augmenting": common.stage(
-      model="augmenting/augmenting",
-      trainable=("augmenting/augmenting/.*",),
-      data=_data(1.0),
-      batch_size=16,
-      length=256,
-    ),
-    "compose": common.stage(
-      data=_data(0.05), batch_size=16, length=256, steps=300
-    ),
-  })
+  config.task = ConfigDict(
+    {
+      "data": config.get_ref("data"),
+      "eval_data": config.get_ref("eval_data"),
+      "anchor_eval_data": config.get_ref("anchor_eval_data"),
+      "num_samples": 64,
+      "sample_tokens": 200,
+      "text_field": "text",
+      "prompt_field": "prompt",
+      "completion_field": "completion",
+      "eval_batch_size": 16,
+      "eval_length": 256,
+    }
+  )
+  config.stages = ConfigDict(
+    {
+      "augmenting": common.stage(
+        model="augmenting/augmenting",
+        trainable=("augmenting/augmenting/.*",),
+        data=_data(1.0),
+        batch_size=16,
+        length=256,
+      ),
+      "compose": common.stage(
+        data=_data(0.05), batch_size=16, length=256, steps=300
+      ),
+    }
+  )
   VARIANTS[variant](config)
   return config
 

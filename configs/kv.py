@@ -1,8 +1,8 @@
 """The key-value experiment of the paper (§4.1, Table 1).
 
-  configs/kv.py         for two CPU cores, about a quarter of an hour
-  configs/kv.py:paper   the paper's size, for an accelerator
-  configs/kv.py:tiny    a minute, to see that everything runs
+configs/kv.py         for two CPU cores, about a quarter of an hour
+configs/kv.py:paper   the paper's size, for an accelerator
+configs/kv.py:tiny    a minute, to see that everything runs
 """
 
 from ml_collections import ConfigDict
@@ -16,37 +16,41 @@ def get_config(variant: str = "small") -> ConfigDict:
   config.experiment = "key_values"
   config.workdir = "runs/kv"
   config.augmenting_name = "kv"
-  config.task = ConfigDict({
-    "num_keys": 999,
-    "held_in_fraction": 0.2,
-    "min_terms": 2,
-    "max_terms": 2,
-    "operators": "+-",
-    "keys": "pieces",
-    "digits": "single",
-    "num_examples": 1000,
-  })
+  config.task = ConfigDict(
+    {
+      "num_keys": 999,
+      "held_in_fraction": 0.2,
+      "min_terms": 2,
+      "max_terms": 2,
+      "operators": "+-",
+      "keys": "pieces",
+      "digits": "single",
+      "num_examples": 1000,
+    }
+  )
   config.recipe = ("augmenting", "anchor", "compose")
   config.alternatives = ("compose_direct",)
-  config.stages = ConfigDict({
-    "augmenting": common.stage(
-      model="augmenting/kv",
-      trainable=("augmenting/kv/.*",),
-      data=_data({"kv_subs": 1.0}, min_terms=1),
-      steps=700,
-      length=16,
-    ),
-    "anchor": common.stage(
-      model="anchor",
-      trainable=("anchor/.*",),
-      # m_B answers directly: its own text has no keys to substitute.
-      data=_data({"num_math": 1.0}),
-      steps=2200,
-      length=16,
-    ),
-    "compose": _compose("steps"),
-    "compose_direct": _compose("direct"),
-  })
+  config.stages = ConfigDict(
+    {
+      "augmenting": common.stage(
+        model="augmenting/kv",
+        trainable=("augmenting/kv/.*",),
+        data=_data({"kv_subs": 1.0}, min_terms=1),
+        steps=700,
+        length=16,
+      ),
+      "anchor": common.stage(
+        model="anchor",
+        trainable=("anchor/.*",),
+        # m_B answers directly: its own text has no keys to substitute.
+        data=_data({"num_math": 1.0}),
+        steps=2200,
+        length=16,
+      ),
+      "compose": _compose("steps"),
+      "compose_direct": _compose("direct"),
+    }
+  )
   VARIANTS[variant](config)
   return config
 
@@ -93,9 +97,7 @@ def _tiny(config: ConfigDict) -> None:
 def _paper(config: ConfigDict) -> None:
   config.workdir = "runs/kv_paper"
   config.dtype = "bfloat16"
-  config.task.update(
-    num_keys=25_000, min_terms=3, max_terms=6, operators="+-*"
-  )
+  config.task.update(num_keys=25_000, min_terms=3, max_terms=6, operators="+-*")
   config.anchor_model.update(
     width=768, num_layers=12, num_heads=12, num_kv_heads=12, mlp_width=2048
   )

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm_jax import composition
-from calm_jax.composition import Augmenting, Composition, Connection, Sequence
+from calm_jax.composition import Sequence
+from calm_jax.connections import Augmenting, Composition, Connection
 from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
 

@@ -12,7 +12,13 @@ import pytest
 from helpers import composed
 
 from calm_jax import composition
-from calm_jax.composition import Augmenting, Composition, Connection
+from calm_jax.connections import (
+  Augmenting,
+  Composition,
+  Connection,
+  default_connections,
+  paper_count,
+)
 from calm_jax.errors import InputError
 
 L = 8
@@ -43,7 +49,7 @@ def scramble(tokens, after: int):
   ],
 )
 def test_default_connections(layers, n, expected):
-  assert list(composition.default_connections(*layers, n)) == expected
+  assert list(default_connections(*layers, n)) == expected
 
 
 @pytest.mark.parametrize(
@@ -52,7 +58,7 @@ def test_default_connections(layers, n, expected):
 )
 def test_default_connections_that_cannot_be(layers, n):
   with pytest.raises(InputError, match="connections are impossible"):
-    composition.default_connections(*layers, n)
+    default_connections(*layers, n)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +121,7 @@ def test_paper_count_forgets_the_output():
   spec, _ = helpers.compose(norm=False)
   D = spec.anchor.width
   count = sum(x.size for x in jax.tree.leaves(helpers.theta_shapes(spec)))
-  assert composition.paper_count(spec) == count - 2 * D * D
+  assert paper_count(spec) == count - 2 * D * D
 
 
 # What it may see.

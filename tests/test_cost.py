@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from calm_jax import composition
-from calm_jax.composition import Augmenting, Composition, Connection
+from calm_jax.connections import Augmenting, Composition, Connection
 from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
 

@@ -17,6 +17,7 @@ from calm_jax.language_model import LanguageModel, with_bos
 # Which keys the expressions of an evaluation set are drawn from.
 SPLITS = ("held_in", "mixed", "held_out")
 _EVAL_SEED = 1_000_003
+_EVAL_ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,9 @@ class KeyValues:
         # The headline is all keys held out, the last of the splits.
         table[task][column] = accuracy
     return {
-      "table1": table, "answer": answer, "examples": self.task.num_examples
+      "table1": table,
+      "answer": answer,
+      "examples": self.task.num_examples,
     }
 
   def _expressions(self, split: str):
@@ -133,6 +136,15 @@ class KeyValues:
       part="eval",
     )
 
+  def _longest_answer(self) -> int:
+    """Tokens of an answer at most, one number for all sets: one program."""
+    task = self.task
+    largest = task.num_keys * task.max_terms
+    if "*" in task.operators:
+      largest = task.num_keys**task.max_terms
+    terms = "+".join([str(task.num_keys)] * task.max_terms)
+    return len(f"{terms}=-{largest}") + 1  # and EOS
+
   def _accuracy(self, name, model, task, split, answer) -> float:
     expressions = self._expressions(split)
     formats = [answer, *({"direct", "steps"} - {answer})]
@@ -143,12 +155,11 @@ class KeyValues:
       tuple(example.completion for example in same)
       for same in zip(*by_format, strict=True)
     ]
-    longest = max(len(self.tokenizer.encode(a)) for r in answers for a in r)
     outcome = exact_match(
       [example.prompt for example in by_format[0]],
       answers,
       lambda prompts: model.generate(
-        prompts, longest + 1, batch_size=min(256, self.task.num_examples)
+        prompts, self._longest_answer(), batch_size=_EVAL_ROWS
       ),
       num_terms=[example.num_terms for example in by_format[0]],
     )
@@ -162,7 +173,10 @@ class KeyValues:
       What `LanguageModel.cross_attention` does, and "prompt_length".
     """
     example = arithmetic.examples(
-      self.kv, self._expressions("held_out"), "kv_math", data["answer"]["kv_math"]
+      self.kv,
+      self._expressions("held_out"),
+      "kv_math",
+      data["answer"]["kv_math"],
     )[0]
     prompt = with_bos(self.tokenizer, self.tokenizer.encode(example.prompt))
     answer = self.tokenizer.encode_continuation(

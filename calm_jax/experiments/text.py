@@ -151,7 +151,9 @@ class Text:
     )
     sums: dict[str, np.ndarray] = {}
     for i in range(len(source)):
-      nats_B, tokens_B = jax.device_get(score(model.tree, model.spec, source[i]))
+      nats_B, tokens_B = jax.device_get(
+        score(model.tree, model.spec, source[i])
+      )
       rows = zip(source.row_origins(i), nats_B, tokens_B, strict=True)
       for origins, *both in rows:
         for origin in origins:  # one, or none in a row of padding
@@ -163,6 +165,6 @@ class Text:
     del data
     example = self.eval_sets["domain"][0]
     ids = self.tokenizer.encode(example.prompt + example.completion)
-    return model.cross_attention(with_bos(self.tokenizer, ids)[:LOOK_TOKENS]) | {
-      "prompt_length": np.array(1)
-    }
+    return model.cross_attention(
+      with_bos(self.tokenizer, ids)[:LOOK_TOKENS]
+    ) | {"prompt_length": np.array(1)}

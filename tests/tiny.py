@@ -1,0 +1,107 @@
+"""The smallest runs of the training loop, for tests and for kill_driver."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import helpers
+import jax
+import numpy as np
+
+from calm_jax import composition, trainer
+from calm_jax.connections import Augmenting, Composition, Connection
+from calm_jax.data import packing
+from configs import common
+
+SHAPE = {
+  "vocab_size": 17, "width": 8, "num_layers": 2, "num_heads": 2,
+  "num_kv_heads": 1, "head_dim": 4, "mlp_width": 8, "max_length": 64,
+}  # fmt: skip
+LENGTH = 6
+
+
+def compose(dtype: str = "float32") -> tuple[Composition, dict]:
+  """Two models of two layers and one connection, with a fresh Θ_C."""
+  anchor, anchor_params = helpers.model(1, **SHAPE, dtype=dtype)
+  other, other_params = helpers.model(2, **SHAPE, dtype=dtype)
+  spec = Composition(anchor, (("kv", Augmenting(other, (Connection(2, 1),))),))
+  params = {
+    "anchor": anchor_params,
+    "augmenting": {"kv": other_params},
+    "composition": composition.init(jax.random.key(3), spec),
+  }
+  return spec, params
+
+
+class Source:
+  """Ragged random rows; `broken` raise when read, `poisoned` are NaN."""
+
+  def __init__(self, *, batch_size=8, broken=(), poisoned=(), name="tests"):
+    self.batch_size, self.broken, self.poisoned = batch_size, broken, poisoned
+    self.fingerprint = f"{name} {batch_size}"
+
+  def __len__(self) -> int:
+    return 1000
+
+  def __getitem__(self, index: int) -> packing.Batch:
+    if index in self.broken:
+      raise OSError(f"no batch {index}")
+    random = np.random.default_rng(index)
+    rows = np.arange(self.batch_size)
+    lengths = random.integers(2, LENGTH + 1, self.batch_size)
+    batch = packing.assemble(
+      random.integers(0, SHAPE["vocab_size"], lengths.sum()),
+      lengths,
+      random.integers(1, lengths),
+      rows,
+      np.zeros_like(rows),
+      batch_size=self.batch_size,
+      length=LENGTH,
+    )
+    if index in self.poisoned:
+      batch["weights"][0] = np.nan
+    return batch
+
+  def describe(self, index: int) -> str:
+    return f"rows {index}.0 to {index}.{self.batch_size - 1} of tests"
+
+
+def stage(**changes) -> trainer.Stage:
+  """Six steps, a checkpoint after every second."""
+  return trainer.Stage(
+    **common.stage(
+      data={}, steps=6, batch_size=8, length=LENGTH, warmup=1, log_every=1,
+      eval_every=3, checkpoint_every=2, learning_rate=1e-2,
+    ).to_dict()
+    | changes
+  )  # fmt: skip
+
+
+@dataclasses.dataclass
+class Run:
+  """The arguments of `trainer.run_stage` that tests do not care about."""
+
+  directory: Path
+  stage: trainer.Stage = dataclasses.field(default_factory=stage)
+  source: Source = dataclasses.field(default_factory=Source)
+  dtype: str = "float32"
+  eval_batches: tuple = ()
+  seed: int = 0
+
+  def __post_init__(self):
+    self.spec, self.params = compose(self.dtype)
+
+  def __call__(self) -> dict:
+    """Runs the stage; returns the whole tree."""
+    return trainer.run_stage(
+      "compose",
+      self.stage,
+      self.spec,
+      self.params,
+      self.source,
+      list(self.eval_batches),
+      self.directory,
+      origins={"anchor": "models/anchor"},
+      seed=self.seed,
+    )[0]
