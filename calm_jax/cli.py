@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -23,15 +25,44 @@ def run_with_config(main: Callable) -> None:
   )
 
   def guarded(argv):
-    if len(argv) > 1:
-      raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
     try:
-      main(config.value)
+      if len(argv) > 1:
+        raise InputError(f"unexpected arguments: {argv[1:]}")
+      main(_loaded(config))
     except InputError as error:
-      print(f"error: {error}", file=sys.stderr)
-      sys.exit(_USAGE)
+      _stop(error)
 
   flags.mark_flag_as_required("config")
-  app.run(guarded)
+  app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, OSError) as error:
+    # The flag's own message holds the traceback of what the file raised.
+    first = cause = error
+    while cause := cause.__context__:
+      first = cause if isinstance(cause, InputError) else first
+    _stop(first)
+  except AttributeError as error:
+    frames = traceback.walk_tb(error.__traceback__)
+    if any(frame.f_code.co_name == "get_config" for frame, _ in frames):
+      raise  # A mistake inside the file, which the traceback shows.
+    _stop(f"--config has no option {error}")
+
+
+def _loaded(config):
+  try:
+    config.value.keys()
+  except OSError as error:
+    # What was wrong with the file is raised by its first use.
+    raise InputError(f"--config: {error}") from error
+  return config.value
+
+
+def _stop(error) -> NoReturn:
+  print(f"error: {error}", file=sys.stderr)
+  sys.exit(_USAGE)

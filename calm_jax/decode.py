@@ -158,7 +158,7 @@ def generate(
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   out: list[list[int]] = [[] for _ in prompts]
   rng = jax.random.key(seed)
-  rows = min(batch_size, _round_up(len(prompts), 8))
+  rows = min(batch_size, _round_up(max(len(prompts), 1), 8))
   for start in range(0, len(order), rows):
     chosen = order[start : start + rows]
     longest = max(len(prompts[i]) for i in chosen)

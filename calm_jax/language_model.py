@@ -148,8 +148,15 @@ class LanguageModel:
       tokenizer.decode_continuation(p, n) for p, n in zip(ids, new, strict=True)
     ]
 
-  def cross_attention(self, ids: list[int]) -> dict[str, np.ndarray]:
+  def cross_attention(
+    self, ids: list[int], prompt_length: int
+  ) -> dict[str, np.ndarray]:
     """Where each connection's heads look, for one sequence of token ids.
+
+    Args:
+      ids: the sequence.
+      prompt_length: how many of them are the prompt; visibility="encoder"
+        shows no others.
 
     Returns:
       "weights" float32 [C, N, L, M], "tokens" [L] their pieces (ids without a
@@ -161,8 +168,15 @@ class LanguageModel:
     if not self.is_composed:
       raise InputError("a single model has no cross-attention to look at")
     sequence = composition.plain_sequence(jnp.array([ids], jnp.int32))
+    ends = jnp.full(sequence.tokens.shape, prompt_length)
+    visible = {
+      name: composition.visible_tokens(joined.visibility, ends.shape, ends)
+      for name, joined in self.spec.augmenting
+    }
     look: dict = {}
-    composition.states(self.tree, self.spec, sequence, look=look)
+    composition.states(
+      self.tree, self.spec, sequence, visible=visible, look=look
+    )
     pieces = self.tokenizer.pieces if self.tokenizer else range(max(ids) + 1)
     return {
       "weights": np.stack([np.asarray(w)[0] for w in look.values()]),
@@ -238,10 +252,13 @@ def compose(
     (with output_init="zeros").
 
   Raises:
-    InputError: the vocabularies differ, or a connection is impossible.
+    InputError: there is no augmenting model, the vocabularies differ, or a
+      connection is impossible.
   """
   if isinstance(augmenting, LanguageModel):
     augmenting = {"augmenting": augmenting}
+  if not augmenting:
+    raise InputError("there is no augmenting model to compose the anchor with")
   parts = []
   for name, model in augmenting.items():
     if model.is_composed or anchor.is_composed:

@@ -37,6 +37,14 @@ def main(config: ConfigDict) -> dict[str, Any]:
     raise InputError(
       f"experiment={settings['experiment']!r} is none of {list(EXPERIMENTS)}"
     )
+  if not settings["recipe"]:
+    raise InputError("the recipe has no stage: it ends with the composition")
+  names = [*settings["recipe"], *settings["alternatives"]]
+  for name in names:
+    if name not in settings["stages"]:
+      raise InputError(
+        f"there is no stage {name!r}; there are {list(settings['stages'])}"
+      )
   workdir = Path(settings["workdir"])
   workdir.mkdir(parents=True, exist_ok=True)
   loaded = {
@@ -53,19 +61,23 @@ def main(config: ConfigDict) -> dict[str, Any]:
     "anchor": settings["anchor"],
     f"augmenting/{settings['augmenting_name']}": settings["augmenting"],
   }
+  stages = {n: trainer.Stage(**settings["stages"][n]) for n in names}
+  # Of all stages: what is wrong with the last is known before the first.
+  sources, eval_batches = {}, {}
+  for name, stage in stages.items():
+    size = stage.batch_size, stage.length
+    sources[name] = experiment.source(stage.data, *size, settings["seed"])
+    eval_batches[name] = experiment.eval_batches(stage.data, *size)
   seconds: dict[str, float] = {}
 
   def run(name, params):
-    stage = trainer.Stage(**settings["stages"][name])
     trained, seconds[name] = trainer.run_stage(
       name,
-      stage,
+      stages[name],
       spec,
       params,
-      experiment.source(
-        stage.data, stage.batch_size, stage.length, settings["seed"]
-      ),
-      experiment.eval_batches(stage.data, stage.batch_size, stage.length),
+      sources[name],
+      eval_batches[name],
       workdir / name,
       origins={k: v for k, v in origins.items() if v},
       seed=settings["seed"],

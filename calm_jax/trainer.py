@@ -199,6 +199,11 @@ def run_stage(
     )
   mask = tree.mask(params, stage.trainable)
   trainable, frozen = tree.partition(params, mask)
+  # A step of Adam is lost in the rounding of bfloat16. A copy, because the
+  # step donates it and the caller may hold `params`.
+  trainable = jax.tree.map(
+    lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32)), trainable
+  )
   meta = _meta(stage, spec, params, frozen, origins, seed, source)
   done = checkpoint.is_complete(directory)
   checkpoints_dir = directory / "checkpoints"
@@ -217,9 +222,8 @@ def run_stage(
     weight_decay=stage.weight_decay, decay=stage.decay, clip=stage.clip,
   )  # fmt: skip
   state = {
-    # A copy, because the step donates it and the caller may hold `params`.
-    "trainable": jax.tree.map(jnp.array, trainable),
-    "opt_state": tx.init(params),
+    "trainable": trainable,
+    "opt_state": tx.init(tree.merge(trainable, frozen)),
     "step": jnp.int32(0),
     "rng": jax.random.key(seed),
   }

@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from calm_jax.errors import InputError
+
 
 def model(**changes) -> ConfigDict:
   """A decoder trained from scratch; see calm_jax.models.config."""
@@ -82,3 +84,10 @@ def get_config() -> ConfigDict:
   # Further compositions of the same frozen models, each from a fresh start.
   config.alternatives = ()
   return config
+
+
+def apply(variants: dict, name: str, config: ConfigDict) -> None:
+  """Makes a config the variant that was named after its file."""
+  if name not in variants:
+    raise InputError(f"variant {name!r} is none of {list(variants)}")
+  variants[name](config)

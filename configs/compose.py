@@ -51,7 +51,7 @@ def get_config(variant: str = "frozen") -> ConfigDict:
       ),
     }
   )
-  VARIANTS[variant](config)
+  common.apply(VARIANTS, variant, config)
   return config
 
 

@@ -16,41 +16,37 @@ def get_config(variant: str = "small") -> ConfigDict:
   config.experiment = "key_values"
   config.workdir = "runs/kv"
   config.augmenting_name = "kv"
-  config.task = ConfigDict(
-    {
-      "num_keys": 999,
-      "held_in_fraction": 0.2,
-      "min_terms": 2,
-      "max_terms": 2,
-      "operators": "+-",
-      "keys": "pieces",
-      "digits": "single",
-      "num_examples": 1000,
-    }
-  )
+  config.task = ConfigDict()
+  config.task.num_keys = 999
+  config.task.held_in_fraction = 0.2
+  config.task.min_terms = 2
+  config.task.max_terms = 2
+  config.task.operators = "+-"
+  config.task.keys = "pieces"
+  config.task.digits = "single"
+  config.task.num_examples = 1000
   config.recipe = ("augmenting", "anchor", "compose")
   config.alternatives = ("compose_direct",)
-  config.stages = ConfigDict(
-    {
-      "augmenting": common.stage(
-        model="augmenting/kv",
-        trainable=("augmenting/kv/.*",),
-        data=_data({"kv_subs": 1.0}, min_terms=1),
-        steps=700,
-        length=16,
-      ),
-      "anchor": common.stage(
-        model="anchor",
-        trainable=("anchor/.*",),
-        # m_B answers directly: its own text has no keys to substitute.
-        data=_data({"num_math": 1.0}),
-        steps=2200,
-        length=16,
-      ),
-      "compose": _compose("steps"),
-      "compose_direct": _compose("direct"),
-    }
+  config.stages = ConfigDict()
+  config.stages.augmenting = common.stage(
+    model="augmenting/kv",
+    trainable=("augmenting/kv/.*",),
+    # Single keys, the dictionary itself, are among the expressions. m_A knows
+    # of nothing but substitution, and does it under any prompt.
+    data=_data({"kv_subs": 1.0}, min_terms=1, any_prompt=True),
+    steps=600,
+    length=16,
+    weight_decay=0.1,
   )
+  config.stages.anchor = common.stage(
+    model="anchor",
+    trainable=("anchor/.*",),
+    data=_data({"num_math": 0.5, "num_math_steps": 0.5}),
+    steps=2200,
+    length=24,
+  )
+  config.stages.compose = _compose("kv_math_steps")
+  config.stages.compose_direct = _compose("kv_math")
   VARIANTS[variant](config)
   return config
 
@@ -59,15 +55,10 @@ def _data(tasks: dict[str, float], **changes) -> ConfigDict:
   return ConfigDict({"tasks": ConfigDict(tasks), "pack": False} | changes)
 
 
-def _compose(answer: str) -> ConfigDict:
+def _compose(kv_math: str) -> ConfigDict:
   """D_C: arithmetic over held-in keys, and what keeps the other tasks."""
   return common.stage(
-    data=_data(
-      {"kv_math": 0.6, "kv_subs": 0.2, "num_math": 0.2},
-      keys="held_in",
-      # NUM-MATH stays as m_B learnt it.
-      answer=ConfigDict({"kv_math": answer, "num_math": "direct"}),
-    ),
+    data=_data({kv_math: 0.6, "kv_subs": 0.2, "num_math": 0.2}, keys="held_in"),
     steps=800,
     length=20,
   )
@@ -75,23 +66,20 @@ def _compose(answer: str) -> ConfigDict:
 
 def _small(config: ConfigDict) -> None:
   config.unroll = 4
-  config.composition.num_connections = 2
+  config.composition.num_connections = 4
+  config.augmenting_model.update(width=96, mlp_width=256)
   for stage in config.stages.values():
     stage.update(batch_size=128, learning_rate=2e-3)
 
 
 def _tiny(config: ConfigDict) -> None:
   config.workdir = "runs/kv_tiny"
-  config.task.num_keys = 200
-  config.task.num_examples = 16
-  config.task.max_terms = 2
+  config.task.update(num_keys=200, num_examples=16)
   for side in ("anchor", "augmenting"):
     config[f"{side}_model"].update(width=32, num_layers=2, mlp_width=64)
   for stage in config.stages.values():
-    stage.update(
-      steps=20, batch_size=8, length=20, warmup=5, log_every=5, eval_every=10,
-      checkpoint_every=10,
-    )  # fmt: skip
+    stage.update(steps=20, batch_size=8, length=24, warmup=5)
+    stage.update(log_every=5, eval_every=10, checkpoint_every=10)
 
 
 def _paper(config: ConfigDict) -> None:

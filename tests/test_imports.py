@@ -89,9 +89,10 @@ def test_models_import_models_only(file):
   assert not any("sharding" in n or "Mesh" in n for n in imports(file))
 
 
-def test_composition_imports_models_only():
-  others = {m for m in modules("composition.py") if not m.startswith("models")}
-  assert others <= {"errors"}
+@pytest.mark.parametrize("file", ["composition.py", "connections.py"])
+def test_composition_imports_models_only(file):
+  others = {m for m in modules(file) if not m.startswith("models")}
+  assert others <= {"connections", "errors"}
 
 
 @pytest.mark.parametrize("file", under("data/"))

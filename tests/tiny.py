@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
 import helpers
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import (
+  compilation_cache as compilation_cache_lib,
+)
 
 from calm_jax import composition, trainer
 from calm_jax.connections import Augmenting, Composition, Connection
@@ -105,3 +109,21 @@ class Run:
       origins={"anchor": "models/anchor"},
       seed=self.seed,
     )[0]
+
+
+@contextlib.contextmanager
+def compilation_cache(directory):
+  """Programs compiled within are kept: a run that starts again is quick."""
+  changes = {
+    "jax_compilation_cache_dir": str(directory),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in changes}
+  for name, value in changes.items():
+    jax.config.update(name, value)
+  compilation_cache_lib.reset_cache()
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache_lib.reset_cache()

@@ -2,9 +2,11 @@
 
 Tasks, for the expression ab+cd with ab = 10 and cd = 22:
 
-  kv_subs   D_KV-SUBS   subs:ab+cd=   10+22
-  kv_math   D_KV-MATH   math:ab+cd=   32    (answer "steps": 10+22=32)
-  num_math  D_NUM-MATH  math:10+22=   32    (answer "steps": 10+22=32)
+  kv_subs          D_KV-SUBS   subs:ab+cd=   10+22
+  num_math         D_NUM-MATH  math:10+22=   32
+  kv_math          D_KV-MATH   math:ab+cd=   32
+  num_math_steps   D_NUM-MATH  show:10+22=   10+22=32
+  kv_math_steps    D_KV-MATH   show:ab+cd=   10+22=32
 
 The prompts are ours: the paper maps the same expression to two answers without
 saying how the models tell the tasks apart.
@@ -16,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from calm_jax.data.arithmetic_source import ArithmeticSource
-from calm_jax.data.arithmetic_words import ANSWERS, TASKS, check_task
+from calm_jax.data.arithmetic_words import PROMPTS, TASKS, check_task
 from calm_jax.data.key_values import (
   OPERATORS,
   Expressions,
@@ -30,8 +32,8 @@ from calm_jax.errors import InputError
 from calm_jax.tokenizer import Tokenizer, train_sentencepiece
 
 __all__ = [
-  "ANSWERS",
   "OPERATORS",
+  "PROMPTS",
   "TASKS",
   "ArithmeticSource",
   "Example",
@@ -61,7 +63,7 @@ class Example:
 
 
 def examples(
-  kv: KeyValues, expressions: Expressions, task: str, answer: str = "direct"
+  kv: KeyValues, expressions: Expressions, task: str
 ) -> list[Example]:
   """The expressions as text, in order.
 
@@ -69,22 +71,20 @@ def examples(
     kv: the dictionary that the expressions were drawn from.
     expressions: N expressions.
     task: one of `TASKS`.
-    answer: "direct", or "steps": the substituted expression, then the result.
 
   Raises:
-    InputError: an unknown task or answer format.
+    InputError: an unknown task.
   """
-  check_task(task, answer)
+  check_task(task)
+  prompt, of_keys, steps, result = TASKS[task]
   with_keys = _render(expressions, kv.keys)
   with_values = _render(expressions, [str(v) for v in kv.values])
-  asked = with_values if task == "num_math" else with_keys
-  prompts = [f"{TASKS[task]}{text}=" for text in asked]
-  completions = with_values
-  if task != "kv_subs":
-    completions = [str(result) for result in evaluate(kv, expressions)]
-    if answer == "steps":
-      pairs = zip(with_values, completions, strict=True)
-      completions = [f"{steps}={result}" for steps, result in pairs]
+  prompts = [
+    f"{prompt}{text}=" for text in (with_keys if of_keys else with_values)
+  ]
+  results = [str(value) for value in evaluate(kv, expressions)]
+  parts = [with_values] * steps + [results] * result
+  completions = ["=".join(part) for part in zip(*parts, strict=True)]
   counts = expressions.num_terms.tolist()
   return [
     Example(*parts) for parts in zip(prompts, completions, counts, strict=True)
@@ -120,7 +120,7 @@ def train_tokenizer(
     raise InputError(f"keys {keys!r}: expected pieces or characters")
   if digits not in ("single", "grouped"):
     raise InputError(f"digits {digits!r}: expected single or grouped")
-  symbols = sorted(set(TASKS.values()))
+  symbols = sorted(PROMPTS)
   alphabet = set(OPERATORS) | {"="}
   if keys == "pieces":
     symbols += kv.keys

@@ -8,9 +8,9 @@ import operator
 import numpy as np
 
 from calm_jax.data.arithmetic_words import (
+  PROMPTS,
   TASKS,
   WordTable,
-  answer_formats,
   check_task,
   example_words,
 )
@@ -24,6 +24,7 @@ from calm_jax.errors import InputError
 from calm_jax.tokenizer import Tokenizer
 
 _CHECKED = 256
+_OWN_PROMPTS = np.array([PROMPTS.index(t.prompt) for t in TASKS.values()])
 
 
 class ArithmeticSource:
@@ -40,7 +41,8 @@ class ArithmeticSource:
     batch_size: B, rows of the global batch.
     length: L, slots of a row.
     pack: fill rows with consecutive examples; else one example a row.
-    answer: "direct" or "steps", or which of them for which task.
+    any_prompt: each example is under any of the prompts, for a model that
+      knows one task only, and does it whatever it is asked.
     min_terms, max_terms, operators, keys, part: see `sample_expressions`;
       part "eval" is distinct within a batch, not between batches.
     process_index, process_count: which share of the rows to take.
@@ -65,7 +67,7 @@ class ArithmeticSource:
     operators: str | tuple[str, ...] = OPERATORS,
     keys: str = "all",
     part: str = "train",
-    answer: str | dict[str, str] = "direct",
+    any_prompt: bool = False,
     pack: bool = True,
     process_index: int = 0,
     process_count: int = 1,
@@ -73,7 +75,7 @@ class ArithmeticSource:
   ):
     self.seed, self.batch_size, self.length = seed, batch_size, length
     self._kv, self._tokenizer = kv, tokenizer
-    self._formats = answer_formats(answer)
+    self._any_prompt = any_prompt
     self._pack, self._num_batches = pack, num_batches
     self._rows = host_rows(batch_size, process_index, process_count)
     self._tasks = dict(tasks)
@@ -126,7 +128,7 @@ class ArithmeticSource:
       self._tokenizer.bos_id,
       self._tokenizer.eos_id,
       self._tasks,
-      self._formats,
+      self._any_prompt,
       self._choice,
       [self.seed, self.batch_size, self.length, self._pack],
     ]
@@ -157,8 +159,11 @@ class ArithmeticSource:
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     expressions = sample_expressions(rng, self._kv, n, **self._choice | choice)
     tasks_N = rng.choice(len(TASKS), size=n, p=self._weights)
+    prompts_N = _OWN_PROMPTS[tasks_N]
+    if self._any_prompt:
+      prompts_N = rng.integers(len(PROMPTS), size=n)
     words_NW, columns = example_words(
-      self._table, self._kv, expressions, tasks_N, self._formats
+      self._table, self._kv, expressions, tasks_N, prompts_N
     )
     tokens, lengths_NW = self._table.flatten(words_NW)
     lengths_N = lengths_NW.sum(axis=1)
@@ -199,7 +204,7 @@ class ArithmeticSource:
 
 def _mixture(tasks: dict[str, float]) -> np.ndarray:
   for task, weight in tasks.items():
-    check_task(task, "direct")
+    check_task(task)
     if weight < 0:
       raise InputError(f"task {task!r} has the negative weight {weight}")
   weights = np.array([tasks.get(task, 0.0) for task in TASKS], float)

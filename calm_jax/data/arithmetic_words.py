@@ -6,7 +6,7 @@ digits, EOS. A word is an entry of a table of token ids, and may be empty.
 Dimension letters: N examples, T terms of the longest, W words of an example.
 """
 
-from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,24 @@ from calm_jax.data.packing import ragged_range
 from calm_jax.errors import InputError
 from calm_jax.tokenizer import Tokenizer
 
-TASKS = {"kv_subs": "subs:", "kv_math": "math:", "num_math": "math:"}
-ANSWERS = ("direct", "steps")
+
+class Task(NamedTuple):
+  """What is asked, and what the answer holds."""
+
+  prompt: str
+  of_keys: bool  # keys are asked, not numbers
+  steps: bool  # the answer holds the expression in numbers
+  result: bool  # the answer holds (then) the result
+
+
+TASKS = {
+  "kv_subs": Task("subs:", True, True, False),
+  "num_math": Task("math:", False, False, True),
+  "kv_math": Task("math:", True, False, True),
+  "num_math_steps": Task("show:", False, True, True),
+  "kv_math_steps": Task("show:", True, True, True),
+}
+PROMPTS = tuple(dict.fromkeys(task.prompt for task in TASKS.values()))
 _LIMB = 18
 
 
@@ -47,7 +63,7 @@ class WordTable:
     self.empty = 0
     self.bos = add([] if i is None else [i] for i in special)
     self.eos = self.bos + 1
-    self.prompts = add(map(encode, TASKS.values()))
+    self.prompts = add(map(encode, PROMPTS))
     self.operators = add(map(encode, OPERATORS))
     self.minus = self.operators + OPERATORS.index("-")
     self.equals = add([encode("=")])
@@ -69,25 +85,10 @@ class WordTable:
     return self.tokens[starts + ragged_range(lengths)], lengths_NW
 
 
-def answer_formats(answer: str | Mapping[str, str]) -> dict[str, str]:
-  """The answer format of every task: one for all, or named ("direct" else).
-
-  Raises:
-    InputError: an unknown task or format.
-  """
-  if isinstance(answer, str):
-    answer = dict.fromkeys(TASKS, answer)
-  for task, format_ in answer.items():
-    check_task(task, format_)
-  return dict.fromkeys(TASKS, "direct") | dict(answer)
-
-
-def check_task(task: str, answer: str) -> None:
-  """Raises InputError for an unknown task or answer format."""
+def check_task(task: str) -> None:
+  """Raises InputError for an unknown task."""
   if task not in TASKS:
     raise InputError(f"task {task!r}: expected one of {', '.join(TASKS)}")
-  if answer not in ANSWERS:
-    raise InputError(f"answer {answer!r}: expected one of {', '.join(ANSWERS)}")
 
 
 def example_words(
@@ -95,7 +96,7 @@ def example_words(
   kv: KeyValues,
   expressions: Expressions,
   tasks_N: np.ndarray,
-  formats: Mapping[str, str],
+  prompts_N: np.ndarray,
 ) -> tuple[np.ndarray, int]:
   """The words of N examples [N, W], and how many columns are the prompt.
 
@@ -104,29 +105,27 @@ def example_words(
     kv: the dictionary.
     expressions: N expressions.
     tasks_N: index of each example's task in `TASKS`.
-    formats: of `answer_formats`.
+    prompts_N: index of each example's prompt in `PROMPTS`.
   """
-  names = list(TASKS)
-  is_subs = tasks_N == names.index("kv_subs")
-  is_num = tasks_N == names.index("num_math")
+  _, of_keys_N, steps_N, result_N = (
+    np.array(column)[tasks_N] for column in zip(*TASKS.values(), strict=True)
+  )
   keys_NT = _term_words(table, expressions, table.keys)
   values_NT = _term_words(table, expressions, table.values)
-  asked = np.where(is_num[:, None], values_NT, keys_NT)
-  by_task = np.array([formats[name] == "steps" for name in names])
-  has_steps = is_subs | by_task[tasks_N]
-  steps = np.where(has_steps[:, None], values_NT, table.empty)
-  has_both = has_steps & ~is_subs
+  asked = np.where(of_keys_N[:, None], keys_NT, values_NT)
+  steps = np.where(steps_N[:, None], values_NT, table.empty)
+  has_both = steps_N & result_N
   count = len(tasks_N)
   prompt = [
     np.full((count, 1), table.bos),
-    (table.prompts + tasks_N)[:, None],
+    (table.prompts + prompts_N)[:, None],
     asked,
     np.full((count, 1), table.equals),
   ]
   completion = [
     steps,
     np.where(has_both, table.equals, table.empty)[:, None],
-    _result_words(table, kv, expressions, ~is_subs),
+    _result_words(table, kv, expressions, result_N),
     np.full((count, 1), table.eos),
   ]
   columns = sum(part.shape[1] for part in prompt)

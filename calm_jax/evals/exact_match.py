@@ -9,29 +9,28 @@ from calm_jax.evals.base import Generate, Outcome
 
 def exact_match(
   prompts: Sequence[str],
-  answers: Sequence[Sequence[str]],
+  completions: Sequence[str],
   generate: Generate,
   **columns: Sequence,
 ) -> Outcome:
-  """Share of prompts whose continuation is one of their answers, in percent.
+  """Share of prompts that are continued exactly as asked, in percent.
 
   Args:
     prompts: N texts.
-    answers: for each the continuations that count as right, the first of them
-      being the one that is asked for.
+    completions: what is asked for.
     generate: the model.
     **columns: N further values each, copied into the rows.
   """
   predictions = generate(list(prompts))
   rows = []
   for i, (prompt, right, prediction) in enumerate(
-    zip(prompts, answers, predictions, strict=True)
+    zip(prompts, completions, predictions, strict=True)
   ):
     row = {
       "prompt": prompt,
-      "completion": right[0],
+      "completion": right,
       "prediction": prediction,
-      "correct": prediction in right,
+      "correct": prediction == right,
     }
     rows.append(row | {name: values[i] for name, values in columns.items()})
   accuracy = 100 * sum(row["correct"] for row in rows) / len(rows)

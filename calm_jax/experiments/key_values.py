@@ -66,6 +66,8 @@ class KeyValues:
       digits=task.digits,
       seed=task.seed,
     )
+    for split in SPLITS:
+      self._expressions(split)  # Raises now what it would after training.
 
   def source(self, data: dict, batch_size: int, length: int, seed: int):
     """An endless mixture of the tasks named in `data`; see ArithmeticSource."""
@@ -97,29 +99,29 @@ class KeyValues:
 
     Args:
       models: by column: "augmenting", "anchor", "composed".
-      data: of the stage that composed them; `answer` has the format of
-        KV-MATH, "direct" or "steps", and an answer in either counts.
+      data: of the stage that composed them; KV-MATH is asked as there.
       prefix: of the files of predictions.
     """
-    answer = data["answer"]["kv_math"]
+    kv_math = _kv_math(data)
+    tasks = {"kv_subs": "kv_subs", "num_math": "num_math", "kv_math": kv_math}
     table: dict[str, dict[str, float]] = {}
-    for task in arithmetic.TASKS:
-      table[task] = {}
+    for row, task in tasks.items():
+      table[row] = {}
       for column, model in models.items():
         splits = SPLITS[-1:]
-        if task == "kv_math" and column == "composed":
+        if row == "kv_math" and column == "composed":
           splits = SPLITS
         for split in splits:
-          kind = f"_{split}" if task == "kv_math" else ""
-          name = f"{prefix}{task}{kind}.{column}.jsonl"
-          accuracy = self._accuracy(name, model, task, split, answer)
+          kind = f"_{split}" if row == "kv_math" else ""
+          name = f"{prefix}{row}{kind}.{column}.jsonl"
+          accuracy = self._accuracy(name, model, task, split)
           if len(splits) > 1:
-            table[task][f"{column}_{split}"] = accuracy
+            table[row][f"{column}_{split}"] = accuracy
         # The headline is all keys held out, the last of the splits.
-        table[task][column] = accuracy
+        table[row][column] = accuracy
     return {
       "table1": table,
-      "answer": answer,
+      "answer": "direct" if kv_math == "kv_math" else "steps",
       "examples": self.task.num_examples,
     }
 
@@ -145,23 +147,15 @@ class KeyValues:
     terms = "+".join([str(task.num_keys)] * task.max_terms)
     return len(f"{terms}=-{largest}") + 1  # and EOS
 
-  def _accuracy(self, name, model, task, split, answer) -> float:
-    expressions = self._expressions(split)
-    formats = [answer, *({"direct", "steps"} - {answer})]
-    by_format = [
-      arithmetic.examples(self.kv, expressions, task, f) for f in formats
-    ]
-    answers = [
-      tuple(example.completion for example in same)
-      for same in zip(*by_format, strict=True)
-    ]
+  def _accuracy(self, name, model, task, split) -> float:
+    examples = arithmetic.examples(self.kv, self._expressions(split), task)
     outcome = exact_match(
-      [example.prompt for example in by_format[0]],
-      answers,
+      [example.prompt for example in examples],
+      [example.completion for example in examples],
       lambda prompts: model.generate(
         prompts, self._longest_answer(), batch_size=_EVAL_ROWS
       ),
-      num_terms=[example.num_terms for example in by_format[0]],
+      num_terms=[example.num_terms for example in examples],
     )
     write_rows(self.workdir / "predictions" / name, outcome.rows)
     return round(outcome.metrics["accuracy"], 2)
@@ -173,14 +167,17 @@ class KeyValues:
       What `LanguageModel.cross_attention` does, and "prompt_length".
     """
     example = arithmetic.examples(
-      self.kv,
-      self._expressions("held_out"),
-      "kv_math",
-      data["answer"]["kv_math"],
+      self.kv, self._expressions("held_out"), _kv_math(data)
     )[0]
     prompt = with_bos(self.tokenizer, self.tokenizer.encode(example.prompt))
     answer = self.tokenizer.encode_continuation(
       example.prompt, example.completion
     )
-    look = model.cross_attention(prompt + answer)
+    look = model.cross_attention(prompt + answer, len(prompt))
     return look | {"prompt_length": np.array(len(prompt))}
+
+
+def _kv_math(data: dict) -> str:
+  """The task that a composition learnt KV-MATH as: direct or in steps."""
+  (task,) = {"kv_math", "kv_math_steps"} & set(data["tasks"])
+  return task

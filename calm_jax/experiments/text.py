@@ -164,7 +164,12 @@ class Text:
     """Cross-attention over the start of the first held-out example."""
     del data
     example = self.eval_sets["domain"][0]
-    ids = self.tokenizer.encode(example.prompt + example.completion)
-    return model.cross_attention(
-      with_bos(self.tokenizer, ids)[:LOOK_TOKENS]
-    ) | {"prompt_length": np.array(1)}
+    prompt = with_bos(self.tokenizer, self.tokenizer.encode(example.prompt))
+    text = self.tokenizer.encode_continuation(
+      example.prompt, example.completion
+    )
+    ids = (prompt + text)[:LOOK_TOKENS]
+    # Without a BOS nothing predicts the first token: it is given.
+    prompt_length = min(max(len(prompt), 1), len(ids))
+    look = model.cross_attention(ids, prompt_length)
+    return look | {"prompt_length": np.array(prompt_length)}

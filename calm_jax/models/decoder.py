@@ -31,8 +31,10 @@ Array = jax.Array
 def init(rng: Array, config: ModelConfig) -> dict:
   """Random float32 parameters: normal with variance 1 / fan-in.
 
-  Embeddings have variance 1 / D, norms start at one, biases at zero; matrices
-  that write into the residual stream are scaled down by sqrt(2 num_layers).
+  Embeddings have standard deviation 0.02: what a token comes to mean should
+  not lie under the noise that it started from. Norms start at one, biases at
+  zero; matrices that write into the residual stream are scaled down by
+  sqrt(2 num_layers).
   """
 
   def one(key, path, shape):
@@ -41,7 +43,7 @@ def init(rng: Array, config: ModelConfig) -> dict:
       return jnp.ones(shape.shape, jnp.float32)
     if name == "bias":
       return jnp.zeros(shape.shape, jnp.float32)
-    variance = 1 / shape.shape[-1 if name == "embedding" else -2]
+    variance = 0.02**2 if name == "embedding" else 1 / shape.shape[-2]
     if owner in ("output", "down"):
       variance /= 2 * config.num_layers
     return variance**0.5 * jax.random.normal(key, shape.shape, jnp.float32)

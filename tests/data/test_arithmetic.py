@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from calm_jax.data.arithmetic import (
-  ANSWERS,
+  PROMPTS,
   TASKS,
   ArithmeticSource,
   Example,
@@ -83,19 +83,17 @@ def test_texts_of_the_tasks():
   assert examples(KV, drawn, "kv_math")[1] == Example(
     f"math:{c}-{d}*{e}=", str(x - y * z), 3
   )
-  assert examples(KV, drawn, "kv_math", "steps")[0] == Example(
-    f"math:{a}+{b}=", f"{v}+{w}={v + w}", 2
+  assert examples(KV, drawn, "kv_math_steps")[0] == Example(
+    f"show:{a}+{b}=", f"{v}+{w}={v + w}", 2
   )
   assert examples(KV, drawn, "num_math")[0] == Example(
     f"math:{v}+{w}=", str(v + w), 2
   )
-  assert examples(KV, drawn, "num_math", "steps")[0].completion == (
+  assert examples(KV, drawn, "num_math_steps")[0].completion == (
     f"{v}+{w}={v + w}"
   )
-  with pytest.raises(InputError, match="kv_subs, kv_math, num_math"):
+  with pytest.raises(InputError, match="kv_subs, num_math, kv_math"):
     examples(KV, drawn, "math")
-  with pytest.raises(InputError, match="direct, steps"):
-    examples(KV, drawn, "kv_math", "long")
 
 
 @pytest.mark.parametrize("keys", ["pieces", "characters"])
@@ -124,10 +122,9 @@ def test_tokenizer_choices(tmp_path):
 
 @pytest.mark.parametrize("keys", ["pieces", "characters"])
 @pytest.mark.parametrize("digits", ["single", "grouped"])
-@pytest.mark.parametrize("answer", ANSWERS)
-def test_tokens_equal_the_tokenizer(tmp_path, keys, digits, answer):
+def test_tokens_equal_the_tokenizer(tmp_path, keys, digits):
   made = train_tokenizer(KV, tmp_path / "t", keys=keys, digits=digits)
-  batch = source(made, TASKS, answer=answer, length=96, batch_size=32)[0]
+  batch = source(made, TASKS, length=96, batch_size=32)[0]
   found = segments_of(batch)
   assert len(found) > 64
   lines = set()
@@ -137,10 +134,11 @@ def test_tokens_equal_the_tokenizer(tmp_path, keys, digits, answer):
     assert completion == [*made.encode(texts[1]), made.eos_id]
     lines.add(texts[0][:5] + ("n" if texts[0][5].isdigit() else "k"))
     right = texts[1].split("=")[-1]
-    if texts[0].startswith("math:"):
+    assert ("=" in texts[1]) == texts[0].startswith("show:")
+    if not texts[0].startswith("subs:"):
       values = dict(zip(KV.keys, KV.values.tolist(), strict=True))
       assert eval(texts[0][5:-1], values) == int(right)
-  assert lines == {"subs:k", "math:k", "math:n"}
+  assert lines == {"subs:k", "math:k", "math:n", "show:k", "show:n"}
 
 
 def test_big_results_equal_the_tokenizer(tmp_path):
@@ -274,13 +272,14 @@ def test_describe(tokenizer):
   assert made.describe(17) == "batch 17 of kv_math+num_math, seed 3"
 
 
-def test_an_answer_format_for_each_task(tokenizer):
-  mixed = source(tokenizer, TASKS, answer={"kv_math": "steps"}, batch_size=32)
-  direct = source(tokenizer, TASKS, batch_size=32)
-  assert mixed.fingerprint != direct.fingerprint
+def test_any_prompt_changes_the_prompt_and_nothing_else(tokenizer):
+  own = source(tokenizer, ["kv_subs"], batch_size=32)
+  mixed = source(tokenizer, ["kv_subs"], batch_size=32, any_prompt=True)
+  assert own.fingerprint != mixed.fingerprint
+  found = set()
   for prompt, completion in segments_of(mixed[0]):
     asked, text = tokenizer.decode(prompt), tokenizer.decode(completion)
-    is_kv_math = asked.startswith("math:") and asked[5].isalpha()
-    assert ("=" in text) == is_kv_math
-  with pytest.raises(InputError, match="direct, steps"):
-    source(tokenizer, answer={"kv_math": "long"})
+    found.add(asked[:5])
+    values = dict(zip(KV.keys, KV.values.tolist(), strict=True))
+    assert eval(asked[5:-1], values) == eval(text)
+  assert found == set(PROMPTS)

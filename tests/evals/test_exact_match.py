@@ -1,0 +1,40 @@
+"""Exact match: what counts, and what is written down."""
+
+from __future__ import annotations
+
+import json
+
+from calm_jax.evals.base import write_rows
+from calm_jax.evals.exact_match import exact_match
+
+
+def test_any_of_the_answers_counts_and_nothing_else_does():
+  given = {"a=": "1", "b=": "1=2", "c=": "3 ", "d=": ""}
+  asked = []
+
+  def generate(prompts):
+    asked.append(prompts)
+    return [given[p] for p in prompts]
+
+  outcome = exact_match(
+    tuple(given),
+    [("1", "0=1"), ("2", "1=2"), ("3",), ("4",)],
+    generate,
+    num_terms=[1, 2, 3, 4],
+  )
+  assert asked == [list(given)]
+  assert outcome.metrics == {"accuracy": 50.0}
+  assert [row["correct"] for row in outcome.rows] == [True, True, False, False]
+  assert outcome.rows[1] == {
+    "prompt": "b=", "completion": "2", "prediction": "1=2", "correct": True,
+    "num_terms": 2,
+  }  # fmt: skip
+
+
+def test_rows_are_written_as_text_that_people_read(tmp_path):
+  path = tmp_path / "new" / "rows.jsonl"
+  rows = [{"prompt": "naïve\n"}, {"prompt": "2"}]
+  write_rows(path, rows)
+  lines = path.read_text(encoding="utf-8").splitlines()
+  assert [json.loads(line) for line in lines] == rows
+  assert "naïve" in lines[0]

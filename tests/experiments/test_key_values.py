@@ -1,0 +1,194 @@
+"""Table 1, with models that answer from a book."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from calm_jax.data import arithmetic
+from calm_jax.errors import InputError
+from calm_jax.experiments.key_values import KeyValues, KeyValueTask
+from configs import kv as kv_config
+
+TASK = KeyValueTask(
+  num_keys=60, held_in_fraction=0.4, min_terms=2, max_terms=2, operators="+-",
+  keys="pieces", digits="single", num_examples=12, seed=0,
+)  # fmt: skip
+STEPS = {"answer": {"kv_math": "steps", "num_math": "direct"}}
+
+
+@pytest.fixture
+def experiment(tmp_path):
+  return KeyValues(TASK, tmp_path, {})
+
+
+class Book:
+  """A model that knows every answer, in one format, to some prompts."""
+
+  def __init__(self, kv, answer, knows=("subs:", "math:")):
+    self.values = dict(zip(kv.keys, kv.values.tolist(), strict=True))
+    self.answer, self.knows, self.asked = answer, knows, []
+
+  def generate(self, prompts, max_new_tokens, **_):
+    self.asked += prompts
+    answers = [self.one(p) for p in prompts]
+    assert all(len(a) + 1 <= max_new_tokens for a in answers)
+    return answers
+
+  def one(self, prompt):
+    name, text = prompt.removesuffix("=").split(":")
+    if f"{name}:" not in self.knows:
+      return "?"
+    sign = "+" if "+" in text else "-"
+    a, b = text.split(sign)
+    a, b = (self.values.get(x) or int(x) for x in (a, b))
+    steps, result = f"{a}{sign}{b}", str(a + b if sign == "+" else a - b)
+    if name == "subs":
+      return steps
+    return f"{steps}={result}" if self.answer == "steps" else result
+
+
+@pytest.mark.parametrize("answer", ["steps", "direct"])
+def test_a_perfect_model_scores_100_in_either_format(
+  experiment, answer, tmp_path
+):
+  models = {
+    "augmenting": Book(experiment.kv, answer, ("subs:",)),
+    "anchor": Book(experiment.kv, answer, ()),
+    "composed": Book(experiment.kv, answer),
+  }
+  results = experiment.evaluate(models, STEPS)
+  assert results["table1"] == {
+    "kv_subs": {"augmenting": 100.0, "anchor": 0.0, "composed": 100.0},
+    "kv_math": {
+      "augmenting": 0.0, "anchor": 0.0, "composed": 100.0,
+      "composed_held_in": 100.0, "composed_mixed": 100.0,
+      "composed_held_out": 100.0,
+    },
+    "num_math": {"augmenting": 0.0, "anchor": 0.0, "composed": 100.0},
+  }  # fmt: skip
+  assert results["answer"] == "steps"
+  assert results["examples"] == 12
+  files = {p.name for p in (tmp_path / "predictions").iterdir()}
+  sets = ["kv_subs", "num_math", "kv_math_held_out"]
+  assert files == {
+    *(f"{s}.{m}.jsonl" for s in sets for m in models),
+    "kv_math_mixed.composed.jsonl", "kv_math_held_in.composed.jsonl",
+  }  # fmt: skip
+  path = tmp_path / "predictions" / "kv_math_held_out.composed.jsonl"
+  rows = [json.loads(line) for line in path.open()]
+  assert len(rows) == 12
+  assert all(r["correct"] and r["num_terms"] == 2 for r in rows)
+  # What is written as asked for is in the format that was trained.
+  assert all("=" in r["completion"] for r in rows)
+
+
+def test_the_splits_differ_in_their_keys_only_where_they_say_so(experiment):
+  held_in = {
+    k for k, h in zip(experiment.kv.keys, experiment.kv.held_in, strict=True)
+    if h
+  }  # fmt: skip
+  shares = {}
+  for split in ("held_in", "mixed", "held_out"):
+    drawn = arithmetic.examples(
+      experiment.kv, experiment._expressions(split), "kv_math"
+    )
+    texts = [e.prompt[len("math:") : -1].replace("-", "+") for e in drawn]
+    assert len({e.prompt for e in drawn}) == 12
+    shares[split] = {
+      sum(key in held_in for key in text.split("+")) for text in texts
+    }
+  assert shares == {"held_in": {2}, "mixed": {1}, "held_out": {0}}
+
+
+def test_a_prefix_keeps_other_runs_apart(experiment, tmp_path):
+  model = Book(experiment.kv, "direct")
+  experiment.evaluate({"composed": model}, STEPS, prefix="other/")
+  files = list((tmp_path / "predictions").iterdir())
+  assert [f.name for f in files] == ["other"]
+  assert len(list(files[0].iterdir())) == 5
+
+
+def sources(experiment):
+  """The training batches of every stage of the configuration."""
+  config = kv_config.get_config("tiny")
+  for name in [*config.recipe, *config.alternatives]:
+    stage = config.stages[name].to_dict()
+    yield name, experiment.source(stage["data"], 64, 20, seed=0), stage
+
+
+def texts(experiment, batch):
+  tokenizer = experiment.tokenizer
+  special = (tokenizer.bos_id, tokenizer.eos_id)
+  for row, segments in zip(batch["tokens"], batch["segments"], strict=True):
+    ids = [i for i in row[segments > 0].tolist() if i not in special]
+    yield tokenizer.decode(ids)
+
+
+def test_what_is_evaluated_is_never_trained_on(experiment):
+  # Of 60 keys there are so few expressions that 100 batches hold most of them.
+  asked = Book(experiment.kv, "direct")
+  experiment.evaluate(
+    {"augmenting": asked, "anchor": asked, "composed": asked}, STEPS
+  )
+  asked = set(asked.asked)
+  assert len(asked) > 50
+  for name, source, stage in sources(experiment):
+    trained = {
+      text[: text.index("=") + 1]
+      for i in range(100)
+      for text in texts(experiment, source[i])
+    }
+    assert len(trained) > 500, name
+    assert not trained & asked, name
+    for batch in experiment.eval_batches(stage["data"], 64, 20):
+      held_out = {t[: t.index("=") + 1] for t in texts(experiment, batch)}
+      assert not trained & held_out, name
+
+
+def test_composition_trains_on_held_in_keys_only(experiment):
+  pieces = experiment.tokenizer.pieces
+  ids = {
+    held_in: {
+      pieces.index(key)
+      for key, h in zip(experiment.kv.keys, experiment.kv.held_in, strict=True)
+      if h == held_in
+    }
+    for held_in in (True, False)
+  }
+  for name, source, _ in sources(experiment):
+    seen = set(
+      itertools.chain(*(source[i]["tokens"].ravel() for i in range(20)))
+    )
+    seen = {int(i) for i in seen}
+    if name.startswith("compose"):
+      assert ids[True] <= seen and not ids[False] & seen, name
+    elif name == "augmenting":
+      assert ids[True] | ids[False] <= seen
+    else:
+      assert not (ids[True] | ids[False]) & seen
+
+
+def test_models_from_elsewhere_are_refused(tmp_path):
+  with pytest.raises(InputError, match="trains its own anchor"):
+    KeyValues(TASK, tmp_path, {"anchor": object()})
+
+
+def test_where_the_model_looks(experiment):
+  class Looking:
+    def cross_attention(self, ids, prompt_length):
+      self.ids, self.prompt_length = ids, prompt_length
+      return {"weights": np.zeros(1)}
+
+  model = Looking()
+  look = experiment.look(model, STEPS)
+  tokenizer = experiment.tokenizer
+  prompt = tokenizer.decode(model.ids[: model.prompt_length])
+  assert prompt.startswith("math:") and prompt.endswith("=")
+  answer = tokenizer.decode(model.ids[model.prompt_length :])
+  assert answer == Book(experiment.kv, "steps").one(prompt)
+  assert look["prompt_length"] == model.prompt_length
+  assert "weights" in look

@@ -1,0 +1,27 @@
+"""Checkpoint folders with a tokenizer of one token a character."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import helpers
+
+from calm_jax import tokenizer
+from calm_jax.models import hf
+
+ALPHABET = "abcdefghij kl."
+VOCAB = 4 + len(ALPHABET)
+
+
+def save(folder: Path, seed: int, text: str = ALPHABET, **changes) -> Path:
+  """Writes a small random model that spells `text`."""
+  shape = {
+    "vocab_size": 4 + len(set(text)), "width": 8, "num_layers": 2,
+    "num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "mlp_width": 8,
+    "max_length": 64,
+  } | changes  # fmt: skip
+  hf.save_params(folder, *helpers.model(seed, **shape))
+  tokenizer.train_sentencepiece(
+    [text], folder / "tokenizer", vocab_size=4 + len(set(text))
+  )
+  return folder

@@ -1,0 +1,158 @@
+"""Every config: its stages can be run, at full size by shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pathlib
+import types
+
+import helpers
+import jax
+import pytest
+
+from calm_jax import composition, optim, train, trainer, tree
+from calm_jax.connections import Composition
+from calm_jax.data import arithmetic
+from calm_jax.errors import InputError
+from calm_jax.experiments.key_values import KeyValueTask
+from calm_jax.experiments.text import TextTask
+from calm_jax.language_model import LanguageModel
+from configs import common
+
+FOLDER = pathlib.Path(common.__file__).parent
+FILES = [
+  p.stem
+  for p in sorted(FOLDER.glob("*.py"))
+  if p.stem not in ("__init__", "common")
+]
+VARIANTS = [
+  (file, variant)
+  for file in FILES
+  for variant in importlib.import_module(f"configs.{file}").VARIANTS
+]
+
+
+def load(file, variant):
+  return importlib.import_module(f"configs.{file}").get_config(variant)
+
+
+def shapes(settings) -> tuple[Composition, dict]:
+  """The whole composition of a config without one array."""
+  tokenizer = types.SimpleNamespace(vocab_size=26_000, fingerprint="")
+  loaded = {}
+  if settings["experiment"] == "text":
+    config, params = helpers.model(1)
+    model = LanguageModel(Composition(config), params)
+    loaded = {"anchor": model, "augmenting": model}
+  found = []
+
+  def make():
+    spec, params = train._models(settings, tokenizer, loaded)
+    found.append(spec)
+    return params
+
+  params = jax.eval_shape(make)
+  return found[0], params
+
+
+def test_the_variants_are_all_there():
+  assert {("kv", "small"), ("kv", "tiny"), ("kv", "paper")} <= {*VARIANTS}
+  assert {("compose", "frozen"), ("compose", "domain")} <= {*VARIANTS}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_default_variant_has_a_name(file):
+  module = importlib.import_module(f"configs.{file}")
+  assert any(
+    module.get_config().to_dict() == module.get_config(v).to_dict()
+    for v in module.VARIANTS
+  )
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_variant_that_is_not_there(file):
+  with pytest.raises(InputError, match="'nope' is none of"):
+    load(file, "nope")
+
+
+@pytest.mark.parametrize(("file", "variant"), VARIANTS)
+def test_every_stage_can_be_run(file, variant):
+  settings = train._plain(load(file, variant))
+  _, task = train.EXPERIMENTS[settings["experiment"]]
+  task(**settings["task"], seed=settings["seed"])
+  spec, params = shapes(settings)
+  names = [*settings["recipe"], *settings["alternatives"]]
+  assert names
+  for name in names:
+    stage = trainer.Stage(**settings["stages"][name])
+    # A pattern that matches no leaf raises.
+    trainable, frozen = tree.partition(
+      params, tree.mask(params, stage.trainable)
+    )
+    composition.alone(spec, params, stage.model)
+    assert stage.batch_size % stage.accumulate == 0
+    optim.schedule(
+      stage.schedule, stage.learning_rate, stage.steps, stage.warmup,
+      stage.final,
+    )  # fmt: skip
+    part = "composition" if stage.model == "composed" else stage.model
+    for leaf in tree.flatten(trainable):
+      assert leaf.startswith(f"{part}/")
+    for leaf in tree.flatten(frozen):
+      assert not leaf.startswith(f"{part}/")
+    if settings["experiment"] == "key_values":
+      assert stage.length <= spec.anchor.max_length
+
+
+@pytest.mark.parametrize("variant", ["small", "tiny", "paper"])
+def test_the_longest_example_fits_its_row(variant, tmp_path):
+  settings = train._plain(load("kv", variant))
+  # Values as large as the real ones, over fewer keys: quick to tokenise.
+  task = KeyValueTask(**settings["task"], seed=0)
+  kv = arithmetic.make_key_values(min(task.num_keys, 300), 0.2, 0)
+  kv = dataclasses.replace(kv, values=kv.values + task.num_keys - len(kv.keys))
+  tokenizer = arithmetic.train_tokenizer(
+    kv, tmp_path / "tokenizer", keys=task.keys, digits=task.digits
+  )
+  for name in [*settings["recipe"], *settings["alternatives"]]:
+    stage = settings["stages"][name]
+    data = {
+      "min_terms": task.min_terms, "max_terms": task.max_terms,
+      "operators": task.operators,
+    } | stage["data"]  # fmt: skip
+    source = arithmetic.ArithmeticSource(
+      kv, tokenizer, data.pop("tasks"), seed=0, batch_size=256,
+      length=stage["length"], **data,
+    )  # fmt: skip
+    # An example that does not fit raises.
+    for i in range(20):
+      assert source[i]["weights"].any()
+
+
+def test_the_papers_size():
+  spec, params = shapes(train._plain(load("kv", "paper")))
+  assert (spec.anchor.num_layers, spec.anchor.width) == (12, 768)
+  [(name, joined)] = spec.augmenting
+  assert (name, joined.config.num_layers, joined.config.width) == ("kv", 8, 512)
+  assert list(joined.connections) == [(4, 6), (8, 12)]
+  assert tree.count(params["composition"]) == 2 * (
+    512 * 768 + 4 * 768**2 + 512 + 768
+  )
+  assert 80e6 < tree.count(params["anchor"]) < 150e6
+  assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"float32"}
+
+
+def test_a_stage_of_the_configs_is_a_stage_of_the_trainer():
+  names = {field.name for field in dataclasses.fields(trainer.Stage)}
+  assert names == set(common.stage())
+
+
+def test_the_files_of_text_are_named_once():
+  config = load("compose", "frozen")
+  config.data, config.eval_data = "a.jsonl", "b.jsonl"
+  config.anchor_eval_data = "c.jsonl"
+  task = TextTask(**train._plain(config)["task"], seed=0)
+  assert (task.data, task.eval_data, task.anchor_eval_data) == (
+    "a.jsonl", "b.jsonl", "c.jsonl"
+  )  # fmt: skip

@@ -1,0 +1,211 @@
+"""The training command, end to end at its smallest."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from calm_jax import checkpoint, train, trainer
+from calm_jax.errors import InputError
+from calm_jax.metrics import read_metrics
+from configs import kv
+
+
+def small(workdir):
+  """Two steps of each stage, of models of two layers."""
+  config = kv.get_config("tiny")
+  config.workdir = str(workdir)
+  config.alternatives = ()
+  config.task.num_keys = 80
+  config.task.num_examples = 8
+  for side in ("anchor", "augmenting"):
+    config[f"{side}_model"].update(
+      width=8, num_heads=2, num_kv_heads=1, mlp_width=8
+    )
+  for stage in config.stages.values():
+    stage.update(
+      steps=2, warmup=1, log_every=1, eval_every=2, checkpoint_every=2,
+    )  # fmt: skip
+  return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cached_programs(tmp_path_factory):
+  with tiny.compilation_cache(tmp_path_factory.mktemp("programs")):
+    yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """(workdir, results) of a run."""
+  workdir = tmp_path_factory.mktemp("kv")
+  return workdir, train.main(small(workdir))
+
+
+def test_results(finished):
+  workdir, results = finished
+  on_disk = json.loads((workdir / "results.json").read_text())
+  assert on_disk == json.loads(json.dumps(results))  # which has no tuples
+  table = results["table1"]
+  both = {"augmenting", "anchor", "composed"}
+  assert {task: set(row) for task, row in table.items()} == {
+    "kv_subs": both,
+    "num_math": both,
+    "kv_math": both
+    | {"composed_held_in", "composed_mixed", "composed_held_out"},
+  }
+  assert all(0 <= x <= 100 for row in table.values() for x in row.values())
+  assert table["kv_math"]["composed"] == table["kv_math"]["composed_held_out"]
+  assert results["seconds"].keys() == {"augmenting", "anchor", "compose"}
+  assert all(seconds > 0 for seconds in results["seconds"].values())
+  assert results["other_runs"] == {}
+  assert results["config"]["stages"]["compose"]["steps"] == 2
+
+
+def test_parameters(finished):
+  workdir, results = finished
+  parameters = results["parameters"]
+  saved = {
+    stage: checkpoint.restore_trainable(workdir / stage / "checkpoints")[0]
+    for stage in ("augmenting", "anchor", "compose")
+  }
+  sizes = {
+    stage: sum(x.size for x in jax.tree.leaves(leaves))
+    for stage, leaves in saved.items()
+  }
+  assert parameters["augmenting"] == sizes["augmenting"]
+  assert parameters["anchor"] == sizes["anchor"]
+  assert parameters["composition"] == sizes["compose"]
+  assert parameters["composition"] == 8 * 8 + 4 * 8**2 + 8 + 8
+  assert parameters["composition_paper_count"] == 8 * 8 + 3 * 8**2
+  # Each stage trains its own part.
+  assert saved["augmenting"].keys() == {"augmenting"}
+  assert saved["anchor"].keys() == {"anchor"}
+  assert saved["compose"].keys() == {"composition"}
+
+
+def test_the_report_and_what_it_shows(finished):
+  workdir, _ = finished
+  report = (workdir / "report.md").read_text()
+  pictures = sorted((workdir / "figures").iterdir())
+  assert pictures
+  for picture in pictures:
+    assert f"figures/{picture.name}" in report
+    assert picture.stat().st_size > 1000
+  assert "KV-MATH" in report
+  with np.load(workdir / "attention.npz") as look:
+    assert look["weights"].shape[0] == len(look["connections"]) == 1
+    assert look["weights"].shape[-1] == len(look["tokens"])
+    assert 0 < look["prompt_length"] < len(look["tokens"])
+
+
+def test_each_stage_is_measured(finished):
+  workdir, _ = finished
+  for stage in ("augmenting", "anchor", "compose"):
+    lines = read_metrics(workdir / stage)
+    assert [r["step"] for r in lines if "loss" in r] == [1, 2]
+    assert [r["step"] for r in lines if "eval_loss" in r] == [2]
+
+
+def test_a_second_call_trains_nothing_and_says_the_same(finished, monkeypatch):
+  def never(*_):
+    raise AssertionError("a finished stage ran")
+
+  workdir, results = finished
+  monkeypatch.setattr(trainer, "make_step", never)
+  again = train.main(small(workdir))
+  assert again == results
+
+
+def test_a_second_composition_of_the_same_models(finished, monkeypatch):
+  workdir, results = finished
+  trained = []
+  run_stage = trainer.run_stage
+
+  def watched(name, stage, spec, params, *args, **kwargs):
+    done = checkpoint.is_complete(args[2])
+    trained.append((name, done is not None))
+    return run_stage(name, stage, spec, params, *args, **kwargs)
+
+  monkeypatch.setattr(trainer, "run_stage", watched)
+  config = small(workdir)
+  config.alternatives = ("compose_direct",)
+  again = train.main(config)
+  assert trained == [
+    ("augmenting", True), ("anchor", True), ("compose", True),
+    ("compose_direct", False),
+  ]  # fmt: skip
+  assert again["table1"] == results["table1"]
+  other = again["other_runs"]["compose_direct"]
+  assert other["table1"]["kv_math"].keys() == {
+    "composed",
+    "composed_held_in",
+    "composed_mixed",
+    "composed_held_out",
+  }
+  assert other["answer"] == "direct"
+  # The models that it composes are those of the other composition.
+  frozen = [
+    checkpoint.is_complete(workdir / name)["meta"]["frozen"]
+    for name in ("compose", "compose_direct")
+  ]
+  assert frozen[0] == frozen[1]
+  assert frozen[0].keys() == {"anchor", "augmenting/kv"}
+
+
+def test_an_encoder_runs_to_its_report(finished, tmp_path):
+  config = small(tmp_path)
+  config.composition.visibility = "encoder"
+  results = train.main(config)
+  # The models themselves are trained the same; only their use differs.
+  for column in ("augmenting", "anchor"):
+    assert (
+      results["table1"]["kv_subs"][column]
+      == (finished[1]["table1"]["kv_subs"][column])
+    )
+  with np.load(tmp_path / "attention.npz") as look:
+    assert not look["weights"][..., look["prompt_length"] :].any()
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    ({"experiment": "poetry"}, "'poetry' is none of"),
+    ({"recipe": ("augmenting", "glue")}, "no stage 'glue'.*compose_direct"),
+    ({"alternatives": ("glue",)}, "no stage 'glue'"),
+    ({"recipe": ()}, "recipe"),
+  ],
+)
+def test_a_config_that_asks_for_what_is_not_there(change, said, tmp_path):
+  config = small(tmp_path / "new")
+  config.update(change)
+  with pytest.raises(InputError, match=said):
+    train.main(config)
+  # Known before anything is done.
+  assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    # Of the last stage, and of what comes after the last stage.
+    ({"stages": {"compose": {"length": 12}}}, "raise length"),
+    ({"task": {"num_examples": 500}}, "500 asked for"),
+    ({"task": {"num_keys": 20}}, "reserved for evaluation"),
+  ],
+)
+def test_data_that_cannot_be_is_known_before_training(
+  change, said, tmp_path, monkeypatch
+):
+  def never(*_, **__):
+    raise AssertionError("a stage ran")
+
+  monkeypatch.setattr(trainer, "run_stage", never)
+  config = small(tmp_path)
+  config.update(change)
+  with pytest.raises(InputError, match=said):
+    train.main(config)
