@@ -47,7 +47,7 @@ def get_config(variant: str = "small") -> ConfigDict:
   )
   config.stages.compose = _compose("kv_math_steps")
   config.stages.compose_direct = _compose("kv_math")
-  VARIANTS[variant](config)
+  common.apply(VARIANTS, variant, config)
   return config
 
 

@@ -13,9 +13,7 @@ import pytest
 
 import calm_jax
 from calm_jax import tokenizer, tree
-from calm_jax.connections import Composition
 from calm_jax.errors import InputError
-from calm_jax.language_model import LanguageModel
 from calm_jax.models import hf
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 7))

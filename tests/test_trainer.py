@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
@@ -158,7 +157,7 @@ def test_accumulating_equals_one_batch_of_ragged_rows(tmp_path):
 
 
 def test_a_batch_that_cannot_be_cut_evenly(tmp_path):
-  with pytest.raises(InputError, match="batch_size=8.*accumulate=3"):
+  with pytest.raises(InputError, match=r"batch_size=8.*accumulate=3"):
     tiny.Run(tmp_path, tiny.stage(accumulate=3))()
 
 

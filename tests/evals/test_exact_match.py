@@ -8,8 +8,8 @@ from calm_jax.evals.base import write_rows
 from calm_jax.evals.exact_match import exact_match
 
 
-def test_any_of_the_answers_counts_and_nothing_else_does():
-  given = {"a=": "1", "b=": "1=2", "c=": "3 ", "d=": ""}
+def test_the_whole_answer_counts_and_nothing_else_does():
+  given = {"a=": "1", "b=": "1=2", "c=": "3 ", "d=": "2"}
   asked = []
 
   def generate(prompts):
@@ -18,7 +18,7 @@ def test_any_of_the_answers_counts_and_nothing_else_does():
 
   outcome = exact_match(
     tuple(given),
-    [("1", "0=1"), ("2", "1=2"), ("3",), ("4",)],
+    ["1", "1=2", "3", "1=2"],
     generate,
     num_terms=[1, 2, 3, 4],
   )
@@ -26,7 +26,7 @@ def test_any_of_the_answers_counts_and_nothing_else_does():
   assert outcome.metrics == {"accuracy": 50.0}
   assert [row["correct"] for row in outcome.rows] == [True, True, False, False]
   assert outcome.rows[1] == {
-    "prompt": "b=", "completion": "2", "prediction": "1=2", "correct": True,
+    "prompt": "b=", "completion": "1=2", "prediction": "1=2", "correct": True,
     "num_terms": 2,
   }  # fmt: skip
 

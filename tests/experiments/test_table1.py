@@ -17,7 +17,8 @@ TASK = KeyValueTask(
   num_keys=60, held_in_fraction=0.4, min_terms=2, max_terms=2, operators="+-",
   keys="pieces", digits="single", num_examples=12, seed=0,
 )  # fmt: skip
-STEPS = {"answer": {"kv_math": "steps", "num_math": "direct"}}
+STEPS = {"tasks": {"kv_math_steps": 0.6, "kv_subs": 0.2, "num_math": 0.2}}
+DIRECT = {"tasks": {"kv_math": 1.0}}
 
 
 @pytest.fixture
@@ -26,11 +27,11 @@ def experiment(tmp_path):
 
 
 class Book:
-  """A model that knows every answer, in one format, to some prompts."""
+  """A model that knows the answers to some kinds of prompts."""
 
-  def __init__(self, kv, answer, knows=("subs:", "math:")):
+  def __init__(self, kv, knows=("subs", "math", "show"), add=""):
     self.values = dict(zip(kv.keys, kv.values.tolist(), strict=True))
-    self.answer, self.knows, self.asked = answer, knows, []
+    self.knows, self.add, self.asked = knows, add, []
 
   def generate(self, prompts, max_new_tokens, **_):
     self.asked += prompts
@@ -40,27 +41,26 @@ class Book:
 
   def one(self, prompt):
     name, text = prompt.removesuffix("=").split(":")
-    if f"{name}:" not in self.knows:
+    if name not in self.knows:
       return "?"
     sign = "+" if "+" in text else "-"
     a, b = text.split(sign)
     a, b = (self.values.get(x) or int(x) for x in (a, b))
     steps, result = f"{a}{sign}{b}", str(a + b if sign == "+" else a - b)
-    if name == "subs":
-      return steps
-    return f"{steps}={result}" if self.answer == "steps" else result
+    answers = {"subs": steps, "math": result, "show": f"{steps}={result}"}
+    return answers[name] + self.add
 
 
-@pytest.mark.parametrize("answer", ["steps", "direct"])
-def test_a_perfect_model_scores_100_in_either_format(
-  experiment, answer, tmp_path
-):
+@pytest.mark.parametrize(
+  ("data", "answer"), [(STEPS, "steps"), (DIRECT, "direct")]
+)
+def test_a_perfect_model_scores_100(experiment, data, answer, tmp_path):
   models = {
-    "augmenting": Book(experiment.kv, answer, ("subs:",)),
-    "anchor": Book(experiment.kv, answer, ()),
-    "composed": Book(experiment.kv, answer),
+    "augmenting": Book(experiment.kv, ("subs",)),
+    "anchor": Book(experiment.kv, ()),
+    "composed": Book(experiment.kv),
   }
-  results = experiment.evaluate(models, STEPS)
+  results = experiment.evaluate(models, data)
   assert results["table1"] == {
     "kv_subs": {"augmenting": 100.0, "anchor": 0.0, "composed": 100.0},
     "kv_math": {
@@ -70,7 +70,7 @@ def test_a_perfect_model_scores_100_in_either_format(
     },
     "num_math": {"augmenting": 0.0, "anchor": 0.0, "composed": 100.0},
   }  # fmt: skip
-  assert results["answer"] == "steps"
+  assert results["answer"] == answer
   assert results["examples"] == 12
   files = {p.name for p in (tmp_path / "predictions").iterdir()}
   sets = ["kv_subs", "num_math", "kv_math_held_out"]
@@ -82,8 +82,15 @@ def test_a_perfect_model_scores_100_in_either_format(
   rows = [json.loads(line) for line in path.open()]
   assert len(rows) == 12
   assert all(r["correct"] and r["num_terms"] == 2 for r in rows)
-  # What is written as asked for is in the format that was trained.
-  assert all("=" in r["completion"] for r in rows)
+  # KV-MATH is asked in the format that was trained.
+  steps = {("=" in r["completion"], r["prompt"][:5]) for r in rows}
+  assert steps == {(True, "show:") if answer == "steps" else (False, "math:")}
+
+
+def test_an_answer_with_something_after_it_is_wrong(experiment):
+  model = Book(experiment.kv, add="0")
+  table = experiment.evaluate({"composed": model}, STEPS)["table1"]
+  assert {x for row in table.values() for x in row.values()} == {0.0}
 
 
 def test_the_splits_differ_in_their_keys_only_where_they_say_so(experiment):
@@ -105,7 +112,7 @@ def test_the_splits_differ_in_their_keys_only_where_they_say_so(experiment):
 
 
 def test_a_prefix_keeps_other_runs_apart(experiment, tmp_path):
-  model = Book(experiment.kv, "direct")
+  model = Book(experiment.kv)
   experiment.evaluate({"composed": model}, STEPS, prefix="other/")
   files = list((tmp_path / "predictions").iterdir())
   assert [f.name for f in files] == ["other"]
@@ -117,7 +124,7 @@ def sources(experiment):
   config = kv_config.get_config("tiny")
   for name in [*config.recipe, *config.alternatives]:
     stage = config.stages[name].to_dict()
-    yield name, experiment.source(stage["data"], 64, 20, seed=0), stage
+    yield name, experiment.source(stage["data"], 64, 24, seed=0), stage
 
 
 def texts(experiment, batch):
@@ -130,7 +137,7 @@ def texts(experiment, batch):
 
 def test_what_is_evaluated_is_never_trained_on(experiment):
   # Of 60 keys there are so few expressions that 100 batches hold most of them.
-  asked = Book(experiment.kv, "direct")
+  asked = Book(experiment.kv)
   experiment.evaluate(
     {"augmenting": asked, "anchor": asked, "composed": asked}, STEPS
   )
@@ -144,7 +151,7 @@ def test_what_is_evaluated_is_never_trained_on(experiment):
     }
     assert len(trained) > 500, name
     assert not trained & asked, name
-    for batch in experiment.eval_batches(stage["data"], 64, 20):
+    for batch in experiment.eval_batches(stage["data"], 64, 24):
       held_out = {t[: t.index("=") + 1] for t in texts(experiment, batch)}
       assert not trained & held_out, name
 
@@ -187,8 +194,8 @@ def test_where_the_model_looks(experiment):
   look = experiment.look(model, STEPS)
   tokenizer = experiment.tokenizer
   prompt = tokenizer.decode(model.ids[: model.prompt_length])
-  assert prompt.startswith("math:") and prompt.endswith("=")
+  assert prompt.startswith("show:") and prompt.endswith("=")
   answer = tokenizer.decode(model.ids[model.prompt_length :])
-  assert answer == Book(experiment.kv, "steps").one(prompt)
+  assert answer == Book(experiment.kv).one(prompt)
   assert look["prompt_length"] == model.prompt_length
   assert "weights" in look
