@@ -245,8 +245,7 @@ def _table1_notes(results: Results) -> tuple[str, ...]:
   notes = [
     "KV-SUBS: keys replaced by their values. NUM-MATH: arithmetic on numbers. "
     "KV-MATH: arithmetic on keys, which takes both models.",
-    "Exact match of the whole answer, with or without the steps before the "
-    "result. Held-out: keys never seen in training "
+    "Exact match of the whole answer. Held-out: keys never seen in training "
     "the composition; mixed: held-in and held-out keys in one expression.",
   ]
   kv_math = results["table1"].get("kv_math", {})

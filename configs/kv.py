@@ -25,7 +25,7 @@ def get_config(variant: str = "small") -> ConfigDict:
   config.task.keys = "pieces"
   config.task.digits = "single"
   config.task.num_examples = 1000
-  config.recipe = ("augmenting", "anchor", "compose")
+  config.recipe = ("augmenting", "anchor", "anchor_prefix", "compose")
   config.alternatives = ("compose_direct",)
   config.stages = ConfigDict()
   config.stages.augmenting = common.stage(
@@ -38,11 +38,21 @@ def get_config(variant: str = "small") -> ConfigDict:
     length=16,
     weight_decay=0.1,
   )
+  # m_B learns to calculate, then to calculate with what is written last,
+  # whatever came before; at once, both take longer.
   config.stages.anchor = common.stage(
     model="anchor",
     trainable=("anchor/.*",),
     data=_data({"num_math": 0.5, "num_math_steps": 0.5}),
-    steps=2200,
+    steps=1800,
+    schedule="constant",
+    length=24,
+  )
+  config.stages.anchor_prefix = common.stage(
+    model="anchor",
+    trainable=("anchor/.*",),
+    data=_data({"num_math": 0.3, "num_math_steps": 0.2, "num_math_given": 0.5}),
+    steps=1000,
     length=24,
   )
   config.stages.compose = _compose("kv_math_steps")
@@ -58,18 +68,26 @@ def _data(tasks: dict[str, float], **changes) -> ConfigDict:
 def _compose(kv_math: str) -> ConfigDict:
   """D_C: arithmetic over held-in keys, and what keeps the other tasks."""
   return common.stage(
-    data=_data({kv_math: 0.6, "kv_subs": 0.2, "num_math": 0.2}, keys="held_in"),
-    steps=800,
+    data=_data(
+      {kv_math: 0.6, "kv_subs": 0.15, "num_math": 0.25}, keys="held_in"
+    ),
+    steps=600,
     length=20,
   )
 
 
 def _small(config: ConfigDict) -> None:
+  config.alternatives = ()
   config.unroll = 4
   config.composition.num_connections = 4
   config.augmenting_model.update(width=96, mlp_width=256)
   for stage in config.stages.values():
     stage.update(batch_size=128, learning_rate=2e-3)
+
+
+def _both(config: ConfigDict) -> None:
+  _small(config)
+  config.alternatives = ("compose_direct",)
 
 
 def _tiny(config: ConfigDict) -> None:
@@ -96,9 +114,10 @@ def _paper(config: ConfigDict) -> None:
     stage.data.pack = True
     stage.update(batch_size=256, length=256, warmup=1000, learning_rate=5e-4)
   config.stages.augmenting.steps = 50_000
-  config.stages.anchor.steps = 200_000
+  config.stages.anchor.steps = 150_000
+  config.stages.anchor_prefix.steps = 50_000
   config.stages.compose.steps = 20_000
   config.stages.compose_direct.steps = 20_000
 
 
-VARIANTS = {"small": _small, "tiny": _tiny, "paper": _paper}
+VARIANTS = {"small": _small, "both": _both, "tiny": _tiny, "paper": _paper}

@@ -7,6 +7,11 @@ Tasks, for the expression ab+cd with ab = 10 and cd = 22:
   kv_math          D_KV-MATH   math:ab+cd=   32
   num_math_steps   D_NUM-MATH  show:10+22=   10+22=32
   kv_math_steps    D_KV-MATH   show:ab+cd=   10+22=32
+  num_math_given   D_NUM-MATH  show:ef+gh=10+22=   32
+
+In the last, ef and gh are any keys, drawn independently of the numbers: it
+tells nothing of their values, and asks for arithmetic on what was written last,
+whatever came before; a language model of some size can do that.
 
 The prompts are ours: the paper maps the same expression to two answers without
 saying how the models tell the tasks apart.
@@ -27,6 +32,7 @@ from calm_jax.data.key_values import (
   is_eval,
   make_key_values,
   sample_expressions,
+  unrelated,
 )
 from calm_jax.errors import InputError
 from calm_jax.tokenizer import Tokenizer, train_sentencepiece
@@ -76,14 +82,21 @@ def examples(
     InputError: an unknown task.
   """
   check_task(task)
-  prompt, of_keys, steps, result = TASKS[task]
-  with_keys = _render(expressions, kv.keys)
-  with_values = _render(expressions, [str(v) for v in kv.values])
+  prompt, asked, given, steps, result = TASKS[task]
+  values = _render(expressions, [str(v) for v in kv.values])
+  names = unrelated(np.random.default_rng(len(expressions)), kv, expressions)
+  of_asked = {
+    "keys": _render(expressions, kv.keys),
+    "names": _render(names, kv.keys),
+    "values": values,
+  }[asked]
+  rest = values if given else [""] * len(values)
   prompts = [
-    f"{prompt}{text}=" for text in (with_keys if of_keys else with_values)
+    f"{prompt}{text}={f'{v}=' if v else ''}"
+    for text, v in zip(of_asked, rest, strict=True)
   ]
   results = [str(value) for value in evaluate(kv, expressions)]
-  parts = [with_values] * steps + [results] * result
+  parts = [values] * steps + [results] * result
   completions = ["=".join(part) for part in zip(*parts, strict=True)]
   counts = expressions.num_terms.tolist()
   return [

@@ -1,5 +1,6 @@
 """Batches of the key-value task (§4.1), generated on demand."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -18,12 +19,14 @@ from calm_jax.data.key_values import (
   OPERATORS,
   KeyValues,
   sample_expressions,
+  unrelated,
 )
 from calm_jax.data.packing import Batch, assemble, host_rows, pack_rows
 from calm_jax.errors import InputError
 from calm_jax.tokenizer import Tokenizer
 
 _CHECKED = 256
+_OF_KEYS = np.array([t.asked == "keys" for t in TASKS.values()])
 _OWN_PROMPTS = np.array([PROMPTS.index(t.prompt) for t in TASKS.values()])
 
 
@@ -44,6 +47,7 @@ class ArithmeticSource:
     any_prompt: each example is under any of the prompts, for a model that
       knows one task only, and does it whatever it is asked.
     min_terms, max_terms, operators, keys, part: see `sample_expressions`;
+      keys restricts the tasks that ask for keys, NUM-MATH is of all values;
       part "eval" is distinct within a batch, not between batches.
     process_index, process_count: which share of the rows to take.
     num_batches: what `len` says; any index below it can be read.
@@ -157,13 +161,26 @@ class ArithmeticSource:
   def _generate(
     self, rng, n, **choice
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    expressions = sample_expressions(rng, self._kv, n, **self._choice | choice)
+    choice = self._choice | choice
+    expressions = sample_expressions(rng, self._kv, n, **choice)
     tasks_N = rng.choice(len(TASKS), size=n, p=self._weights)
+    numeric = np.flatnonzero(~_OF_KEYS[tasks_N])
+    if choice["keys"] != "all" and len(numeric):
+      numbers = sample_expressions(
+        rng, self._kv, len(numeric), **choice | {"keys": "all"}
+      )
+      for field in dataclasses.fields(expressions):
+        getattr(expressions, field.name)[numeric] = getattr(numbers, field.name)
     prompts_N = _OWN_PROMPTS[tasks_N]
     if self._any_prompt:
       prompts_N = rng.integers(len(PROMPTS), size=n)
     words_NW, columns = example_words(
-      self._table, self._kv, expressions, tasks_N, prompts_N
+      self._table,
+      self._kv,
+      expressions,
+      tasks_N,
+      prompts_N,
+      unrelated(rng, self._kv, expressions),
     )
     tokens, lengths_NW = self._table.flatten(words_NW)
     lengths_N = lengths_NW.sum(axis=1)

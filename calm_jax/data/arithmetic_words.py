@@ -25,17 +25,19 @@ class Task(NamedTuple):
   """What is asked, and what the answer holds."""
 
   prompt: str
-  of_keys: bool  # keys are asked, not numbers
-  steps: bool  # the answer holds the expression in numbers
+  asked: str  # the expression in "keys", in "values", or in unrelated "names"
+  given: bool  # the expression in values follows in the prompt
+  steps: bool  # the answer holds the expression in values
   result: bool  # the answer holds (then) the result
 
 
 TASKS = {
-  "kv_subs": Task("subs:", True, True, False),
-  "num_math": Task("math:", False, False, True),
-  "kv_math": Task("math:", True, False, True),
-  "num_math_steps": Task("show:", False, True, True),
-  "kv_math_steps": Task("show:", True, True, True),
+  "kv_subs": Task("subs:", "keys", False, True, False),
+  "num_math": Task("math:", "values", False, False, True),
+  "kv_math": Task("math:", "keys", False, False, True),
+  "num_math_steps": Task("show:", "values", False, True, True),
+  "kv_math_steps": Task("show:", "keys", False, True, True),
+  "num_math_given": Task("show:", "names", True, False, True),
 }
 PROMPTS = tuple(dict.fromkeys(task.prompt for task in TASKS.values()))
 _LIMB = 18
@@ -97,6 +99,7 @@ def example_words(
   expressions: Expressions,
   tasks_N: np.ndarray,
   prompts_N: np.ndarray,
+  names: Expressions,
 ) -> tuple[np.ndarray, int]:
   """The words of N examples [N, W], and how many columns are the prompt.
 
@@ -106,25 +109,37 @@ def example_words(
     expressions: N expressions.
     tasks_N: index of each example's task in `TASKS`.
     prompts_N: index of each example's prompt in `PROMPTS`.
+    names: the same expressions over other keys, of `unrelated`.
   """
-  _, of_keys_N, steps_N, result_N = (
+  _, asked_N, given_N, steps_N, result_N = (
     np.array(column)[tasks_N] for column in zip(*TASKS.values(), strict=True)
   )
-  keys_NT = _term_words(table, expressions, table.keys)
   values_NT = _term_words(table, expressions, table.values)
-  asked = np.where(of_keys_N[:, None], keys_NT, values_NT)
-  steps = np.where(steps_N[:, None], values_NT, table.empty)
-  has_both = steps_N & result_N
+  asked = np.where(
+    (asked_N == "keys")[:, None],
+    _term_words(table, expressions, table.keys),
+    np.where(
+      (asked_N == "names")[:, None],
+      _term_words(table, names, table.keys),
+      values_NT,
+    ),
+  )
   count = len(tasks_N)
+
+  def where(chosen_N, words):
+    return np.where(chosen_N[:, None], words, table.empty)
+
   prompt = [
     np.full((count, 1), table.bos),
     (table.prompts + prompts_N)[:, None],
     asked,
     np.full((count, 1), table.equals),
+    where(given_N, values_NT),
+    where(given_N, table.equals),
   ]
   completion = [
-    steps,
-    np.where(has_both, table.equals, table.empty)[:, None],
+    where(steps_N, values_NT),
+    where(steps_N & result_N, table.equals),
     _result_words(table, kv, expressions, result_N),
     np.full((count, 1), table.eos),
   ]

@@ -162,6 +162,16 @@ def sample_expressions(
   )
 
 
+def unrelated(
+  rng: np.random.Generator, kv: KeyValues, expressions: Expressions
+) -> Expressions:
+  """The same expressions with every key replaced by any key, at random."""
+  drawn = rng.integers(len(kv.keys), size=expressions.key_ids.shape)
+  return dataclasses.replace(
+    expressions, key_ids=np.where(expressions.key_ids < 0, -1, drawn)
+  )
+
+
 def is_eval(expressions: Expressions) -> np.ndarray:
   """Which expressions are reserved for evaluation: bool [N]."""
   with np.errstate(over="ignore"):

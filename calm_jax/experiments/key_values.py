@@ -179,5 +179,6 @@ class KeyValues:
 
 def _kv_math(data: dict) -> str:
   """The task that a composition learnt KV-MATH as: direct or in steps."""
-  (task,) = {"kv_math", "kv_math_steps"} & set(data["tasks"])
-  return task
+  tasks = [t for t in ("kv_math", "kv_math_steps") if data["tasks"].get(t)]
+  # D_C may hold substitutions only (§4.1): what follows them is asked then.
+  return tasks[-1] if tasks else "kv_math_steps"

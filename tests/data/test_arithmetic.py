@@ -1,6 +1,7 @@
 """Tests of calm_jax.data.arithmetic and its source of batches."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -134,11 +135,17 @@ def test_tokens_equal_the_tokenizer(tmp_path, keys, digits):
     assert completion == [*made.encode(texts[1]), made.eos_id]
     lines.add(texts[0][:5] + ("n" if texts[0][5].isdigit() else "k"))
     right = texts[1].split("=")[-1]
-    assert ("=" in texts[1]) == texts[0].startswith("show:")
+    *asked, written = texts[0].removesuffix("=")[5:].split("=")
+    steps = texts[0].startswith("show:") and not asked
+    assert ("=" in texts[1]) == steps
+    if asked:  # names that have nothing to do with the numbers
+      assert set(re.split("[-+*]", asked[0])) <= set(KV.keys)
+      assert written[0].isdigit()
+      lines.add("given")
     if not texts[0].startswith("subs:"):
       values = dict(zip(KV.keys, KV.values.tolist(), strict=True))
-      assert eval(texts[0][5:-1], values) == int(right)
-  assert lines == {"subs:k", "math:k", "math:n", "show:k", "show:n"}
+      assert eval(written, values) == int(right)
+  assert lines == {"subs:k", "math:k", "math:n", "show:k", "show:n", "given"}
 
 
 def test_big_results_equal_the_tokenizer(tmp_path):
