@@ -135,6 +135,37 @@ def texts(experiment, batch):
     yield tokenizer.decode(ids)
 
 
+def is_names(name, text):
+  """Whether the first expression of a text has nothing to do with the rest."""
+  return name == "anchor_prefix" and any(c.isalpha() for c in text[5:])
+
+
+def asked_in(name, text):
+  """The prompts that ask for what a text of a stage answers."""
+  first, *rest = text.split("=")
+  asked = set() if is_names(name, text) else {f"{first}="}
+  return asked | {f"math:{numbers}=" for numbers in rest[:-1]}
+
+
+def test_names_tell_nothing_of_the_keys_values(experiment):
+  [source] = [
+    s for name, s, _ in sources(experiment) if name == "anchor_prefix"
+  ]
+  values = dict(
+    zip(experiment.kv.keys, map(str, experiment.kv.values), strict=True)
+  )
+  told = []
+  for text in itertools.chain(
+    *(texts(experiment, source[i]) for i in range(9))
+  ):
+    if is_names("anchor_prefix", text):
+      names, numbers, _ = text[len("show:") :].replace("-", "+").split("=")
+      pairs = zip(names.split("+"), numbers.split("+"), strict=True)
+      told += [values[key] == number for key, number in pairs]
+  # One in 60 is right by chance.
+  assert len(told) > 300 and sum(told) / len(told) < 0.06
+
+
 def test_what_is_evaluated_is_never_trained_on(experiment):
   # Of 60 keys there are so few expressions that 100 batches hold most of them.
   asked = Book(experiment.kv)
@@ -145,14 +176,17 @@ def test_what_is_evaluated_is_never_trained_on(experiment):
   assert len(asked) > 50
   for name, source, stage in sources(experiment):
     trained = {
-      text[: text.index("=") + 1]
+      prompt
       for i in range(100)
       for text in texts(experiment, source[i])
+      for prompt in asked_in(name, text)
     }
     assert len(trained) > 500, name
     assert not trained & asked, name
     for batch in experiment.eval_batches(stage["data"], 64, 24):
-      held_out = {t[: t.index("=") + 1] for t in texts(experiment, batch)}
+      held_out = {
+        p for t in texts(experiment, batch) for p in asked_in(name, t)
+      }
       assert not trained & held_out, name
 
 
@@ -173,7 +207,7 @@ def test_composition_trains_on_held_in_keys_only(experiment):
     seen = {int(i) for i in seen}
     if name.startswith("compose"):
       assert ids[True] <= seen and not ids[False] & seen, name
-    elif name == "augmenting":
+    elif name in ("augmenting", "anchor_prefix"):
       assert ids[True] | ids[False] <= seen
     else:
       assert not (ids[True] | ids[False]) & seen
