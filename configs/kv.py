@@ -52,7 +52,7 @@ def get_config(variant: str = "small") -> ConfigDict:
     model="anchor",
     trainable=("anchor/.*",),
     data=_data({"num_math": 0.3, "num_math_steps": 0.2, "num_math_given": 0.5}),
-    steps=1000,
+    steps=1400,
     length=24,
   )
   config.stages.compose = _compose("kv_math_steps")
