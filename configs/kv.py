@@ -39,7 +39,7 @@ def get_config(variant: str = "small") -> ConfigDict:
     weight_decay=0.1,
   )
   # m_B learns to calculate, then to calculate with what is written last,
-  # whatever came before; at once, both take longer.
+  # whatever came before.
   config.stages.anchor = common.stage(
     model="anchor",
     trainable=("anchor/.*",),

@@ -31,9 +31,8 @@ Array = jax.Array
 def init(rng: Array, config: ModelConfig) -> dict:
   """Random float32 parameters: normal with variance 1 / fan-in.
 
-  Embeddings have standard deviation 0.02: what a token comes to mean should
-  not lie under the noise that it started from. Norms start at one, biases at
-  zero; matrices that write into the residual stream are scaled down by
+  Embeddings have standard deviation 0.02, norms start at one, biases at zero;
+  matrices that write into the residual stream are scaled down by
   sqrt(2 num_layers).
   """
 
