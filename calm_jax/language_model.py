@@ -18,7 +18,7 @@ from calm_jax.connections import (
   default_connections,
 )
 from calm_jax.errors import InputError
-from calm_jax.models import hf
+from calm_jax.models import folders, loading
 from calm_jax.tokenizer import Tokenizer, load_tokenizer
 
 Array = jax.Array
@@ -210,9 +210,9 @@ def load_model(path_or_hub_id: str, dtype: str = "float32") -> LanguageModel:
     InputError: a missing folder, a family or option that is not supported, or
       tensors that are unknown, missing, duplicate, misshapen or truncated.
   """
-  folder = hf.resolve(path_or_hub_id)
-  config = dataclasses.replace(hf.load_config(folder), dtype=dtype)
-  params = hf.load_params(folder, config, dtype=dtype)
+  folder = folders.resolve(path_or_hub_id)
+  config = dataclasses.replace(loading.load_config(folder), dtype=dtype)
+  params = loading.load_params(folder, config, dtype=dtype)
   has_tokenizer = any(
     (folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")
   )

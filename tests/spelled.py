@@ -7,7 +7,7 @@ from pathlib import Path
 import helpers
 
 from calm_jax import tokenizer
-from calm_jax.models import hf
+from calm_jax.models import loading
 
 ALPHABET = "abcdefghij kl."
 VOCAB = 4 + len(ALPHABET)
@@ -20,7 +20,7 @@ def save(folder: Path, seed: int, text: str = ALPHABET, **changes) -> Path:
     "num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "mlp_width": 8,
     "max_length": 64,
   } | changes  # fmt: skip
-  hf.save_params(folder, *helpers.model(seed, **shape))
+  loading.save_params(folder, *helpers.model(seed, **shape))
   tokenizer.train_sentencepiece(
     [text], folder / "tokenizer", vocab_size=4 + len(set(text))
   )

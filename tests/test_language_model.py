@@ -14,14 +14,14 @@ import pytest
 import calm_jax
 from calm_jax import tokenizer, tree
 from calm_jax.errors import InputError
-from calm_jax.models import hf
+from calm_jax.models import loading
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 7))
 
 
 def save(folder: pathlib.Path, seed: int, **changes) -> pathlib.Path:
   """A checkpoint without a tokenizer."""
-  hf.save_params(folder, *helpers.model(seed, **changes))
+  loading.save_params(folder, *helpers.model(seed, **changes))
   return folder
 
 

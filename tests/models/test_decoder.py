@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from golden import cases
 
-from calm_jax.models import decoder, hf
+from calm_jax.models import decoder, loading
 from calm_jax.models.config import ModelConfig, from_hf
 
 LENGTH = sum(cases.LENGTHS)
@@ -21,8 +21,8 @@ LENGTH = sum(cases.LENGTHS)
 @pytest.mark.parametrize("case", cases.CASES)
 def test_logits_equal_transformers(case, tmp_path):
   folder = cases.write(tmp_path, case)
-  config = hf.load_config(folder)
-  params = hf.load_params(folder, config)
+  config = loading.load_config(folder)
+  params = loading.load_params(folder, config)
   a, b = cases.tokens(case)
   expected = dict(zip(cases.LENGTHS, cases.logits(case), strict=True))
   for name, (sequence, places) in helpers.layouts(a, b, LENGTH).items():

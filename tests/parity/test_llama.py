@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from golden import cases
 
-from calm_jax.models import hf
+from calm_jax.models import loading
 
 torch = pytest.importorskip(
   "torch", reason="parity is measured against torch, which is not installed"
@@ -33,8 +33,8 @@ def logits(model, tokens, **inputs):
 
 
 def ours(folder, sequence):
-  config = hf.load_config(folder)
-  params = hf.load_params(folder, config)
+  config = loading.load_config(folder)
+  params = loading.load_params(folder, config)
   return np.asarray(helpers.decode_rows(params, config, sequence))
 
 
@@ -76,9 +76,9 @@ def test_packed_as_if_alone(case, tmp_path):
 @pytest.mark.parametrize("case", cases.CASES)
 def test_saved_by_us(case, tmp_path):
   folder = cases.write(tmp_path / "theirs", case)
-  config = hf.load_config(folder)
-  params = hf.load_params(folder, config)
-  hf.save_params(tmp_path / "ours", config, params)
+  config = loading.load_config(folder)
+  params = loading.load_params(folder, config)
+  loading.save_params(tmp_path / "ours", config, params)
   tokens = cases.tokens(case)[0][None]
   np.testing.assert_array_equal(
     logits(reference(tmp_path / "ours"), tokens),

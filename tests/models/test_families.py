@@ -6,7 +6,7 @@ import pytest
 from golden import cases
 
 from calm_jax.errors import InputError
-from calm_jax.models import config, hf
+from calm_jax.models import families, hf
 
 LLAMA = cases.CASES["gqa_untied"]
 
@@ -14,12 +14,12 @@ LLAMA = cases.CASES["gqa_untied"]
 @pytest.mark.parametrize("case", cases.CASES)
 def test_both_generations_of_config_json_say_the_same(case):
   # transformers 5 writes rope_parameters, and every default.
-  written = config.from_hf(cases.config_json(case))
-  assert written == config.from_hf(cases.CASES[case])
+  written = families.from_hf(cases.config_json(case))
+  assert written == families.from_hf(cases.CASES[case])
 
 
 def test_fields():
-  read = config.from_hf(LLAMA | {"head_dim": 14, "rope_theta": 5e5})
+  read = families.from_hf(LLAMA | {"head_dim": 14, "rope_theta": 5e5})
   assert read == config.ModelConfig(
     vocab_size=131,
     width=48,
@@ -39,7 +39,7 @@ def test_defaults_are_those_of_transformers():
     "model_type", "vocab_size", "hidden_size", "intermediate_size",
     "num_hidden_layers", "num_attention_heads",
   )  # fmt: skip
-  read = config.from_hf({k: LLAMA[k] for k in needed})
+  read = families.from_hf({k: LLAMA[k] for k in needed})
   assert (read.num_kv_heads, read.head_dim, read.norm_eps) == (6, 8, 1e-6)
   assert (read.rope_theta, read.max_length) == (1e4, 2048)
   assert (read.tie_embeddings, read.attention_bias) == (False, False)
@@ -63,14 +63,14 @@ def test_defaults_are_those_of_transformers():
 )
 def test_refuses(changes, message):
   with pytest.raises(InputError, match=message):
-    config.from_hf(LLAMA | changes)
+    families.from_hf(LLAMA | changes)
 
 
 def test_names_a_missing_key():
   without = {k: v for k, v in LLAMA.items() if k != "hidden_size"}
   with pytest.raises(InputError, match="lacks the key 'hidden_size'"):
-    config.from_hf(without)
+    families.from_hf(without)
 
 
 def test_every_family_has_a_table_of_tensors():
-  assert set(config.FAMILIES) == set(hf.FAMILIES)
+  assert set(families.FAMILIES) == set(hf.FAMILIES)

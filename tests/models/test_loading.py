@@ -16,14 +16,14 @@ from golden import cases
 from safetensors.numpy import load_file, save_file
 
 from calm_jax.errors import InputError
-from calm_jax.models import decoder, hf
+from calm_jax.models import decoder, folders, loading
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load(folder: pathlib.Path, dtype: str = "float32"):
-  return hf.load_params(folder, hf.load_config(folder), dtype)
+  return loading.load_params(folder, loading.load_config(folder), dtype)
 
 
 def shard(folder: pathlib.Path, count: int = 3) -> list[pathlib.Path]:
@@ -48,7 +48,7 @@ def assert_same(a, b):
 
 
 def test_resolve_finds_a_folder(tmp_path):
-  assert hf.resolve(tmp_path) == hf.resolve(str(tmp_path)) == tmp_path
+  assert folders.resolve(tmp_path) == folders.resolve(str(tmp_path)) == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -62,14 +62,14 @@ def test_resolve_does_not_ask_the_hub_for_a_path(name, monkeypatch, tmp_path):
   monkeypatch.setenv("HOME", str(tmp_path / "home"))
   monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
   with pytest.raises(InputError, match="looks like org/name"):
-    hf.resolve(name)
+    folders.resolve(name)
 
 
 def test_resolve_of_a_file_asks_for_its_folder(tmp_path):
   path = tmp_path / "model.safetensors"
   path.touch()
   with pytest.raises(InputError, match="give the folder"):
-    hf.resolve(path)
+    folders.resolve(path)
 
 
 def test_resolve_offline_says_what_to_do(monkeypatch, tmp_path):
@@ -78,7 +78,7 @@ def test_resolve_offline_says_what_to_do(monkeypatch, tmp_path):
     huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache")
   )
   with pytest.raises(InputError, match="hf download org/name --local-dir"):
-    hf.resolve("org/name")
+    folders.resolve("org/name")
 
 
 def test_resolve_downloads_no_pickles(monkeypatch, tmp_path):
@@ -89,7 +89,7 @@ def test_resolve_downloads_no_pickles(monkeypatch, tmp_path):
     return str(tmp_path)
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-  assert hf.resolve("org/name") == tmp_path
+  assert folders.resolve("org/name") == tmp_path
   files = [
     "config.json", "model.safetensors", "model-00001-of-00002.safetensors",
     "model.safetensors.index.json", "tokenizer.json", "tokenizer.model",
@@ -117,7 +117,7 @@ def test_bad_config_json(tmp_path, text, message):
   if text is not None:
     (tmp_path / "config.json").write_text(text)
   with pytest.raises(InputError, match=message):
-    hf.load_config(tmp_path)
+    loading.load_config(tmp_path)
 
 
 # Reading.
@@ -126,7 +126,7 @@ def test_bad_config_json(tmp_path, text, message):
 @pytest.mark.parametrize("case", ["gqa_untied", "biases", "tied", "head_dim"])
 def test_structure_and_values(case, tmp_path):
   folder = cases.write(tmp_path, case)
-  params, config = load(folder), hf.load_config(folder)
+  params, config = load(folder), loading.load_config(folder)
   assert jax.tree.map(np.shape, params) == jax.tree.map(
     lambda leaf: leaf.shape, decoder.param_shapes(config)
   )
@@ -289,9 +289,9 @@ def test_no_weights(tmp_path):
 @pytest.mark.parametrize("case", cases.CASES)
 def test_written_is_what_was_read(case, tmp_path):
   folder = cases.write(tmp_path / "old", case)
-  config, params = hf.load_config(folder), load(folder)
-  hf.save_params(tmp_path / "new", config, params)
-  assert hf.load_config(tmp_path / "new") == config
+  config, params = loading.load_config(folder), load(folder)
+  loading.save_params(tmp_path / "new", config, params)
+  assert loading.load_config(tmp_path / "new") == config
   assert_same(load(tmp_path / "new"), params)
   theirs = load_file(tmp_path / "new" / "model.safetensors")
   assert_same(theirs, cases.tensors(case))
@@ -300,20 +300,20 @@ def test_written_is_what_was_read(case, tmp_path):
 def test_bfloat16_is_kept(tmp_path):
   config, params = helpers.model(0)
   params = helpers.in_dtype(params, "bfloat16")
-  hf.save_params(tmp_path, config, params)
+  loading.save_params(tmp_path, config, params)
   assert_same(load(tmp_path, "bfloat16"), params)
 
 
 def test_nothing_is_overwritten(tmp_path):
   config, params = helpers.model(0)
-  hf.save_params(tmp_path, config, params)
+  loading.save_params(tmp_path, config, params)
   with pytest.raises(InputError, match="holds a model already"):
-    hf.save_params(tmp_path, config, params)
+    loading.save_params(tmp_path, config, params)
 
 
 def test_a_tree_of_another_config_is_not_written(tmp_path):
   config, _ = helpers.model(0)
   _, params = helpers.model(0, num_layers=3, tie_embeddings=True)
   with pytest.raises(InputError, match="'head/kernel'"):
-    hf.save_params(tmp_path / "new", config, params)
+    loading.save_params(tmp_path / "new", config, params)
   assert not (tmp_path / "new").exists()
