@@ -12,23 +12,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from calm_jax.connections import (
-  Augmenting,
-  Composition,
+from calm_jax.connections import Augmenting, Composition
+from calm_jax.cross_attention import (
+  CrossAttention,
+  cross_mask,
+  visible_tokens,
 )
 from calm_jax.errors import InputError
 from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.layers import (
-  Linear,
-  RMSNorm,
-  at_least_float32,
-  dot_product_attention,
-)
 
 Array = jax.Array
 
@@ -53,81 +48,12 @@ def plain_sequence(tokens_BL: Array) -> Sequence:
   return Sequence(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)
 
 
-class CrossAttention(nn.Module):
-  """f_cross(f_proj(H_A), H_B) of §3.1, in two halves.
-
-  `keys_values` needs the augmenting model only, so that decoding caches its
-  result; `attend` gives what is added to the anchor's residual stream.
-  """
-
-  anchor: ModelConfig
-  norm: bool
-  output_init: str
-
-  def setup(self):
-    width, dtype = self.anchor.width, self.anchor.dtype
-    inner = self.anchor.num_heads * (width // self.anchor.num_heads)
-    output_init = {
-      "zeros": nn.initializers.zeros, "normal": nn.initializers.normal(0.02)
-    }[self.output_init]  # fmt: skip
-    self.projection = Linear(width, dtype=dtype)
-    self.query = Linear(inner, dtype=dtype)
-    self.key = Linear(inner, dtype=dtype)
-    self.value = Linear(inner, dtype=dtype)
-    self.output = Linear(width, dtype=dtype, kernel_init=output_init)
-    if self.norm:
-      self.projection_norm = RMSNorm(self.anchor.norm_eps)
-      self.query_norm = RMSNorm(self.anchor.norm_eps)
-
-  def _heads(self, x: Array) -> Array:
-    return x.reshape(*x.shape[:-1], self.anchor.num_heads, -1)
-
-  def keys_values(self, h_BME: Array) -> dict[str, Array]:
-    """Keys and values, each [B, M, N, H]."""
-    if self.norm:
-      h_BME = self.projection_norm(h_BME)
-    projected_BMD = self.projection(h_BME)
-    return {
-      "key": self._heads(self.key(projected_BMD)),
-      "value": self._heads(self.value(projected_BMD)),
-    }
-
-  def _query(self, x_BLD: Array) -> Array:
-    return self._heads(
-      self.query(self.query_norm(x_BLD) if self.norm else x_BLD)
-    )
-
-  def attend(self, x_BLD: Array, keys_values: dict, mask_BLM: Array) -> Array:
-    """What is added to the residual stream, [B, L, D]."""
-    out_BLNH = dot_product_attention(
-      self._query(x_BLD),
-      keys_values["key"],
-      keys_values["value"],
-      mask_BLM[:, None],
-    )
-    # A position that sees nothing gets nothing; the softmax of an empty row
-    # would average over what it must not see.
-    sees_BL = mask_BLM.any(-1)
-    out_BLNH = jnp.where(sees_BL[..., None, None], out_BLNH, 0)
-    return self.output(out_BLNH.reshape(*out_BLNH.shape[:2], -1))
-
-  def probabilities(
-    self, x_BLD: Array, keys_values: dict, mask_BLM: Array
-  ) -> Array:
-    """Where each head looks, float32 [B, N, L, M]; for pictures."""
-    q_BLNH = self._query(x_BLD)
-    scores = jnp.einsum("blnh,bmnh->bnlm", q_BLNH, keys_values["key"])
-    scores = scores.astype(at_least_float32(scores.dtype))
-    scores = scores / q_BLNH.shape[-1] ** 0.5
-    lowest = jnp.finfo(scores.dtype).min
-    return jax.nn.softmax(jnp.where(mask_BLM[:, None], scores, lowest))
-
-  def __call__(self, x_BLD: Array, h_BME: Array, mask_BLM: Array) -> Array:
-    return self.attend(x_BLD, self.keys_values(h_BME), mask_BLM)
-
-
-def _cross(spec: Composition, augmenting: Augmenting) -> CrossAttention:
-  return CrossAttention(spec.anchor, augmenting.norm, augmenting.output_init)
+def _cross(
+  spec: Composition, augmenting: Augmenting, folded: bool = False
+) -> CrossAttention:
+  return CrossAttention(
+    spec.anchor, augmenting.norm, augmenting.output_init, folded
+  )
 
 
 def init(rng: Array, spec: Composition) -> dict:
@@ -147,65 +73,43 @@ def init(rng: Array, spec: Composition) -> dict:
   return params
 
 
-def visible_tokens(
-  visibility: str,
-  shape: tuple[int, int],
-  prompt_ends_BL: Array | None = None,
-  first_slot: Array | int = 0,
-) -> Array:
-  """How many slots of the augmenting row each anchor position may see.
-
-  For two models on the same tokens; see `Augmenting.visibility`.
-
-  Args:
-    visibility: one of VISIBILITIES.
-    shape: (B, L) of the anchor's tokens.
-    prompt_ends_BL: the slot after the prompt of each token's segment; needed
-      for "encoder" only.
-    first_slot: the slot of the first token.
-
-  Returns:
-    int32 [B, L]: the position may attend to slots s < visible[b, t].
-  """
-  through_BL = jnp.broadcast_to(first_slot + jnp.arange(1, shape[1] + 1), shape)
-  if visibility == "causal":
-    return through_BL
-  if visibility == "unmasked":
-    return jnp.full(shape, jnp.iinfo(jnp.int32).max)
-  if prompt_ends_BL is None:
-    raise InputError("visibility='encoder' needs to know where prompts end")
-  return jnp.minimum(prompt_ends_BL, through_BL)
-
-
-def cross_mask(
-  visible_BL: Array, query_segments_BL: Array, key_segments_BM: Array
-) -> Array:
-  """The one mask of composition (design: visibility), bool [B, L, M]."""
-  slots_M = jnp.arange(key_segments_BM.shape[1])
-  same_BLM = query_segments_BL[:, :, None] == key_segments_BM[:, None, :]
-  return (slots_M < visible_BL[:, :, None]) & same_BLM
-
-
-def empty_cache(spec: Composition, batch: int, slots: int) -> dict:
+def empty_cache(
+  spec: Composition,
+  batch: int,
+  slots: int | dict[str, int],
+  stacked: bool = True,
+) -> dict:
   """The decoding cache of all models, as a plain tree.
 
-  {"anchor": {"key", "value", "segments"}, "augmenting": {name: the same},
+  {"anchor": {"layers": of `decoder.empty_cache`, "segments": [B, S]},
+   "augmenting": {name: the same},
    "cross": {name: {connection: {"key", "value"}}}}
+
+  Args:
+    spec: what is composed.
+    batch: rows.
+    slots: of every model, or by "anchor" and the names of the augmenting ones.
+    stacked: False for parameters of `decoder.unstack`.
   """
-
-  def one(config):
-    segments = jnp.zeros((batch, slots), jnp.int32)
-    return decoder.empty_cache(config, batch, slots) | {"segments": segments}
-
+  if isinstance(slots, int):
+    slots = {"anchor": slots} | {name: slots for name, _ in spec.augmenting}
   heads = spec.anchor.num_heads
-  shape = (batch, slots, heads, spec.anchor.width // heads)
-  zeros = jnp.zeros(shape, spec.anchor.dtype)
+
+  def one(name, config):
+    return {
+      "layers": decoder.empty_cache(config, batch, slots[name], stacked),
+      "segments": jnp.zeros((batch, slots[name]), jnp.int32),
+    }
+
+  def cross(name):
+    shape = (batch, slots[name], heads, spec.anchor.width // heads)
+    return {k: jnp.zeros(shape, spec.anchor.dtype) for k in ("key", "value")}
+
   return {
-    "anchor": one(spec.anchor),
-    "augmenting": {n: one(a.config) for n, a in spec.augmenting},
+    "anchor": one("anchor", spec.anchor),
+    "augmenting": {n: one(n, a.config) for n, a in spec.augmenting},
     "cross": {
-      n: {c.name: {"key": zeros, "value": zeros} for c in a.connections}
-      for n, a in spec.augmenting
+      n: {c.name: cross(n) for c in a.connections} for n, a in spec.augmenting
     },
   }
 
@@ -231,7 +135,7 @@ def _start(params, config, sequence: Sequence, cache, index):
     segments = jax.lax.dynamic_update_slice(
       cache["segments"], segments, (0, index)
     )
-    cache = {"key": cache["key"], "value": cache["value"]}
+    cache = cache["layers"]
   mask = decoder.self_attention_mask(
     sequence.segments, segments, 0 if index is None else index
   )
@@ -241,7 +145,7 @@ def _start(params, config, sequence: Sequence, cache, index):
 
 
 def _stored(cache, run: _Run):
-  return None if cache is None else cache | {"segments": run.segments}
+  return cache and {"layers": cache, "segments": run.segments}
 
 
 def tap(params, augmenting: Augmenting, sequence: Sequence, cache, index):
@@ -256,6 +160,55 @@ def tap(params, augmenting: Augmenting, sequence: Sequence, cache, index):
     x, kv = run.layers(x, kv, at, layer)
     taps[layer], at = x, layer
   return taps, run.segments, _stored(kv, run)
+
+
+def read_on(
+  params: dict,
+  spec: Composition,
+  name: str,
+  sequence: Sequence,
+  cache: dict | None = None,
+  index: Array | None = None,
+) -> dict:
+  """An augmenting model reads tokens, and its connections make of them what
+  the anchor attends to.
+
+  Args:
+    params: the whole tree.
+    spec: what is composed.
+    name: of the augmenting model.
+    sequence: its tokens.
+    cache: {"augmenting", "cross"} of this model, or None.
+    index: int32 [], the slot of the first token; with a cache only.
+
+  Returns:
+    {"augmenting": its cache, whose "segments" [B, S] are there without a cache
+    too, "cross": {connection: {"key", "value"}}}.
+  """
+  joined = dict(spec.augmenting)[name]
+  taps, segments, kept = tap(
+    params["augmenting"][name],
+    joined,
+    sequence,
+    cache and cache["augmenting"],
+    index,
+  )
+  cross = {}
+  for connection in joined.connections:
+    kv = _bound(params, spec, name, connection).keys_values(
+      taps[connection.augmenting]
+    )
+    if cache is not None:
+      kv = _write(cache["cross"][connection.name], kv, index)
+    cross[connection.name] = kv
+  return {"augmenting": kept or {"segments": segments}, "cross": cross}
+
+
+def _bound(params, spec, name, connection) -> CrossAttention:
+  weights = params["composition"][name][connection.name]
+  joined = dict(spec.augmenting)[name]
+  cross = _cross(spec, joined, folded="projection" not in weights)
+  return cross.bind({"params": weights})
 
 
 def states(
@@ -274,7 +227,8 @@ def states(
     params: the whole tree.
     spec: what is composed.
     anchor: the anchor's tokens.
-    augmenting: the tokens of each augmenting model; the anchor's if None.
+    augmenting: the tokens of each augmenting model; the anchor's if None. With
+      a cache, a model that is not there reads nothing new.
     visible: per augmenting model int32 [B, L], from `visible_tokens`; by the
       model's own `visibility` on the same tokens if None.
     cache: from `empty_cache`, or None to compute the sequence at once.
@@ -290,13 +244,15 @@ def states(
   arriving: dict[int, list] = {}
   with jax.named_scope("augmenting"):
     for name, joined in spec.augmenting:
-      taps, segments, new["augmenting"][name] = tap(
-        params["augmenting"][name],
-        joined,
-        anchor if augmenting is None else augmenting[name],
-        cache and cache["augmenting"][name],
-        index,
-      )
+      old = cache and {k: cache[k][name] for k in new}
+      if augmenting is None:
+        heard = read_on(params, spec, name, anchor, old, index)
+      elif name in augmenting or cache is None:
+        heard = read_on(params, spec, name, augmenting[name], old, index)
+      else:
+        heard = old
+      for kind, value in heard.items():
+        new[kind][name] = value
       if visible is None:
         visible_BL = visible_tokens(
           joined.visibility,
@@ -305,16 +261,12 @@ def states(
         )
       else:
         visible_BL = visible[name]
-      mask = cross_mask(visible_BL, anchor.segments, segments)
-      new["cross"][name] = {}
+      mask = cross_mask(
+        visible_BL, anchor.segments, heard["augmenting"]["segments"]
+      )
       for connection in joined.connections:
-        cross = _cross(spec, joined).bind(
-          {"params": params["composition"][name][connection.name]}
-        )
-        kv = cross.keys_values(taps[connection.augmenting])
-        if cache is not None:
-          kv = _write(cache["cross"][name][connection.name], kv, index)
-          new["cross"][name][connection.name] = kv
+        cross = _bound(params, spec, name, connection)
+        kv = heard["cross"][connection.name]
         arriving.setdefault(connection.anchor, []).append(
           ((name, connection), cross, kv, mask)
         )

@@ -1,182 +1,374 @@
-"""Generation and scoring for one model or a composition: one engine.
+"""Generation for one model or a composition: one engine.
 
-Prompts are padded on the left to a few lengths, so that all rows write the
-same cache slot at each step and few programs are compiled.
+A batch is laid out once (`batching`), read into the caches of all models by
+`start`, and continued by `advance`, a jitted loop that stays on the device for
+up to CHUNK tokens. An augmenting model with a tokenizer of its own cannot read
+along on the device: a `Reader` gives its tokens between two steps, and `feed`
+reads them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Rows
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm_jax import composition
+from calm_jax import batching, composition, cross_attention
+from calm_jax.batching import Batch, Reader
 from calm_jax.composition import Sequence
 from calm_jax.connections import Composition
-from calm_jax.errors import InputError
+from calm_jax.models import decoder
+from calm_jax.sampling import GREEDY, Sampler
 
 Array = jax.Array
-BUCKET = 16  # prompts are padded to a multiple of it
+CHUNK = 16  # tokens between two looks of the host
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-  """Picks the next token: the likeliest at temperature 0, else at random."""
+class State(NamedTuple):
+  """Texts in the middle of being continued.
 
-  temperature: float = 0.0
+  Attributes:
+    cache: see `composition.empty_cache`.
+    logits_BV: float32, that `token_B` was picked from.
+    token_B: the newest token of each row, not read yet.
+    position_B: its position.
+    done_B: whether a stop token was picked.
+    keys_B: the random key of each row.
+    seen_BV: tokens so far, for the repetition penalty; None without one.
+    slot: int32 [], the anchor's slot that token_B will be written to.
+  """
 
-  def __call__(self, rng: Array, logits_BV: Array) -> Array:
-    if self.temperature == 0.0:
-      return jnp.argmax(logits_BV, axis=-1)
-    return jax.random.categorical(rng, logits_BV / self.temperature)
+  cache: dict
+  logits_BV: Array
+  token_B: Array
+  position_B: Array
+  done_B: Array
+  keys_B: Array
+  seen_BV: Array | None
+  slot: Array
+
+
+def prepare(params: dict) -> dict:
+  """The tree as decoding reads it fastest; nothing large is copied."""
+  models = {"anchor": decoder.unstack(params["anchor"])}
+  if "augmenting" in params:
+    models["augmenting"] = {
+      name: decoder.unstack(p) for name, p in params["augmenting"].items()
+    }
+  return cross_attention.fold(params) | models
+
+
+def _pick(sampler: Sampler, stop_S, keys_B, logits_BV, seen_BV, done_B):
+  draw_B = None
+  if sampler.temperature > 0:
+    keys_B, draw_B = jax.vmap(jax.random.split, out_axes=1)(keys_B)
+  token_B = sampler(draw_B, logits_BV, seen_BV)
+  if seen_BV is not None:
+    seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
+  done_B = done_B | (token_B[:, None] == stop_S).any(-1)
+  return token_B, keys_B, seen_BV, done_B
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "slots", "sampler"))
+def start(
+  params: dict,
+  spec: Composition,
+  batch: Batch,
+  keys_B: Array,
+  stop_S: Array,
+  *,
+  slots: tuple[tuple[str, int], ...],
+  sampler: Sampler,
+) -> State:
+  """Reads the prompts and picks the first token of each row.
+
+  Args:
+    params: from `prepare`.
+    spec: what they are.
+    batch: from `lay_out`.
+    keys_B: a random key for each row.
+    stop_S: token ids that end a row.
+    slots: (model, slots of its cache), for all models.
+    sampler: how the next token is picked.
+  """
+  B, P = batch.anchor.tokens.shape
+  stacked = not isinstance(params["anchor"]["layers"], tuple)
+  with jax.named_scope("prefill"):
+    x_BLD, cache = composition.states(
+      params,
+      spec,
+      batch.anchor,
+      batch.augmenting,
+      batch.visible,
+      composition.empty_cache(spec, B, dict(slots), stacked),
+      jnp.int32(0),
+    )
+    logits_BV = composition.logits(params, spec, x_BLD[:, -1:])[:, 0]
+  seen_BV = None
+  if sampler.repetition_penalty != 1:
+    rows_B1 = jnp.arange(B)[:, None]
+    seen_BV = jnp.zeros(logits_BV.shape, bool)
+    seen_BV = seen_BV.at[rows_B1, batch.anchor.tokens].max(
+      batch.anchor.segments > 0
+    )
+  done_B = ~batch.anchor.segments.any(-1)
+  token_B, keys_B, seen_BV, done_B = _pick(
+    sampler, stop_S, keys_B, logits_BV, seen_BV, done_B
+  )
+  position_B = batch.anchor.positions[:, -1] + 1
+  return State(
+    cache, logits_BV, token_B, position_B, done_B, keys_B, seen_BV, jnp.int32(P)
+  )
 
 
 @functools.partial(
-  jax.jit, static_argnames=("spec", "max_new_tokens", "sampler")
+  jax.jit,
+  static_argnames=("spec", "along", "sampler", "size"),
+  donate_argnames="state",
 )
-def _generate(
+def advance(
   params: dict,
   spec: Composition,
-  prompt: Sequence,
-  stop: int,
-  rng: Array,
+  state: State,
+  stop_S: Array,
+  steps: Array,
   *,
-  max_new_tokens: int,
+  along: tuple[str, ...],
   sampler: Sampler,
-) -> Array:
-  """New tokens int32 [B, max_new_tokens], -1 from the stop token on."""
-  B, P = prompt.tokens.shape
-  prompt_ends_B1 = jnp.full((B, 1), P)
+  size: int,
+) -> tuple[State, Array]:
+  """Reads the newest tokens and picks the next, again and again.
 
-  def run(sequence, cache, index):
-    visible = {
-      name: composition.visible_tokens(
-        joined.visibility, sequence.tokens.shape, prompt_ends_B1, index
-      )
-      for name, joined in spec.augmenting
-    }
-    x_BLD, cache = composition.states(
-      params, spec, sequence, visible=visible, cache=cache, index=index
-    )
-    return composition.logits(params, spec, x_BLD[:, -1:])[:, 0], cache
+  Args:
+    params, spec, stop_S, sampler: as for `start`.
+    state: is donated.
+    steps: int32 [], at most `size`; fewer if all rows are done.
+    along: augmenting models that read the anchor's own tokens.
+    size: columns of the result.
 
-  def pick(step, logits_BV, done_B):
-    token_B = sampler(jax.random.fold_in(rng, step), logits_BV)
-    done_B = done_B | (token_B == stop)
-    return token_B.astype(jnp.int32), done_B
-
-  def unfinished(carry):
-    step, _, _, done_B, _, _ = carry
-    return (step < max_new_tokens) & ~done_B.all()
+  Returns:
+    The state, and the tokens picked, int32 [B, size]; -1 from a stop token on.
+  """
+  B = len(state.token_B)
+  everything_B1 = jnp.full((B, 1), jnp.iinfo(jnp.int32).max)
+  visible = {name: everything_B1 for name, _ in spec.augmenting}
 
   def body(carry):
-    step, token_B, position_B, done_B, out_BT, cache = carry
-    out_BT = out_BT.at[:, step].set(jnp.where(done_B, -1, token_B))
-    sequence = Sequence(
-      token_B[:, None], jnp.ones((B, 1), jnp.int32), position_B[:, None]
+    i, s, out_BT = carry
+    token = Sequence(
+      s.token_B[:, None], jnp.ones((B, 1), jnp.int32), s.position_B[:, None]
     )
-    logits_BV, cache = run(sequence, cache, P + step)
-    token_B, done_B = pick(step + 1, logits_BV, done_B)
-    return step + 1, token_B, position_B + 1, done_B, out_BT, cache
+    x_BLD, cache = composition.states(
+      params, spec, token, dict.fromkeys(along, token), visible, s.cache, s.slot
+    )
+    logits_BV = composition.logits(params, spec, x_BLD)[:, 0]
+    token_B, keys_B, seen_BV, done_B = _pick(
+      sampler, stop_S, s.keys_B, logits_BV, s.seen_BV, s.done_B
+    )
+    out_BT = out_BT.at[:, i].set(jnp.where(done_B, -1, token_B))
+    s = State(
+      cache, logits_BV, token_B, s.position_B + 1, done_B, keys_B, seen_BV,
+      s.slot + 1,
+    )  # fmt: skip
+    return i + 1, s, out_BT
 
-  with jax.named_scope("prefill"):
-    cache = composition.empty_cache(spec, B, P + max_new_tokens)
-    logits_BV, cache = run(prompt, cache, jnp.int32(0))
-    token_B, done_B = pick(0, logits_BV, jnp.zeros((B,), bool))
-  out_BT = jnp.full((B, max_new_tokens), -1, jnp.int32)
-  position_B = prompt.positions[:, -1] + 1
   with jax.named_scope("decode"):
-    carry = jax.lax.while_loop(
-      unfinished,
+    _, state, out_BT = jax.lax.while_loop(
+      lambda carry: (carry[0] < steps) & ~carry[1].done_B.all(),
       body,
-      (jnp.int32(0), token_B, position_B, done_B, out_BT, cache),
+      (jnp.int32(0), state, jnp.full((B, size), -1, jnp.int32)),
     )
-  return carry[4]
+  return state, out_BT
 
 
-def pad_left(prompts: list[list[int]], rows: int, length: int) -> Sequence:
-  """Prompts as [rows, length], padded on the left; spare rows are padding."""
-  tokens = np.zeros((rows, length), np.int32)
-  segments = np.zeros((rows, length), np.int32)
-  positions = np.zeros((rows, length), np.int32)
-  for row, ids in enumerate(prompts):
-    at = length - len(ids)
-    tokens[row, at:] = ids
-    segments[row, at:] = 1
-    positions[row, at:] = np.arange(len(ids))
-  return Sequence(tokens, segments, positions)
+@functools.partial(
+  jax.jit, static_argnames=("spec", "name"), donate_argnames="cache"
+)
+def feed(params, spec, cache: dict, sequence: Sequence, index, *, name: str):
+  """An augmenting model reads tokens [B, M] into slots index .. ; the cache."""
+  kinds = ("augmenting", "cross")
+  own = {kind: cache[kind][name] for kind in kinds}
+  own = composition.read_on(params, spec, name, sequence, own, index)
+  return cache | {kind: cache[kind] | {name: own[kind]} for kind in kinds}
 
 
-def max_length(spec: Composition) -> int:
-  """The longest sequence that every model of a composition was made for."""
-  configs = [spec.anchor, *(a.config for _, a in spec.augmenting)]
-  return min(c.max_length for c in configs)
+class _Follower:
+  """An augmenting model with its own tokenizer, while texts grow."""
+
+  def __init__(self, name, joined, readers: list[Reader], prompt: Sequence):
+    self.name, self._joined, self._readers = name, joined, readers
+    self._read_B = prompt.segments.sum(axis=1)
+    self._slot = prompt.tokens.shape[1]
+    self.slots = batching.round_up(2 * self._slot)
+
+  def follow(self, params, spec, state: State, new_B) -> State:
+    """Reads what the newest tokens complete; -1 is no token."""
+    ids = [
+      reader.push(int(token)) if token >= 0 else []
+      for reader, token in zip(self._readers, new_B, strict=False)
+    ]
+    longest = max(map(len, ids))
+    if not longest:
+      return state
+    size = 1 << (longest - 1).bit_length()
+    if self._slot + size > self.slots:
+      self.slots = batching.round_up(2 * self.slots)
+      cache = _grown(state.cache, self.name, self.slots)
+      state = state._replace(cache=cache)
+    sequence = batching.pad_left(ids, len(new_B), size, self._read_B)
+    self._read_B = self._read_B + (sequence.segments > 0).sum(axis=1)
+    batching.check_length(self.name, self._joined, self._read_B.max())
+    cache = feed(
+      params,
+      spec,
+      state.cache,
+      sequence,
+      jnp.int32(self._slot),
+      name=self.name,
+    )
+    self._slot += size
+    return state._replace(cache=cache)
 
 
-def generate(
+def _grown(cache: dict, name: str, slots: int) -> dict:
+  """The cache with more slots for one augmenting model."""
+
+  def grow(axis):
+    def one(x):
+      widths = [(0, 0)] * x.ndim
+      widths[axis] = (0, slots - x.shape[axis])
+      return jnp.pad(x, widths)
+
+    return one
+
+  own = cache["augmenting"][name]
+  own = {
+    "layers": jax.tree.map(grow(2), own["layers"]),
+    "segments": grow(1)(own["segments"]),
+  }
+  cross = jax.tree.map(grow(1), cache["cross"][name])
+  return cache | {
+    "augmenting": cache["augmenting"] | {name: own},
+    "cross": cache["cross"] | {name: cross},
+  }
+
+
+def stream(
   params: dict,
   spec: Composition,
-  prompts: list[list[int]],
+  prompts: Rows[Rows[int]],
   *,
   max_new_tokens: int,
-  stop: int | None,
-  sampler: Sampler = Sampler(),
-  seed: int = 0,
+  stop_ids: Rows[int] = (),
+  sampler: Sampler = GREEDY,
+  seeds: Rows[int] | None = None,
+  readers: dict[str, Callable[[], Reader]] | None = None,
+  finished: Callable[[int, list[int]], bool] | None = None,
   batch_size: int = 64,
-) -> list[list[int]]:
-  """Continues prompts of token ids.
+) -> Iterator[tuple[int, list[int]]]:
+  """Continues prompts, a few tokens at a time.
 
   Args:
     params: tree of the composition, or {"anchor": ...} of one model.
     spec: what they are.
     prompts: non-empty lists of token ids, any lengths.
     max_new_tokens: longest continuation.
-    stop: token id that ends a continuation (not returned); None for none.
+    stop_ids: token ids that end a continuation (not returned).
     sampler: how the next token is picked.
-    seed: of the sampler.
+    seeds: one a prompt, 0 if None; what is drawn for a prompt depends on its
+      own seed and on nothing of its neighbours.
+    readers: makers of readers, by name, for the augmenting models with other
+      tokenizers than the anchor's.
+    finished: called with (index of the prompt, its new tokens so far); ends
+      the continuation if True.
     batch_size: rows that decode together.
 
-  Returns:
-    The continuations, in the order of the prompts.
+  Yields:
+    (index of a prompt, its next tokens), at least one token.
 
   Raises:
     InputError: a prompt is empty, or too long for the models.
   """
-  limit = max_length(spec)
-  for i, ids in enumerate(prompts):
-    if not ids:
-      raise InputError(f"prompt {i} has no tokens: nothing to continue from")
-    if len(ids) + max_new_tokens > limit:
-      raise InputError(
-        f"prompt {i} has {len(ids)} tokens; with max_new_tokens="
-        f"{max_new_tokens} that exceeds the models' length limit of {limit}"
-      )
-  # Rows of like length decode together, so that padding stays small.
-  order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-  out: list[list[int]] = [[] for _ in prompts]
-  rng = jax.random.key(seed)
-  rows = min(batch_size, _round_up(max(len(prompts), 1), 8))
-  for start in range(0, len(order), rows):
-    chosen = order[start : start + rows]
-    longest = max(len(prompts[i]) for i in chosen)
-    # The limit itself need not be a multiple of the bucket.
-    length = min(_round_up(longest, BUCKET), limit - max_new_tokens)
-    tokens = _generate(
+  readers = readers or {}
+  limit = batching.max_length(spec, readers)
+  batching.check_prompts(prompts, max_new_tokens, limit)
+  if not prompts or not max_new_tokens:
+    return
+  params = prepare(params)
+  stop_S = jnp.array(list(stop_ids) or [-1], jnp.int32)
+  seeds = [0] * len(prompts) if seeds is None else seeds
+  longest = batching.round_up(max(map(len, prompts)))
+  slots = batching.round_up(longest + max_new_tokens)
+  reads_on = [n for n, a in spec.augmenting if a.visibility != "encoder"]
+  along = tuple(name for name in reads_on if name not in readers)
+  for chosen, rows in batching.batches(prompts, batch_size):
+    ids = [prompts[i] for i in chosen]
+    own = {name: [make() for _ in ids] for name, make in readers.items()}
+    batch = batching.lay_out(spec, ids, list(map(len, ids)), own, rows=rows)
+    followers = [
+      _Follower(n, dict(spec.augmenting)[n], own[n], batch.augmenting[n])
+      for n in reads_on
+      if n in own
+    ]
+    sizes = {n: batch.augmenting[n].tokens.shape[1] for n in own}
+    sizes |= {"anchor": slots} | {f.name: f.slots for f in followers}
+    keys_B = jax.vmap(jax.random.key)(
+      jnp.array([seeds[i] for i in chosen] + [0] * (rows - len(ids)))
+    )
+    state = start(
       params,
       spec,
-      pad_left([prompts[i] for i in chosen], rows, length),
-      -1 if stop is None else stop,
-      jax.random.fold_in(rng, start),
-      max_new_tokens=max_new_tokens,
+      batch,
+      keys_B,
+      stop_S,
+      slots=tuple(
+        (n, sizes.get(n, slots)) for n in ("anchor", *dict(spec.augmenting))
+      ),
       sampler=sampler,
     )
-    for i, row in zip(chosen, np.asarray(tokens), strict=False):
-      out[i] = [int(t) for t in row if t >= 0]
+    size = 1 if followers else min(CHUNK, max_new_tokens)
+    left = max_new_tokens - 1
+    made: list[list[int]] = [[] for _ in ids]
+    new_BT = np.asarray(state.token_B)[:, None]
+    while True:
+      done_B = np.array(state.done_B)
+      if new_BT.shape[1] == 1:
+        new_BT = np.where(done_B[:, None], -1, new_BT)
+      for row, i in enumerate(chosen):
+        tokens = [int(t) for t in new_BT[row] if t >= 0]
+        if tokens:
+          made[row] += tokens
+          yield i, tokens
+          if finished and finished(i, made[row]):
+            done_B[row] = True
+      if not left or done_B.all():
+        break
+      state = state._replace(done_B=jnp.asarray(done_B))
+      for follower in followers:
+        newest_B = np.where(done_B, -1, new_BT[:, -1])
+        state = follower.follow(params, spec, state, newest_B)
+      steps = min(left, size)
+      state, new_BT = advance(
+        params,
+        spec,
+        state,
+        stop_S,
+        jnp.int32(steps),
+        along=along,
+        sampler=sampler,
+        size=size,
+      )
+      new_BT, left = np.asarray(new_BT), left - steps
+
+
+def generate(params, spec, prompts, **options) -> list[list[int]]:
+  """`stream`, all at once: the continuations in the order of the prompts."""
+  out: list[list[int]] = [[] for _ in prompts]
+  for i, tokens in stream(params, spec, prompts, **options):
+    out[i] += tokens
   return out
-
-
-def _round_up(n: int, multiple: int) -> int:
-  return -(-n // multiple) * multiple

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm_jax import composition, decode, tree
+from calm_jax import batching, composition, generation, tree
 from calm_jax.connections import (
   Augmenting,
   Composition,
@@ -19,6 +20,8 @@ from calm_jax.connections import (
 )
 from calm_jax.errors import InputError
 from calm_jax.models import folders, loading
+from calm_jax.sampling import Sampler
+from calm_jax.scoring import Score
 from calm_jax.tokenizer import Tokenizer, load_tokenizer
 
 Array = jax.Array
@@ -91,7 +94,7 @@ class LanguageModel:
         f"token ids run from {tokens_BL.min()} to {tokens_BL.max()}; the "
         f"vocabulary has ids 0 to {V - 1}"
       )
-    limit = decode.max_length(self.spec)
+    limit = batching.max_length(self.spec)
     if tokens_BL.shape[1] > limit:
       raise InputError(
         f"rows of {tokens_BL.shape[1]} tokens exceed the models' length "
@@ -107,46 +110,96 @@ class LanguageModel:
 
   def generate(
     self,
-    prompts: list[str],
+    prompts: str | list[str],
     max_new_tokens: int = 64,
     *,
-    temperature: float = 0.0,
-    seed: int = 0,
+    stop: str | Sequence[str] = (),
+    seed: int | Sequence[int] = 0,
     batch_size: int = 64,
-  ) -> list[str]:
+    **sampling,
+  ) -> str | list[str]:
     """Continues texts, greedily unless a temperature is given.
 
     Args:
       prompts: texts; a BOS token is put before each if the tokenizer has one.
       max_new_tokens: longest continuation, which ends early at EOS.
-      temperature: 0 for the likeliest token at each step.
-      seed: of the sampling.
+      stop: texts that end a continuation; they are not returned.
+      seed: of the drawing: one for all, from which prompt i draws with
+        seed + i, or one a prompt. Neighbours in the batch make no difference.
       batch_size: rows that decode together.
+      **sampling: temperature, top_k, top_p, min_p, repetition_penalty; see
+        `Sampler`.
 
     Returns:
-      The continuations without their prompts.
+      The continuations without their prompts: a list for a list.
 
     Raises:
-      InputError: the model has no tokenizer, prompts is a single string, or a
-        prompt is too long.
+      InputError: the model has no tokenizer, or a prompt is too long.
     """
-    tokenizer = self.text()
-    if isinstance(prompts, str):
-      raise InputError("prompts must be a list of texts, got one str")
-    ids = [with_bos(tokenizer, tokenizer.encode(p)) for p in prompts]
-    new = decode.generate(
-      self.tree,
-      self.spec,
-      ids,
-      max_new_tokens=max_new_tokens,
-      stop=tokenizer.eos_id,
-      sampler=decode.Sampler(temperature),
-      seed=seed,
+    alone = isinstance(prompts, str)
+    prompts = [prompts] if alone else list(prompts)
+    if isinstance(seed, int):
+      seeds = [seed + i for i in range(len(prompts))]
+    else:
+      seeds = list(seed)
+    if len(seeds) != len(prompts):
+      raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+    texts = generation.generate(
+      self,
+      prompts,
+      max_new_tokens,
+      Sampler(**sampling),
+      stop=[stop] if isinstance(stop, str) else stop,
+      seeds=seeds,
       batch_size=batch_size,
     )
-    return [
-      tokenizer.decode_continuation(p, n) for p, n in zip(ids, new, strict=True)
-    ]
+    return texts[0] if alone else texts
+
+  def stream(
+    self,
+    prompt: str,
+    max_new_tokens: int = 64,
+    *,
+    stop: str | Sequence[str] = (),
+    seed: int = 0,
+    **sampling,
+  ) -> Iterator[str]:
+    """The continuation of one text in pieces; arguments of `generate`."""
+    return generation.stream(
+      self,
+      prompt,
+      max_new_tokens,
+      Sampler(**sampling),
+      stop=[stop] if isinstance(stop, str) else stop,
+      seed=seed,
+    )
+
+  def score(
+    self,
+    prompts: list[str],
+    completions: list[str],
+    *,
+    batch_size: int = 16,
+  ) -> list[Score]:
+    """How likely completions are after prompts, in nats.
+
+    Args:
+      prompts: texts; a BOS token is put before each if the tokenizer has one.
+      completions: one a prompt.
+      batch_size: rows that are computed together.
+
+    Returns:
+      One `Score(logprob, num_tokens, is_greedy)` a prompt.
+
+    Raises:
+      InputError: the model has no tokenizer, a prompt is too long, or has no
+        tokens while there is no BOS to begin with.
+    """
+    return generation.score(self, prompts, completions, batch_size)
+
+  def readers(self) -> dict:
+    """Makers of what follows a text for augmenting models; see `decode`."""
+    return {}
 
   def cross_attention(
     self, ids: list[int], prompt_length: int
@@ -192,11 +245,6 @@ class LanguageModel:
         "its tokenizer.json or tokenizer.model into the folder to use text"
       )
     return self.tokenizer
-
-
-def with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-  """Ids behind the BOS token, if there is one."""
-  return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
 
 
 def load_model(path_or_hub_id: str, dtype: str = "float32") -> LanguageModel:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import calm_jax
-from calm_jax import tokenizer, tree
+from calm_jax import generation, tokenizer, tree
 from calm_jax.errors import InputError
 from calm_jax.models import loading
 
@@ -185,10 +185,72 @@ def test_text(tmp_path):
   assert model.generate(["abc"], 5, temperature=1.0, seed=1) == model.generate(
     ["abc"], 5, temperature=1.0, seed=1
   )
-  with pytest.raises(InputError, match="list of texts"):
-    model.generate("abc")
+  assert model.generate("abc", 5) == texts[0]
+  with pytest.raises(InputError, match="2 seeds for 1 prompts"):
+    model.generate("abc", seed=[1, 2])
   with pytest.raises(InputError, match="length limit of 2048"):
     model.generate(["abc" * 700])
+
+
+def test_streams_what_it_generates(tmp_path):
+  folder = save(tmp_path / "model", 1, vocab_size=14)
+  spell(folder, "abcdefghij")
+  model = calm_jax.load_model(str(folder))
+  whole = model.generate("abc", 40)
+  assert len(whole) > 16  # of more than one look of the host
+  pieces = list(model.stream("abc", 40))
+  assert len(pieces) > 1
+  assert "".join(pieces) == whole
+  drawn = {"temperature": 2.0, "top_k": 9, "seed": 5}
+  assert "".join(model.stream("abc", 40, **drawn)) == model.generate(
+    "abc", 40, **drawn
+  )
+  # Stop strings of two characters may lie across two pieces.
+  for at in (3, 15, 17):
+    stop = whole[at : at + 2]
+    want = whole[: whole.index(stop)]
+    assert model.generate(["abc"], 40, stop=["zz", stop]) == [want]
+    assert "".join(model.stream("abc", 40, stop=stop)) == want
+
+
+def test_a_draw_depends_on_its_own_seed_alone(tmp_path):
+  folder = save(tmp_path / "model", 1, vocab_size=14)
+  spell(folder, "abcdefghij")
+  model = calm_jax.load_model(str(folder))
+  options = {"temperature": 1.5, "top_p": 0.9}
+  together = model.generate(["abc", "a", "j"], 9, seed=[7, 8, 9], **options)
+  assert together == model.generate(["abc", "a", "j"], 9, seed=7, **options)
+  for prompt, seed, want in zip(
+    ["abc", "a", "j"], (7, 8, 9), together, strict=True
+  ):
+    assert model.generate(prompt, 9, seed=seed, **options) == want
+  assert model.generate("abc", 9, seed=10, **options) != together[0]
+
+
+def test_scores_are_the_log_probabilities_of_the_tokens(tmp_path):
+  folder = save(tmp_path / "model", 1, vocab_size=14)
+  spell(folder, "abcdefghij")
+  model = calm_jax.load_model(str(folder))
+  prompts, completions = ["abc", "", "jjj"], ["de", "a" * 40, ""]
+  scores = model.score(prompts, completions)
+  for prompt, completion, score in zip(
+    prompts, completions, scores, strict=True
+  ):
+    given = generation.with_bos(model.tokenizer, model.tokenizer.encode(prompt))
+    ids = given + model.tokenizer.encode_continuation(prompt, completion)
+    logits = np.asarray(model.logits(np.array([ids]))[0], np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    at = np.arange(len(given) - 1, len(ids) - 1)
+    picked = logprobs[at, ids[len(given) :]]
+    assert score.num_tokens == len(completion)
+    np.testing.assert_allclose(score.logprob, picked.sum(), atol=1e-4)
+    assert score.is_greedy == (
+      logprobs[at].argmax(-1).tolist() == ids[len(given) :]
+    )
+  greedy = model.generate("abc", 3)
+  assert model.score(["abc"], [greedy])[0].is_greedy
+  with pytest.raises(InputError, match="1 prompts and 2 completions"):
+    model.score(["a"], ["b", "c"])
 
 
 def test_where_the_heads_look(composed, models):

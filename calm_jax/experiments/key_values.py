@@ -12,7 +12,8 @@ from calm_jax.data import arithmetic
 from calm_jax.errors import InputError
 from calm_jax.evals.base import write_rows
 from calm_jax.evals.exact_match import exact_match
-from calm_jax.language_model import LanguageModel, with_bos
+from calm_jax.generation import with_bos
+from calm_jax.language_model import LanguageModel
 
 # Which keys the expressions of an evaluation set are drawn from.
 SPLITS = ("held_in", "mixed", "held_out")

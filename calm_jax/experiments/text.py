@@ -15,7 +15,8 @@ from calm_jax.data.sources import TextExample, read_examples, take_fraction
 from calm_jax.errors import InputError
 from calm_jax.evals.base import write_rows
 from calm_jax.evals.perplexity import perplexity
-from calm_jax.language_model import LanguageModel, with_bos
+from calm_jax.generation import with_bos
+from calm_jax.language_model import LanguageModel
 
 LOOK_TOKENS = 40
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.layers import (
@@ -126,13 +127,20 @@ def run_layers(
     context: from `make_context`.
     start: layers to skip.
     stop: last layer to run; all of them if None.
-    cache: {"key", "value"}, each [num_layers, B, S, K, H], or None.
+    cache: from `empty_cache`, or None.
 
   Returns:
     Hidden states after layer `stop`, and the cache with the new keys and
     values at slots index .. index + L - 1.
   """
   stop = config.num_layers if stop is None else stop
+  if isinstance(params["layers"], tuple):
+    caches = list(cache or [None] * config.num_layers)
+    for i in range(start, stop):
+      x_BLD, caches[i] = Block(config).apply(
+        {"params": params["layers"][i]}, x_BLD, context, caches[i], 0
+      )
+    return x_BLD, cache and tuple(caches)
   whole = (start, stop) == (0, config.num_layers)
 
   def body(carry, scanned):
@@ -177,9 +185,44 @@ def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:
   return logits_BLV.astype(at_least_float32(config.dtype))
 
 
-def empty_cache(config: ModelConfig, batch: int, slots: int) -> dict:
-  """Zeros {"key", "value"}, each [num_layers, B, S, K, H]."""
-  shape = (
-    config.num_layers, batch, slots, config.num_kv_heads, config.head_dim
-  )  # fmt: skip
-  return {name: jnp.zeros(shape, config.dtype) for name in ("key", "value")}
+def empty_cache(
+  config: ModelConfig, batch: int, slots: int, stacked: bool = True
+) -> dict | tuple:
+  """Zeros {"key", "value"}, each [num_layers, B, S, K, H].
+
+  For `unstack`ed parameters one such dict a layer, each of one layer.
+  """
+  shape = (batch, slots, config.num_kv_heads, config.head_dim)
+
+  def zeros(layers):
+    return {
+      name: jnp.zeros((layers, *shape), config.dtype)
+      for name in ("key", "value")
+    }
+
+  if stacked:
+    return zeros(config.num_layers)
+  return tuple(zeros(1) for _ in range(config.num_layers))
+
+
+def unstack(params: dict) -> dict:
+  """The parameters with "layers" as a tuple of trees, one a layer.
+
+  XLA's CPU backend copies a layer's weights out of the stack at each step of
+  a scan. Training does not notice; a decoding step, which does little else
+  than read the weights, takes several times as long. Parameters on one CPU
+  come as views of the stack, without a copy of their own; others are
+  returned as they are.
+  """
+  leaves = jax.tree.leaves(params["layers"])
+  devices = set().union(*(leaf.devices() for leaf in leaves))
+  if [d.platform for d in devices] != ["cpu"]:
+    return params
+  layers = [
+    jax.tree.map(
+      lambda p, i=i: jax.device_put(np.asarray(p)[i], may_alias=True),
+      params["layers"],
+    )
+    for i in range(len(leaves[0]))
+  ]
+  return params | {"layers": tuple(layers)}

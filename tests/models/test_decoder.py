@@ -13,7 +13,8 @@ import pytest
 from golden import cases
 
 from calm_jax.models import decoder, loading
-from calm_jax.models.config import ModelConfig, from_hf
+from calm_jax.models.config import ModelConfig
+from calm_jax.models.families import from_hf
 
 LENGTH = sum(cases.LENGTHS)
 

@@ -7,6 +7,7 @@ from golden import cases
 
 from calm_jax.errors import InputError
 from calm_jax.models import families, hf
+from calm_jax.models.config import ModelConfig
 
 LLAMA = cases.CASES["gqa_untied"]
 
@@ -20,7 +21,7 @@ def test_both_generations_of_config_json_say_the_same(case):
 
 def test_fields():
   read = families.from_hf(LLAMA | {"head_dim": 14, "rope_theta": 5e5})
-  assert read == config.ModelConfig(
+  assert read == ModelConfig(
     vocab_size=131,
     width=48,
     num_layers=3,

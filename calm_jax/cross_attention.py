@@ -1,0 +1,163 @@
+"""Cross-attention of the anchor to an augmenting model, and its mask (§3.1).
+
+B batch, L anchor length, M augmenting length, D anchor width, E augmenting
+width, N heads, H head width.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from calm_jax.errors import InputError
+from calm_jax.models.config import ModelConfig
+from calm_jax.models.layers import (
+  Linear,
+  RMSNorm,
+  at_least_float32,
+  dot_product_attention,
+)
+
+Array = jax.Array
+
+
+class CrossAttention(nn.Module):
+  """f_cross(f_proj(H_A), H_B) of §3.1, in two halves.
+
+  `keys_values` needs the augmenting model only, so that decoding caches its
+  result; `attend` gives what is added to the anchor's residual stream.
+  """
+
+  anchor: ModelConfig
+  norm: bool
+  output_init: str
+  folded: bool = False  # f_proj is in W_K and W_V already; see `fold`
+
+  def setup(self):
+    width, dtype = self.anchor.width, self.anchor.dtype
+    inner = self.anchor.num_heads * (width // self.anchor.num_heads)
+    output_init = {
+      "zeros": nn.initializers.zeros, "normal": nn.initializers.normal(0.02)
+    }[self.output_init]  # fmt: skip
+    if not self.folded:
+      self.projection = Linear(width, dtype=dtype)
+    self.query = Linear(inner, dtype=dtype)
+    self.key = Linear(inner, dtype=dtype)
+    self.value = Linear(inner, dtype=dtype)
+    self.output = Linear(width, dtype=dtype, kernel_init=output_init)
+    if self.norm:
+      self.projection_norm = RMSNorm(self.anchor.norm_eps)
+      self.query_norm = RMSNorm(self.anchor.norm_eps)
+
+  def _heads(self, x: Array) -> Array:
+    return x.reshape(*x.shape[:-1], self.anchor.num_heads, -1)
+
+  def keys_values(self, h_BME: Array) -> dict[str, Array]:
+    """Keys and values, each [B, M, N, H]."""
+    if self.norm:
+      h_BME = self.projection_norm(h_BME)
+    if not self.folded:
+      h_BME = self.projection(h_BME)
+    return {
+      "key": self._heads(self.key(h_BME)),
+      "value": self._heads(self.value(h_BME)),
+    }
+
+  def _query(self, x_BLD: Array) -> Array:
+    return self._heads(
+      self.query(self.query_norm(x_BLD) if self.norm else x_BLD)
+    )
+
+  def attend(self, x_BLD: Array, keys_values: dict, mask_BLM: Array) -> Array:
+    """What is added to the residual stream, [B, L, D]."""
+    out_BLNH = dot_product_attention(
+      self._query(x_BLD),
+      keys_values["key"],
+      keys_values["value"],
+      mask_BLM[:, None],
+    )
+    # A position that sees nothing gets nothing; the softmax of an empty row
+    # would average over what it must not see.
+    sees_BL = mask_BLM.any(-1)
+    out_BLNH = jnp.where(sees_BL[..., None, None], out_BLNH, 0)
+    return self.output(out_BLNH.reshape(*out_BLNH.shape[:2], -1))
+
+  def probabilities(
+    self, x_BLD: Array, keys_values: dict, mask_BLM: Array
+  ) -> Array:
+    """Where each head looks, float32 [B, N, L, M]; for pictures."""
+    q_BLNH = self._query(x_BLD)
+    scores = jnp.einsum("blnh,bmnh->bnlm", q_BLNH, keys_values["key"])
+    scores = scores.astype(at_least_float32(scores.dtype))
+    scores = scores / q_BLNH.shape[-1] ** 0.5
+    lowest = jnp.finfo(scores.dtype).min
+    return jax.nn.softmax(jnp.where(mask_BLM[:, None], scores, lowest))
+
+  def __call__(self, x_BLD: Array, h_BME: Array, mask_BLM: Array) -> Array:
+    return self.attend(x_BLD, self.keys_values(h_BME), mask_BLM)
+
+
+def fold(params: dict) -> dict:
+  """The tree with each f_proj multiplied into W_K and W_V, for inference.
+
+  Both are linear, so the composed model stays the same but for rounding; a
+  position of the augmenting model then costs 2 D_A D_B instead of
+  D_A D_B + 2 D_B^2. Training needs the factors apart.
+  """
+
+  def one(connection):
+    rest = {k: v for k, v in connection.items() if k != "projection"}
+    first = connection["projection"]["kernel"]
+    for name in ("key", "value"):
+      both = jnp.matmul(first, connection[name]["kernel"], precision="highest")
+      rest[name] = {"kernel": both}
+    return rest
+
+  if "composition" not in params:
+    return params
+  return params | {
+    "composition": {
+      name: {c: one(p) for c, p in connections.items()}
+      for name, connections in params["composition"].items()
+    }
+  }
+
+
+def visible_tokens(
+  visibility: str,
+  shape: tuple[int, int],
+  prompt_ends_BL: Array | None = None,
+  first_slot: Array | int = 0,
+) -> Array:
+  """How many slots of the augmenting row each anchor position may see.
+
+  For two models on the same tokens; see `Augmenting.visibility`.
+
+  Args:
+    visibility: one of VISIBILITIES.
+    shape: (B, L) of the anchor's tokens.
+    prompt_ends_BL: the slot after the prompt of each token's segment; needed
+      for "encoder" only.
+    first_slot: the slot of the first token.
+
+  Returns:
+    int32 [B, L]: the position may attend to slots s < visible[b, t].
+  """
+  through_BL = jnp.broadcast_to(first_slot + jnp.arange(1, shape[1] + 1), shape)
+  if visibility == "causal":
+    return through_BL
+  if visibility == "unmasked":
+    return jnp.full(shape, jnp.iinfo(jnp.int32).max)
+  if prompt_ends_BL is None:
+    raise InputError("visibility='encoder' needs to know where prompts end")
+  return jnp.minimum(prompt_ends_BL, through_BL)
+
+
+def cross_mask(
+  visible_BL: Array, query_segments_BL: Array, key_segments_BM: Array
+) -> Array:
+  """The one mask of composition (design: visibility), bool [B, L, M]."""
+  slots_M = jnp.arange(key_segments_BM.shape[1])
+  same_BLM = query_segments_BL[:, :, None] == key_segments_BM[:, None, :]
+  return (slots_M < visible_BL[:, :, None]) & same_BLM
