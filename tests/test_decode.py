@@ -111,15 +111,18 @@ def test_logits_while_generating_are_those_of_the_finished_text(
   seen: list[np.ndarray] = []
   # Steps of one token, so that the logits of each are seen.
   monkeypatch.setattr(decode, "CHUNK", 1)
-  for name in ("start", "advance"):
 
-    def kept(*args, step=getattr(decode, name), **kwargs):
+  def watched(step):
+    def run(*args, **kwargs):
       out = step(*args, **kwargs)
       state = out if isinstance(out, decode.State) else out[0]
       seen.append(np.asarray(state.logits_BV))
       return out
 
-    monkeypatch.setattr(decode, name, kept)
+    return run
+
+  for name in ("start", "advance"):
+    monkeypatch.setattr(decode, name, watched(getattr(decode, name)))
   got = decode.generate(params, spec, PROMPTS, max_new_tokens=new, readers=own)
   assert len(seen) == new
   order = sorted(range(len(PROMPTS)), key=lambda i: len(PROMPTS[i]))
@@ -130,7 +133,7 @@ def test_logits_while_generating_are_those_of_the_finished_text(
     batch = batching.lay_out(
       spec, [ids], [given], {n: [make()] for n, make in own.items()}, rows=1
     )
-    # The reference is the plain forward pass: nothing folded, cached, unstacked.
+    # The plain forward pass: nothing folded, cached or unstacked.
     full = helpers.composed(
       params, spec, batch.anchor, augmenting=batch.augmenting,
       visible=batch.visible,
@@ -149,7 +152,7 @@ def test_an_own_tokenizer_that_reads_too_much_is_an_error():
     joined, config=dataclasses.replace(joined.config, max_length=6)
   )
   spec = Composition(spec.anchor, (("kv", short),))
-  with pytest.raises(InputError, match="'kv' would read .* limit is 6"):
+  with pytest.raises(InputError, match=r"'kv' would read .* limit is 6"):
     decode.generate(
       params, spec, PROMPTS, max_new_tokens=40, readers={"kv": Spelled}
     )
