@@ -71,7 +71,7 @@ def theirs(config: ModelConfig, prompts) -> tuple[Callable, int]:
       bos_token_id=None,
       eos_token_id=None,
       pad_token_id=0,
-    )  # fmt: skip
+    )
   ).eval()
   ids = torch.tensor(prompts)
   return (
@@ -81,7 +81,7 @@ def theirs(config: ModelConfig, prompts) -> tuple[Callable, int]:
       max_new_tokens=NEW,
       min_new_tokens=NEW,
       do_sample=False,
-    ),  # fmt: skip
+    ),
     sum(p.numel() for p in model.parameters()),
   )
 

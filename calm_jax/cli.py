@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -36,6 +38,25 @@ def run_with_config(main: Callable) -> None:
 
   flags.mark_flag_as_required("config")
   app.run(guarded, flags_parser=_parse)
+
+
+def guarded(main: Callable[[], None]) -> None:
+  """Runs main(); wrong input ends as for `run_with_config`."""
+  try:
+    main()
+  except InputError as error:
+    _stop(error)
+
+
+def keep_compiled_programs() -> None:
+  """Keeps compiled programs on disk, for the next start of a command line.
+
+  In JAX_COMPILATION_CACHE_DIR if that is set, else in ~/.cache/calm_jax.
+  """
+  if not jax.config.jax_compilation_cache_dir:
+    folder = Path.home() / ".cache" / "calm_jax"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -77,6 +77,24 @@ def read_examples(
   return examples
 
 
+def read_prompts(path: str | Path) -> list[str]:
+  """The "prompt" of each line of a .jsonl file.
+
+  Raises:
+    InputError: no such file, or a line without a prompt; it is named.
+  """
+  path = Path(path)
+  if not path.is_file():
+    raise InputError(f"no prompts at {path}: there is no such file")
+  prompts = []
+  for origin, line in _lines(path):
+    record = _parse(line, origin)
+    if "prompt" not in record:
+      raise InputError(f"{origin}: it has no 'prompt'")
+    prompts.append(_field(record, "prompt", origin))
+  return prompts
+
+
 def take_fraction(examples: Sequence[T], fraction: float, seed: int) -> list[T]:
   """A random part of `examples`, in their order.
 

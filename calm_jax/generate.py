@@ -1,0 +1,82 @@
+"""Continues text with a model or a composition, as it comes.
+
+  python -m calm_jax.generate --model=DIR_OR_ID --prompt="Once upon"
+  python -m calm_jax.generate --model=DIR_OR_ID --prompts=file.jsonl
+  python -m calm_jax.generate --model=DIR_OR_ID      asks for prompts
+
+A file holds a JSON object {"prompt"} a line; the answers are printed as
+{"prompt", "completion"}, a line each. Programs are kept in the folder of
+JAX_COMPILATION_CACHE_DIR, or in ~/.cache/calm_jax: the next start is quicker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from calm_jax import cli
+from calm_jax.artefact import load_any
+from calm_jax.data.sources import read_prompts
+
+
+def _arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog="python -m calm_jax.generate", description=__doc__.split("\n")[0]
+  )
+  parser.add_argument(
+    "--model", required=True, help="a checkpoint or composition: folder or id"
+  )
+  which = parser.add_mutually_exclusive_group()
+  which.add_argument("--prompt", help="the text to continue")
+  which.add_argument("--prompts", help='a file of lines {"prompt"}')
+  parser.add_argument("--max_new_tokens", type=int, default=128)
+  parser.add_argument("--temperature", type=float, default=0.0)
+  parser.add_argument("--top_k", type=int, default=0)
+  parser.add_argument("--top_p", type=float, default=1.0)
+  parser.add_argument("--min_p", type=float, default=0.0)
+  parser.add_argument("--repetition_penalty", type=float, default=1.0)
+  parser.add_argument(
+    "--stop", action="append", default=[], help="ends a text; may be repeated"
+  )
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--batch_size", type=int, default=64)
+  parser.add_argument("--dtype", default="float32")
+  return parser.parse_args()
+
+
+def main() -> None:
+  """Runs the command line."""
+  arguments = _arguments()
+  cli.keep_compiled_programs()
+  model = load_any(arguments.model, dtype=arguments.dtype)
+  options = {
+    name: getattr(arguments, name)
+    for name in (
+      "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
+      "repetition_penalty", "stop", "seed",
+    )
+  }  # fmt: skip
+  if arguments.prompts:
+    prompts = read_prompts(arguments.prompts)
+    texts = model.generate(prompts, batch_size=arguments.batch_size, **options)
+    for prompt, text in zip(prompts, texts, strict=True):
+      print(json.dumps({"prompt": prompt, "completion": text}))
+    return
+  prompts = [arguments.prompt] if arguments.prompt is not None else _asked()
+  for prompt in prompts:
+    for piece in model.stream(prompt, **options):
+      print(piece, end="", flush=True)
+    print()
+
+
+def _asked():
+  while True:
+    try:
+      yield input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+      return
+
+
+if __name__ == "__main__":
+  cli.guarded(main)
