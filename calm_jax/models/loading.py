@@ -152,7 +152,7 @@ def load_params(
   folder = pathlib.Path(folder)
   family = _family(folder)
   entries = _by_tensor(family, config)
-  found = open_tensors(folder)
+  found = hf.canonical(family, open_tensors(folder))
   if config.tie_embeddings:
     _take_tied_head(folder, family, found)
   _check(folder, family, config, found, entries)
@@ -163,7 +163,8 @@ def load_params(
   for name, parts in entries.items():
     value = found[name].read()
     for entry in parts:
-      leaves[entry.leaf][entry.at] = entry.view(value)
+      part = entry.view(value)
+      leaves[entry.leaf][entry.at].reshape(part.shape)[...] = part
   return tree.unflatten(leaves)
 
 
@@ -209,7 +210,8 @@ def save_params(
   for name, parts in _by_tensor(hf.FAMILIES["llama"], config).items():
     tensors[name] = np.empty(parts[0].shape, jnp.dtype(dtype))
     for entry in parts:
-      entry.view(tensors[name])[...] = leaves[entry.leaf][entry.at]
+      part = entry.view(tensors[name])
+      part[...] = leaves[entry.leaf][entry.at].reshape(part.shape)
   folder.mkdir(parents=True, exist_ok=True)
   part = folder / (WEIGHTS + ".part")
   safetensors.numpy.save_file(tensors, part, metadata={"format": "pt"})
