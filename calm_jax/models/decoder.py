@@ -17,6 +17,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from calm_jax.errors import InputError
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.layers import (
   Block,
@@ -100,9 +101,28 @@ def make_context(
     positions_BL: of each token in its sequence, from 0.
     mask_BLS: from `self_attention_mask`; windows are derived from it.
     index: int32 [], the cache's slot of the first token; None without one.
-    lengths: see `rope.tables`; rotary scalings that depend on the length need
-      it to decode with a cache.
+    lengths: [B] or [B, L], tokens in the whole sequence, for rotary scalings
+      that depend on it; see `rope.tables`. Without a cache the mask tells.
+
+  Raises:
+    InputError: such a scaling, and a cache of more slots than it leaves
+      alone, and no lengths: how keys in the cache were turned is not known.
   """
+  by_length = any(
+    r is not None
+    and r.kind in ("dynamic", "longrope")
+    and mask_BLS.shape[2] > r.original_length
+    for r in (config.rope, config.local_rope)
+  )
+  if lengths is None and by_length:
+    if index is not None:
+      raise InputError(
+        "rotary positions that depend on the length of the whole sequence "
+        "(dynamic, longrope): give `lengths` to decode with a cache of "
+        f"{mask_BLS.shape[2]} slots"
+      )
+    # A token sees those up to itself, and is seen by those from itself on.
+    lengths = mask_BLS.sum(axis=2) + mask_BLS.sum(axis=1) - 1
 
   def turn(rope):
     if rope is None:
