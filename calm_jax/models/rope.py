@@ -219,6 +219,8 @@ def from_hf(
   if not isinstance(options, dict):
     raise InputError(f"config.json has rotary options={options!r}, no mapping")
   options = {k: v for k, v in options.items() if v is not None}
+  if options.get("type") == "su":  # longrope's name in older Phi-3
+    options["type"] = "longrope"
 
   def one(*names, default):
     """An option that has several names and places."""
@@ -231,7 +233,6 @@ def from_hf(
     return values[0] if values else default
 
   kind = one("rope_type", "type", default="default")
-  kind = "longrope" if kind == "su" else kind  # its name in older Phi-3
   if kind not in _OPTIONS:
     raise InputError(
       f"rope_type={kind!r} is not computed here; known: {sorted(_OPTIONS)}"
