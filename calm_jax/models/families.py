@@ -120,9 +120,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
   """The config.json of a model trained from scratch, a llama."""
-  names = {
-    ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())
-  }
+  names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
   return {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
