@@ -6,6 +6,7 @@ when it is read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
@@ -24,6 +25,12 @@ CONFIG = "config.json"
 HUB_FILES = (
   "model*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt"
 )  # fmt: skip
+# What belongs to a tokenizer and to generation, copied along with a model.
+TEXT_FILES = (
+  "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+  "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+  "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHOWN = 8
 
@@ -35,11 +42,13 @@ class Source(NamedTuple):
     name: the folder or hub id that was asked for.
     revision: the commit on the hub; None for a folder.
     folder: where its files are.
+    config: its config.json.
   """
 
   name: str
   revision: str | None
   folder: pathlib.Path
+  config: dict[str, Any] | None = None
 
 
 def locate(
@@ -199,6 +208,12 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
     )
     for name, found in header.items()
   }
+
+
+def sha256(path: pathlib.Path) -> str:
+  """The hash of a file, as the hub shows it."""
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_tensors(folder: pathlib.Path) -> dict[str, Tensor]:

@@ -129,6 +129,20 @@ def _family(read: Mapping[str, Any], path: pathlib.Path) -> hf.Family:
   return hf.FAMILIES[name]
 
 
+def _open(folder: pathlib.Path, config: ModelConfig):
+  """All tensors by name, and what each leaf is made of; nothing is read."""
+  family = _family(read_json(folder / CONFIG), folder / CONFIG)
+  entries = _by_tensor(family, config)
+  found = open_tensors(folder)
+  if config.tie_embeddings:
+    _take_tied_head(folder, family, config, found)
+  _check(folder, family, config, found, entries)
+  parts: dict[str, list[hf.Entry]] = {}
+  for entry in itertools.chain(*entries.values()):
+    parts.setdefault(entry.leaf, []).append(entry)
+  return found, parts
+
+
 def load_params(
   folder: str | os.PathLike,
   config: ModelConfig,
@@ -162,17 +176,8 @@ def load_params(
   """
   if dtype not in DTYPES:
     raise InputError(f"dtype={dtype!r} is none of {DTYPES}")
-  folder = pathlib.Path(folder)
-  family = _family(read_json(folder / CONFIG), folder / CONFIG)
-  entries = _by_tensor(family, config)
-  found = open_tensors(folder)
-  if config.tie_embeddings:
-    _take_tied_head(folder, family, config, found)
-  _check(folder, family, config, found, entries)
+  found, parts = _open(pathlib.Path(folder), config)
   shapes = tree.flatten(decoder.param_shapes(config))
-  parts: dict[str, list[hf.Entry]] = {name: [] for name in shapes}
-  for entry in itertools.chain(*entries.values()):
-    parts[entry.leaf].append(entry)
   if shardings is None:
     leaves = {k: streaming.empty(s.shape, dtype) for k, s in shapes.items()}
     streaming.read_all(
@@ -234,6 +239,23 @@ def _sharded(found, entries, shape, dtype, sharding) -> jax.Array:
   whole = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
   # Or the buffers of leaf after leaf would wait for the device together.
   return whole.block_until_ready()
+
+
+def changed_leaf(
+  folder: str | os.PathLike, config: ModelConfig, params: Mapping[str, Any]
+) -> str | None:
+  """The first leaf that is not what the folder holds, None if there is none.
+
+  One leaf at a time is held besides the parameters. Raises what `load_params`
+  raises.
+  """
+  found, parts = _open(pathlib.Path(folder), config)
+  for name, leaf in tree.flatten(params).items():
+    stored = streaming.empty(leaf.shape, leaf.dtype)
+    streaming.read_all(_reads(found, parts[name], stored, (0,) * leaf.ndim))
+    if stored.tobytes() != np.asarray(leaf).tobytes():
+      return name
+  return None
 
 
 def save_params(
