@@ -20,7 +20,6 @@ from calm_jax.errors import InputError
 from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
 
-
 T = TypeVar("T")
 
 
