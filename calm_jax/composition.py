@@ -140,7 +140,7 @@ def _start(params, config, sequence: Sequence, cache, index):
     sequence.segments, segments, 0 if index is None else index
   )
   context = decoder.make_context(config, sequence.positions, mask, index)
-  x = decoder.embed(params, config, sequence.tokens)
+  x = decoder.embed(params, config, sequence.tokens, sequence.positions)
   return _Run(params, config, context, segments), x, cache
 
 

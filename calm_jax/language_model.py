@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -43,12 +45,15 @@ class LanguageModel:
     tokenizer: None if the checkpoint has none; only calls that need text
       raise then.
     origin: where it was loaded from.
+    sources: the checkpoints that the models were loaded from, by part:
+      "anchor" (a single model's too) and "augmenting/<name>".
   """
 
   spec: Composition
   params: dict[str, Any]
   tokenizer: Tokenizer | None = None
   origin: str = ""
+  sources: dict[str, folders.Source] = dataclasses.field(default_factory=dict)
 
   @property
   def is_composed(self) -> bool:
@@ -237,6 +242,116 @@ class LanguageModel:
       "connections": np.array([f"{n}/{c.name}" for n, c in look]),
     }
 
+  # Loaded within the methods below: the modules import this one.
+
+  def export_hf(
+    self,
+    folder: str | os.PathLike,
+    max_shard_size: int = loading.MAX_SHARD_SIZE,
+  ) -> None:
+    """Writes a single model as safetensors that transformers loads.
+
+    With the config.json and tokenizer files that it was loaded with; a model
+    that was not loaded from a checkpoint is written as a Llama.
+
+    Args:
+      folder: is created; must not hold a model yet.
+      max_shard_size: bytes of tensors in one file.
+
+    Raises:
+      InputError: a composition, a folder that holds a model, or parameters
+        that are not those of the config.json.
+    """
+    from calm_jax import artefact
+
+    artefact.export_hf(self, folder, max_shard_size)
+
+  def save(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
+    """Saves a composition: Θ_C, and what it was trained with.
+
+    Writes composition.safetensors, calm_config.json and a model card; of the
+    frozen models only where they are and their hashes. `load_composed` reads
+    it.
+
+    Args:
+      folder: is created; must not hold a composition yet.
+      dtype: of Θ_C in the file; as it is if None.
+
+    Raises:
+      InputError: a single model; a model that was not loaded from a
+        checkpoint or is no longer what the checkpoint holds.
+    """
+    from calm_jax import artefact
+
+    artefact.save(self, folder, dtype)
+
+  def push_to_hub(
+    self,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    dtype: str | None = None,
+  ) -> str:
+    """Saves a composition and uploads it to the Hugging Face hub.
+
+    Args:
+      repo_id: `org/name`; made if there is none.
+      private: whether a new repository is private; the hub's default if None.
+      token: of the hub; that of `hf auth login` if None.
+      dtype: see `save`.
+
+    Returns:
+      The repository's URL.
+
+    Raises:
+      InputError: what `save` raises, or the hub refuses.
+    """
+    from calm_jax import artefact
+
+    return artefact.push(self, repo_id, private, token, dtype)
+
+  def part(self, name: str) -> LanguageModel:
+    """One model of a composition: "anchor" or "augmenting/<name>".
+
+    Raises:
+      InputError: there is no such part.
+    """
+    from calm_jax import joining
+
+    return joining.part(self, name)
+
+  def add(
+    self, name: str, model: LanguageModel, connections=None, **options
+  ) -> LanguageModel:
+    """A composition with one augmenting model more (§3.2).
+
+    What is new is fresh, what was there is the same arrays: train it with
+    `trainable=("composition/<name>/.*",)`.
+
+    Args:
+      name: of the new augmenting model.
+      model: a single model.
+      connections: as in `compose`.
+      **options: as in `compose`.
+
+    Raises:
+      InputError: the name is taken, or what `compose` raises.
+    """
+    from calm_jax import joining
+
+    return joining.add(self, name, model, connections, **options)
+
+  def drop(self, name: str) -> LanguageModel:
+    """The composition without one augmenting model; without any, the anchor.
+
+    Raises:
+      InputError: there is no such augmenting model.
+    """
+    from calm_jax import joining
+
+    return joining.drop(self, name)
+
   def text(self) -> Tokenizer:
     """The tokenizer, or an InputError that says why there is none."""
     if self.tokenizer is None:
@@ -247,30 +362,45 @@ class LanguageModel:
     return self.tokenizer
 
 
-def load_model(path_or_hub_id: str, dtype: str = "float32") -> LanguageModel:
+def load_model(
+  path_or_hub_id: str, dtype: str = "float32", *, revision: str | None = None
+) -> LanguageModel:
   """Loads a Hugging Face checkpoint: safetensors only, never pickle.
 
   Args:
     path_or_hub_id: a folder, or an id on the Hugging Face hub.
     dtype: of the parameters and the computation.
+    revision: a branch, tag or commit on the hub; its main branch if None.
 
   Raises:
     InputError: a missing folder, a family or option that is not supported, or
       tensors that are unknown, missing, duplicate, misshapen or truncated.
   """
-  folder = folders.resolve(path_or_hub_id)
+  return from_source(folders.locate(path_or_hub_id, revision), dtype)
+
+
+def from_source(source: folders.Source, dtype: str) -> LanguageModel:
+  """`load_model` of a checkpoint that was located."""
+  folder = source.folder
   config = dataclasses.replace(loading.load_config(folder), dtype=dtype)
   params = loading.load_params(folder, config, dtype=dtype)
-  has_tokenizer = any(
-    (folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")
-  )
-  tokenizer = load_tokenizer(str(folder)) if has_tokenizer else None
+  source = source._replace(config=folders.read_json(folder / folders.CONFIG))
   return LanguageModel(
     Composition(config),
-    jax.tree.map(jnp.asarray, params),
-    tokenizer,
-    str(path_or_hub_id),
+    # Unlike jnp.asarray, it takes aligned memory over without a copy.
+    jax.tree.map(jax.device_put, params),
+    find_tokenizer(folder),
+    source.name,
+    {"anchor": source},
   )
+
+
+def find_tokenizer(folder: pathlib.Path) -> Tokenizer | None:
+  """The tokenizer of a checkpoint's folder, None if it has none."""
+  names = "tokenizer.json", "tokenizer.model"
+  if not any((folder / name).exists() for name in names):
+    return None
+  return load_tokenizer(str(folder))
 
 
 def compose(
@@ -322,7 +452,10 @@ def compose(
     "augmenting": {name: m.params for name, m in augmenting.items()},
     "composition": composition.init(jax.random.key(seed), spec),
   }
-  return LanguageModel(spec, params, anchor.tokenizer, anchor.origin)
+  sources = dict(anchor.sources)
+  for name, model in augmenting.items():
+    sources |= {f"augmenting/{name}": s for s in model.sources.values()}
+  return LanguageModel(spec, params, anchor.tokenizer, anchor.origin, sources)
 
 
 def join(augmenting, anchor, connections=None, **options) -> Augmenting:

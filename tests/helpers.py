@@ -14,6 +14,7 @@ from calm_jax.composition import Sequence
 from calm_jax.connections import Augmenting, Composition, Connection
 from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
+from calm_jax.models.rope import Rope
 
 
 def rows(*rows_of_parts, length: int) -> Sequence:
@@ -57,7 +58,7 @@ def decode_rows(params, config: ModelConfig, sequence: Sequence):
   """Logits [B, L, V] of one model by itself."""
   mask = decoder.self_attention_mask(sequence.segments, sequence.segments)
   context = decoder.make_context(config, sequence.positions, mask)
-  x = decoder.embed(params, config, sequence.tokens)
+  x = decoder.embed(params, config, sequence.tokens, sequence.positions)
   x, _ = decoder.run_layers(params, config, x, context)
   return decoder.logits(params, config, x)
 
@@ -87,12 +88,12 @@ def random_params(shapes, seed: int):
 
 def model(seed: int, **changes) -> tuple[ModelConfig, dict]:
   """A small random decoder: 4 layers, grouped heads, odd vocabulary."""
-  config = ModelConfig(
-    **{
-      "vocab_size": 61, "width": 32, "num_layers": 4, "num_heads": 4,
-      "num_kv_heads": 2, "head_dim": 8, "mlp_width": 40, "rope_theta": 100.0,
-    } | changes
-  )  # fmt: skip
+  shape = {
+    "vocab_size": 61, "width": 32, "num_layers": 4, "num_heads": 4,
+    "num_kv_heads": 2, "head_dim": 8, "mlp_width": 40,
+  } | changes  # fmt: skip
+  shape.setdefault("rope", Rope(shape["head_dim"], theta=100.0))
+  config = ModelConfig(**shape)
   return config, random_params(decoder.param_shapes(config), seed)
 
 

@@ -1,10 +1,15 @@
-"""What a decoder is: one frozen dataclass, read from a config.json."""
+"""What a decoder is: one frozen dataclass."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from calm_jax.errors import InputError
+from calm_jax.models.rope import Rope
+
+NORMS = ("rms", "rms_plus_one", "layer")
+QK_NORMS = (None, "head", "full")
+ACTIVATIONS = ("silu", "relu", "gelu", "gelu_exact")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,6 +17,7 @@ class ModelConfig:
   """The architecture of one decoder-only language model.
 
   Families differ in these fields only; `models/decoder.py` has one decoder.
+  Layers are counted from 0 here.
 
   Attributes:
     vocab_size: V, rows of the embedding table.
@@ -20,19 +26,47 @@ class ModelConfig:
     num_heads: N, query heads.
     num_kv_heads: K, key-value heads; divides N.
     head_dim: H, width of one head.
-    mlp_width: F, hidden width of the gated MLP.
+    mlp_width: F, hidden width of the MLP.
     max_length: longest sequence the model was made for, in tokens.
-    activation: non-linearity of the MLP's gate: "silu", "relu", or "gelu"
-      (its tanh approximation); a name in `jax.nn`.
-    norm_eps: added to the mean square inside the RMS norm.
-    rope_theta: base of the rotary frequencies.
+    activation: non-linearity of the MLP, one of ACTIVATIONS; "gelu" is its
+      tanh approximation.
+    gated_mlp: down(act(gate(x)) * up(x)), or else down(act(up(x))).
+    mlp_bias: whether the matrices of the MLP have biases.
+    norm: "rms"; "rms_plus_one", which scales by 1 + its parameter; or "layer",
+      which subtracts the mean and has a bias.
+    norm_eps: added to the mean square, or the variance, inside the norm.
+    pre_norm: whether attention and MLP read normed hidden states.
+    post_norm: whether their outputs are normed before they are added.
+    parallel_residual: whether the MLP reads the block's input, not the sum of
+      that and the attention's output.
+    residual_scale: attention's and MLP's outputs are multiplied by it.
+    rope: rotary positions; those of whole heads if None, unless
+      `learned_positions`.
+    local_rope: those of layers with a window; None for `rope` there too.
+    nope_layers: layers that know of no positions.
+    learned_positions: positions are a table of max_length embeddings, added to
+      the tokens' before the first layer, and there is no rope.
+    window: a query sees its latest `window` keys, its own among them; all of
+      them if None.
+    full_layers: layers without that window.
+    attention_bias: whether q, k and v have biases.
+    output_bias: whether attention's output projection has a bias.
+    qk_norm: queries and keys are normed "head" by head, over their "full"
+      width, or (None) not at all.
+    attention_scale: of the scores; H^-1/2 if None.
+    scale_by_depth: scores are divided by the layer's number, from 1, too.
+    attention_cap: c, scores become c tanh(scores / c); None for none.
+    logit_scale: logits are multiplied by it.
+    logit_cap: c, logits become c tanh(logits / c); None for none.
+    embedding_scale: embeddings are multiplied by it; rounded to `dtype`.
     tie_embeddings: whether the head is the embedding table, transposed.
-    attention_bias: whether q, k, v and the output projection have biases.
-    mlp_bias: whether the three matrices of the MLP have biases.
     dtype: dtype of the computation; norms, softmax and logits are float32
       at least.
     unroll: layers compiled out per step of the scan over layers; more is
       faster for small models on a CPU, and compiles for longer.
+
+  Raises:
+    InputError: values that contradict each other.
   """
 
   vocab_size: int
@@ -44,11 +78,30 @@ class ModelConfig:
   mlp_width: int
   max_length: int = 2048
   activation: str = "silu"
-  norm_eps: float = 1e-5
-  rope_theta: float = 10_000.0
-  tie_embeddings: bool = False
-  attention_bias: bool = False
+  gated_mlp: bool = True
   mlp_bias: bool = False
+  norm: str = "rms"
+  norm_eps: float = 1e-5
+  pre_norm: bool = True
+  post_norm: bool = False
+  parallel_residual: bool = False
+  residual_scale: float = 1.0
+  rope: Rope | None = None
+  local_rope: Rope | None = None
+  nope_layers: tuple[int, ...] = ()
+  learned_positions: bool = False
+  window: int | None = None
+  full_layers: tuple[int, ...] = ()
+  attention_bias: bool = False
+  output_bias: bool = False
+  qk_norm: str | None = None
+  attention_scale: float | None = None
+  scale_by_depth: bool = False
+  attention_cap: float | None = None
+  logit_scale: float = 1.0
+  logit_cap: float | None = None
+  embedding_scale: float = 1.0
+  tie_embeddings: bool = False
   dtype: str = "float32"
   unroll: int = 1
 
@@ -58,7 +111,19 @@ class ModelConfig:
         f"num_heads={self.num_heads} is not a multiple of "
         f"num_kv_heads={self.num_kv_heads}"
       )
-    if self.head_dim % 2:
-      raise InputError(
-        f"head_dim={self.head_dim} is odd: rotary positions need pairs"
-      )
+    for name, known in (
+      ("activation", ACTIVATIONS), ("norm", NORMS), ("qk_norm", QK_NORMS)
+    ):  # fmt: skip
+      if getattr(self, name) not in known:
+        raise InputError(f"{name}={getattr(self, name)!r} is none of {known}")
+    if self.window is not None and self.window < 1:
+      raise InputError(f"window={self.window} hides a token from itself")
+    if self.rope is None and not self.learned_positions:
+      object.__setattr__(self, "rope", Rope(self.head_dim))
+    if self.rope is not None and self.learned_positions:
+      raise InputError("learned_positions=True goes without a rope")
+    for rope in (self.rope, self.local_rope):
+      if rope is not None and rope.rotary_dim > self.head_dim:
+        raise InputError(
+          f"rotary_dim={rope.rotary_dim} exceeds head_dim={self.head_dim}"
+        )

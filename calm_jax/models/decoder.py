@@ -8,6 +8,8 @@ dict with the layers stacked on a leading axis:
    "layers": {"attention": {...}, "mlp": {...}, ...}  each [num_layers, ...],
    "final_norm": {"scale": [D]},
    "head": {"kernel": [D, V]}}                        unless tied
+
+Learned positions are {"embed": {"position_embedding": [max_length, D]}}.
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from calm_jax.errors import InputError
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.layers import (
   Block,
   Context,
   Linear,
-  RMSNorm,
   at_least_float32,
-  rope_tables,
+  norm,
+  window_mask,
 )
+from calm_jax.models.rope import tables
 
 Array = jax.Array
 
@@ -32,7 +36,7 @@ Array = jax.Array
 def init(rng: Array, config: ModelConfig) -> dict:
   """Random float32 parameters: normal with variance 1 / fan-in.
 
-  Embeddings have standard deviation 0.02, norms start at one, biases at zero;
+  Embeddings have standard deviation 0.02, norms scale by one, biases are zero;
   matrices that write into the residual stream are scaled down by
   sqrt(2 num_layers).
   """
@@ -40,10 +44,11 @@ def init(rng: Array, config: ModelConfig) -> dict:
   def one(key, path, shape):
     owner, name = path[-2].key, path[-1].key
     if name == "scale":
-      return jnp.ones(shape.shape, jnp.float32)
+      value = 0 if config.norm == "rms_plus_one" else 1
+      return jnp.full(shape.shape, value, jnp.float32)
     if name == "bias":
       return jnp.zeros(shape.shape, jnp.float32)
-    variance = 0.02**2 if name == "embedding" else 1 / shape.shape[-2]
+    variance = 0.02**2 if name.endswith("embedding") else 1 / shape.shape[-2]
     if owner in ("output", "down"):
       variance /= 2 * config.num_layers
     return variance**0.5 * jax.random.normal(key, shape.shape, jnp.float32)
@@ -63,12 +68,15 @@ def _shapes(config: ModelConfig) -> dict:
     config, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool)
   )
   layer = Block(config).init(rng, x, context)["params"]
+  embed = {"embedding": jnp.zeros((config.vocab_size, config.width))}
+  if config.learned_positions:
+    embed["position_embedding"] = jnp.zeros((config.max_length, config.width))
   params = {
-    "embed": {"embedding": jnp.zeros((config.vocab_size, config.width))},
+    "embed": embed,
     "layers": jax.tree.map(
       lambda p: jnp.zeros((config.num_layers, *p.shape)), layer
     ),
-    "final_norm": RMSNorm(config.norm_eps).init(rng, x)["params"],
+    "final_norm": norm(config).init(rng, x)["params"],
   }
   if not config.tie_embeddings:
     params["head"] = Linear(config.vocab_size).init(rng, x)["params"]
@@ -85,9 +93,53 @@ def make_context(
   positions_BL: Array,
   mask_BLS: Array,
   index: Array | None = None,
+  lengths: Array | None = None,
 ) -> Context:
-  """What the layers need to know: rotary tables, mask, cache slot."""
-  return Context(rope_tables(positions_BL, config), mask_BLS[:, None], index)
+  """What the layers need to know of the sequence.
+
+  Args:
+    config: the architecture.
+    positions_BL: of each token in its sequence, from 0.
+    mask_BLS: from `self_attention_mask`; windows are derived from it.
+    index: int32 [], the cache's slot of the first token; None without one.
+    lengths: [B] or [B, L], tokens in the whole sequence, for rotary scalings
+      that depend on it; see `rope.tables`. Without a cache the mask tells.
+
+  Raises:
+    InputError: such a scaling, and a cache of more slots than it leaves
+      alone, and no lengths: how keys in the cache were turned is not known.
+  """
+  by_length = any(
+    r is not None
+    and r.kind in ("dynamic", "longrope")
+    and mask_BLS.shape[2] > r.original_length
+    for r in (config.rope, config.local_rope)
+  )
+  if lengths is None and by_length:
+    if index is not None:
+      raise InputError(
+        "rotary positions that depend on the length of the whole sequence "
+        "(dynamic, longrope): give `lengths` to decode with a cache of "
+        f"{mask_BLS.shape[2]} slots"
+      )
+    # A token sees those up to itself, and is seen by those from itself on.
+    lengths = mask_BLS.sum(axis=2) + mask_BLS.sum(axis=1) - 1
+
+  def turn(rope):
+    if rope is None:
+      return None
+    return tables(rope, positions_BL, at_least_float32(config.dtype), lengths)
+
+  windowed = None
+  if config.window is not None:
+    windowed = window_mask(mask_BLS, config.window)[:, None]
+  return Context(
+    turn(config.rope),
+    mask_BLS[:, None],
+    index,
+    turn(config.local_rope),
+    windowed,
+  )
 
 
 def self_attention_mask(
@@ -104,9 +156,21 @@ def self_attention_mask(
   return causal_LS & same_BLS
 
 
-def embed(params: dict, config: ModelConfig, tokens_BL: Array) -> Array:
-  """Hidden states before the first layer, [B, L, D]."""
-  return params["embed"]["embedding"].astype(config.dtype)[tokens_BL]
+def embed(
+  params: dict, config: ModelConfig, tokens_BL: Array, positions_BL: Array
+) -> Array:
+  """Hidden states before the first layer, [B, L, D].
+
+  Learned positions beyond the table are NaN, not the last one.
+  """
+  embed = params["embed"]
+  x_BLD = embed["embedding"].astype(config.dtype)[tokens_BL]
+  if config.embedding_scale != 1:
+    x_BLD = x_BLD * jnp.asarray(config.embedding_scale, x_BLD.dtype)
+  if config.learned_positions:
+    table_PD = embed["position_embedding"].astype(config.dtype)
+    x_BLD = x_BLD + jnp.take(table_PD, positions_BL, axis=0, mode="fill")
+  return x_BLD
 
 
 def run_layers(
@@ -138,7 +202,7 @@ def run_layers(
     caches = list(cache or [None] * config.num_layers)
     for i in range(start, stop):
       x_BLD, caches[i] = Block(config).apply(
-        {"params": params["layers"][i]}, x_BLD, context, caches[i], 0
+        {"params": params["layers"][i]}, x_BLD, context, caches[i], i
       )
     return x_BLD, cache and tuple(caches)
   whole = (start, stop) == (0, config.num_layers)
@@ -175,14 +239,19 @@ def run_layers(
 
 def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:
   """Logits after the last layer, float32 or more [B, L, V]."""
-  x = RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x_BLD)
+  x = norm(config).apply({"params": params["final_norm"]}, x_BLD)
   if config.tie_embeddings:
     kernel = params["embed"]["embedding"].T
   else:
     kernel = params["head"]["kernel"]
   flat = x.reshape(-1, x.shape[-1]) @ kernel.astype(config.dtype)
   logits_BLV = flat.reshape(*x.shape[:-1], -1)
-  return logits_BLV.astype(at_least_float32(config.dtype))
+  logits_BLV = logits_BLV.astype(at_least_float32(config.dtype))
+  if config.logit_scale != 1:
+    logits_BLV = logits_BLV * config.logit_scale
+  if config.logit_cap is not None:
+    logits_BLV = config.logit_cap * jnp.tanh(logits_BLV / config.logit_cap)
+  return logits_BLV
 
 
 def empty_cache(

@@ -1,100 +1,60 @@
-"""Hugging Face's config.json of every family, as a ModelConfig and back."""
+"""Hugging Face's config.json of every family, as a ModelConfig and back.
+
+Strict: a key in none of the family's tables is unknown and raises, and so does
+an option that is not computed here.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 from calm_jax.errors import InputError
 from calm_jax.models.config import ModelConfig
+from calm_jax.models.known import FAMILIES, Family, Json
 
-# Keys of a Llama config.json that we compute, with the only value that we
-# compute where there is just one. A key in neither set changes no arithmetic
-# of inference (initialisation, bookkeeping of transformers) and is listed too:
-# whatever is left is unknown, and raises.
-_LLAMA_ONLY = {
-  "rope_scaling": (None,),
-  "partial_rotary_factor": (None, 1, 1.0),
+# transformers' names of activations.
+ACTIVATIONS = {
+  "silu": "silu", "swish": "silu", "relu": "relu",
+  "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "gelu_fast": "gelu",
+  "gelu": "gelu_exact",
+}  # fmt: skip
+
+# Bookkeeping, dropout, initialisation, generation: no arithmetic of inference.
+_NO_ARITHMETIC = {
+  "model_type", "architectures", "_name_or_path", "name_or_path", "auto_map",
+  "transformers_version", "torch_dtype", "dtype", "use_cache", "_num_labels",
+  "cache_implementation", "initializer_range", "attention_dropout",
+  "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout",
+  "classifier_dropout", "residual_dropout", "embedding_dropout",
+  "attention_probs_dropout_prob", "hidden_dropout_prob",
+  "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
+  "sep_token_id", "cls_token_id", "mask_token_id", "decoder_start_token_id",
+  "pretraining_tp", "chunk_size_feed_forward", "gradient_checkpointing",
+  "output_attentions", "output_hidden_states", "return_dict", "id2label",
+  "label2id", "problem_type", "tokenizer_class", "prefix", "is_decoder",
+  "torchscript", "use_bfloat16", "tf_legacy_loss", "finetuning_task",
+  "task_specific_params", "tie_encoder_decoder", "generation_config",
+  "cross_attention_hidden_size", "_attn_implementation_autoset", "max_length",
+  "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+  "diversity_penalty", "temperature", "top_k", "top_p", "typical_p",
+  "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+  "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
+  "output_scores", "return_dict_in_generate", "forced_bos_token_id",
+  "forced_eos_token_id", "remove_invalid_values", "suppress_tokens",
+  "exponential_decay_length_penalty", "begin_suppress_tokens",
+  "transformers.js_config",
+}  # fmt: skip
+_NEVER = {
   "quantization_config": (None,),
   "is_encoder_decoder": (None, False),
   "add_cross_attention": (None, False),
+  "pruned_heads": (None, {}),
+  "per_layer_config": (None, {}),
+  "use_bidirectional_attention": (None, False),
 }
-_LLAMA_USED = {
-  "model_type", "vocab_size", "hidden_size", "num_hidden_layers",
-  "num_attention_heads", "num_key_value_heads", "head_dim",
-  "intermediate_size", "max_position_embeddings", "hidden_act", "rms_norm_eps",
-  "rope_theta", "rope_parameters", "tie_word_embeddings", "attention_bias",
-  "mlp_bias",
-}  # fmt: skip
-_NO_ARITHMETIC = {
-  "architectures", "_name_or_path", "transformers_version", "torch_dtype",
-  "dtype", "use_cache", "initializer_range", "attention_dropout",
-  "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
-  "sep_token_id", "cls_token_id", "mask_token_id", "pretraining_tp",
-  "chunk_size_feed_forward", "output_attentions", "output_hidden_states",
-  "return_dict", "id2label", "label2id", "problem_type", "tokenizer_class",
-  "torchscript", "use_bfloat16", "max_length", "generation_config",
-  "_attn_implementation_autoset",
-}  # fmt: skip
 
 
-# transformers' names of activations; its "gelu" is the exact one, which differs
-# from `jax.nn.gelu` and is not computed here.
-ACTIVATIONS = {
-  "silu": "silu", "swish": "silu", "relu": "relu", "gelu_pytorch_tanh": "gelu"
-}  # fmt: skip
-
-
-def _llama(hf: dict[str, Any]) -> ModelConfig:
-  unknown = set(hf) - _LLAMA_USED - set(_LLAMA_ONLY) - _NO_ARITHMETIC
-  if unknown:
-    raise InputError(
-      f"config.json of a llama has options we do not know: {sorted(unknown)}"
-    )
-  for key, computed in _LLAMA_ONLY.items():
-    if hf.get(key) not in computed:
-      raise InputError(
-        f"config.json of a llama asks for {key}={hf[key]!r}, "
-        f"which is not computed here (only {computed})"
-      )
-  rope = dict(hf.get("rope_parameters") or {})
-  if rope.pop("rope_type", "default") != "default":
-    raise InputError(
-      "config.json of a llama asks for "
-      f"rope_parameters={hf['rope_parameters']!r}; "
-      "only rope_type='default' is computed here"
-    )
-  theta = rope.pop("rope_theta", hf.get("rope_theta", 10_000.0))
-  if rope:
-    raise InputError(f"rope_parameters has unknown options: {sorted(rope)}")
-  activation = hf.get("hidden_act", "silu")
-  if activation not in ACTIVATIONS:
-    raise InputError(
-      f"config.json of a llama asks for hidden_act={activation!r}, which is "
-      f"not computed here (only {sorted(ACTIVATIONS)})"
-    )
-  num_heads = hf["num_attention_heads"]
-  return ModelConfig(
-    vocab_size=hf["vocab_size"],
-    width=hf["hidden_size"],
-    num_layers=hf["num_hidden_layers"],
-    num_heads=num_heads,
-    num_kv_heads=hf.get("num_key_value_heads") or num_heads,
-    head_dim=hf.get("head_dim") or hf["hidden_size"] // num_heads,
-    mlp_width=hf["intermediate_size"],
-    max_length=hf.get("max_position_embeddings", 2048),
-    activation=ACTIVATIONS[activation],
-    norm_eps=hf.get("rms_norm_eps", 1e-6),
-    rope_theta=float(theta),
-    tie_embeddings=hf.get("tie_word_embeddings", False),
-    attention_bias=hf.get("attention_bias", False),
-    mlp_bias=hf.get("mlp_bias", False),
-  )
-
-
-FAMILIES = {"llama": _llama}
-
-
-def from_hf(hf: dict[str, Any]) -> ModelConfig:
+def from_hf(hf: Json) -> ModelConfig:
   """Reads a Hugging Face config.json.
 
   Args:
@@ -107,21 +67,56 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     InputError: the family is unknown, a required key is missing, or an option
       is set that this decoder does not compute. Never an approximation.
   """
-  family = hf.get("model_type")
-  if family not in FAMILIES:
+  name = hf.get("model_type")
+  if name not in FAMILIES:
     raise InputError(
-      f"model_type={family!r} is not supported; known: {sorted(FAMILIES)}"
+      f"model_type={name!r} is not supported; known: {sorted(FAMILIES)}"
     )
+  family = FAMILIES[name]
   try:
-    return FAMILIES[family](hf)
-  except KeyError as e:
-    raise InputError(f"config.json of a {family} lacks the key {e}") from e
+    return ModelConfig(**_fields(family, hf))
+  except KeyError as error:
+    raise InputError(f"config.json of a {name} lacks the key {error}") from None
+  except InputError as error:
+    raise InputError(f"config.json of a {name}: {error}") from error
 
 
-def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
-  """The config.json of a model trained from scratch, a llama."""
+def _fields(family: Family, hf: Json) -> Json:
+  only = _NEVER | family.only
+  known = {*family.copied, *family.defaults, *only, *family.rope_keys}
+  unknown = set(hf) - known - family.ignored - _NO_ARITHMETIC
+  if unknown:
+    raise InputError(
+      f"there are options that we do not know: {sorted(unknown)}"
+    )
+  for key, computed in only.items():
+    if hf.get(key) not in computed:
+      raise InputError(
+        f"{key}={hf[key]!r} is not computed here (only {computed})"
+      )
+  hf = family.defaults | hf
+  fields = dict(family.fixed)
+  for key, ours in family.copied.items():
+    fields |= dict.fromkeys((ours,) if isinstance(ours, str) else ours, hf[key])
+  fields |= family.read(hf)
+  if fields["num_kv_heads"] is None:
+    fields["num_kv_heads"] = fields["num_heads"]
+  if fields["activation"] not in ACTIVATIONS:
+    raise InputError(
+      f"the activation {fields['activation']!r} is not computed here (only "
+      f"{sorted(ACTIVATIONS)})"
+    )
+  return fields | {"activation": ACTIVATIONS[fields["activation"]]}
+
+
+def to_hf(config: ModelConfig, dtype: str) -> Json:
+  """The config.json of a model trained from scratch, a llama.
+
+  Raises:
+    InputError: the config is not one that a llama can have.
+  """
   names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-  return {
+  hf = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": config.vocab_size,
@@ -134,7 +129,7 @@ def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     "max_position_embeddings": config.max_length,
     "hidden_act": names[config.activation],
     "rms_norm_eps": config.norm_eps,
-    "rope_theta": config.rope_theta,
+    "rope_theta": config.rope.theta if config.rope else None,
     "tie_word_embeddings": config.tie_embeddings,
     "attention_bias": config.attention_bias,
     "mlp_bias": config.mlp_bias,
@@ -144,3 +139,16 @@ def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     "eos_token_id": None,
     "pad_token_id": None,
   }
+  back = from_hf(hf)
+  kept = dataclasses.replace(config, dtype=back.dtype, unroll=back.unroll)
+  if back != kept:
+    differ = [
+      f"{f.name}={getattr(kept, f.name)!r}"
+      for f in dataclasses.fields(back)
+      if getattr(kept, f.name) != getattr(back, f.name)
+    ]
+    raise InputError(
+      f"a model with {', '.join(differ)} is not a llama; only llamas have a "
+      "config.json of our making, so keep the one that it was read from"
+    )
+  return hf

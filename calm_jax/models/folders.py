@@ -6,44 +6,78 @@ when it is read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import huggingface_hub
-import numpy as np
 import safetensors
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from calm_jax.errors import InputError
+from calm_jax.models.streaming import INDEX, WEIGHTS, Tensor
 
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_HUB_FILES = (
+HUB_FILES = (
   "model*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt"
+)  # fmt: skip
+# What belongs to a tokenizer and to generation, copied along with a model.
+TEXT_FILES = (
+  "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+  "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+  "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHOWN = 8
 
 
-def resolve(path_or_hub_id: str | os.PathLike) -> pathlib.Path:
-  """The local folder of a checkpoint, downloaded first if need be.
+class Source(NamedTuple):
+  """Where a checkpoint came from.
+
+  Attributes:
+    name: the folder or hub id that was asked for.
+    revision: the commit on the hub; None for a folder.
+    folder: where its files are.
+    config: its config.json.
+  """
+
+  name: str
+  revision: str | None
+  folder: pathlib.Path
+  config: dict[str, Any] | None = None
+
+
+def locate(
+  path_or_hub_id: str | os.PathLike,
+  revision: str | None = None,
+  files: Sequence[str] = HUB_FILES,
+) -> Source:
+  """Finds a checkpoint's folder, downloaded first if need be.
 
   Args:
     path_or_hub_id: a folder, or an id on the Hugging Face hub, `org/name`.
-      Only safetensors, JSON and tokenizer files are downloaded.
+    revision: a branch, tag or commit on the hub; its main branch if None.
+    files: patterns of what is downloaded; by default safetensors, JSON and
+      tokenizer files only.
 
   Raises:
-    InputError: no such folder, or the hub does not have it or cannot be
-      reached. What cannot be a hub id fails without asking the network.
+    InputError: no such folder, a revision of a folder, or the hub does not
+      have it or cannot be reached. What cannot be a hub id fails without
+      asking the network.
   """
   name = str(path_or_hub_id)
   path = pathlib.Path(name).expanduser()
   if name and path.is_dir():
-    return path
+    if revision is not None:
+      raise InputError(
+        f"{name} is a folder, which has no revision {revision!r}; only an id "
+        "on the hub has revisions"
+      )
+    return Source(name, None, path)
   if name and path.exists():
     raise InputError(f"{name} is a file; give the folder that it is in")
   if not _HUB_ID.fullmatch(name):
@@ -52,16 +86,27 @@ def resolve(path_or_hub_id: str | os.PathLike) -> pathlib.Path:
       "the Hugging Face hub, which looks like org/name"
     )
   try:
-    return pathlib.Path(
-      huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_FILES))
+    found = huggingface_hub.snapshot_download(
+      name, revision=revision, allow_patterns=list(files)
     )
   except (OSError, HfHubHTTPError, HFValidationError) as error:
+    at = "" if revision is None else f" at revision {revision!r}"
     raise InputError(
-      f"cannot get {name}: there is no such folder here, and the Hugging Face "
-      f"hub answered: {error}\nCheck the spelling and the network; a gated "
-      f"model needs `hf auth login`; without a network, run `hf download "
+      f"cannot get {name}{at}: there is no such folder here, and the Hugging "
+      f"Face hub answered: {error}\nCheck the spelling and the network; a "
+      "gated model needs `hf auth login`; without a network, run `hf download "
       f"{name} --local-dir FOLDER` elsewhere and give FOLDER"
     ) from error
+  folder = pathlib.Path(found)
+  # The cache names a snapshot's folder by its commit, whatever was asked for.
+  return Source(name, folder.name, folder)
+
+
+def resolve(
+  path_or_hub_id: str | os.PathLike, revision: str | None = None
+) -> pathlib.Path:
+  """The local folder of a checkpoint; see `locate`."""
+  return locate(path_or_hub_id, revision).folder
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -79,7 +124,12 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return read
 
 
-def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The safetensors files of a checkpoint.
+
+  Raises:
+    InputError: there are none, two sets of them, or one is missing.
+  """
   single, index = folder / WEIGHTS, folder / INDEX
   if single.exists() and index.exists():
     raise InputError(
@@ -122,9 +172,10 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
   raise InputError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}")
 
 
-def _open(path: pathlib.Path):
+def _check_readable(path: pathlib.Path) -> None:
   try:
-    return safetensors.safe_open(path, framework="np")
+    with safetensors.safe_open(path, framework="np"):
+      return
   except (OSError, safetensors.SafetensorError) as error:
     hint = "truncated or not safetensors; download it again"
     if path.is_file():
@@ -134,27 +185,35 @@ def _open(path: pathlib.Path):
     raise InputError(f"cannot read {path}: {hint} ({error})") from error
 
 
-class Tensor(NamedTuple):
-  """A tensor in an open file."""
+def read_header(path: pathlib.Path) -> dict[str, Tensor]:
+  """The tensors of a safetensors file by name; none is read yet.
 
-  name: str
-  file: Any
-  path: pathlib.Path
+  Raises:
+    InputError: the file is missing, truncated or no safetensors.
+  """
+  _check_readable(path)
+  # The library checks the header, and does not say where a tensor starts,
+  # which reading into place needs.
+  with path.open("rb") as file:
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+  header.pop("__metadata__", None)
+  return {
+    name: Tensor(
+      name,
+      path,
+      found["dtype"],
+      tuple(found["shape"]),
+      8 + length + found["data_offsets"][0],
+    )
+    for name, found in header.items()
+  }
 
-  def shape(self) -> tuple[int, ...]:
-    return tuple(self.file.get_slice(self.name).get_shape())
 
-  def dtype(self) -> str:
-    return self.file.get_slice(self.name).get_dtype()
-
-  def read(self) -> np.ndarray:
-    try:
-      return self.file.get_tensor(self.name)
-    except (OSError, safetensors.SafetensorError) as error:
-      raise InputError(f"cannot read {self}: {error}") from error
-
-  def __str__(self) -> str:
-    return f"{self.name} {list(self.shape())} ({self.path.name})"
+def sha256(path: pathlib.Path) -> str:
+  """The hash of a file, as the hub shows it."""
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
@@ -165,10 +224,8 @@ def open_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
       corrupt, or two files hold the same tensor.
   """
   found: dict[str, Tensor] = {}
-  for path in _weight_files(folder):
-    file = _open(path)
-    for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-      tensor = Tensor(name, file, path)
+  for path in weight_files(folder):
+    for name, tensor in read_header(path).items():
       if name in found:
         raise InputError(f"two files hold one tensor: {found[name]}, {tensor}")
       found[name] = tensor

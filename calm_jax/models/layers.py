@@ -1,7 +1,7 @@
 """The blocks of a decoder, as flax.linen modules without state.
 
 B batch, L query length, S key length, D width, N query heads, K key-value
-heads, H head width, F MLP width.
+heads, H head width, R features rotated, F MLP width.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from calm_jax.models.config import ModelConfig
+from calm_jax.models.rope import rotate
 
 Array = jax.Array
 
@@ -46,9 +47,13 @@ def at_least_float32(dtype):
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) * scale, in float32 or more; the result is of x's dtype."""
+  """x / rms(x) * scale, in float32 or more; the result is of x's dtype.
+
+  With `plus_one` the parameter is what the scale exceeds one by.
+  """
 
   eps: float
+  plus_one: bool = False
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -56,113 +61,217 @@ class RMSNorm(nn.Module):
     x32 = x.astype(at_least_float32(x.dtype))
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     y = x32 * jax.lax.rsqrt(mean_square + self.eps)
+    if self.plus_one:
+      scale = 1 + scale.astype(x32.dtype)
     return (y * scale).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+  """(x - mean) / std * scale + bias, in float32 or more, of x's dtype."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+    x32 = x.astype(at_least_float32(x.dtype))
+    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    y = x32 * jax.lax.rsqrt(variance + self.eps)
+    return (y * scale + bias).astype(x.dtype)
+
+
+def norm(config: ModelConfig, name: str | None = None) -> nn.Module:
+  """The norm of a family."""
+  if config.norm == "layer":
+    return LayerNorm(config.norm_eps, name=name)
+  return RMSNorm(config.norm_eps, config.norm == "rms_plus_one", name=name)
 
 
 class Context(NamedTuple):
   """What every layer needs to know of the sequence.
 
   Attributes:
-    rope: (cos, sin), each float32 or more [B, L, 1, H/2].
+    rope: (cos, sin), each float32 or more [B, L, 1, R/2]; None without rope.
     mask: bool [B, 1, L, S], True where query l may read key s.
     index: int32 [], the cache's slot of the first query; None without a cache.
+    local_rope: `rope` of layers with a window, where that differs.
+    window_mask: `mask` of layers with a window, if there are any.
   """
 
-  rope: tuple[Array, Array]
+  rope: tuple[Array, Array] | None
   mask: Array
   index: Array | None = None
+  local_rope: tuple[Array, Array] | None = None
+  window_mask: Array | None = None
 
 
-def rope_tables(positions_BL: Array, config: ModelConfig):
-  """Cosines and sines of the rotary angles, [B, L, 1, H/2] each."""
-  half, dtype = config.head_dim // 2, at_least_float32(config.dtype)
-  frequencies = config.rope_theta ** (-jnp.arange(half, dtype=dtype) / half)
-  angles = positions_BL[..., None, None].astype(dtype) * frequencies
-  return jnp.cos(angles), jnp.sin(angles)
+def window_mask(mask_BLS: Array, window: int) -> Array:
+  """What is left of a mask when a query sees its latest `window` keys.
+
+  Keys are counted, not slots, so that slots left empty (padding between a
+  prompt and its continuation) take up no part of the window.
+  """
+  through_BLS = jnp.cumsum(mask_BLS, axis=-1, dtype=jnp.int32)
+  return mask_BLS & (through_BLS > through_BLS[..., -1:] - window)
 
 
-def rotate(x_BLNH: Array, rope: tuple[Array, Array]) -> Array:
-  """Rotates pairs (h, h + H/2) by the angle of their position."""
-  cos, sin = rope
-  a, b = jnp.split(x_BLNH.astype(cos.dtype), 2, axis=-1)
-  y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-  return y.astype(x_BLNH.dtype)
+def at_layer(config: ModelConfig, context: Context, layer: Array):
+  """The (cos, sin) or None, and the mask, of one layer.
+
+  Layers differ by `where` on a traced index, and not in their program, so that
+  one body is compiled whatever the depth.
+  """
+
+  def among(layers):
+    return jnp.isin(jnp.arange(config.num_layers), jnp.array(layers))[layer]
+
+  def choose(chosen, a, b):
+    return jax.tree.map(lambda x, y: jnp.where(chosen, x, y), a, b)
+
+  rope, mask = context.rope, context.mask
+  if config.window is not None:
+    local = context.local_rope or rope, context.window_mask
+    if config.full_layers:
+      local = choose(among(config.full_layers), (rope, mask), local)
+    rope, mask = local
+  if config.nope_layers and rope is not None:
+    still = (jnp.ones_like(rope[0]), jnp.zeros_like(rope[1]))
+    rope = choose(among(config.nope_layers), still, rope)
+  return rope, mask
 
 
 def dot_product_attention(
-  q_BLNH: Array, k_BSKH: Array, v_BSKH: Array, mask_B1LS: Array
+  q_BLNH: Array,
+  k_BSKH: Array,
+  v_BSKH: Array,
+  mask_B1LS: Array,
+  scale: float | None = None,
+  cap: float | None = None,
 ) -> Array:
-  """Softmax attention, [B, L, N, H]; each key head serves N / K queries."""
-  if q_BLNH.dtype != jnp.float64:
-    return jax.nn.dot_product_attention(q_BLNH, k_BSKH, v_BSKH, mask=mask_B1LS)
-  # The library's softmax is never more than float32, too coarse for gradients
-  # to be checked against finite differences: float64 is spelled out.
-  group = q_BLNH.shape[2] // k_BSKH.shape[2]
-  k_BSNH, v_BSNH = (jnp.repeat(x, group, axis=2) for x in (k_BSKH, v_BSKH))
-  scores = jnp.einsum("blnh,bsnh->bnls", q_BLNH, k_BSNH)
-  scores = scores / q_BLNH.shape[-1] ** 0.5
-  scores = jnp.where(mask_B1LS, scores, jnp.finfo(scores.dtype).min)
-  return jnp.einsum("bnls,bsnh->blnh", jax.nn.softmax(scores), v_BSNH)
+  """Softmax attention, [B, L, N, H]; each key head serves N / K queries.
+
+  Scores are multiplied by `scale`, H^-1/2 if None, and with a cap they become
+  cap tanh(scores / cap).
+  """
+  if q_BLNH.dtype != jnp.float64 and cap is None:
+    return jax.nn.dot_product_attention(
+      q_BLNH, k_BSKH, v_BSKH, mask=mask_B1LS, scale=scale
+    )
+  # The library has no cap, and its softmax is never more than float32, too
+  # coarse for gradients to be checked against finite differences.
+  B, L, N, H = q_BLNH.shape
+  q_BLKGH = q_BLNH.reshape(B, L, k_BSKH.shape[2], -1, H)
+  scores_BKGLS = jnp.einsum(
+    "blkgh,bskh->bkgls",
+    q_BLKGH,
+    k_BSKH,
+    preferred_element_type=at_least_float32(q_BLNH.dtype),
+  ) * (H**-0.5 if scale is None else scale)
+  if cap is not None:
+    scores_BKGLS = cap * jnp.tanh(scores_BKGLS / cap)
+  lowest = jnp.finfo(scores_BKGLS.dtype).min
+  scores_BKGLS = jnp.where(mask_B1LS[:, None], scores_BKGLS, lowest)
+  weights_BKGLS = jax.nn.softmax(scores_BKGLS).astype(v_BSKH.dtype)
+  out = jnp.einsum("bkgls,bskh->blkgh", weights_BKGLS, v_BSKH)
+  return out.reshape(B, L, N, H)
 
 
 class Attention(nn.Module):
-  """Grouped-query self-attention with rotary positions."""
+  """Grouped-query self-attention."""
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BLD: Array, context: Context, cache=None, layer=None):
+  def __call__(self, x_BLD: Array, context: Context, cache=None, layer=0):
     c = self.config
     B, L, D = x_BLD.shape
+    rope, mask = at_layer(c, context, layer)
 
-    def project(name, heads):
-      y = Linear(heads * c.head_dim, c.attention_bias, c.dtype, name=name)
-      return y(x_BLD).reshape(B, L, heads, c.head_dim)
+    def project(name, heads, qk_norm=None):
+      y = Linear(heads * c.head_dim, c.attention_bias, c.dtype, name=name)(
+        x_BLD
+      )
+      if qk_norm == "full":
+        y = norm(c, f"{name}_norm")(y)
+      y = y.reshape(B, L, heads, c.head_dim)
+      return norm(c, f"{name}_norm")(y) if qk_norm == "head" else y
 
-    q_BLNH = rotate(project("query", c.num_heads), context.rope)
-    k_BSKH = rotate(project("key", c.num_kv_heads), context.rope)
+    q_BLNH = project("query", c.num_heads, c.qk_norm)
+    k_BSKH = project("key", c.num_kv_heads, c.qk_norm)
     v_BSKH = project("value", c.num_kv_heads)
+    if rope is not None:
+      q_BLNH, k_BSKH = rotate(q_BLNH, rope), rotate(k_BSKH, rope)
+    if c.scale_by_depth:
+      q_BLNH = q_BLNH / jnp.asarray(layer + 1, q_BLNH.dtype)
     if cache is not None:
-      at = (layer, 0, context.index, 0, 0)
+      # A cache may be of this layer alone; see `decoder.unstack`.
+      row = 0 if len(cache["key"]) == 1 else layer
+      at = (row, 0, context.index, 0, 0)
       update = jax.lax.dynamic_update_slice
       cache = {
         "key": update(cache["key"], k_BSKH[None], at),
         "value": update(cache["value"], v_BSKH[None], at),
       }
-      k_BSKH, v_BSKH = cache["key"][layer], cache["value"][layer]
-    out_BLNH = dot_product_attention(q_BLNH, k_BSKH, v_BSKH, context.mask)
-    out = Linear(D, c.attention_bias, c.dtype, name="output")
+      k_BSKH, v_BSKH = cache["key"][row], cache["value"][row]
+    out_BLNH = dot_product_attention(
+      q_BLNH, k_BSKH, v_BSKH, mask, c.attention_scale, c.attention_cap
+    )
+    out = Linear(D, c.output_bias, c.dtype, name="output")
     return out(out_BLNH.reshape(B, L, -1)), cache
 
 
+def activate(name: str, x: Array) -> Array:
+  """One of config.ACTIVATIONS."""
+  if name == "gelu_exact":
+    return jax.nn.gelu(x, approximate=False)
+  return getattr(jax.nn, name)(x)
+
+
 class MLP(nn.Module):
-  """Gated MLP: down(act(gate(x)) * up(x))."""
+  """down(act(gate(x)) * up(x)), or without a gate down(act(up(x)))."""
 
   config: ModelConfig
 
   @nn.compact
   def __call__(self, x_BLD: Array) -> Array:
     c = self.config
-    gate = Linear(c.mlp_width, c.mlp_bias, c.dtype, name="gate")(x_BLD)
-    up = Linear(c.mlp_width, c.mlp_bias, c.dtype, name="up")(x_BLD)
-    hidden_BLF = getattr(jax.nn, c.activation)(gate) * up
+
+    def widen(name):
+      return Linear(c.mlp_width, c.mlp_bias, c.dtype, name=name)(x_BLD)
+
+    if c.gated_mlp:
+      hidden_BLF = activate(c.activation, widen("gate")) * widen("up")
+    else:
+      hidden_BLF = activate(c.activation, widen("up"))
     return Linear(x_BLD.shape[-1], c.mlp_bias, c.dtype, name="down")(hidden_BLF)
 
 
 class Block(nn.Module):
-  """Pre-norm block: attention, then MLP, each added to the residual stream."""
+  """Attention, then MLP, each added to the residual stream."""
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BLD: Array, context: Context, cache=None, layer=None):
+  def __call__(self, x_BLD: Array, context: Context, cache=None, layer=0):
     c = self.config
-    normed = RMSNorm(c.norm_eps, name="attention_norm")(x_BLD)
+
+    def before(name):
+      return norm(c, f"{name}_norm") if c.pre_norm else lambda x: x
+
+    def after(name, delta):
+      if c.post_norm:
+        delta = norm(c, f"{name}_post_norm")(delta)
+      return delta if c.residual_scale == 1 else delta * c.residual_scale
+
+    normed = before("attention")(x_BLD)
     with jax.named_scope("attention"):
       delta, cache = Attention(c, name="attention")(
         normed, context, cache, layer
       )
-    x_BLD = x_BLD + delta
-    normed = RMSNorm(c.norm_eps, name="mlp_norm")(x_BLD)
+    attended_BLD = x_BLD + after("attention", delta)
+    normed = before("mlp")(x_BLD if c.parallel_residual else attended_BLD)
     with jax.named_scope("mlp"):
-      return x_BLD + MLP(c, name="mlp")(normed), cache
+      delta = MLP(c, name="mlp")(normed)
+    return attended_BLD + after("mlp", delta), cache

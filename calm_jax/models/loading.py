@@ -6,31 +6,26 @@ model that is almost right.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
-import safetensors.numpy
 
 from calm_jax import tree
 from calm_jax.errors import InputError
-from calm_jax.models import decoder, families, hf
+from calm_jax.models import decoder, families, hf, streaming
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.folders import (
-  CONFIG,
-  INDEX,
-  WEIGHTS,
-  Tensor,
-  open_tensors,
-  read_json,
-)
+from calm_jax.models.folders import CONFIG, open_tensors, read_json
+from calm_jax.models.streaming import FLOATS, INDEX, WEIGHTS, Tensor
 
 DTYPES = ("float32", "bfloat16", "float64")
-_FLOATS = ("F64", "F32", "F16", "BF16")
+MAX_SHARD_SIZE = 5 * 10**9
 _SHOWN = 8
 
 
@@ -59,6 +54,14 @@ def _raise_all(folder: pathlib.Path, problems: list[str]) -> None:
   )
 
 
+def _shape(entry: hf.Entry) -> tuple[int, ...]:
+  return entry.view(np.empty(entry.shape, bool)).shape  # touches no memory
+
+
+def _place(entry: hf.Entry) -> str:
+  return f"{entry} {list(_shape(entry))}"
+
+
 def _check(
   folder: pathlib.Path,
   family: hf.Family,
@@ -70,38 +73,40 @@ def _check(
   problems = []
   for name, tensor in found.items():
     if name in entries:
-      places = " and ".join(map(str, entries[name]))
+      places = " and ".join(map(_place, entries[name]))
       expected = entries[name][0].shape
-      if tensor.shape() != expected:
+      if tensor.shape != expected:
         problems.append(
           f"misshapen: {tensor} for {places}, which is {list(expected)} there"
         )
-      elif tensor.dtype() not in _FLOATS:
+      elif tensor.dtype not in FLOATS:
         problems.append(
-          f"not floats: {tensor} for {places} is {tensor.dtype()}; "
+          f"not floats: {tensor} for {places} is {tensor.dtype}; "
           "quantized weights are not supported"
         )
     elif not hf.ignored(family, name):
       problems.append(f"unknown: {tensor} {hf.absent(family, config, name)}")
   for name in sorted(set(entries) - set(found)):
-    places = " and ".join(map(str, entries[name]))
+    places = " and ".join(map(_place, entries[name]))
     shape = list(entries[name][0].shape)
     problems.append(f"missing: {name} {shape} for {places}")
   _raise_all(folder, problems)
 
 
 def _take_tied_head(
-  folder: pathlib.Path, family: hf.Family, found: dict[str, Tensor]
+  folder: pathlib.Path,
+  family: hf.Family,
+  config: ModelConfig,
+  found: dict[str, Tensor],
 ) -> None:
   """Drops the head of a tied model, which may be written out once more."""
-  names = {leaf: name for name, (leaf, _) in family.tensors.items()}
+  untied = dataclasses.replace(config, tie_embeddings=False)
+  names = {entry.leaf: entry.tensor for entry in hf.entries(family, untied)}
   head = found.pop(names[hf.HEAD], None)
   embedding = found.get(names[hf.EMBEDDING])
   if head is None or embedding is None:
     return
-  if head.shape() != embedding.shape() or not np.array_equal(
-    head.read(), embedding.read()
-  ):
+  if not streaming.same(head, embedding):
     raise InputError(
       f"{folder}: {CONFIG} says that head and embedding are tied, but {head} "
       f"differs from {embedding} ({hf.EMBEDDING}); set tie_word_embeddings to "
@@ -118,71 +123,190 @@ def _by_tensor(
   return entries
 
 
-def _family(folder: pathlib.Path) -> hf.Family:
-  name = read_json(folder / CONFIG).get("model_type")
+def _family(read: Mapping[str, Any], path: pathlib.Path) -> hf.Family:
+  name = read.get("model_type")
   if name not in hf.FAMILIES:
     raise InputError(
-      f"{folder / CONFIG}: model_type={name!r} is not supported; known: "
+      f"{path}: model_type={name!r} is not supported; known: "
       f"{sorted(hf.FAMILIES)}"
     )
   return hf.FAMILIES[name]
 
 
+def _open(folder: pathlib.Path, config: ModelConfig):
+  """All tensors by name, and what each leaf is made of; nothing is read."""
+  family = _family(read_json(folder / CONFIG), folder / CONFIG)
+  entries = _by_tensor(family, config)
+  found = hf.canonical(family, open_tensors(folder))
+  if config.tie_embeddings:
+    _take_tied_head(folder, family, config, found)
+  _check(folder, family, config, found, entries)
+  parts: dict[str, list[hf.Entry]] = {}
+  for entry in itertools.chain(*entries.values()):
+    parts.setdefault(entry.leaf, []).append(entry)
+  return found, parts
+
+
 def load_params(
-  folder: str | os.PathLike, config: ModelConfig, dtype: str = "float32"
+  folder: str | os.PathLike,
+  config: ModelConfig,
+  dtype: str = "float32",
+  shardings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """Reads the weights, tensor by tensor into the stacked arrays.
+  """Reads the weights, piece by piece into the stacked arrays.
+
+  The files are neither mapped nor read whole: what is held is the arrays and
+  a few megabytes.
 
   Args:
     folder: holds config.json and model.safetensors, or its shards and
       model.safetensors.index.json.
     config: what `load_config` read there.
     dtype: of the arrays: "float32", "bfloat16" or "float64".
+    shardings: a `jax.sharding.Sharding` for each leaf of
+      `decoder.param_shapes(config)`, in a tree of the same structure. Each
+      process then reads only what its devices hold, leaf by leaf.
 
   Returns:
-    The tree of `decoder.param_shapes(config)`, as numpy arrays.
+    The tree of `decoder.param_shapes(config)`: numpy arrays, which
+    `jax.device_put` takes over without a copy on a CPU; with shardings
+    `jax.Array`s.
 
   Raises:
     InputError: weights that are missing, pickled, corrupt or quantized; a
       tensor that is unknown, missing, twice there or misshapen; the head of a
-      tied model that differs from its embedding.
+      tied model that differs from its embedding; shardings of another tree;
+      float64 arrays while JAX has them disabled.
   """
   if dtype not in DTYPES:
     raise InputError(f"dtype={dtype!r} is none of {DTYPES}")
-  folder = pathlib.Path(folder)
-  family = _family(folder)
-  entries = _by_tensor(family, config)
-  found = open_tensors(folder)
-  if config.tie_embeddings:
-    _take_tied_head(folder, family, found)
-  _check(folder, family, config, found, entries)
-  leaves = {
-    name: np.empty(leaf.shape, jnp.dtype(dtype))
-    for name, leaf in tree.flatten(decoder.param_shapes(config)).items()
-  }
-  for name, parts in entries.items():
-    value = found[name].read()
-    for entry in parts:
-      leaves[entry.leaf][entry.at] = entry.view(value)
-  return tree.unflatten(leaves)
+  found, parts = _open(pathlib.Path(folder), config)
+  shapes = tree.flatten(decoder.param_shapes(config))
+  if shardings is None:
+    leaves = {k: streaming.empty(s.shape, dtype) for k, s in shapes.items()}
+    streaming.read_all(
+      read
+      for name, leaf in leaves.items()
+      for read in _reads(found, parts[name], leaf, (0,) * leaf.ndim)
+    )
+    return tree.unflatten(leaves)
+  places = tree.flatten(shardings)
+  if places.keys() != shapes.keys():
+    raise InputError(
+      "shardings are not of the model's leaves; they differ in "
+      f"{sorted(places.keys() ^ shapes.keys())[:_SHOWN]}"
+    )
+  if dtype == "float64" and not jax.config.jax_enable_x64:
+    raise InputError("dtype='float64' needs jax_enable_x64")
+  return tree.unflatten(
+    {
+      name: _sharded(found, parts[name], leaf.shape, dtype, places[name])
+      for name, leaf in shapes.items()
+    }
+  )
+
+
+def _reads(found, entries: list[hf.Entry], block: np.ndarray, start):
+  """What fills the block of a leaf that begins at index `start`."""
+  stop = [a + n for a, n in zip(start, block.shape, strict=True)]
+  for entry in entries:
+    axes = len(entry.at)
+    inside = zip(start, entry.at, stop, strict=False)
+    if all(a <= i < b for a, i, b in inside):
+      at = tuple(i - a for i, a in zip(entry.at, start, strict=False))
+      region = tuple(map(slice, start[axes:], stop[axes:]))
+      yield streaming.Read(
+        found[entry.tensor],
+        entry.view,
+        *_split(entry, region, block[(*at, ...)]),
+      )
+
+
+def _split(entry: hf.Entry, region: tuple[slice, ...], target: np.ndarray):
+  """A region of leaf[at] and its block, with the view's axes.
+
+  Where a file has parts that take turns head by head, the view splits the last
+  axis into heads.
+  """
+  *_, width = shape = _shape(entry)
+  if len(shape) == len(region):
+    return region, target
+  *outer, last = region
+  if last.start % width or last.stop % width:
+    raise InputError(
+      f"{entry} is sharded inside heads of {width}, which {entry.tensor} does "
+      "not allow; shard it between heads or along another axis"
+    )
+  heads = slice(last.start // width, last.stop // width)
+  target = target.reshape(*target.shape[:-1], -1, width)
+  return (*outer, heads, slice(0, width)), target
+
+
+def _sharded(found, entries, shape, dtype, sharding) -> jax.Array:
+  """One leaf, of which this process reads what its devices hold."""
+  blocks: dict[tuple, np.ndarray] = {}
+  held = {}
+  for device, index in sharding.addressable_devices_indices_map(shape).items():
+    bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
+    start = tuple(a for a, _ in bounds)
+    held[device] = start
+    # Devices that hold the same part share what is read for them.
+    if start not in blocks:
+      size = tuple(b - a for a, b in bounds)
+      blocks[start] = streaming.empty(size, dtype)
+  streaming.read_all(
+    read
+    for start, block in blocks.items()
+    for read in _reads(found, entries, block, start)
+  )
+  arrays = [jax.device_put(blocks[s], device) for device, s in held.items()]
+  whole = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+  # Or the buffers of leaf after leaf would wait for the device together.
+  return whole.block_until_ready()
+
+
+def changed_leaf(
+  folder: str | os.PathLike, config: ModelConfig, params: Mapping[str, Any]
+) -> str | None:
+  """The first leaf that is not what the folder holds, None if there is none.
+
+  One leaf at a time is held besides the parameters. Raises what `load_params`
+  raises.
+  """
+  found, parts = _open(pathlib.Path(folder), config)
+  for name, leaf in tree.flatten(params).items():
+    stored = streaming.empty(leaf.shape, leaf.dtype)
+    streaming.read_all(_reads(found, parts[name], stored, (0,) * leaf.ndim))
+    if stored.tobytes() != np.asarray(leaf).tobytes():
+      return name
+  return None
 
 
 def save_params(
-  folder: str | os.PathLike, config: ModelConfig, params: Mapping[str, Any]
+  folder: str | os.PathLike,
+  config: ModelConfig,
+  params: Mapping[str, Any],
+  config_json: Mapping[str, Any] | None = None,
+  max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
   """Writes a checkpoint that transformers and `load_params` read.
 
-  Parameters keep their dtype and value, bit for bit. config.json is written
-  last: a folder that has one is complete. Tokenizer files are not written.
+  Parameters keep their dtype and value, bit for bit. Tensor by tensor: what
+  is held besides the parameters is one of them. config.json is written last: a
+  folder that has one is complete. Tokenizer files are not written.
 
   Args:
     folder: is created; must not hold a checkpoint yet.
     config: the architecture; `dtype` and `unroll` are not kept.
     params: the tree of `decoder.param_shapes(config)`, of one dtype.
+    config_json: the config.json to write, whose family says how the tensors
+      are called; a Llama's made from `config` if None.
+    max_shard_size: bytes of tensors in one file, unless a single one is
+      larger.
 
   Raises:
-    InputError: the folder holds weights already, or the tree is not that of
-      the config.
+    InputError: the folder holds weights already, the tree is not that of
+      the config, or config_json describes another model.
   """
   folder = pathlib.Path(folder)
   for name in (CONFIG, WEIGHTS, INDEX):
@@ -203,17 +327,48 @@ def save_params(
   dtypes = {str(leaf.dtype) for leaf in leaves.values()}
   if len(dtypes) != 1 or not dtypes <= set(DTYPES):
     raise InputError(f"parameters must be of one of {DTYPES}, got {dtypes}")
-  leaves = {name: np.asarray(leaf) for name, leaf in leaves.items()}
-  tensors = {}
   dtype = dtypes.pop()
-  for name, parts in _by_tensor(hf.FAMILIES["llama"], config).items():
-    tensors[name] = np.empty(parts[0].shape, jnp.dtype(dtype))
-    for entry in parts:
-      entry.view(tensors[name])[...] = leaves[entry.leaf][entry.at]
+  if config_json is None:
+    config_json = families.to_hf(config, dtype)
+  else:
+    _check_same_config(config_json, config)
+    key = "dtype" if "dtype" in config_json else "torch_dtype"
+    config_json = {**config_json, key: dtype}
+  entries = _by_tensor(_family(config_json, folder / CONFIG), config)
   folder.mkdir(parents=True, exist_ok=True)
-  part = folder / (WEIGHTS + ".part")
-  safetensors.numpy.save_file(tensors, part, metadata={"format": "pt"})
-  part.replace(folder / WEIGHTS)
-  (folder / CONFIG).write_text(
-    json.dumps(families.to_hf(config, dtype), indent=2) + "\n"
+  streaming.write(
+    folder,
+    {name: parts[0].shape for name, parts in entries.items()},
+    dtype,
+    lambda name: _gather(entries[name], leaves, dtype),
+    max_shard_size,
   )
+  (folder / CONFIG).write_text(json.dumps(config_json, indent=2) + "\n")
+
+
+def _check_same_config(
+  config_json: Mapping[str, Any], config: ModelConfig
+) -> None:
+  says = dataclasses.replace(
+    families.from_hf(dict(config_json)),
+    dtype=config.dtype,
+    unroll=config.unroll,
+  )
+  if says != config:
+    raise InputError(
+      f"the {CONFIG} to be written describes another model: {says}, but the "
+      f"parameters are those of {config}"
+    )
+
+
+def _gather(entries: list[hf.Entry], leaves, dtype: str) -> np.ndarray:
+  """One tensor of a file, of the parts of leaves that it holds."""
+  tensor = np.empty(entries[0].shape, np.dtype(dtype))
+  bits = np.dtype(f"u{tensor.itemsize}")
+  for entry in entries:
+    # A part of a leaf at a time: a whole one that is fetched from a device
+    # stays in memory for as long as the leaf lives.
+    part = np.asarray(leaves[entry.leaf][entry.at]).view(bits)
+    view = entry.view(tensor.view(bits))
+    streaming.copy_strips(part.reshape(view.shape), view)
+  return tensor

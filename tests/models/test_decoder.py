@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from golden import cases
 
-from calm_jax.models import decoder, loading
+from calm_jax.models import decoder, families, loading
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.families import from_hf
 
 LENGTH = sum(cases.LENGTHS)
 
@@ -51,7 +50,7 @@ def test_steps_equal_the_whole():
   @jax.jit
   def in_steps(params):
     context = decoder.make_context(config, sequence.positions, mask)
-    x = decoder.embed(params, config, sequence.tokens)
+    x = decoder.embed(params, config, sequence.tokens, sequence.positions)
     for start, stop in ((0, 1), (1, 3), (3, 4)):
       x, _ = decoder.run_layers(params, config, x, context, start, stop)
     return decoder.logits(params, config, x)
@@ -75,7 +74,7 @@ def _cached(params, config, sequence, segments, cache, index):
   """One call with a cache; `segments` are those of all slots so far."""
   mask = decoder.self_attention_mask(sequence.segments, segments, index)
   context = decoder.make_context(config, sequence.positions, mask, index)
-  x = decoder.embed(params, config, sequence.tokens)
+  x = decoder.embed(params, config, sequence.tokens, sequence.positions)
   x, cache = decoder.run_layers(params, config, x, context, cache=cache)
   return decoder.logits(params, config, x), cache
 
@@ -139,7 +138,7 @@ def test_init_has_the_declared_shapes_and_scale():
 
 
 def test_full_size_shapes_without_allocating():
-  config = from_hf(
+  config = families.from_hf(
     {
       "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192,
       "intermediate_size": 28672, "num_hidden_layers": 80,

@@ -84,8 +84,8 @@ def test_resolve_offline_says_what_to_do(monkeypatch, tmp_path):
 def test_resolve_downloads_no_pickles(monkeypatch, tmp_path):
   asked = {}
 
-  def download(name, allow_patterns):
-    asked.update(name=name, patterns=allow_patterns)
+  def download(name, revision, allow_patterns):
+    asked.update(name=name, revision=revision, patterns=allow_patterns)
     return str(tmp_path)
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

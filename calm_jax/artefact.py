@@ -1,0 +1,381 @@
+"""A composition as a folder to keep and share: Θ_C, and what it fits.
+
+composition.safetensors   the trained leaves, under their names
+calm_config.json          connections, options, the frozen models' origins
+                          and hashes
+README.md                 a model card
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from calm_jax import joining, language_model, tree
+from calm_jax.connections import Augmenting
+from calm_jax.errors import InputError
+from calm_jax.language_model import LanguageModel
+from calm_jax.models import folders, loading
+from calm_jax.version import __version__
+
+WEIGHTS = "composition.safetensors"
+CONFIG = "calm_config.json"
+CARD = "README.md"
+_FORMAT = 1
+
+
+def export_hf(
+  model: LanguageModel, folder: str | os.PathLike, max_shard_size: int
+) -> None:
+  """See `LanguageModel.export_hf`."""
+  if model.is_composed:
+    raise InputError(
+      "a composition is no Hugging Face model: save() it, or export its parts "
+      "by part('anchor').export_hf(FOLDER)"
+    )
+  source = model.sources.get("anchor")
+  text_files = _text_files(model)
+  loading.save_params(
+    folder,
+    model.spec.anchor,
+    model.params,
+    source and source.config,
+    max_shard_size,
+  )
+  for name, path in text_files.items():
+    shutil.copyfile(path, pathlib.Path(folder) / name)
+
+
+def _text_files(model: LanguageModel) -> dict[str, pathlib.Path]:
+  """The tokenizer's files, by the name they have in a checkpoint."""
+  if "anchor" in model.sources:
+    folder = model.sources["anchor"].folder
+  elif model.tokenizer is None:
+    return {}
+  else:
+    path = pathlib.Path(model.tokenizer.source).expanduser()
+    if path.is_file():
+      return {f"tokenizer{path.suffix}": path}
+    folder = folders.locate(path, files=folders.TEXT_FILES).folder
+  found = {name: folder / name for name in folders.TEXT_FILES}
+  return {name: path for name, path in found.items() if path.is_file()}
+
+
+def save(
+  model: LanguageModel,
+  folder: str | os.PathLike,
+  dtype: str | None = None,
+  keep_paths: bool = True,
+) -> None:
+  """See `LanguageModel.save`.
+
+  Args:
+    model: a composition.
+    folder: is created.
+    dtype: of Θ_C in the file.
+    keep_paths: whether local folders are named by their whole path.
+  """
+  folder = pathlib.Path(folder)
+  if not model.is_composed:
+    raise InputError(
+      "save() is for compositions; a single model is written by export_hf()"
+    )
+  if dtype is not None and dtype not in loading.DTYPES:
+    raise InputError(f"dtype={dtype!r} is none of {loading.DTYPES}")
+  for name in (CONFIG, WEIGHTS):
+    if (folder / name).exists():
+      raise InputError(
+        f"{folder} holds a composition already ({name}); give another folder"
+      )
+  parts = ["anchor", *(f"augmenting/{n}" for n, _ in model.spec.augmenting)]
+  for part in parts:
+    if part not in model.sources:
+      raise InputError(
+        f"the {part} was not loaded from a checkpoint, so there is nothing "
+        f"that the composition could name: write it by part({part!r})"
+        ".export_hf(FOLDER), load_model(FOLDER) and compose what was loaded"
+      )
+  described = {part: _describe(model, part, keep_paths) for part in parts}
+  theta = {
+    name: np.asarray(leaf if dtype is None else leaf.astype(dtype))
+    for name, leaf in tree.flatten(
+      {"composition": model.params["composition"]}
+    ).items()
+  }
+  folder.mkdir(parents=True, exist_ok=True)
+  safetensors.numpy.save_file(theta, folder / WEIGHTS, {"format": "calm_jax"})
+  config = {
+    "format": _FORMAT,
+    "calm_jax_version": __version__,
+    "num_params": model.num_composition_params,
+    "sha256": folders.sha256(folder / WEIGHTS),
+    "models": described,
+    "augmenting": [
+      {"name": name} | {
+        field.name: getattr(joined, field.name)
+        for field in dataclasses.fields(Augmenting)
+        if field.name != "config"
+      }
+      for name, joined in model.spec.augmenting
+    ],
+  }  # fmt: skip
+  (folder / CARD).write_text(_card(config), encoding="utf-8")
+  (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _describe(
+  model: LanguageModel, part: str, keep_paths: bool
+) -> dict[str, Any]:
+  """Where a frozen model came from, and the hashes of what it is made of."""
+  source = model.sources[part]
+  single = joining.part(model, part)
+  config = single.spec.anchor
+  changed = loading.changed_leaf(source.folder, config, single.params)
+  if changed:
+    raise InputError(
+      f"the {part} is no longer what {source.name} holds ({changed} differs), "
+      f"so the composition could not be loaded again: write it by "
+      f"part({part!r}).export_hf(FOLDER), load_model(FOLDER) and compose what "
+      "was loaded"
+    )
+  name = source.name
+  if source.revision is None:
+    path = pathlib.Path(name).expanduser().resolve()
+    name = str(path) if keep_paths else path.name
+  tokenizer = language_model.find_tokenizer(source.folder)
+  return {
+    "name": name,
+    "revision": source.revision,
+    "dtype": config.dtype,
+    "sha256": _hashes(source.folder),
+    "tokenizer": tokenizer and {
+      "fingerprint": tokenizer.fingerprint,
+      "vocab_size": tokenizer.vocab_size,
+    },
+  }  # fmt: skip
+
+
+def _hashes(folder: pathlib.Path) -> dict[str, str]:
+  files = [folder / folders.CONFIG, *folders.weight_files(folder)]
+  return {file.name: folders.sha256(file) for file in files}
+
+
+def _card(config: dict[str, Any]) -> str:
+  models = config["models"]
+  on_hub = [m["name"] for m in models.values() if m["revision"] is not None]
+  header = huggingface_hub.ModelCardData(
+    library_name="calm_jax",
+    base_model=on_hub or None,
+    base_model_relation="adapter" if on_hub else None,
+    pipeline_tag="text-generation",
+    tags=["calm_jax", "calm", "composition"],
+  ).to_yaml()
+  rows = []
+  for part, model in models.items():
+    at = f" at `{model['revision']}`" if model["revision"] else ""
+    name = model["name"] if at else pathlib.Path(model["name"]).name
+    rows.append(f"| {part} | `{name}`{at} |")
+  joints = [
+    f"- `{a['name']}`: layers "
+    + ", ".join(f"{i} → {j}" for i, j in a["connections"])
+    + f" (augmenting → anchor), visibility {a['visibility']}"
+    for a in config["augmenting"]
+  ]
+  return "\n".join([
+    "---", header, "---", "",
+    "# A composition of frozen language models", "",
+    "Trained with [CALM](https://arxiv.org/abs/2401.02412) in calm_jax "
+    f"{config['calm_jax_version']}: {config['num_params']:,} parameters of "
+    "projections and cross-attentions. The models that it joins are not in "
+    "here; they are found by name, and refused if their files have changed.",
+    "", "| model | origin |", "|---|---|", *rows, "", *joints, "",
+    "    import calm_jax", "",
+    "    composed = calm_jax.load_composed(\"THIS_FOLDER_OR_ID\")",
+    "    composed.generate([\"...\"])", "",
+  ])  # fmt: skip
+
+
+def push(
+  model: LanguageModel,
+  repo_id: str,
+  private: bool | None,
+  token: str | None,
+  dtype: str | None,
+) -> str:
+  """See `LanguageModel.push_to_hub`."""
+  with tempfile.TemporaryDirectory() as folder:
+    # Of no use to others, and none of their business.
+    save(model, folder, dtype, keep_paths=False)
+    try:
+      api = huggingface_hub.HfApi(token=token)
+      url = api.create_repo(repo_id, private=private, exist_ok=True)
+      api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message="Upload a composition",
+      )
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+      raise InputError(
+        f"cannot push to {repo_id}: {error}\nCheck the name, that the token "
+        "may write (`hf auth login`), and the network; save(FOLDER) and "
+        "`hf upload` do the same in two steps"
+      ) from error
+  return str(url)
+
+
+def load_composed(
+  path_or_hub_id: str | os.PathLike,
+  anchor: str | os.PathLike | None = None,
+  augmenting: str | os.PathLike | dict[str, str] | None = None,
+  *,
+  dtype: str | None = None,
+  revision: str | None = None,
+) -> LanguageModel:
+  """Loads what `LanguageModel.save` wrote, and the models that it joins.
+
+  Args:
+    path_or_hub_id: the composition's folder, or its id on the hub.
+    anchor: where the anchor is, if not where it was: a folder or hub id.
+    augmenting: the same of the augmenting model, or of some by name.
+    dtype: of the frozen models and the computation; as saved if None. Θ_C
+      keeps the dtype that it was saved in.
+    revision: of the composition on the hub.
+
+  Raises:
+    InputError: a folder without a composition, a frozen model that is not
+      found, or files that are not those that the composition was trained
+      with, named.
+  """
+  folder = folders.locate(
+    path_or_hub_id, revision, (WEIGHTS, CONFIG, CARD)
+  ).folder
+  config = _read_config(folder)
+  places = _places(config, anchor, augmenting)
+  loaded = {
+    part: _load_part(folder, part, saved, places.get(part), dtype)
+    for part, saved in config["models"].items()
+  }
+  composed = joining.join_compositions(
+    [
+      language_model.compose(
+        loaded["anchor"],
+        {joined["name"]: loaded[f"augmenting/{joined['name']}"]},
+        **{k: v for k, v in joined.items() if k != "name"},
+      )
+      for joined in config["augmenting"]
+    ]
+  )
+  theta = _read_theta(folder, config, composed.params["composition"])
+  return dataclasses.replace(
+    composed,
+    params=composed.params | {"composition": theta},
+    origin=str(path_or_hub_id),
+  )
+
+
+def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+  if not (folder / CONFIG).exists():
+    raise InputError(f"{folder} holds no composition: it has no {CONFIG}")
+  config = folders.read_json(folder / CONFIG)
+  if config.get("format") != _FORMAT:
+    raise InputError(
+      f"{folder / CONFIG} has format {config.get('format')!r}, this calm_jax "
+      f"{__version__} reads {_FORMAT}; it was written by calm_jax "
+      f"{config.get('calm_jax_version')!r}"
+    )
+  return config
+
+
+def _places(config, anchor, augmenting) -> dict[str, str]:
+  """The places that the caller gave, by part."""
+  names = [joined["name"] for joined in config["augmenting"]]
+  if augmenting is None:
+    augmenting = {}
+  elif isinstance(augmenting, str | os.PathLike):
+    if len(names) != 1:
+      raise InputError(f"say which of {names} is at {augmenting}: give a dict")
+    augmenting = {names[0]: augmenting}
+  if unknown := sorted(augmenting.keys() - set(names)):
+    raise InputError(f"no augmenting model {unknown}; there are {names}")
+  places = {f"augmenting/{name}": p for name, p in augmenting.items()}
+  return places if anchor is None else places | {"anchor": anchor}
+
+
+def _load_part(
+  folder: pathlib.Path, part: str, saved: dict, place, dtype: str | None
+) -> LanguageModel:
+  kind, _, name = part.partition("/")
+  option = f"{kind}={{{name!r}: FOLDER}}" if name else f"{kind}=FOLDER"
+  try:
+    if place is None:
+      source = folders.locate(saved["name"], saved["revision"])
+    else:
+      source = folders.locate(place)
+  except InputError as error:
+    raise InputError(
+      f"{folder}: the {part} is not found: {error}\nIf it is elsewhere, say "
+      f"where: load_composed(..., {option})"
+    ) from error
+  _check_hashes(part, saved, source.folder)
+  model = language_model.from_source(source, dtype or saved["dtype"])
+  ours = model.tokenizer and model.tokenizer.fingerprint
+  theirs = saved["tokenizer"] and saved["tokenizer"]["fingerprint"]
+  if ours != theirs:
+    raise InputError(
+      f"{source.folder}: the tokenizer is not that of the {part} that the "
+      f"composition was trained with (fingerprint {ours}, then {theirs})"
+    )
+  return model
+
+
+def _check_hashes(part: str, saved: dict, folder: pathlib.Path) -> None:
+  found, expected = _hashes(folder), saved["sha256"]
+  for name in sorted(expected.keys() | found.keys()):
+    if found.get(name) == expected.get(name):
+      continue
+    if name not in found:
+      problem = "is missing"
+    elif name not in expected:
+      problem = "was not there when the composition was trained"
+    else:
+      problem = (
+        f"has changed: its sha256 is {found[name]}, it was {expected[name]}"
+      )
+    raise InputError(
+      f"{folder / name} {problem}. The {part} must be {saved['name']}"
+      + (f" at {saved['revision']}" if saved["revision"] else "")
+      + ", to the bit: a composition works with no other"
+    )
+
+
+def _read_theta(folder: pathlib.Path, config, fresh) -> dict[str, Any]:
+  path = folder / WEIGHTS
+  if not path.exists():
+    raise InputError(f"{path} is missing")
+  if folders.sha256(path) != config["sha256"]:
+    raise InputError(
+      f"{path} is not what {CONFIG} describes: its sha256 is not "
+      f"{config['sha256']}; copy the composition again"
+    )
+  leaves = safetensors.numpy.load_file(path)
+  want = {
+    name: jax.ShapeDtypeStruct(
+      leaf.shape, leaves[name].dtype if name in leaves else leaf.dtype
+    )
+    for name, leaf in tree.flatten({"composition": fresh}).items()
+  }
+  read = tree.unflatten(leaves)
+  tree.check_same_structure(read, tree.unflatten(want), str(path))
+  return jax.tree.map(jnp.asarray, read["composition"])
