@@ -141,9 +141,12 @@ def found_ends(spelled: list[bytes], text: str) -> np.ndarray | None:
   data, at, ends = text.encode(), 0, []
   for part in spelled:
     if part:
-      at = data.find(part, at) + len(part)
-      if at < len(part):
+      # Both stand for a space.
+      pattern = re.escape(part).replace(rb"\ ", b"(?: |\xe2\x96\x81)")
+      found = re.compile(pattern).search(data, at)
+      if found is None:
         return None
+      at = found.end()
     ends.append(at)
   return np.array(ends, np.int64)
 
