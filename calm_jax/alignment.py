@@ -116,7 +116,6 @@ class ChunkEncoder:
 
   def __init__(self, tokenizer: Tokenizer):
     self.tokenizer = tokenizer
-    self.bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     self._remembered = functools.lru_cache(_CACHED)(self._tokens)
 
   def tokens(self, chunk: Chunk) -> tuple[int, ...]:
@@ -135,15 +134,11 @@ class ChunkEncoder:
     Returns:
       (int64 [M] token ids, int64 [M] their closes), closes not decreasing.
     """
-    chunker = Chunker()
-    found = chunker.push(prompt.encode()) + chunker.cut()
-    found += chunker.push(completion.encode())
-    ids, closes = list(self.bos), [0] * len(self.bos)
-    for chunk in found:
-      tokens = self.tokens(chunk)
-      ids += tokens
-      closes += [chunk.close] * len(tokens)
-    return np.array(ids, np.int64), np.array(closes, np.int64)
+    stream = AugmentingStream(self)
+    stream.push(prompt.encode())
+    stream.cut()
+    stream.push(completion.encode())
+    return np.array(stream.ids, np.int64), np.array(stream.closes, np.int64)
 
   def _tokens(self, text: str, first: bool) -> tuple[int, ...]:
     tokenizer = self.tokenizer
@@ -153,32 +148,60 @@ class ChunkEncoder:
 
 
 class AugmentingStream:
-  """The same for a text that is being generated.
+  """An augmenting model's tokens beside a text that is being generated.
 
-  The BOS is visible from the start: `encoder.bos` comes before what the
-  methods return. After the bytes of anchor tokens 0 .. t have been pushed, t
-  may see all tokens returned so far:
+  After the bytes of the anchor's tokens up to t have been pushed, t may see all
+  tokens in `ids`; so may the last token of a prompt after `cut`:
 
       stream = AugmentingStream(encoder)
-      ids, ends = anchor.byte_ends(prompt)
-      seen = encoder.bos + stream.push(prompt.encode()) + stream.cut()
+      ids, ends = prompt_ends(anchor, prompt)
+      stream.push(prompt.encode())
+      stream.cut()
+      visible = align(ends, stream.closes)  # of the prompt's tokens
       [data] = anchor.spell([new], previous=ids)
-      seen += stream.push(data)
+      stream.push(data)                     # what `new` may see: all of it
+
+  Attributes:
+    ids: all visible token ids, BOS first if there is one.
+    closes: the byte of the text at which each became visible.
   """
 
   def __init__(self, encoder: ChunkEncoder):
     self._encoder, self._chunker = encoder, Chunker()
+    bos = encoder.tokenizer.bos_id
+    self.ids = [] if bos is None else [bos]
+    self.closes = [0] * len(self.ids)
 
   def push(self, data: bytes) -> list[int]:
     """The tokens that more of the text makes visible."""
-    return self._all(self._chunker.push(data))
+    return self._add(self._chunker.push(data))
 
   def cut(self) -> list[int]:
     """The tokens that the end of the prompt makes visible."""
-    return self._all(self._chunker.cut())
+    return self._add(self._chunker.cut())
 
-  def _all(self, found: list[Chunk]) -> list[int]:
-    return [i for chunk in found for i in self._encoder.tokens(chunk)]
+  def _add(self, found: list[Chunk]) -> list[int]:
+    before = len(self.ids)
+    for chunk in found:
+      tokens = self._encoder.tokens(chunk)
+      self.ids += tokens
+      self.closes += [chunk.close] * len(tokens)
+    return self.ids[before:]
+
+
+def prompt_ends(anchor: Tokenizer, prompt: str) -> tuple[list[int], np.ndarray]:
+  """An anchor's ids of a prompt, BOS first if there is one, and their ends.
+
+  The last of them ends with the prompt, whatever its tokenizer drops there.
+
+  Raises:
+    InputError: the tokenizer cannot tell where its tokens end.
+  """
+  ids, ends = anchor.byte_ends(prompt)
+  bos = [] if anchor.bos_id is None else [anchor.bos_id]
+  ends = np.concatenate([np.zeros(len(bos), np.int64), ends])
+  ends[-1:] = len(prompt.encode())
+  return bos + ids, ends
 
 
 def align(ends_L: np.ndarray, closes_M: np.ndarray) -> np.ndarray:

@@ -6,9 +6,7 @@ The random strings of `make test` are few; for 10,000 of them:
       tests/test_alignment.py -k random
 """
 
-import json
 import os
-import random
 from pathlib import Path
 
 import numpy as np
@@ -157,19 +155,20 @@ def check_generation(anchor, encoder, text):
   """Token by token, the stream is where the finished text is."""
   ids = anchor.encode(text)
   data, ends = anchor.text_ends(ids)
-  stream, got, previous = AugmentingStream(encoder), list(encoder.bos), []
-  finished = AugmentingStream(encoder).push(data)
+  stream, finished, previous = *(AugmentingStream(encoder) for _ in "12"), []
+  finished.push(data)
   counts = []
   for index in ids:
     [part] = anchor.spell([index], previous)
-    got += stream.push(part)
+    before = len(stream.ids)
+    assert stream.push(part) == stream.ids[before:]
     previous.append(index)
-    counts.append(len(got))
-  assert got == encoder.bos + finished
+    counts.append(len(stream.ids))
+  assert (stream.ids, stream.closes) == (finished.ids, finished.closes)
   if data == text.encode():
     assert (anchor.byte_ends(text)[1] == ends).all()
     tokens, closes = encoder.encode("", text)
-    assert tokens.tolist() == got
+    assert tokens.tolist() == stream.ids
     assert align(ends, closes).tolist() == counts
 
 
