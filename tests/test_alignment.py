@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from calm_jax.alignment import (
   MAX_CHUNK,
   AugmentingStream,
-  Chunker,
   ChunkEncoder,
+  Chunker,
   align,
   chunks,
 )
