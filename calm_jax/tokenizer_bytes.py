@@ -117,10 +117,15 @@ def sentencepiece_spans(
     found = processor.encode(text, return_type="proto").pieces
     begins = [piece.begin for piece in found]
     ends = [piece.end for piece in found]
-    if found and not found[-1].piece.endswith(_SPACE):
+    if found:
       # It counts spaces that end a text, and are dropped, to the last piece.
-      data = text.encode()[begins[-1] : ends[-1]]
-      ends[-1] -= len(data) - len(data.decode().rstrip().encode())
+      last = found[-1].piece.replace(_SPACE, " ")
+      own = len(last) - len(last.rstrip())
+      covered = text.encode()[begins[-1] : ends[-1]].decode()
+      kept = covered[: len(covered.rstrip()) + own]
+      if processor.is_byte(found[-1].id):
+        kept = covered[:1]
+      ends[-1] = begins[-1] + len(kept.encode())
     return Spans([piece.id for piece in found], begins, ends)
 
   return spans
