@@ -22,8 +22,14 @@ SHORTEST, FINEST = 32, 1024  # of the lengths that rows are padded to
 class Reader(Protocol):
   """How one augmenting model with its own tokenizer follows one text."""
 
-  def read(self, ids: Rows[int]) -> tuple[list[int], list[int]]:
+  def read(
+    self, ids: Rows[int], prompt_length: int
+  ) -> tuple[list[int], list[int]]:
     """Reads the first tokens of the anchor.
+
+    Args:
+      ids: what there is of the text.
+      prompt_length: how many of them are its prompt, at most all.
 
     Returns:
       (the augmenting model's tokens that are complete, how many of them each
@@ -100,7 +106,10 @@ def lay_out(
     visible_BL = np.broadcast_to(np.arange(1, length + 1), (rows, length))
     if name in readers:
       read = [
-        r.read(i) for r, i in zip(readers[name], rows_of_ids, strict=True)
+        reader.read(ids, given)
+        for reader, ids, given in zip(
+          readers[name], rows_of_ids, prompt_lengths, strict=True
+        )
       ]
       longest = max(len(ids) for ids, _ in read)
       check_length(name, joined, longest)

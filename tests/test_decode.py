@@ -79,7 +79,7 @@ class Spelled:
     word, self.word = self.word, []
     return [(sum(word) + i) % 61 for i in range(len(word) % 3)]
 
-  def read(self, ids):
+  def read(self, ids, prompt_length):
     out, counts = [], []
     for token in ids:
       out += self.push(token)
