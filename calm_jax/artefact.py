@@ -235,6 +235,21 @@ def push(
   return str(url)
 
 
+def describes_composition(path_or_hub_id: str | os.PathLike) -> bool:
+  """Whether a folder or hub id is a composition's, not a single model's."""
+  files = (CONFIG, folders.CONFIG)
+  return (folders.locate(path_or_hub_id, None, files).folder / CONFIG).exists()
+
+
+def load_any(
+  path_or_hub_id: str | os.PathLike, dtype: str | None = None
+) -> LanguageModel:
+  """`load_composed` or `load_model`, whichever the folder or id is for."""
+  if describes_composition(path_or_hub_id):
+    return load_composed(path_or_hub_id, dtype=dtype)
+  return language_model.load_model(path_or_hub_id, dtype or "float32")
+
+
 def load_composed(
   path_or_hub_id: str | os.PathLike,
   anchor: str | os.PathLike | None = None,
@@ -261,7 +276,7 @@ def load_composed(
   folder = folders.locate(
     path_or_hub_id, revision, (WEIGHTS, CONFIG, CARD)
   ).folder
-  config = _read_config(folder)
+  config = read_config(folder)
   places = _places(config, anchor, augmenting)
   loaded = {
     part: _load_part(folder, part, saved, places.get(part), dtype)
@@ -285,7 +300,7 @@ def load_composed(
   )
 
 
-def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
   if not (folder / CONFIG).exists():
     raise InputError(f"{folder} holds no composition: it has no {CONFIG}")
   config = folders.read_json(folder / CONFIG)

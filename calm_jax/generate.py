@@ -18,6 +18,7 @@ import sys
 from calm_jax import cli
 from calm_jax.artefact import load_any
 from calm_jax.data.sources import read_prompts
+from calm_jax.figures import attention_figure, save_figure
 
 
 def _arguments() -> argparse.Namespace:
@@ -41,7 +42,10 @@ def _arguments() -> argparse.Namespace:
   )
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--batch_size", type=int, default=64)
-  parser.add_argument("--dtype", default="float32")
+  parser.add_argument("--dtype", help="of weights and computation")
+  parser.add_argument(
+    "--attention", help="a .png file: where a composition looks meanwhile"
+  )
   return parser.parse_args()
 
 
@@ -65,9 +69,24 @@ def main() -> None:
     return
   prompts = [arguments.prompt] if arguments.prompt is not None else _asked()
   for prompt in prompts:
+    pieces = []
     for piece in model.stream(prompt, **options):
       print(piece, end="", flush=True)
+      pieces.append(piece)
     print()
+    if arguments.attention:
+      _draw(model.attention(prompt, "".join(pieces)), arguments.attention)
+
+
+def _draw(look: dict, path: str) -> None:
+  figure = attention_figure(
+    look["weights"],
+    look["tokens"].tolist(),
+    look["connections"].tolist(),
+    look["prompt_length"],
+    look.get("augmenting_tokens"),
+  )
+  save_figure(figure, path)
 
 
 def _asked():

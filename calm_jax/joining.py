@@ -20,7 +20,7 @@ def part(model: LanguageModel, name: str) -> LanguageModel:
   return LanguageModel(
     spec,
     params["anchor"],
-    model.tokenizer,
+    model.tokenizers.get(name.partition("/")[2], model.tokenizer),
     source.name if source else "",
     {"anchor": source} if source else {},
   )
@@ -63,6 +63,7 @@ def drop(model: LanguageModel, name: str) -> LanguageModel:
     sources={
       n: s for n, s in model.sources.items() if n != f"augmenting/{name}"
     },
+    tokenizers=without(model.tokenizers),
   )
 
 
@@ -85,7 +86,7 @@ def join_compositions(models: Sequence[LanguageModel]) -> LanguageModel:
   first, *others = models
   joined = first.params
   augmenting = dict(first.spec.augmenting)
-  sources = dict(first.sources)
+  sources, tokenizers = dict(first.sources), dict(first.tokenizers)
   for other in others:
     _check_same_anchor(first, other)
     twice = sorted(augmenting.keys() & dict(other.spec.augmenting).keys())
@@ -100,11 +101,13 @@ def join_compositions(models: Sequence[LanguageModel]) -> LanguageModel:
       for kind in ("augmenting", "composition")
     }
     sources = other.sources | sources
+    tokenizers |= other.tokenizers
   return dataclasses.replace(
     first,
     spec=Composition(first.spec.anchor, tuple(augmenting.items())),
     params=joined,
     sources=sources,
+    tokenizers=tokenizers,
   )
 
 

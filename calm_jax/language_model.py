@@ -248,6 +248,24 @@ class LanguageModel:
       for name, tokenizer in self.tokenizers.items()
     }
 
+  def attention(self, prompt: str, completion: str) -> dict[str, np.ndarray]:
+    """Where each connection's heads look while a completion is written.
+
+    `figures.attention_figure` draws it.
+
+    Returns:
+      `cross_attention`'s arrays, and "prompt_length" in tokens.
+
+    Raises:
+      InputError: as `cross_attention`, or the model has no tokenizer.
+    """
+    tokenizer = self.text()
+    ids = generation.with_bos(tokenizer, tokenizer.encode(prompt))
+    new = tokenizer.encode_continuation(prompt, completion)
+    return self.cross_attention(ids + new, len(ids)) | {
+      "prompt_length": len(ids)
+    }
+
   def cross_attention(
     self, ids: list[int], prompt_length: int
   ) -> dict[str, np.ndarray]:
