@@ -18,15 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from calm_jax.errors import InputError
+from calm_jax.models.block import Block, Context, window_mask
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.layers import (
-  Block,
-  Context,
-  Linear,
-  at_least_float32,
-  norm,
-  window_mask,
-)
+from calm_jax.models.layers import Linear, at_least_float32, norm
 from calm_jax.models.rope import tables
 
 Array = jax.Array
