@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from calm_jax.errors import InputError
-from calm_jax.models.layers import Linear, at_least_float32
 
 Array = jax.Array
 
@@ -33,7 +33,7 @@ class MoE(nn.Module):
     mlp_width: F.
     normalise: whether a token's k weights sum to one (Mixtral; Qwen3-MoE's
       norm_topk_prob), or are shares among all X experts.
-    activation: a name in `jax.nn`.
+    activation: the non-linearity of the experts.
     dtype: of the experts' computation; the router's is float32 at least.
   """
 
@@ -41,15 +41,19 @@ class MoE(nn.Module):
   experts_per_token: int
   mlp_width: int
   normalise: bool = True
-  activation: str = "silu"
+  activation: Callable[[Array], Array] = jax.nn.silu
   dtype: str = "float32"
 
   @nn.compact
   def __call__(self, x_BLD: Array) -> Array:
     """[B, L, D] -> [B, L, D], in x's dtype."""
     x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-    wide = at_least_float32(self.dtype)
-    logits_TX = Linear(self.num_experts, dtype=wide, name="router")(x_TD)
+    wide = jnp.promote_types(self.dtype, jnp.float32)
+    router_DX = Kernel((x_TD.shape[-1], self.num_experts), name="router")()
+    # Default precisions of some devices round enough to choose other experts.
+    logits_TX = jnp.matmul(
+      x_TD.astype(wide), router_DX.astype(wide), precision="highest"
+    )
     best_Tk, expert_Tk = jax.lax.top_k(logits_TX, self.experts_per_token)
     among = best_Tk if self.normalise else logits_TX
     total = jax.nn.logsumexp(among, axis=-1, keepdims=True)
@@ -62,27 +66,28 @@ class MoE(nn.Module):
 
 
 class Kernel(nn.Module):
-  """The matrices of all experts, [X, in, out]."""
+  """A matrix [in, out], or those of all experts, [X, in, out]."""
 
   shape: tuple[int, ...]
 
   @nn.compact
   def __call__(self) -> Array:
-    init = nn.initializers.lecun_normal(batch_axis=(0,))
+    experts = tuple(range(len(self.shape) - 2))
+    init = nn.initializers.lecun_normal(batch_axis=experts)
     return self.param("kernel", init, self.shape)
 
 
 class Experts(nn.Module):
   """The gated MLPs of all experts, each on the tokens sent to it.
 
-  `jax.lax.ragged_dot` is meant for this, but away from TPUs it multiplies all
-  rows with all experts. So rows are sorted into blocks of one expert each, and
-  the blocks are computed one after the other.
+  `jax.lax.ragged_dot` is meant for this, but on a CPU it multiplies all rows
+  with all experts. So rows are sorted into blocks of one expert each, and the
+  blocks are computed one after the other.
   """
 
   num_experts: int
   mlp_width: int
-  activation: str
+  activation: Callable[[Array], Array]
   dtype: str
 
   @nn.compact
@@ -106,7 +111,7 @@ class Experts(nn.Module):
         kernel[expert].astype(self.dtype)
         for kernel in (gate_XDF, up_XDF, down_XFD)
       )
-      hidden_SF = getattr(jax.nn, self.activation)(x_SD @ gate) * (x_SD @ up)
+      hidden_SF = self.activation(x_SD @ gate) * (x_SD @ up)
       return hidden_SF @ down
 
     x_NSD = x_TD.astype(self.dtype).at[token_NS].get(mode="fill", fill_value=0)

@@ -52,7 +52,7 @@ def spelled(module, params, x_BLD):
         p["experts"][n]["kernel"][e] for n in ("gate", "up", "down")
       )
       hidden = x @ gate
-      if module.activation == "silu":
+      if module.activation is jax.nn.silu:
         hidden = hidden / (1 + np.exp(-hidden))
       else:
         hidden = np.maximum(hidden, 0)
@@ -64,7 +64,7 @@ def spelled(module, params, x_BLD):
 @pytest.mark.parametrize(("X", "k", "options"), [
   (6, 2, {}),
   (6, 2, {"normalise": False}),
-  (6, 2, {"activation": "relu"}),
+  (6, 2, {"activation": jax.nn.relu}),
   (1, 1, {}),
   (5, 5, {"normalise": False}),
   (64, 3, {}),  # more experts than tokens

@@ -17,6 +17,7 @@ under the names of the models.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -96,7 +97,10 @@ def test_blocks(case, tmp_path):
   with torch.no_grad():
     theirs = model.model.layers[0].mlp(torch.from_numpy(x)).numpy()
   for hf in (model.config.to_diff_dict(), model.config.to_dict()):
-    module = MoE(**moe.fields_from_hf(hf), activation=model.config.hidden_act)
+    module = MoE(
+      **moe.fields_from_hf(hf),
+      activation=getattr(jax.nn, model.config.hidden_act),
+    )
     ours = module.apply({"params": params}, jnp.asarray(x))
     assert np.abs(theirs).max() > 1
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-5)
