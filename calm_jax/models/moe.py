@@ -45,8 +45,13 @@ class MoE(nn.Module):
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, x_BLD: Array) -> Array:
-    """[B, L, D] -> [B, L, D], in x's dtype."""
+  def __call__(self, x_BLD: Array, layer: Array | None = None) -> Array:
+    """[B, L, D] -> [B, L, D], in x's dtype.
+
+    With `layer`, the experts' kernels are those of all layers, stacked on one
+    more leading axis: to slice a layer's from the stack would copy all of its
+    experts, where a step of decoding needs few.
+    """
     x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
     wide = jnp.promote_types(self.dtype, jnp.float32)
     router_DX = Kernel((x_TD.shape[-1], self.num_experts), name="router")()
@@ -60,7 +65,7 @@ class MoE(nn.Module):
     y_TkD = Experts(
       self.num_experts, self.mlp_width, self.activation, self.dtype,
       name="experts",
-    )(x_TD, expert_Tk)  # fmt: skip
+    )(x_TD, expert_Tk, layer)  # fmt: skip
     y_TD = jnp.einsum("tk,tkd->td", jnp.exp(best_Tk - total), y_TkD)
     return y_TD.reshape(x_BLD.shape).astype(x_BLD.dtype)
 
@@ -72,6 +77,8 @@ class Kernel(nn.Module):
 
   @nn.compact
   def __call__(self) -> Array:
+    if self.has_variable("params", "kernel"):  # of one layer, or stacked
+      return self.get_variable("params", "kernel")
     experts = tuple(range(len(self.shape) - 2))
     init = nn.initializers.lecun_normal(batch_axis=experts)
     return self.param("kernel", init, self.shape)
@@ -91,7 +98,7 @@ class Experts(nn.Module):
   dtype: str
 
   @nn.compact
-  def __call__(self, x_TD: Array, expert_Tk: Array) -> Array:
+  def __call__(self, x_TD: Array, expert_Tk: Array, layer=None) -> Array:
     X, D, F = self.num_experts, x_TD.shape[-1], self.mlp_width
     gate_XDF = Kernel((X, D, F), name="gate")()
     up_XDF = Kernel((X, D, F), name="up")()
@@ -108,7 +115,7 @@ class Experts(nn.Module):
     def one(block):
       expert, x_SD = block
       gate, up, down = (
-        kernel[expert].astype(self.dtype)
+        kernel[expert if layer is None else (layer, expert)].astype(self.dtype)
         for kernel in (gate_XDF, up_XDF, down_XFD)
       )
       hidden_SF = self.activation(x_SD @ gate) * (x_SD @ up)

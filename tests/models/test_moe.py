@@ -85,6 +85,20 @@ def test_names_and_shapes():
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
 
 
+def test_stacked_layers(x64):
+  module, params, x = make(6, 2)
+  _, others, _ = make(6, 2, seed=1)
+  layers = [others, params, others]
+  stack = jax.tree.map(lambda *p: jnp.stack(p), *[p["experts"] for p in layers])
+
+  @jax.jit
+  def at(layer):
+    weights = {"router": params["router"], "experts": stack}
+    return module.apply({"params": weights}, x, layer)
+
+  np.testing.assert_array_equal(at(1), forward(module, params, x))
+
+
 def test_ties(x64):
   module, params, x = make(6, 2)
   params["router"]["kernel"] = jnp.zeros((D, 6)).at[:, 4].set(1)
