@@ -48,9 +48,9 @@ class MoE(nn.Module):
   def __call__(self, x_BLD: Array, layer: Array | None = None) -> Array:
     """[B, L, D] -> [B, L, D], in x's dtype.
 
-    With `layer`, the experts' kernels are those of all layers, stacked on one
-    more leading axis: to slice a layer's from the stack would copy all of its
-    experts, where a step of decoding needs few.
+    The experts' kernels may be those of all layers, stacked on one more leading
+    axis; then `layer` says which: to slice a layer's from the stack would copy
+    all of its experts, where a step of decoding needs few.
     """
     x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
     wide = jnp.promote_types(self.dtype, jnp.float32)
@@ -103,6 +103,7 @@ class Experts(nn.Module):
     gate_XDF = Kernel((X, D, F), name="gate")()
     up_XDF = Kernel((X, D, F), name="up")()
     down_XFD = Kernel((X, F, D), name="down")()
+    of_layer = () if gate_XDF.ndim == 3 else (layer,)
     size = block_size(expert_Tk.size, X)
     expert_N, token_NS, slot_Tk = blocks(expert_Tk, X, size)
 
@@ -115,7 +116,7 @@ class Experts(nn.Module):
     def one(block):
       expert, x_SD = block
       gate, up, down = (
-        kernel[expert if layer is None else (layer, expert)].astype(self.dtype)
+        kernel[*of_layer, expert].astype(self.dtype)
         for kernel in (gate_XDF, up_XDF, down_XFD)
       )
       hidden_SF = self.activation(x_SD @ gate) * (x_SD @ up)
