@@ -345,5 +345,5 @@ def _gather(entries: list[hf.Entry], leaves, dtype: str) -> np.ndarray:
     # A part of a leaf at a time: a whole one that is fetched from a device
     # stays in memory for as long as the leaf lives.
     part = np.asarray(leaves[entry.leaf][entry.at])
-    streaming.copy(part.view(bits), entry.view(tensor.view(bits)))
+    streaming.copy_strips(part.view(bits), entry.view(tensor.view(bits)))
   return tensor

@@ -176,7 +176,7 @@ def _do(piece: Piece, raw: np.ndarray) -> None:
   # As plain integers: numpy copies those of a custom dtype one by one.
   bits = np.dtype(f"u{size}")
   strides = tuple(stride * size for stride in piece.strides)
-  copy(
+  copy_strips(
     np.ndarray(
       piece.shape, bits, values.view(np.uint8), piece.offset * size, strides
     ),
@@ -184,7 +184,7 @@ def _do(piece: Piece, raw: np.ndarray) -> None:
   )
 
 
-def copy(source: np.ndarray, target: np.ndarray) -> None:
+def copy_strips(source: np.ndarray, target: np.ndarray) -> None:
   """target[...] = source, quickly where one is the other transposed."""
   order = np.argsort(source.strides)[::-1]
   source, target = source.transpose(order), target.transpose(order)
@@ -192,7 +192,7 @@ def copy(source: np.ndarray, target: np.ndarray) -> None:
     target[...] = source
   elif source.ndim > 2:
     for one, its_target in zip(source, target, strict=True):
-      copy(one, its_target)
+      copy_strips(one, its_target)
   else:
     rows, columns = source.shape
     # Rows a power of two apart share few lines of the cache, and would drive
