@@ -6,6 +6,8 @@ heads, H head width, R features rotated, F MLP width.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.layers import Linear, dot_product_attention, norm
+from calm_jax.models.moe import MoE
 from calm_jax.models.rope import rotate
 
 Array = jax.Array
@@ -114,11 +117,11 @@ class Attention(nn.Module):
     return out(out_BLNH.reshape(B, L, -1)), cache
 
 
-def activate(name: str, x: Array) -> Array:
+def activation(name: str) -> Callable[[Array], Array]:
   """One of config.ACTIVATIONS."""
   if name == "gelu_exact":
-    return jax.nn.gelu(x, approximate=False)
-  return getattr(jax.nn, name)(x)
+    return functools.partial(jax.nn.gelu, approximate=False)
+  return getattr(jax.nn, name)
 
 
 class MLP(nn.Module):
@@ -130,14 +133,28 @@ class MLP(nn.Module):
   def __call__(self, x_BLD: Array) -> Array:
     c = self.config
 
+    act = activation(c.activation)
+
     def widen(name):
       return Linear(c.mlp_width, c.mlp_bias, c.dtype, name=name)(x_BLD)
 
     if c.gated_mlp:
-      hidden_BLF = activate(c.activation, widen("gate")) * widen("up")
+      hidden_BLF = act(widen("gate")) * widen("up")
     else:
-      hidden_BLF = activate(c.activation, widen("up"))
+      hidden_BLF = act(widen("up"))
     return Linear(x_BLD.shape[-1], c.mlp_bias, c.dtype, name="down")(hidden_BLF)
+
+
+def _experts(c: ModelConfig) -> MoE:
+  return MoE(
+    c.num_experts,
+    c.experts_per_token,
+    c.mlp_width,
+    c.normalise_experts,
+    activation(c.activation),
+    c.dtype,
+    name="mlp",
+  )
 
 
 class Block(nn.Module):
@@ -165,5 +182,8 @@ class Block(nn.Module):
     attended_BLD = x_BLD + after("attention", delta)
     normed = before("mlp")(x_BLD if c.parallel_residual else attended_BLD)
     with jax.named_scope("mlp"):
-      delta = MLP(c, name="mlp")(normed)
+      if c.num_experts:
+        delta = _experts(c)(normed, layer)
+      else:
+        delta = MLP(c, name="mlp")(normed)
     return attended_BLD + after("mlp", delta), cache

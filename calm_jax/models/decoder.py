@@ -192,12 +192,14 @@ def run_layers(
   """
   stop = config.num_layers if stop is None else stop
   whole = (start, stop) == (0, config.num_layers)
+  # The scan would copy all experts of a layer, where a step needs few.
+  whole = whole and not (config.num_experts and cache is not None)
 
   def body(carry, scanned):
     x, cache = carry
     layer, weights = scanned
     if weights is None:
-      weights = jax.tree.map(lambda p: p[layer], params["layers"])
+      weights = _of_layer(params["layers"], layer)
     y = Block(config).apply({"params": weights}, x, context, cache, layer)
     return y, None
 
@@ -221,6 +223,15 @@ def run_layers(
     unroll=min(config.unroll, stop - start),
   )
   return x_BLD, cache
+
+
+def _of_layer(layers: dict, layer: Array) -> dict:
+  """A layer's weights; experts stay stacked, `MoE` picks those it needs."""
+
+  def one(path, p):
+    return p if any(key.key == "experts" for key in path) else p[layer]
+
+  return jax.tree_util.tree_map_with_path(one, layers)
 
 
 def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:

@@ -12,6 +12,7 @@ import json
 import pathlib
 
 import numpy as np
+from golden import experts
 from safetensors.numpy import save_file
 
 HERE = pathlib.Path(__file__).parent
@@ -162,12 +163,12 @@ FAMILIES = {
     "attention_bias": _BIAS, "mlp_bias": {"mlp_bias": True}, "tied": _TIED,
     "llama3": _LLAMA3,
   }),
-}  # fmt: skip
+} | experts.FAMILIES  # fmt: skip
 # What changes no arithmetic on these sequences, and must not.
 INERT = {
   ("qwen2", "window not used"), ("starcoder2", "long window"),
   ("gemma", "exact gelu means tanh"), ("gpt2", "upcast"),
-}  # fmt: skip
+} | experts.INERT  # fmt: skip
 CASES = [
   (family, case)
   for family, (_, cases) in FAMILIES.items()

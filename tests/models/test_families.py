@@ -43,7 +43,8 @@ def test_every_option_in_both_generations(family, case):
 def test_defaults_are_those_of_transformers(family):
   needed = {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "n_embd", "n_layer", "n_head",
+    "num_attention_heads", "n_embd", "n_layer", "n_head", "num_experts",
+    "num_local_experts",
   }  # fmt: skip
   whole = transformers.AutoConfig.for_model(family).to_dict()
   least = {k: whole[k] for k in needed & set(whole)} | {"model_type": family}
@@ -102,6 +103,8 @@ REFUSED = {
   "smollm3": {"no_rope_layers": [1, 0]},
   "starcoder2": {"norm_type": "rms_norm"},
   "granite": {"partial_rotary_factor": 0.5},
+  "mixtral": {"layer_types": None},
+  "qwen3_moe": {"mlp_only_layers": [1]},
 }  # fmt: skip
 
 
