@@ -18,7 +18,6 @@ import sys
 from calm_jax import cli
 from calm_jax.artefact import load_any
 from calm_jax.data.sources import read_prompts
-from calm_jax.figures import attention_figure, save_figure
 
 
 def _arguments() -> argparse.Namespace:
@@ -79,6 +78,9 @@ def main() -> None:
 
 
 def _draw(look: dict, path: str) -> None:
+  # Loaded here: matplotlib would take half of the time to the first token.
+  from calm_jax.figures import attention_figure, save_figure
+
   figure = attention_figure(
     look["weights"],
     look["tokens"].tolist(),

@@ -32,6 +32,11 @@ class ModelConfig:
       tanh approximation.
     gated_mlp: down(act(gate(x)) * up(x)), or else down(act(up(x))).
     mlp_bias: whether the matrices of the MLP have biases.
+    num_experts: of a mixture in place of each MLP, each of mlp_width; 0 for an
+      ordinary MLP.
+    experts_per_token: how many of them a token goes through.
+    normalise_experts: whether a token's experts have weights that sum to one,
+      or their shares among all experts.
     norm: "rms"; "rms_plus_one", which scales by 1 + its parameter; or "layer",
       which subtracts the mean and has a bias.
     norm_eps: added to the mean square, or the variance, inside the norm.
@@ -80,6 +85,9 @@ class ModelConfig:
   activation: str = "silu"
   gated_mlp: bool = True
   mlp_bias: bool = False
+  num_experts: int = 0
+  experts_per_token: int = 0
+  normalise_experts: bool = True
   norm: str = "rms"
   norm_eps: float = 1e-5
   pre_norm: bool = True
@@ -116,6 +124,8 @@ class ModelConfig:
     ):  # fmt: skip
       if getattr(self, name) not in known:
         raise InputError(f"{name}={getattr(self, name)!r} is none of {known}")
+    if self.num_experts and (self.mlp_bias or not self.gated_mlp):
+      raise InputError("experts are gated MLPs without biases")
     if self.window is not None and self.window < 1:
       raise InputError(f"window={self.window} hides a token from itself")
     if self.rope is None and not self.learned_positions:

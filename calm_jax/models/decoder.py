@@ -19,15 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm_jax.errors import InputError
+from calm_jax.models.block import Block, Context, window_mask
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.layers import (
-  Block,
-  Context,
-  Linear,
-  at_least_float32,
-  norm,
-  window_mask,
-)
+from calm_jax.models.layers import Linear, at_least_float32, norm
 from calm_jax.models.rope import tables
 
 Array = jax.Array
@@ -206,12 +200,14 @@ def run_layers(
       )
     return x_BLD, cache and tuple(caches)
   whole = (start, stop) == (0, config.num_layers)
+  # The scan would copy all experts of a layer, where a step needs few.
+  whole = whole and not (config.num_experts and cache is not None)
 
   def body(carry, scanned):
     x, cache = carry
     layer, weights = scanned
     if weights is None:
-      weights = jax.tree.map(lambda p: p[layer], params["layers"])
+      weights = _of_layer(params["layers"], layer)
     y = Block(config).apply({"params": weights}, x, context, cache, layer)
     return y, None
 
@@ -235,6 +231,15 @@ def run_layers(
     unroll=min(config.unroll, stop - start),
   )
   return x_BLD, cache
+
+
+def _of_layer(layers: dict, layer: Array) -> dict:
+  """A layer's weights; experts stay stacked, `MoE` picks those it needs."""
+
+  def one(path, p):
+    return p if any(key.key == "experts" for key in path) else p[layer]
+
+  return jax.tree_util.tree_map_with_path(one, layers)
 
 
 def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:

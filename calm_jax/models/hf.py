@@ -219,11 +219,32 @@ _GPT2 = Family(
   # The first release has no prefix.
   renamed=((r"^(?=(wte|wpe|h|ln_f)\.)", "transformer."),),
 )  # fmt: skip
+
+
+def _mixture(layer: str, gate: str, up: str, down: str) -> Family:
+  """A Llama with norms of queries and keys, and experts."""
+  names = {gate: "gate", up: "up", down: "down"}
+  experts = {
+    f"{layer}.experts.{{}}.{theirs}.weight": (
+      f"{_MLP}/experts/{ours}/kernel", True
+    )
+    for theirs, ours in names.items()
+  }  # fmt: skip
+  router = {f"{layer}.gate.weight": (f"{_MLP}/router/kernel", True)}
+  return Family(
+    _OUTER | _SELF_ATTENTION | _PRE_NORMS | _norms(_Q_NORMS) | router | experts,
+    ignored=_BUFFERS,
+  )
+
+
+_MIXTRAL = _mixture(f"{_LAYER}.block_sparse_moe", "w1", "w3", "w2")
+_QWEN3_MOE = _mixture(f"{_LAYER}.mlp", "gate_proj", "up_proj", "down_proj")
 FAMILIES = {
   "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA,
   "gemma": _LLAMA, "gemma2": _SANDWICH, "gemma3_text": _SANDWICH,
   "gpt2": _GPT2, "gpt_neox": _NEOX, "phi3": _PHI3, "olmo2": _SANDWICH,
   "smollm3": _LLAMA, "starcoder2": _STARCODER2, "granite": _LLAMA,
+  "mixtral": _MIXTRAL, "qwen3_moe": _QWEN3_MOE,
 }  # fmt: skip
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from calm_jax.errors import InputError
-from calm_jax.models import rope
+from calm_jax.models import readers, rope
 
 Json = dict[str, Any]
 
@@ -62,147 +61,11 @@ _BIAS = {"attention_bias": ("attention_bias", "output_bias")}
 _NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 
 
-def _head_dim(hf: Json, width="hidden_size", heads="num_attention_heads"):
-  if hf.get("head_dim"):
-    return hf["head_dim"]
-  if hf[width] % hf[heads]:
-    raise InputError(
-      f"{width}={hf[width]} is not a multiple of {heads}={hf[heads]}"
-    )
-  return hf[width] // hf[heads]
-
-
-def _rope(hf: Json, theta: float = 10_000.0, fraction: float | None = None):
-  """Rotary positions, and the width of a head."""
-  head_dim = _head_dim(hf)
-  read = rope.from_hf(hf, head_dim, theta, fraction)
-  return {"rope": read, "head_dim": head_dim}
-
-
-def _windows(hf: Json, sliding: Callable[[int], bool]) -> Json:
-  """The window, of layers that `sliding` or layer_types says have it."""
-  layers = range(hf["num_hidden_layers"])
-  types = hf.get("layer_types")
-  kinds = ("full_attention", "sliding_attention")
-  if types is None:
-    types = [kinds[bool(sliding(i))] for i in layers]
-  if len(types) != len(layers) or not set(types) <= set(kinds):
-    raise InputError(
-      f"layer_types={types!r} are not num_hidden_layers={len(layers)} of "
-      f"{kinds}, the kinds that are computed here"
-    )
-  full = tuple(i for i in layers if types[i] == kinds[0])
-  if len(full) == len(layers):
-    return {}
-  if hf["sliding_window"] is None:
-    raise InputError("layer_types has sliding_attention without sliding_window")
-  return {"window": hf["sliding_window"], "full_layers": full}
-
-
-def _plain(hf: Json) -> Json:
-  """Rotary positions, and a window in all layers or none."""
-  return _rope(hf) | _windows(hf, lambda i: hf["sliding_window"] is not None)
-
-
-def _qwen(hf: Json) -> Json:
-  window = hf["sliding_window"] if hf["use_sliding_window"] else None
-  return _rope(hf) | _windows(
-    hf | {"sliding_window": window},
-    lambda i: window is not None and i >= hf["max_window_layers"],
-  )
-
-
-def _smollm3(hf: Json) -> Json:
-  layers, every = range(hf["num_hidden_layers"]), hf["no_rope_layer_interval"]
-  turned = hf["no_rope_layers"]  # 1 where there is rope, whatever its name
-  if turned is None:
-    turned = [(i + 1) % every != 0 for i in layers]
-  if len(turned) < len(layers):
-    raise InputError(f"no_rope_layers={turned!r} are fewer than the layers")
-  window = hf["sliding_window"] if hf["use_sliding_window"] else None
-  nope = tuple(i for i in layers if not turned[i])
-  windows = _windows(
-    hf | {"sliding_window": window}, lambda i: window is not None and i in nope
-  )
-  return _rope(hf, 2_000_000.0) | windows | {"nope_layers": nope}
-
-
-def _gemma(hf: Json) -> Json:
-  activation = hf["hidden_act"]
-  if activation == "gelu":  # of the first releases; they meant the other one
-    activation = "gelu_pytorch_tanh"
-  if hf["hidden_activation"] not in (None, activation):
-    raise InputError(
-      f"hidden_activation={hf['hidden_activation']!r} contradicts "
-      f"hidden_act={hf['hidden_act']!r}"
-    )
-  scale = {"embedding_scale": hf["hidden_size"] ** 0.5}
-  return _rope(hf) | scale | {"activation": activation}
-
-
-def _gemma2(hf: Json) -> Json:
-  return {
-    "embedding_scale": hf["hidden_size"] ** 0.5,
-    "attention_scale": hf["query_pre_attn_scalar"] ** -0.5,
-    **_rope(hf),
-    **_windows(hf, lambda i: (i + 1) % 2),
-  }
-
-
-def _gemma3(hf: Json) -> Json:
-  """As Gemma 2, with rotary positions of their own for windowed layers."""
-  thetas = {"full_attention": 1e6, "sliding_attention": 1e4}
-  for key in ("rope_theta", "rope_local_base_freq"):
-    if hf.get("rope_parameters") and hf.get(key):
-      raise InputError(f"rope_parameters and {key} are both given")
-  head_dim = _head_dim(hf)
-  ropes = rope.by_layer_type_from_hf(hf, head_dim, thetas)
-  pattern = hf["sliding_window_pattern"]
-  windows = _windows(hf, lambda i: (i + 1) % pattern)
-  return {
-    "embedding_scale": hf["hidden_size"] ** 0.5,
-    "attention_scale": hf["query_pre_attn_scalar"] ** -0.5,
-    "head_dim": head_dim,
-    "rope": ropes["full_attention"],
-    "local_rope": ropes["sliding_attention"] if windows else None,
-    **windows,
-  }
-
-
-def _gpt2(hf: Json) -> Json:
-  return {
-    "num_kv_heads": hf["n_head"],
-    "head_dim": _head_dim(hf, "n_embd", "n_head"),
-    "mlp_width": hf["n_inner"] or 4 * hf["n_embd"],
-    "attention_scale": None if hf["scale_attn_weights"] else 1.0,
-  }
-
-
-def _phi3(hf: Json) -> Json:
-  fields = _rope(hf, fraction=1.0) | _windows(
-    hf, lambda i: hf["sliding_window"] is not None
-  )
-  if fields["rope"].kind not in ("default", "longrope"):
-    raise InputError(
-      f"rope_type={fields['rope'].kind!r} is none of transformers' for it"
-    )
-  return fields
-
-
-def _granite(hf: Json) -> Json:
-  return _rope(hf) | {"logit_scale": 1 / hf["logits_scaling"]}
-
-
-def _neox(hf: Json) -> Json:
-  heads = {"num_kv_heads": hf["num_attention_heads"]}
-  return _rope(hf, fraction=0.25) | heads
-
-
 _LLAMA = Family(
   copied=_COPIED | _BIAS | {"mlp_bias": "mlp_bias"},
   defaults=_DEFAULTS | _NO_BIAS,
   fixed={},
-  read=_rope,
+  read=readers.rotary,
   only={"rope_interleaved": (None, False)},
   ignored={"is_llama_config"},
 )
@@ -223,6 +86,10 @@ _GEMMA2 = _without(_GEMMA, "hidden_act") | _WINDOW | {
 _COPIED_GEMMA2 = _without(_COPIED, "hidden_act") | {
   "hidden_activation": "activation", "final_logit_softcapping": "logit_cap",
 }  # fmt: skip
+_ROUTER_TRAINING = {
+  "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
+}  # fmt: skip
+
 FAMILIES = {
   "llama": _LLAMA,
   "mistral": Family(
@@ -232,26 +99,26 @@ FAMILIES = {
       "sliding_window": 4096,
     },
     fixed={},
-    read=_plain,
+    read=readers.windowed,
   ),
   "qwen2": Family(
     copied=_COPIED,
     defaults=_QWEN,
     fixed={"attention_bias": True},
-    read=_qwen,
+    read=readers.qwen,
     only={"use_mrope": (None, False)},
   ),
   "qwen3": Family(
     copied=_COPIED | _BIAS,
     defaults=_QWEN | {"head_dim": 128, "attention_bias": False},
     fixed={"qk_norm": "head"},
-    read=_qwen,
+    read=readers.qwen,
   ),
   "gemma": Family(
     copied=_COPIED | _BIAS,
     defaults=_GEMMA,
     fixed={"norm": "rms_plus_one"},
-    read=_gemma,
+    read=readers.gemma,
   ),
   "gemma2": Family(
     copied=_COPIED_GEMMA2 | _BIAS | {
@@ -259,7 +126,7 @@ FAMILIES = {
     },
     defaults=_GEMMA2 | {"attn_logit_softcapping": 50.0},
     fixed={"norm": "rms_plus_one", "post_norm": True},
-    read=_gemma2,
+    read=readers.gemma2,
     ignored={"hidden_act", "sliding_window_size"},
   ),
   "gemma3_text": Family(
@@ -269,7 +136,7 @@ FAMILIES = {
       "sliding_window_pattern": 6,
     },
     fixed={"norm": "rms_plus_one", "post_norm": True, "qk_norm": "head"},
-    read=_gemma3,
+    read=readers.gemma3,
     only={"attn_logit_softcapping": (None,)},
     ignored={"hidden_act", "_sliding_window_pattern"},
     rope_keys=rope.GEMMA3_KEYS,
@@ -291,7 +158,7 @@ FAMILIES = {
       "norm": "layer", "learned_positions": True, "gated_mlp": False,
       "attention_bias": True, "output_bias": True, "mlp_bias": True,
     },
-    read=_gpt2,
+    read=readers.gpt2,
     ignored={
       "n_ctx", "summary_type", "summary_use_proj", "summary_activation",
       "summary_proj_to_labels", "summary_first_dropout",
@@ -312,7 +179,7 @@ FAMILIES = {
       "tie_word_embeddings": False,
     },
     fixed={"norm": "layer", "gated_mlp": False, "mlp_bias": True},
-    read=_neox,
+    read=readers.neox,
     rope_keys=rope.NEOX_KEYS - {"rope_theta", "partial_rotary_factor"},
   ),
   "phi3": Family(
@@ -322,7 +189,7 @@ FAMILIES = {
       "original_max_position_embeddings": 4096, "sliding_window": None,
     },
     fixed={},
-    read=_phi3,
+    read=readers.phi3,
     only={
       "attention_bias": (None, False), "mlp_bias": (None, False),
       "lm_head_bias": (None, False), "full_attn_mod": (None, 1),
@@ -333,7 +200,7 @@ FAMILIES = {
     copied=_COPIED | _BIAS,
     defaults=_DEFAULTS | {"rms_norm_eps": 1e-5, "attention_bias": False},
     fixed={"pre_norm": False, "post_norm": True, "qk_norm": "full"},
-    read=_rope,
+    read=readers.rotary,
   ),
   "smollm3": Family(
     copied=_LLAMA.copied,
@@ -344,7 +211,7 @@ FAMILIES = {
       "tie_word_embeddings": True,
     },
     fixed={},
-    read=_smollm3,
+    read=readers.smollm3,
     ignored={"max_window_layers"},
   ),
   "starcoder2": Family(
@@ -358,7 +225,7 @@ FAMILIES = {
       "sliding_window": None, "use_bias": True, "tie_word_embeddings": True,
     },
     fixed={"norm": "layer", "gated_mlp": False},
-    read=_plain,
+    read=readers.windowed,
     only={"mlp_type": (None, "default"), "norm_type": (None, "layer_norm")},
   ),
   "granite": Family(
@@ -372,6 +239,31 @@ FAMILIES = {
       "attention_multiplier": 1.0, "logits_scaling": 1.0,
     },
     fixed={},
-    read=_granite,
+    read=readers.granite,
+  ),
+  "mixtral": Family(
+    copied=_COPIED,
+    defaults=_DEFAULTS | {
+      "num_key_value_heads": 8, "max_position_embeddings": 4096 * 32,
+      "rms_norm_eps": 1e-5, "sliding_window": None, "num_local_experts": 8,
+      "num_experts_per_tok": 2,
+    },
+    fixed={},
+    read=readers.mixtral,
+    ignored=_ROUTER_TRAINING,
+  ),
+  "qwen3_moe": Family(
+    copied=_without(_COPIED, "intermediate_size") | _BIAS,
+    defaults=_DEFAULTS | {
+      "num_key_value_heads": 4, "max_position_embeddings": 32768,
+      "sliding_window": 4096, "use_sliding_window": False,
+      "attention_bias": False, "num_experts": None, "num_local_experts": None,
+      "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+      "decoder_sparse_step": 1, "mlp_only_layers": None,
+      "norm_topk_prob": False,
+    },
+    fixed={"qk_norm": "head"},
+    read=readers.qwen3_moe,
+    ignored=_ROUTER_TRAINING | {"intermediate_size", "max_window_layers"},
   ),
 }  # fmt: skip

@@ -31,7 +31,9 @@ FLOATS = {
   "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _PIECE = 4 << 20  # bytes of a file that are read at once
-_STRIP = 16  # rows transposed together, few enough to stay in a core's cache
+_STRIP = 128  # rows transposed together, few enough for a core's cache
+# More than cores: some wait for the disk while others transpose.
+_THREADS = min(16, 2 + (os.cpu_count() or 1))
 _ALIGNMENT = 64  # of memory that JAX uses as it is, on a CPU
 
 
@@ -142,20 +144,32 @@ def read_all(reads: Iterable[Read]) -> None:
   Raises:
     InputError: a file ends before a tensor does, or cannot be read.
   """
-  work = [piece for read in reads for piece in pieces(read)]
-  work.sort(key=lambda piece: (piece.path, piece.start))
-  with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-    for _ in pool.map(_do, work):
+  todo = [piece for read in reads for piece in pieces(read)]
+  todo.sort(key=lambda piece: (piece.path, piece.start))
+  if not todo:
+    return
+  # A list's iterator can be shared: each piece goes to one thread.
+  rest = iter(todo)
+
+  def work(_):
+    # Kept, since fresh memory is zeroed by the system whenever it is taken.
+    raw = np.empty(max(piece.stop - piece.start for piece in todo), np.uint8)
+    for piece in rest:
+      _do(piece, raw[: piece.stop - piece.start])
+
+  count = min(_THREADS, len(todo))
+  with ThreadPoolExecutor(count) as pool:
+    for _ in pool.map(work, range(count)):
       pass
 
 
-def _do(piece: Piece) -> None:
+def _do(piece: Piece, raw: np.ndarray) -> None:
+  """Reads one piece; `raw` is memory for its bytes."""
   target = piece.target
   in_order = piece.contiguous and target.flags.c_contiguous
   if in_order and piece.dtype == target.dtype:
     read_bytes(piece.path, piece.start, target.reshape(-1).view(np.uint8))
     return
-  raw = np.empty(piece.stop - piece.start, np.uint8)
   read_bytes(piece.path, piece.start, raw)
   values = raw.view(piece.dtype).astype(target.dtype, copy=False)
   size = target.dtype.itemsize
@@ -172,14 +186,22 @@ def _do(piece: Piece) -> None:
 
 def copy_strips(source: np.ndarray, target: np.ndarray) -> None:
   """target[...] = source, quickly where one is the other transposed."""
-  if source.ndim < 2:
+  order = np.argsort(source.strides)[::-1]
+  source, target = source.transpose(order), target.transpose(order)
+  if source.ndim < 2 or target.strides[-1] == target.itemsize:
     target[...] = source
-    return
-  axis = int(np.argmax(np.abs(source.strides)))
-  before = (slice(None),) * axis
-  for at in range(0, source.shape[axis], _STRIP):
-    here = (*before, slice(at, at + _STRIP))
-    target[here] = source[here]
+  elif source.ndim > 2:
+    for one, its_target in zip(source, target, strict=True):
+      copy_strips(one, its_target)
+  else:
+    rows, columns = source.shape
+    # Rows a power of two apart share few lines of the cache, and would drive
+    # each other out of it: they are put a little further apart first.
+    strip = np.empty((_STRIP, columns + _ALIGNMENT), source.dtype)[:, :columns]
+    for at in range(0, rows, _STRIP):
+      here = strip[: rows - at]
+      here[...] = source[at : at + _STRIP]
+      target[at : at + _STRIP] = here
 
 
 def read_bytes(path: pathlib.Path, start: int, into: np.ndarray) -> None:

@@ -7,10 +7,12 @@ numpy's legacy generator, whose stream is frozen.
 
 from __future__ import annotations
 
+import copy
 import json
 import pathlib
 
 import numpy as np
+from golden import experts
 from safetensors.numpy import save_file
 
 HERE = pathlib.Path(__file__).parent
@@ -161,7 +163,12 @@ FAMILIES = {
     "attention_bias": _BIAS, "mlp_bias": {"mlp_bias": True}, "tied": _TIED,
     "llama3": _LLAMA3,
   }),
-}  # fmt: skip
+} | experts.FAMILIES  # fmt: skip
+# What changes no arithmetic on these sequences, and must not.
+INERT = {
+  ("qwen2", "window not used"), ("starcoder2", "long window"),
+  ("gemma", "exact gelu means tanh"), ("gpt2", "upcast"),
+} | experts.INERT  # fmt: skip
 CASES = [
   (family, case)
   for family, (_, cases) in FAMILIES.items()
@@ -169,25 +176,27 @@ CASES = [
 ]
 
 
-def config_json(family: str, case: str) -> dict:
+def config_json(family: str, case: str = "base") -> dict:
   """What a config.json of the case says, in the older form."""
   base, cases = FAMILIES[family]
   changes = {} if case == "base" else cases[case]
-  return {"model_type": family, **base, **changes}
+  # Nobody shares a list or a mapping: transformers writes into them.
+  return copy.deepcopy({"model_type": family, **base, **changes})
 
 
-def tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+def tensors(config: dict, shapes: dict) -> dict[str, np.ndarray]:
   """Random float32 weights of a file's tensors.
 
   Large enough that attention is far from uniform and that biases show.
   """
+  one = 0 if config["model_type"].startswith("gemma") else 1
   random = np.random.RandomState(0)
   made = {}
   for name in sorted(shapes):
     noise = random.standard_normal(shapes[name])
     if noise.ndim == 1:
-      norm = name.endswith("weight")  # those of Gemma count from 0, as well
-      value = 0.7 + 0.2 * noise if norm else 0.3 * noise
+      norm = name.endswith("weight")
+      value = one + 0.2 * noise if norm else 0.3 * noise
     else:
       value = noise * 1.5 / shapes[name][-1] ** 0.5
     made[name] = value.astype(np.float32)
@@ -202,6 +211,7 @@ def tokens(length: int, vocab_size: int = 61) -> np.ndarray:
 def write(folder: pathlib.Path, config: dict, shapes: dict) -> pathlib.Path:
   """Writes a checkpoint of random weights."""
   folder.mkdir(parents=True, exist_ok=True)
-  save_file(tensors(shapes), folder / "model.safetensors", {"format": "pt"})
+  made = tensors(config, shapes)
+  save_file(made, folder / "model.safetensors", {"format": "pt"})
   (folder / "config.json").write_text(json.dumps(config))
   return folder

@@ -79,6 +79,8 @@ def test_resolve_offline_says_what_to_do(monkeypatch, tmp_path):
   )
   with pytest.raises(InputError, match="hf download org/name --local-dir"):
     folders.resolve("org/name")
+  with pytest.raises(InputError, match="cannot get org/name at revision 'v1'"):
+    folders.resolve("org/name", "v1")
 
 
 def test_resolve_downloads_no_pickles(monkeypatch, tmp_path):

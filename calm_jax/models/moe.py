@@ -1,0 +1,207 @@
+"""Mixtures of experts in place of the MLP: Mixtral's and Qwen3-MoE's.
+
+T tokens, D width, F hidden width of one expert, X experts, k experts per
+token, R = T k rows of work: one for each token at each of its experts.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from calm_jax.errors import InputError
+
+Array = jax.Array
+
+
+class MoE(nn.Module):
+  """Gated MLPs, of which each token goes through the k best.
+
+  y = sum over the token's experts e of w_e down_e(act(gate_e(x)) * up_e(x)).
+  Every token is computed at all of its experts; there is no capacity, and no
+  token changes another.
+
+  Attributes:
+    num_experts: X.
+    experts_per_token: k.
+    mlp_width: F.
+    normalise: whether a token's k weights sum to one (Mixtral; Qwen3-MoE's
+      norm_topk_prob), or are shares among all X experts.
+    activation: the non-linearity of the experts.
+    dtype: of the experts' computation; the router's is float32 at least.
+  """
+
+  num_experts: int
+  experts_per_token: int
+  mlp_width: int
+  normalise: bool = True
+  activation: Callable[[Array], Array] = jax.nn.silu
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x_BLD: Array, layer: Array | None = None) -> Array:
+    """[B, L, D] -> [B, L, D], in x's dtype.
+
+    The experts' kernels may be those of all layers, stacked on one more leading
+    axis; then `layer` says which: to slice a layer's from the stack would copy
+    all of its experts, where a step of decoding needs few.
+    """
+    x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
+    wide = jnp.promote_types(self.dtype, jnp.float32)
+    router_DX = Kernel((x_TD.shape[-1], self.num_experts), name="router")()
+    # Default precisions of some devices round enough to choose other experts.
+    logits_TX = jnp.matmul(
+      x_TD.astype(wide), router_DX.astype(wide), precision="highest"
+    )
+    best_Tk, expert_Tk = jax.lax.top_k(logits_TX, self.experts_per_token)
+    among = best_Tk if self.normalise else logits_TX
+    total = jax.nn.logsumexp(among, axis=-1, keepdims=True)
+    y_TkD = Experts(
+      self.num_experts, self.mlp_width, self.activation, self.dtype,
+      name="experts",
+    )(x_TD, expert_Tk, layer)  # fmt: skip
+    y_TD = jnp.einsum("tk,tkd->td", jnp.exp(best_Tk - total), y_TkD)
+    return y_TD.reshape(x_BLD.shape).astype(x_BLD.dtype)
+
+
+class Kernel(nn.Module):
+  """A matrix [in, out], or those of all experts, [X, in, out]."""
+
+  shape: tuple[int, ...]
+
+  @nn.compact
+  def __call__(self) -> Array:
+    if self.has_variable("params", "kernel"):  # of one layer, or stacked
+      return self.get_variable("params", "kernel")
+    experts = tuple(range(len(self.shape) - 2))
+    init = nn.initializers.lecun_normal(batch_axis=experts)
+    return self.param("kernel", init, self.shape)
+
+
+class Experts(nn.Module):
+  """The gated MLPs of all experts, each on the tokens sent to it.
+
+  `jax.lax.ragged_dot` is meant for this, but on a CPU it multiplies all rows
+  with all experts. So rows are sorted into blocks of one expert each, and the
+  blocks are computed one after the other.
+  """
+
+  num_experts: int
+  mlp_width: int
+  activation: Callable[[Array], Array]
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x_TD: Array, expert_Tk: Array, layer=None) -> Array:
+    X, D, F = self.num_experts, x_TD.shape[-1], self.mlp_width
+    gate_XDF = Kernel((X, D, F), name="gate")()
+    up_XDF = Kernel((X, D, F), name="up")()
+    down_XFD = Kernel((X, F, D), name="down")()
+    of_layer = () if gate_XDF.ndim == 3 else (layer,)
+    size = block_size(expert_Tk.size, X)
+    expert_N, token_NS, slot_Tk = blocks(expert_Tk, X, size)
+
+    # Or each block's matrices are kept for the backward pass.
+    @functools.partial(
+      jax.checkpoint,
+      policy=jax.checkpoint_policies.dots_saveable,
+      prevent_cse=False,
+    )
+    def one(block):
+      expert, x_SD = block
+      gate, up, down = (
+        kernel[*of_layer, expert].astype(self.dtype)
+        for kernel in (gate_XDF, up_XDF, down_XFD)
+      )
+      hidden_SF = self.activation(x_SD @ gate) * (x_SD @ up)
+      return hidden_SF @ down
+
+    x_NSD = x_TD.astype(self.dtype).at[token_NS].get(mode="fill", fill_value=0)
+    y_NSD = jax.lax.map(one, (expert_N, x_NSD))
+    return y_NSD.reshape(-1, D)[slot_Tk]
+
+
+def block_size(rows: int, num_experts: int) -> int:
+  """Rows in a block: small enough that few are empty, or as many as do well.
+
+  At most one block of an expert is not full, so that there are rows / size
+  blocks and one for each expert.
+  """
+  return 2 ** min(9, max(0, math.floor(math.log2(rows / num_experts / 2))))
+
+
+def blocks(
+  expert_Tk: Array, num_experts: int, size: int
+) -> tuple[Array, Array, Array]:
+  """Sorts rows into N blocks of S = `size` slots, each of one expert.
+
+  Returns:
+    expert_N: the expert of each block.
+    token_NS: the token in each slot; T where the slot is empty.
+    slot_Tk: the slot of each row, counted through all blocks.
+  """
+  T, R = expert_Tk.shape[0], expert_Tk.size
+  busy = min(num_experts, R)
+  N = busy + (R - busy) // size
+  order_R = jnp.argsort(expert_Tk.reshape(-1))
+  expert_R = expert_Tk.reshape(-1)[order_R]
+  rows_X = jnp.bincount(expert_R, length=num_experts)
+  blocks_X = -(-rows_X // size)
+  last_X = jnp.cumsum(blocks_X)
+  skipped_X = size * (last_X - blocks_X) - (jnp.cumsum(rows_X) - rows_X)
+  slot_R = jnp.arange(R) + skipped_X[expert_R]
+  k = expert_Tk.shape[1]
+  token_NS = jnp.full(N * size, T).at[slot_R].set(order_R // k)
+  slot_Tk = jnp.zeros(R, slot_R.dtype).at[order_R].set(slot_R)
+  expert_N = jnp.searchsorted(last_X, jnp.arange(N), side="right")
+  return (
+    jnp.minimum(expert_N, num_experts - 1),
+    token_NS.reshape(N, size),
+    slot_Tk.reshape(expert_Tk.shape),
+  )
+
+
+def fields_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+  """MoE's fields from the config.json of a Mixtral or a Qwen3-MoE.
+
+  Returns:
+    num_experts, experts_per_token, mlp_width and normalise.
+
+  Raises:
+    InputError: some layers have an ordinary MLP, or the number of experts is
+      unclear or less than a token needs.
+    KeyError: a key is missing.
+  """
+  # transformers 5 writes Qwen3-MoE's with Mixtral's name, 4 did not.
+  names = ("num_experts", "num_local_experts")
+  found = {hf[n] for n in names if hf.get(n) is not None}
+  fields = {"experts_per_token": hf["num_experts_per_tok"]}
+  if len(found) != 1 or max(found) < max(1, fields["experts_per_token"]):
+    raise InputError(
+      f"config.json gives {' / '.join(names)} as {sorted(found)}, and "
+      f"num_experts_per_tok={fields['experts_per_token']}"
+    )
+  fields["num_experts"] = found.pop()
+  if hf["model_type"] == "mixtral":
+    return fields | {"mlp_width": hf["intermediate_size"], "normalise": True}
+  step, never = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers")
+  dense = [
+    i for i in range(hf["num_hidden_layers"])
+    if (i + 1) % step or i in (never or ())
+  ]  # fmt: skip
+  if dense:
+    raise InputError(
+      "config.json asks for ordinary MLPs in the layers (from 0) "
+      f"{dense}, by decoder_sparse_step={step} and mlp_only_layers={never}; "
+      "only models with experts in every layer are computed here"
+    )
+  return fields | {
+    "mlp_width": hf["moe_intermediate_size"],
+    "normalise": hf.get("norm_topk_prob", False),
+  }
