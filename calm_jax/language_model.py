@@ -46,18 +46,18 @@ class LanguageModel:
     tokenizer: None if the checkpoint has none; only calls that need text
       raise then.
     origin: where it was loaded from.
-    sources: the checkpoints that the models were loaded from, by part:
-      "anchor" (a single model's too) and "augmenting/<name>".
     tokenizers: by name, of the augmenting models whose tokens are not the
       anchor's.
+    sources: the checkpoints that the models were loaded from, by part:
+      "anchor" (a single model's too) and "augmenting/<name>".
   """
 
   spec: Composition
   params: dict[str, Any]
   tokenizer: Tokenizer | None = None
   origin: str = ""
-  sources: dict[str, folders.Source] = dataclasses.field(default_factory=dict)
   tokenizers: dict[str, Tokenizer] = dataclasses.field(default_factory=dict)
+  sources: dict[str, folders.Source] = dataclasses.field(default_factory=dict)
 
   @property
   def is_composed(self) -> bool:
@@ -463,7 +463,7 @@ def from_source(source: folders.Source, dtype: str) -> LanguageModel:
     jax.tree.map(jax.device_put, params),
     find_tokenizer(folder),
     source.name,
-    {"anchor": source},
+    sources={"anchor": source},
   )
 
 
@@ -529,7 +529,7 @@ def compose(
   for name, model in augmenting.items():
     sources |= {f"augmenting/{name}": s for s in model.sources.values()}
   return LanguageModel(
-    spec, params, anchor.tokenizer, anchor.origin, sources, tokenizers
+    spec, params, anchor.tokenizer, anchor.origin, tokenizers, sources
   )
 
 
