@@ -87,6 +87,12 @@ def row_losses(params: dict, spec: Composition, batch: dict[str, Array]):
     spec: what they are.
     batch: see `data.packing`.
   """
+  logits_BLV = batch_logits(params, spec, batch)
+  return losses.cross_entropy(logits_BLV, batch["targets"], batch["weights"])
+
+
+def batch_logits(params: dict, spec: Composition, batch: dict[str, Array]):
+  """The logits of a batch [B, L, V]; arguments as `row_losses`."""
   sequence = _sequence(batch)
   augmenting, visible = {}, {}
   for name, joined in spec.augmenting:
@@ -101,10 +107,7 @@ def row_losses(params: dict, spec: Composition, batch: dict[str, Array]):
       visible[name] = composition.visible_tokens(
         joined.visibility, batch["tokens"].shape, batch["prompt_ends"]
       )
-  logits_BLV, _ = composition.forward(
-    params, spec, sequence, augmenting, visible
-  )
-  return losses.cross_entropy(logits_BLV, batch["targets"], batch["weights"])
+  return composition.forward(params, spec, sequence, augmenting, visible)[0]
 
 
 def _sequence(batch: dict[str, Array], part: str = "") -> Sequence:
