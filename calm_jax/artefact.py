@@ -23,7 +23,7 @@ import numpy as np
 import safetensors.numpy
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from calm_jax import joining, language_model, tree
+from calm_jax import composing, joining, opening, tree
 from calm_jax.connections import Augmenting
 from calm_jax.errors import InputError
 from calm_jax.language_model import LanguageModel
@@ -154,7 +154,7 @@ def _describe(
   if source.revision is None:
     path = pathlib.Path(name).expanduser().resolve()
     name = str(path) if keep_paths else path.name
-  tokenizer = language_model.find_tokenizer(source.folder)
+  tokenizer = opening.find_tokenizer(source.folder)
   return {
     "name": name,
     "revision": source.revision,
@@ -247,7 +247,7 @@ def load_any(
   """`load_composed` or `load_model`, whichever the folder or id is for."""
   if describes_composition(path_or_hub_id):
     return load_composed(path_or_hub_id, dtype=dtype)
-  return language_model.load_model(path_or_hub_id, dtype or "float32")
+  return opening.load_model(path_or_hub_id, dtype or "float32")
 
 
 def load_composed(
@@ -284,7 +284,7 @@ def load_composed(
   }
   composed = joining.join_compositions(
     [
-      language_model.compose(
+      composing.compose(
         loaded["anchor"],
         {joined["name"]: loaded[f"augmenting/{joined['name']}"]},
         **{k: v for k, v in joined.items() if k != "name"},
@@ -344,7 +344,7 @@ def _load_part(
       f"where: load_composed(..., {option})"
     ) from error
   _check_hashes(part, saved, source.folder)
-  model = language_model.from_source(source, dtype or saved["dtype"])
+  model = opening.from_source(source, dtype or saved["dtype"])
   ours = model.tokenizer and model.tokenizer.fingerprint
   theirs = saved["tokenizer"] and saved["tokenizer"]["fingerprint"]
   if ours != theirs:

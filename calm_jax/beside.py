@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
 from calm_jax.alignment import AugmentingStream, ChunkEncoder
-from calm_jax.composition import Sequence
+from calm_jax.composition import Sequence, plain_sequence
+from calm_jax.cross_attention import limit_visible, visible_tokens
 from calm_jax.tokenizer import Tokenizer
 
 
@@ -49,6 +51,24 @@ def from_ids(
       row[: len(ids)] = ids
     segments_BM = (positions_BM < lengths_B1).astype(np.int32)
     rows[name] = Sequence(tokens_BM, segments_BM, positions_BM)
+  return rows, visible
+
+
+def of_model(model, tokens_BL, prompt_length: int):
+  """See `LanguageModel.beside`."""
+  if not model.tokenizers:
+    return None, None
+  rows, visible = from_ids(
+    model.text(), model.tokenizers, np.asarray(tokens_BL), prompt_length
+  )
+  sequence = plain_sequence(jnp.asarray(tokens_BL, jnp.int32))
+  ends_BL = jnp.full(sequence.tokens.shape, prompt_length)
+  for name, joined in model.spec.augmenting:
+    if name in model.tokenizers:
+      visible[name] = limit_visible(joined.visibility, visible[name], ends_BL)
+    else:
+      rows[name] = sequence
+      visible[name] = visible_tokens(joined.visibility, ends_BL.shape, ends_BL)
   return rows, visible
 
 

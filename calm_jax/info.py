@@ -12,7 +12,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from calm_jax import artefact, cli, composition, language_model, tree
+from calm_jax import artefact, cli, composing, composition, tree
 from calm_jax.connections import Composition, paper_count
 from calm_jax.models import decoder, folders, loading
 from calm_jax.models.config import ModelConfig
@@ -49,7 +49,7 @@ def describe_composition(name: str, console: Console) -> None:
     config = configs[f"augmenting/{joined['name']}"]
     parts.append((
       joined["name"],
-      language_model.join(config, configs["anchor"], **options),
+      composing.join(config, configs["anchor"], **options),
     ))  # fmt: skip
   spec = Composition(configs["anchor"], tuple(parts))
   for part, model in saved["models"].items():

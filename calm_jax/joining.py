@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from calm_jax import composition, language_model, tree
+from calm_jax import composing, composition, tree
 from calm_jax.connections import Composition
 from calm_jax.errors import InputError
 from calm_jax.language_model import LanguageModel
@@ -35,7 +35,7 @@ def add(
   **options,
 ) -> LanguageModel:
   """See `LanguageModel.add`."""
-  new = language_model.compose(
+  new = composing.compose(
     part(model, "anchor"), {name: augmenting}, connections, **options
   )
   return join_compositions([model, new]) if model.is_composed else new

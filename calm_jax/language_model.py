@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,19 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm_jax import batching, beside, composition, generation, tree
+from calm_jax import batching, beside, composition, generation, looking, tree
 from calm_jax.alignment import ChunkEncoder
 from calm_jax.connections import (
-  Augmenting,
   Composition,
-  Connection,
-  default_connections,
 )
 from calm_jax.errors import InputError
 from calm_jax.models import folders, loading
 from calm_jax.sampling import Sampler
 from calm_jax.scoring import Score
-from calm_jax.tokenizer import Tokenizer, load_tokenizer
+from calm_jax.tokenizer import Tokenizer
 
 Array = jax.Array
 
@@ -131,24 +127,7 @@ class LanguageModel:
     Raises:
       InputError: the anchor's tokenizer cannot tell what its ids spell.
     """
-    if not self.tokenizers:
-      return None, None
-    rows, visible = beside.from_ids(
-      self.text(), self.tokenizers, np.asarray(tokens_BL), prompt_length
-    )
-    sequence = composition.plain_sequence(jnp.asarray(tokens_BL, jnp.int32))
-    ends_BL = jnp.full(sequence.tokens.shape, prompt_length)
-    for name, joined in self.spec.augmenting:
-      if name in self.tokenizers:
-        visible[name] = composition.limit_visible(
-          joined.visibility, visible[name], ends_BL
-        )
-      else:
-        rows[name] = sequence
-        visible[name] = composition.visible_tokens(
-          joined.visibility, ends_BL.shape, ends_BL
-        )
-    return rows, visible
+    return beside.of_model(self, tokens_BL, prompt_length)
 
   def generate(
     self,
@@ -285,34 +264,7 @@ class LanguageModel:
       InputError: this is not a composition, or one of several augmenting models
         with different tokenizers.
     """
-    if not self.is_composed:
-      raise InputError("a single model has no cross-attention to look at")
-    sequence = composition.plain_sequence(jnp.array([ids], jnp.int32))
-    rows, visible = self.beside(sequence.tokens, prompt_length)
-    own = {}
-    if rows is None:
-      ends = jnp.full(sequence.tokens.shape, prompt_length)
-      visible = {
-        name: composition.visible_tokens(joined.visibility, ends.shape, ends)
-        for name, joined in self.spec.augmenting
-      }
-    elif len(rows) > 1:
-      raise InputError(
-        "several augmenting models with different tokenizers cannot be looked"
-        " at together: their keys are different tokens"
-      )
-    else:
-      [(name, row)] = rows.items()
-      pieces = self.tokenizers[name].pieces
-      own["augmenting_tokens"] = np.array([pieces[i] for i in row.tokens[0]])
-    look: dict = {}
-    composition.states(self.tree, self.spec, sequence, rows, visible, look=look)
-    pieces = self.tokenizer.pieces if self.tokenizer else range(max(ids) + 1)
-    return own | {
-      "weights": np.stack([np.asarray(w)[0] for w in look.values()]),
-      "tokens": np.array([str(pieces[i]) for i in ids]),
-      "connections": np.array([f"{n}/{c.name}" for n, c in look]),
-    }
+    return looking.cross_attention(self, ids, prompt_length)
 
   # Loaded within the methods below: the modules import this one.
 
@@ -432,138 +384,3 @@ class LanguageModel:
         "its tokenizer.json or tokenizer.model into the folder to use text"
       )
     return self.tokenizer
-
-
-def load_model(
-  path_or_hub_id: str, dtype: str = "float32", *, revision: str | None = None
-) -> LanguageModel:
-  """Loads a Hugging Face checkpoint: safetensors only, never pickle.
-
-  Args:
-    path_or_hub_id: a folder, or an id on the Hugging Face hub.
-    dtype: of the parameters and the computation.
-    revision: a branch, tag or commit on the hub; its main branch if None.
-
-  Raises:
-    InputError: a missing folder, a family or option that is not supported, or
-      tensors that are unknown, missing, duplicate, misshapen or truncated.
-  """
-  return from_source(folders.locate(path_or_hub_id, revision), dtype)
-
-
-def from_source(source: folders.Source, dtype: str) -> LanguageModel:
-  """`load_model` of a checkpoint that was located."""
-  folder = source.folder
-  config = dataclasses.replace(loading.load_config(folder), dtype=dtype)
-  params = loading.load_params(folder, config, dtype=dtype)
-  source = source._replace(config=folders.read_json(folder / folders.CONFIG))
-  return LanguageModel(
-    Composition(config),
-    # Unlike jnp.asarray, it takes aligned memory over without a copy.
-    jax.tree.map(jax.device_put, params),
-    find_tokenizer(folder),
-    source.name,
-    sources={"anchor": source},
-  )
-
-
-def find_tokenizer(folder: pathlib.Path) -> Tokenizer | None:
-  """The tokenizer of a checkpoint's folder, None if it has none."""
-  names = "tokenizer.json", "tokenizer.model"
-  if not any((folder / name).exists() for name in names):
-    return None
-  return load_tokenizer(str(folder))
-
-
-def compose(
-  anchor: LanguageModel,
-  augmenting: LanguageModel | dict[str, LanguageModel],
-  connections=None,
-  *,
-  visibility: str = "causal",
-  norm: bool = True,
-  output_init: str = "zeros",
-  seed: int = 0,
-) -> LanguageModel:
-  """Composes frozen models (§3.1) with a fresh, untrained composition.
-
-  Args:
-    anchor: the model that speaks.
-    augmenting: the model that knows something, or several by name.
-    connections: how many, or (augmenting layer, anchor layer) pairs counted
-      from 1; every fourth layer of the augmenting model if None (§4).
-    visibility: see `Augmenting`.
-    norm: see `Augmenting`.
-    output_init: see `Augmenting`.
-    seed: of the fresh parameters.
-
-  Returns:
-    A model whose logits are the anchor's, bit for bit, until it is trained
-    (with output_init="zeros").
-
-  Raises:
-    InputError: there is no augmenting model, vocabularies differ and a model
-      has no tokenizer to align them by, or a connection is impossible.
-  """
-  if isinstance(augmenting, LanguageModel):
-    augmenting = {"augmenting": augmenting}
-  if not augmenting:
-    raise InputError("there is no augmenting model to compose the anchor with")
-  parts, tokenizers = [], {}
-  for name, model in augmenting.items():
-    if model.is_composed or anchor.is_composed:
-      raise InputError("compose takes single models, not compositions")
-    if not has_same_tokens(name, model, anchor):
-      tokenizers[name] = model.tokenizer
-    parts.append((name, join(
-      model.spec.anchor, anchor.spec.anchor, connections,
-      visibility=visibility, norm=norm, output_init=output_init,
-    )))  # fmt: skip
-  spec = Composition(anchor.spec.anchor, tuple(parts))
-  params = {
-    "anchor": anchor.params,
-    "augmenting": {name: m.params for name, m in augmenting.items()},
-    "composition": composition.init(jax.random.key(seed), spec),
-  }
-  sources = dict(anchor.sources)
-  for name, model in augmenting.items():
-    sources |= {f"augmenting/{name}": s for s in model.sources.values()}
-  return LanguageModel(
-    spec, params, anchor.tokenizer, anchor.origin, tokenizers, sources
-  )
-
-
-def join(augmenting, anchor, connections=None, **options) -> Augmenting:
-  """An `Augmenting` from two configs; connections as `compose` takes them."""
-  if connections is None or isinstance(connections, int):
-    connections = default_connections(
-      augmenting.num_layers, anchor.num_layers, connections
-    )
-  pairs = tuple(Connection(*pair) for pair in connections)
-  return Augmenting(augmenting, pairs, **options)
-
-
-def has_same_tokens(
-  name: str, augmenting: LanguageModel, anchor: LanguageModel
-) -> bool:
-  """Whether both models read the same token ids.
-
-  Raises:
-    InputError: they do not, and cannot be aligned by the text: a model has no
-      tokenizer, or the anchor's cannot tell where its tokens end.
-  """
-  sizes = augmenting.spec.anchor.vocab_size, anchor.spec.anchor.vocab_size
-  both = augmenting.tokenizer, anchor.tokenizer
-  if None in both:
-    if sizes[0] == sizes[1]:
-      return True
-    raise InputError(
-      f"augmenting model {name!r} has a vocabulary of {sizes[0]}, the anchor "
-      f"one of {sizes[1]}, and different tokens are aligned by the text: both "
-      "models need a tokenizer (tokenizer.json or tokenizer.model)"
-    )
-  if sizes[0] == sizes[1] and both[0].fingerprint == both[1].fingerprint:
-    return True
-  anchor.tokenizer.byte_ends("a b")
-  anchor.tokenizer.spell(anchor.tokenizer.encode("a b"))
-  return False

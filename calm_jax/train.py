@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from calm_jax import cli, composition, language_model, report, trainer
+from calm_jax import cli, composing, composition, opening, report, trainer
 from calm_jax.connections import Composition, paper_count
 from calm_jax.errors import InputError
 from calm_jax.experiments.key_values import KeyValues, KeyValueTask
@@ -48,7 +48,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
   workdir = Path(settings["workdir"])
   workdir.mkdir(parents=True, exist_ok=True)
   loaded = {
-    side: language_model.load_model(settings[side], settings["dtype"])
+    side: opening.load_model(settings[side], settings["dtype"])
     for side in ("anchor", "augmenting")
     if settings[side]
   }
@@ -155,7 +155,7 @@ def _models(settings, tokenizer, loaded) -> LanguageModel:
       Composition(config), decoder.init(key, config), tokenizer
     )
   name, joint = settings["augmenting_name"], settings["composition"]
-  composed = language_model.compose(
+  composed = composing.compose(
     models["anchor"],
     {name: models["augmenting"]},
     joint["connections"] or joint["num_connections"] or None,

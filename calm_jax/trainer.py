@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from calm_jax import checkpoint, composition, losses, optim, tree
+from calm_jax import checkpoint, composition, identity, losses, optim, tree
 from calm_jax.composition import Sequence
 from calm_jax.connections import Composition
+from calm_jax.cross_attention import limit_visible
 from calm_jax.data import pipeline
 from calm_jax.errors import InputError
 from calm_jax.metrics import MetricWriter, Progress
@@ -99,7 +100,7 @@ def batch_logits(params: dict, spec: Composition, batch: dict[str, Array]):
     part = f"augmenting/{name}/"
     if f"{part}visible" in batch:
       augmenting[name] = _sequence(batch, part)
-      visible[name] = composition.limit_visible(
+      visible[name] = limit_visible(
         joined.visibility, batch[f"{part}visible"], batch["prompt_ends"]
       )
     else:
@@ -223,11 +224,11 @@ def run_stage(
   trainable = jax.tree.map(
     lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32)), trainable
   )
-  meta = _meta(stage, spec, params, frozen, origins, seed, source)
+  meta = identity.describe(stage, spec, params, frozen, origins, seed, source)
   done = checkpoint.is_complete(directory)
   checkpoints_dir = directory / "checkpoints"
   if done:
-    _check_same_run(done["meta"], meta, directory)
+    identity.check(done["meta"], meta, directory)
     trained, _ = checkpoint.restore_trainable(
       checkpoints_dir, done["step"], abstract=_abstract(trainable)
     )
@@ -255,7 +256,7 @@ def run_stage(
     data, first, seconds = {"iterator": None}, 0, 0.0
     if checkpoints.latest() is not None:
       state, data, saved = checkpoints.restore(state)
-      _check_same_run(saved, meta, directory)
+      identity.check(saved, meta, directory)
       first, seconds = int(state["step"]), data["seconds"]
     iterator = pipeline.make_iterator(source)
     if data["iterator"] is not None:
@@ -354,56 +355,3 @@ def _abstract(params):
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
     params,
   )
-
-
-def _meta(stage, spec, params, frozen, origins, seed, source) -> dict:
-  """What a checkpoint depends on besides the saved leaves; JSON."""
-  part, _ = composition.alone(spec, params, stage.model)
-  settings = dataclasses.asdict(stage) | {
-    "seed": seed, "source": source.fingerprint, "spec": repr(part)
-  }  # fmt: skip
-  # How often something is written changes no weight, and what
-  # augmenting_length changes is in the source.
-  for key in (
-    "log_every", "checkpoint_every", "eval_every", "keep_last", "keep_best",
-    "augmenting_length",
-  ):  # fmt: skip
-    del settings[key]
-  models = {}
-  for name in ["anchor", *(f"augmenting/{n}" for n in params["augmenting"])]:
-    leaves = {
-      leaf: x
-      for leaf, x in tree.flatten(frozen).items()
-      if leaf.startswith(f"{name}/")
-    }
-    if leaves and stage.model in ("composed", name):
-      models[name] = {
-        "origin": origins.get(name, "trained by this run"),
-        "sha256": tree.fingerprint(leaves),
-      }
-  return {"frozen": models, "settings": settings}
-
-
-def _check_same_run(saved: dict, current: dict, directory: Path) -> None:
-  old, new = _flat(saved), _flat(current)
-  odd = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-  if odd:
-    lines = [f"  {k}: was {old.get(k)}, is {new.get(k)}" for k in odd]
-    raise InputError(
-      f"{directory} holds a run that differs in\n"
-      + "\n".join(lines)
-      + "\nchoose another --config.workdir, or remove that folder"
-    )
-
-
-def _flat(nested: dict, prefix: str = "") -> dict[str, Any]:
-  flat: dict[str, Any] = {}
-  for key, value in nested.items():
-    if isinstance(value, dict):
-      flat |= _flat(value, f"{prefix}{key}.")
-    else:
-      # JSON has no tuples.
-      flat[f"{prefix}{key}"] = (
-        list(value) if isinstance(value, tuple) else value
-      )
-  return flat

@@ -11,7 +11,7 @@ import pytest
 import real_tokenizers
 
 import calm_jax
-from calm_jax import composition, trainer
+from calm_jax import composition, cross_attention, trainer
 from calm_jax.alignment import ChunkEncoder, align, prompt_ends
 from calm_jax.connections import Composition
 from calm_jax.data import pipeline
@@ -226,7 +226,7 @@ def test_long_text_goes_on_in_windows_of_both(anchor, augmenting):
 
 
 def test_a_prompt_too_long_for_the_augmenting_model(anchor, augmenting):
-  with pytest.raises(InputError, match="line 1: .* more than 8 tokens"):
+  with pytest.raises(InputError, match=r"line 1: .* more than 8 tokens"):
     batches(compose(anchor, augmenting), EXAMPLES[1:2], augmenting_length=8)
 
 
@@ -237,7 +237,7 @@ def test_an_encoder_shows_the_prompt_only(anchor, augmenting):
   ids, given = batch["tokens"], batch["prompt_ends"][0, 0]
   for name in augmenting:
     part = f"augmenting/{name}/"
-    shown = composition.limit_visible(
+    shown = cross_attention.limit_visible(
       "encoder", batch[f"{part}visible"], batch["prompt_ends"]
     )
     prompt = batch[f"{part}visible"][:, given - 1]

@@ -1,0 +1,41 @@
+"""Where the connections of a composition look."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from calm_jax import composition
+from calm_jax.errors import InputError
+
+
+def cross_attention(model, ids: list[int], prompt_length: int) -> dict:
+  """See `LanguageModel.cross_attention`."""
+  if not model.is_composed:
+    raise InputError("a single model has no cross-attention to look at")
+  sequence = composition.plain_sequence(jnp.array([ids], jnp.int32))
+  rows, visible = model.beside(sequence.tokens, prompt_length)
+  own = {}
+  if rows is None:
+    ends = jnp.full(sequence.tokens.shape, prompt_length)
+    visible = {
+      name: composition.visible_tokens(joined.visibility, ends.shape, ends)
+      for name, joined in model.spec.augmenting
+    }
+  elif len(rows) > 1:
+    raise InputError(
+      "several augmenting models with different tokenizers cannot be looked"
+      " at together: their keys are different tokens"
+    )
+  else:
+    [(name, row)] = rows.items()
+    pieces = model.tokenizers[name].pieces
+    own["augmenting_tokens"] = np.array([pieces[i] for i in row.tokens[0]])
+  look: dict = {}
+  composition.states(model.tree, model.spec, sequence, rows, visible, look=look)
+  pieces = model.tokenizer.pieces if model.tokenizer else range(max(ids) + 1)
+  return own | {
+    "weights": np.stack([np.asarray(w)[0] for w in look.values()]),
+    "tokens": np.array([str(pieces[i]) for i in ids]),
+    "connections": np.array([f"{n}/{c.name}" for n, c in look]),
+  }

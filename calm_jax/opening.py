@@ -1,0 +1,54 @@
+"""Checkpoints on disk or on the hub, as models."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import jax
+
+from calm_jax.connections import Composition
+from calm_jax.language_model import LanguageModel
+from calm_jax.models import folders, loading
+from calm_jax.tokenizer import Tokenizer, load_tokenizer
+
+
+def load_model(
+  path_or_hub_id: str, dtype: str = "float32", *, revision: str | None = None
+) -> LanguageModel:
+  """Loads a Hugging Face checkpoint: safetensors only, never pickle.
+
+  Args:
+    path_or_hub_id: a folder, or an id on the Hugging Face hub.
+    dtype: of the parameters and the computation.
+    revision: a branch, tag or commit on the hub; its main branch if None.
+
+  Raises:
+    InputError: a missing folder, a family or option that is not supported, or
+      tensors that are unknown, missing, duplicate, misshapen or truncated.
+  """
+  return from_source(folders.locate(path_or_hub_id, revision), dtype)
+
+
+def from_source(source: folders.Source, dtype: str) -> LanguageModel:
+  """`load_model` of a checkpoint that was located."""
+  folder = source.folder
+  config = dataclasses.replace(loading.load_config(folder), dtype=dtype)
+  params = loading.load_params(folder, config, dtype=dtype)
+  source = source._replace(config=folders.read_json(folder / folders.CONFIG))
+  return LanguageModel(
+    Composition(config),
+    # Unlike jnp.asarray, it takes aligned memory over without a copy.
+    jax.tree.map(jax.device_put, params),
+    find_tokenizer(folder),
+    source.name,
+    sources={"anchor": source},
+  )
+
+
+def find_tokenizer(folder: pathlib.Path) -> Tokenizer | None:
+  """The tokenizer of a checkpoint's folder, None if it has none."""
+  names = "tokenizer.json", "tokenizer.model"
+  if not any((folder / name).exists() for name in names):
+    return None
+  return load_tokenizer(str(folder))
