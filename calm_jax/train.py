@@ -8,6 +8,7 @@ Started again by the same command, it goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from calm_jax import cli, composing, composition, opening, report, trainer
+from calm_jax import cli, composing, composition, opening, report, trainer, tree
 from calm_jax.connections import Composition, paper_count
 from calm_jax.errors import InputError
 from calm_jax.experiments.key_values import KeyValues, KeyValueTask
 from calm_jax.experiments.text import Text, TextTask
 from calm_jax.language_model import LanguageModel
-from calm_jax.models import decoder
+from calm_jax.models import decoder, folders
 from calm_jax.models.config import ModelConfig
 
 EXPERIMENTS = {
@@ -121,7 +122,28 @@ def main(config: ConfigDict) -> dict[str, Any]:
   np.savez(workdir / "attention.npz", **look)
   report.write_report(workdir, results)
   report.print_results(results)
+  _keep(whole, composed[last], stages, settings["recipe"], workdir)
   return results
+
+
+def _keep(whole, params, stages, recipe, workdir: Path) -> None:
+  """Writes the composition, and the models that this run trained itself."""
+  patterns = [p for name in recipe for p in stages[name].trainable]
+  trained = {
+    name for name, on in tree.flatten(tree.mask(params, patterns)).items() if on
+  }
+  model = dataclasses.replace(whole, params=params)
+  for part in ["anchor", *(f"augmenting/{n}" for n in params["augmenting"])]:
+    changed = any(name.startswith(f"{part}/") for name in trained)
+    if part in model.sources and not changed:
+      continue
+    folder = workdir / "models" / part
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier call
+    model.part(part).export_hf(folder)
+    source = folders.locate(folder)
+    model = dataclasses.replace(model, sources=model.sources | {part: source})
+  shutil.rmtree(workdir / "composition", ignore_errors=True)
+  model.save(workdir / "composition")
 
 
 def _part(whole: LanguageModel, name: str, params: dict) -> LanguageModel:

@@ -89,10 +89,12 @@ def test_models_import_models_only(file):
   assert not any("sharding" in n or "Mesh" in n for n in imports(file))
 
 
-@pytest.mark.parametrize("file", ["composition.py", "connections.py"])
+@pytest.mark.parametrize(
+  "file", under("composition.py", "connections.py", "cross_attention.py")
+)
 def test_composition_imports_models_only(file):
   others = {m for m in modules(file) if not m.startswith("models")}
-  assert others <= {"connections", "errors"}
+  assert others <= {"connections", "cross_attention", "errors"}
 
 
 @pytest.mark.parametrize("file", under("data/"))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
+import calm_jax
 from calm_jax import checkpoint, train, trainer
 from calm_jax.errors import InputError
 from calm_jax.metrics import read_metrics
@@ -112,6 +113,31 @@ def test_each_stage_is_measured(finished):
     lines = read_metrics(workdir / stage)
     assert [r["step"] for r in lines if "loss" in r] == [1, 2]
     assert [r["step"] for r in lines if "eval_loss" in r] == [2]
+
+
+def test_the_composition_can_be_loaded(finished):
+  workdir, results = finished
+  model = calm_jax.load_composed(workdir / "composition")
+  saved, _ = checkpoint.restore_trainable(workdir / "compose" / "checkpoints")
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    model.params["composition"],
+    saved["composition"],
+  )
+  trained, _ = checkpoint.restore_trainable(
+    workdir / "anchor_prefix" / "checkpoints"
+  )
+  jax.tree.map(
+    np.testing.assert_array_equal, model.params["anchor"], trained["anchor"]
+  )
+  # It answers as it did when it was evaluated.
+  file = workdir / "predictions" / "kv_math_held_out.composed.jsonl"
+  rows = [json.loads(line) for line in file.read_text().splitlines()]
+  asked = [row["prompt"] for row in rows]
+  longest = max(len(row["prediction"]) for row in rows) + 1
+  for row, text in zip(rows, model.generate(asked, longest), strict=True):
+    assert text.startswith(row["prediction"])
+  assert results["parameters"]["composition"] == model.num_composition_params
 
 
 def test_a_second_call_trains_nothing_and_says_the_same(finished, monkeypatch):
