@@ -177,6 +177,29 @@ def visible_tokens(
   return jnp.minimum(prompt_ends_BL, through_BL)
 
 
+def limit_visible(
+  visibility: str, visible_BL: Array, prompt_ends_BL: Array
+) -> Array:
+  """What `visible_tokens` says, for an augmenting model with other tokens.
+
+  Args:
+    visibility: one of VISIBILITIES.
+    visible_BL: how many slots of the augmenting row each position may see if
+      causal; see `alignment`.
+    prompt_ends_BL: as there.
+
+  Returns:
+    int32 [B, L], as there.
+  """
+  if visibility == "causal":
+    return visible_BL
+  if visibility == "unmasked":
+    return jnp.full_like(visible_BL, jnp.iinfo(jnp.int32).max)
+  last_BL = jnp.maximum(prompt_ends_BL - 1, 0)
+  at_prompt_BL = jnp.take_along_axis(visible_BL, last_BL, axis=1)
+  return jnp.minimum(at_prompt_BL, visible_BL)
+
+
 def cross_mask(
   visible_BL: Array, query_segments_BL: Array, key_segments_BM: Array
 ) -> Array:

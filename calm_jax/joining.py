@@ -17,12 +17,13 @@ def part(model: LanguageModel, name: str) -> LanguageModel:
     return model
   spec, params = composition.alone(model.spec, model.tree, name)
   source = model.sources.get(name)
+  own = model.tokenizers.get(name.removeprefix("augmenting/"))
   return LanguageModel(
     spec,
     params["anchor"],
-    model.tokenizer,
+    model.tokenizer if name == "anchor" or own is None else own,
     source.name if source else "",
-    {"anchor": source} if source else {},
+    sources={"anchor": source} if source else {},
   )
 
 
@@ -60,6 +61,7 @@ def drop(model: LanguageModel, name: str) -> LanguageModel:
       "augmenting": without(model.params["augmenting"]),
       "composition": without(model.params["composition"]),
     },
+    tokenizers=without(model.tokenizers),
     sources={
       n: s for n, s in model.sources.items() if n != f"augmenting/{name}"
     },
@@ -85,7 +87,7 @@ def join_compositions(models: Sequence[LanguageModel]) -> LanguageModel:
   first, *others = models
   joined = first.params
   augmenting = dict(first.spec.augmenting)
-  sources = dict(first.sources)
+  tokenizers, sources = dict(first.tokenizers), dict(first.sources)
   for other in others:
     _check_same_anchor(first, other)
     twice = sorted(augmenting.keys() & dict(other.spec.augmenting).keys())
@@ -99,11 +101,13 @@ def join_compositions(models: Sequence[LanguageModel]) -> LanguageModel:
       kind: joined[kind] | other.params[kind]
       for kind in ("augmenting", "composition")
     }
+    tokenizers |= other.tokenizers
     sources = other.sources | sources
   return dataclasses.replace(
     first,
     spec=Composition(first.spec.anchor, tuple(augmenting.items())),
     params=joined,
+    tokenizers=tokenizers,
     sources=sources,
   )
 
@@ -114,6 +118,9 @@ def _check_same_anchor(a: LanguageModel, b: LanguageModel) -> None:
       f"the compositions have different anchors: {a.spec.anchor} and "
       f"{b.spec.anchor}"
     )
+  both = a.tokenizer, b.tokenizer
+  if None not in both and both[0].fingerprint != both[1].fingerprint:
+    raise InputError("the compositions have anchors with different tokenizers")
   ours, theirs = (tree.flatten(m.params["anchor"]) for m in (a, b))
   same = ours.keys() == theirs.keys() and all(
     ours[name] is theirs[name] for name in ours

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm_jax import composition, decode, tree
+from calm_jax import beside, composition, decode, tree
 from calm_jax.connections import (
   Augmenting,
   Composition,
@@ -27,8 +27,8 @@ Array = jax.Array
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _logits(params, spec, sequence):
-  return composition.forward(params, spec, sequence)[0]
+def _logits(params, spec, *inputs):
+  return composition.forward(params, spec, *inputs)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,8 @@ class LanguageModel:
     tokenizer: None if the checkpoint has none; only calls that need text
       raise then.
     origin: where it was loaded from.
+    tokenizers: by name, of the augmenting models whose tokens are not the
+      anchor's.
     sources: the checkpoints that the models were loaded from, by part:
       "anchor" (a single model's too) and "augmenting/<name>".
   """
@@ -50,6 +52,7 @@ class LanguageModel:
   params: dict[str, Any]
   tokenizer: Tokenizer | None = None
   origin: str = ""
+  tokenizers: dict[str, Tokenizer] = dataclasses.field(default_factory=dict)
   sources: dict[str, folders.Source] = dataclasses.field(default_factory=dict)
 
   @property
@@ -108,7 +111,40 @@ class LanguageModel:
         "logits(tokens) cannot tell where the prompts end, which "
         "visibility='encoder' needs; call composition.forward with `visible`"
       )
-    return _logits(self.tree, self.spec, sequence)
+    return _logits(self.tree, self.spec, sequence, *self.beside(tokens_BL))
+
+  def beside(self, tokens_BL, prompt_length: int = 0):
+    """What the augmenting models read: `augmenting` and `visible` of `forward`.
+
+    Args:
+      tokens_BL: full rows of the anchor's ids.
+      prompt_length: how many ids of each row are its prompt, if known.
+
+    Returns:
+      By name the rows and what is visible of them; (None, None) if all models
+      read the same tokens.
+
+    Raises:
+      InputError: the anchor's tokenizer cannot tell what its ids spell.
+    """
+    if not self.tokenizers:
+      return None, None
+    rows, visible = beside.from_ids(
+      self.text(), self.tokenizers, np.asarray(tokens_BL), prompt_length
+    )
+    sequence = composition.plain_sequence(jnp.asarray(tokens_BL, jnp.int32))
+    ends_BL = jnp.full(sequence.tokens.shape, prompt_length)
+    for name, joined in self.spec.augmenting:
+      if name in self.tokenizers:
+        visible[name] = composition.limit_visible(
+          joined.visibility, visible[name], ends_BL
+        )
+      else:
+        rows[name] = sequence
+        visible[name] = composition.visible_tokens(
+          joined.visibility, ends_BL.shape, ends_BL
+        )
+    return rows, visible
 
   def generate(
     self,
@@ -136,6 +172,11 @@ class LanguageModel:
         prompt is too long.
     """
     tokenizer = self.text()
+    if self.tokenizers:
+      raise InputError(
+        "generation of a composition of models with different tokenizers is"
+        " not there yet"
+      )
     if isinstance(prompts, str):
       raise InputError("prompts must be a list of texts, got one str")
     ids = [with_bos(tokenizer, tokenizer.encode(p)) for p in prompts]
@@ -165,25 +206,37 @@ class LanguageModel:
 
     Returns:
       "weights" float32 [C, N, L, M], "tokens" [L] their pieces (ids without a
-      tokenizer), "connections" [C] their names.
+      tokenizer), "connections" [C] their names, and "augmenting_tokens" [M]
+      where the augmenting model's are others.
 
     Raises:
-      InputError: this is not a composition.
+      InputError: this is not a composition, or one of several augmenting models
+        with different tokenizers.
     """
     if not self.is_composed:
       raise InputError("a single model has no cross-attention to look at")
     sequence = composition.plain_sequence(jnp.array([ids], jnp.int32))
-    ends = jnp.full(sequence.tokens.shape, prompt_length)
-    visible = {
-      name: composition.visible_tokens(joined.visibility, ends.shape, ends)
-      for name, joined in self.spec.augmenting
-    }
+    rows, visible = self.beside(sequence.tokens, prompt_length)
+    own = {}
+    if rows is None:
+      ends = jnp.full(sequence.tokens.shape, prompt_length)
+      visible = {
+        name: composition.visible_tokens(joined.visibility, ends.shape, ends)
+        for name, joined in self.spec.augmenting
+      }
+    elif len(rows) > 1:
+      raise InputError(
+        "several augmenting models with different tokenizers cannot be looked"
+        " at together: their keys are different tokens"
+      )
+    else:
+      [(name, row)] = rows.items()
+      pieces = self.tokenizers[name].pieces
+      own["augmenting_tokens"] = np.array([pieces[i] for i in row.tokens[0]])
     look: dict = {}
-    composition.states(
-      self.tree, self.spec, sequence, visible=visible, look=look
-    )
+    composition.states(self.tree, self.spec, sequence, rows, visible, look=look)
     pieces = self.tokenizer.pieces if self.tokenizer else range(max(ids) + 1)
-    return {
+    return own | {
       "weights": np.stack([np.asarray(w)[0] for w in look.values()]),
       "tokens": np.array([str(pieces[i]) for i in ids]),
       "connections": np.array([f"{n}/{c.name}" for n, c in look]),
@@ -343,7 +396,7 @@ def from_source(source: folders.Source, dtype: str) -> LanguageModel:
     jax.tree.map(jax.device_put, params),
     find_tokenizer(folder),
     source.name,
-    {"anchor": source},
+    sources={"anchor": source},
   )
 
 
@@ -382,18 +435,19 @@ def compose(
     (with output_init="zeros").
 
   Raises:
-    InputError: there is no augmenting model, the vocabularies differ, or a
-      connection is impossible.
+    InputError: there is no augmenting model, vocabularies differ and a model
+      has no tokenizer to align them by, or a connection is impossible.
   """
   if isinstance(augmenting, LanguageModel):
     augmenting = {"augmenting": augmenting}
   if not augmenting:
     raise InputError("there is no augmenting model to compose the anchor with")
-  parts = []
+  parts, tokenizers = [], {}
   for name, model in augmenting.items():
     if model.is_composed or anchor.is_composed:
       raise InputError("compose takes single models, not compositions")
-    check_same_vocabulary(name, model, anchor)
+    if not has_same_tokens(name, model, anchor):
+      tokenizers[name] = model.tokenizer
     parts.append((name, join(
       model.spec.anchor, anchor.spec.anchor, connections,
       visibility=visibility, norm=norm, output_init=output_init,
@@ -407,7 +461,9 @@ def compose(
   sources = dict(anchor.sources)
   for name, model in augmenting.items():
     sources |= {f"augmenting/{name}": s for s in model.sources.values()}
-  return LanguageModel(spec, params, anchor.tokenizer, anchor.origin, sources)
+  return LanguageModel(
+    spec, params, anchor.tokenizer, anchor.origin, tokenizers, sources
+  )
 
 
 def join(augmenting, anchor, connections=None, **options) -> Augmenting:
@@ -420,20 +476,27 @@ def join(augmenting, anchor, connections=None, **options) -> Augmenting:
   return Augmenting(augmenting, pairs, **options)
 
 
-def check_same_vocabulary(
+def has_same_tokens(
   name: str, augmenting: LanguageModel, anchor: LanguageModel
-) -> None:
-  """Raises InputError unless both models read the same token ids."""
+) -> bool:
+  """Whether both models read the same token ids.
+
+  Raises:
+    InputError: they do not, and cannot be aligned by the text: a model has no
+      tokenizer, or the anchor's cannot tell where its tokens end.
+  """
   sizes = augmenting.spec.anchor.vocab_size, anchor.spec.anchor.vocab_size
-  hint = "models with different vocabularies cannot be composed yet"
-  if sizes[0] != sizes[1]:
+  both = augmenting.tokenizer, anchor.tokenizer
+  if None in both:
+    if sizes[0] == sizes[1]:
+      return True
     raise InputError(
       f"augmenting model {name!r} has a vocabulary of {sizes[0]}, the anchor "
-      f"one of {sizes[1]}: {hint}"
+      f"one of {sizes[1]}, and different tokens are aligned by the text: both "
+      "models need a tokenizer (tokenizer.json or tokenizer.model)"
     )
-  both = augmenting.tokenizer, anchor.tokenizer
-  if None not in both and both[0].fingerprint != both[1].fingerprint:
-    raise InputError(
-      f"augmenting model {name!r} and the anchor have vocabularies of the "
-      f"same size with different pieces: {hint}"
-    )
+  if sizes[0] == sizes[1] and both[0].fingerprint == both[1].fingerprint:
+    return True
+  anchor.tokenizer.byte_ends("a b")
+  anchor.tokenizer.spell(anchor.tokenizer.encode("a b"))
+  return False

@@ -7,21 +7,14 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 import tokenizers
 
+from calm_jax import tokenizer_bytes, tokenizer_files
 from calm_jax.errors import InputError
+from calm_jax.tokenizer_bytes import Spans, Spelling
 
-_HUB_FILES = (
-  "tokenizer.json",
-  "tokenizer.model",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "vocab.json",
-  "merges.txt",
-  "config.json",
-  "generation_config.json",
-)
 # Text after which a continuation is encoded alone: one of them does not merge
 # with the first character of the continuation.
 _JOINTS = ("\n", ".", "a", "0")
@@ -47,6 +40,8 @@ class Tokenizer:
   source: str
   _encode: Callable[[str], list[int]]
   _decode: Callable[[list[int]], str]
+  _spans: Callable[[str], Spans]
+  _spelling: Spelling
 
   def __repr__(self) -> str:
     return f"Tokenizer({self.source!r}, vocab_size={self.vocab_size})"
@@ -80,18 +75,91 @@ class Tokenizer:
     `encode(prompt) + encode_continuation(prompt, completion)` is what a model
     sees when it is prompted with `encode(prompt)` and answers `completion`.
     """
-    prompt_ids = self.encode(prompt)
-    joined_ids = self.encode(prompt + completion)
-    if joined_ids[: len(prompt_ids)] == prompt_ids:
-      return joined_ids[len(prompt_ids) :]
-    # A token straddles the boundary. Encoding the completion alone would add
-    # the space that Llama-style tokenizers put before a text.
-    for joint in _JOINTS:
-      joint_ids = self.encode(joint)
-      ids = self.encode(joint + completion)
-      if joint_ids and ids[: len(joint_ids)] == joint_ids:
-        return ids[len(joint_ids) :]
-    return self.encode(completion)
+    return self._continue(prompt, completion)[1]
+
+  def encode_within(self, text: str) -> list[int]:
+    """Token ids of `text` behind any other text, which they are no part of."""
+    return self._behind(_JOINTS, text)[1]
+
+  def byte_ends(self, text: str) -> tuple[list[int], np.ndarray]:
+    """`encode(text)`, and the byte of the text's UTF-8 that each id ends at.
+
+    Exact for byte-level BPE and SentencePiece; if they normalise the text, and
+    for other tokenizers, by the offsets that they give. A token that no text
+    stands behind ends where the one before it does, and one that ends within
+    a character that the offsets do not divide, before that character. The ends
+    never decrease.
+
+    Raises:
+      InputError: the tokenizer gives no offsets that can be relied upon.
+    """
+    spans = self._spans(text)
+    if self._spelling.pieces is not None:
+      spelled = self.spell(spans.ids)
+      ends = tokenizer_bytes.known_ends(spelled, text)
+      if ends is None and self._spelling.skips:
+        # Its own offsets leave out the characters that it passes over.
+        ends = tokenizer_bytes.found_ends(spelled, text)
+      if ends is not None:
+        return spans.ids, ends
+    if self._spelling.skips:
+      raise InputError(
+        f"the tokenizer of {self.source} passes over characters that it does"
+        " not know and changes others, so that nobody can tell where its"
+        " tokens end in a text; it cannot be the anchor's of models with"
+        " different tokenizers"
+      )
+    return spans.ids, tokenizer_bytes.covered_ends(spans)
+
+  def continuation_ends(
+    self, prompt: str, completion: str
+  ) -> tuple[list[int], np.ndarray]:
+    """`encode_continuation`, and the byte of the whole that each id ends at.
+
+    Raises:
+      InputError: as `byte_ends`.
+    """
+    context, ids = self._continue(prompt, completion)
+    ends = self.byte_ends(context + completion)[1]
+    ends = ends[len(ends) - len(ids) :] - len(context.encode())
+    return ids, len(prompt.encode()) + np.maximum(ends, 0)
+
+  def spell(
+    self, ids: Sequence[int], previous: Sequence[int] = ()
+  ) -> list[bytes]:
+    """The bytes that each of `ids` adds to the text of those before it.
+
+    A token may hold a part of a character. Special and unknown tokens add
+    nothing.
+
+    Args:
+      ids: token ids.
+      previous: the ids before them; what starts a text may lose a space.
+
+    Raises:
+      InputError: the tokenizer's decoder changes text that it has written.
+    """
+    pieces, strips, _ = self._spelling
+    if pieces is None:
+      return self._spell_by_decoding(ids, previous)
+    size = self.vocab_size
+    parts = [pieces[i] if 0 <= i < size else b"" for i in ids]
+    first = next((n for n, part in enumerate(parts) if part), None)
+    begins = not any(pieces[i] for i in previous if 0 <= i < size)
+    if strips and begins and first is not None:
+      parts[first] = parts[first].removeprefix(b" ")
+    return parts
+
+  def text_ends(self, ids: Sequence[int]) -> tuple[bytes, np.ndarray]:
+    """The bytes that `ids` spell, and how many of them up to each id.
+
+    Equal to `byte_ends` of the text, where its tokens spell it unchanged.
+
+    Raises:
+      InputError: as `spell`.
+    """
+    parts = self.spell(ids)
+    return b"".join(parts), np.cumsum([len(p) for p in parts], dtype=np.int64)
 
   def decode_continuation(
     self, prompt_ids: Sequence[int], new_ids: Sequence[int]
@@ -103,6 +171,41 @@ class Tokenizer:
       # The prompt ended within a character, which `new_ids` complete.
       prompt = prompt.rstrip("\ufffd")
     return joined.removeprefix(prompt)
+
+  def _continue(self, prompt: str, completion: str) -> tuple[str, list[int]]:
+    """What `completion` is to be encoded behind, and its ids there."""
+    ids = self.encode(prompt)
+    joined = self.encode(prompt + completion)
+    if joined[: len(ids)] == ids:
+      return prompt, joined[len(ids) :]
+    # A token straddles the boundary. Encoding the completion alone would add
+    # the space that Llama-style tokenizers put before a text.
+    return self._behind(_JOINTS, completion)
+
+  def _behind(self, contexts: Sequence[str], text: str) -> tuple[str, list]:
+    for context in contexts:
+      ids = self.encode(context)
+      joined = self.encode(context + text)
+      if ids and joined[: len(ids)] == ids:
+        return context, joined[len(ids) :]
+    return "", self.encode(text)
+
+  def _spell_by_decoding(self, ids, previous) -> list[bytes]:
+    before, parts = list(previous), []
+    text = self.decode(before)
+    for index in ids:
+      before.append(int(index))
+      longer = self.decode(before)
+      if not longer.startswith(text):
+        raise InputError(
+          f"the tokenizer of {self.source} changes text that it has already"
+          " written when more tokens follow, so that nobody can tell where"
+          " they end; it cannot be the anchor's of models with different"
+          " tokenizers"
+        )
+      parts.append(longer[len(text) :].encode())
+      text = longer
+    return parts
 
 
 def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
@@ -126,7 +229,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
       f"no tokenizer at {name}: neither a file nor a folder; give a checkpoint"
       " folder, a tokenizer file, or a hub id such as owner/name"
     )
-  return _load_folder(_download(name), name)
+  return _load_folder(tokenizer_files.download(name), name)
 
 
 def train_sentencepiece(
@@ -177,29 +280,14 @@ def train_sentencepiece(
   return load_tokenizer(path)
 
 
-def _download(hub_id: str) -> Path:
-  # Loaded here: only a hub id needs it.
-  import huggingface_hub
-  from huggingface_hub.errors import HfHubHTTPError
-
-  try:
-    folder = huggingface_hub.snapshot_download(
-      hub_id, allow_patterns=list(_HUB_FILES)
-    )
-  except (OSError, ValueError, HfHubHTTPError) as error:
-    raise InputError(
-      f"cannot get the tokenizer of {hub_id}: it is no local folder, and the"
-      f" hub answered: {error}"
-    ) from error
-  return Path(folder)
-
-
 def _load_folder(folder: Path, source: str) -> Tokenizer:
   for name in ("tokenizer.json", "tokenizer.model"):
     if (folder / name).is_file():
       return _load_file(folder / name, folder, source)
   if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-    return _from_huggingface(_convert_slow(folder), folder, source)
+    return _from_huggingface(
+      tokenizer_files.convert_slow(folder), folder, source
+    )
   raise InputError(
     f"no tokenizer in {source}: it has none of tokenizer.json, tokenizer.model,"
     " vocab.json with merges.txt; copy one of them there"
@@ -222,19 +310,6 @@ def _load_file(path: Path, folder: Path | None, source: str) -> Tokenizer:
   return _from_sentencepiece(processor, folder, source)
 
 
-def _convert_slow(folder: Path) -> tokenizers.Tokenizer:
-  # Loaded here: slow to import, and few checkpoints lack tokenizer.json.
-  import transformers
-
-  try:
-    slow = transformers.AutoTokenizer.from_pretrained(
-      str(folder), trust_remote_code=False
-    )
-  except (OSError, ValueError, KeyError) as error:
-    raise InputError(f"cannot read the tokenizer {folder}: {error}") from error
-  return slow.backend_tokenizer
-
-
 def _from_huggingface(
   backend: tokenizers.Tokenizer, folder: Path | None, source: str
 ) -> Tokenizer:
@@ -245,12 +320,22 @@ def _from_huggingface(
   pieces = [""] * (max(vocab.values(), default=-1) + 1)
   for piece, index in vocab.items():
     pieces[index] = piece
+  description = json.loads(backend.to_str())
+  added = backend.get_added_tokens_decoder().items()
+  left_out = {index for index, token in added if token.special}
+  left_out |= tokenizer_bytes.unknown_ids(description["model"], vocab)
   return Tokenizer(
     pieces=tuple(pieces),
     source=source,
     _encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
-    _decode=lambda ids: backend.decode(ids, skip_special_tokens=True),
-    **_special_ids(folder, vocab, {}),
+    _decode=lambda ids: backend.decode(
+      [i for i in ids if i not in left_out], skip_special_tokens=True
+    ),
+    _spans=tokenizer_bytes.huggingface_spans(backend),
+    _spelling=tokenizer_bytes.huggingface_spelling(
+      description, pieces, left_out
+    ),
+    **tokenizer_files.special_ids(folder, vocab, {}),
   )
 
 
@@ -269,80 +354,16 @@ def _from_sentencepiece(
     "eos": processor.eos_id(),
     "pad": processor.pad_id(),
   }
+  own = {kind: index for kind, index in own.items() if index >= 0}
   vocab = {piece: i for i, piece in enumerate(pieces)}
   return Tokenizer(
     pieces=pieces,
     source=source,
     _encode=lambda text: processor.encode(text),
     _decode=lambda ids: processor.decode([i for i in ids if i not in skipped]),
-    **_special_ids(folder, vocab, {k: v for k, v in own.items() if v >= 0}),
+    _spans=tokenizer_bytes.sentencepiece_spans(processor),
+    _spelling=tokenizer_bytes.sentencepiece_spelling(processor, skipped),
+    **tokenizer_files.special_ids(
+      folder, vocab, {k: v for k, v in own.items() if v >= 0}
+    ),
   )
-
-
-def _special_ids(
-  folder: Path | None, vocab: dict[str, int], own: dict[str, int]
-) -> dict:
-  """The special ids: by name in the tokenizer's files, else by number.
-
-  Order: tokenizer_config.json, special_tokens_map.json, the model file itself
-  (`own`), generation_config.json, config.json. A null in the tokenizer's file
-  means that there is none, whatever the model's config says (Qwen's bos).
-  """
-  by_name = [
-    (name, _read_json(folder, name))
-    for name in ("tokenizer_config.json", "special_tokens_map.json")
-  ]
-  generation = _read_json(folder, "generation_config.json")
-  by_number = [generation, _read_json(folder, "config.json")]
-  ids = {}
-  for kind in ("bos", "eos", "pad"):
-    ids[kind] = _special_id(kind, by_name, by_number, vocab, own)
-  stops = [ids["eos"], *_as_list(generation.get("eos_token_id"))]
-  return {
-    "bos_id": ids["bos"],
-    "eos_id": ids["eos"],
-    "pad_id": ids["pad"],
-    "stop_ids": tuple(dict.fromkeys(i for i in stops if i is not None)),
-  }
-
-
-def _special_id(kind, by_name, by_number, vocab, own) -> int | None:
-  for file, config in by_name:
-    if f"{kind}_token" not in config:
-      continue
-    token = config[f"{kind}_token"]
-    if token is None:
-      return None
-    content = token["content"] if isinstance(token, dict) else token
-    if content in vocab:
-      return vocab[content]
-    if kind == "pad":
-      # Often added to the config alone; padding is masked, so none is needed.
-      return None
-    raise InputError(
-      f"{file} names the {kind} token {content!r}, which the vocabulary lacks;"
-      " the tokenizer files do not belong together"
-    )
-  if kind in own:
-    return own[kind]
-  for config in by_number:
-    numbers = _as_list(config.get(f"{kind}_token_id"))
-    if numbers:
-      # A number beyond the vocabulary, such as -1, stands for no token.
-      return numbers[0] if 0 <= numbers[0] < len(vocab) else None
-  return None
-
-
-def _as_list(value: int | list[int] | None) -> list[int]:
-  if value is None:
-    return []
-  return value if isinstance(value, list) else [value]
-
-
-def _read_json(folder: Path | None, name: str) -> dict:
-  if folder is None or not (folder / name).is_file():
-    return {}
-  try:
-    return json.loads((folder / name).read_text(encoding="utf-8"))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise InputError(f"cannot read {folder / name}: {error}") from error

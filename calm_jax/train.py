@@ -56,7 +56,8 @@ def main(config: ConfigDict) -> dict[str, Any]:
   experiment = make(
     task(**settings["task"], seed=settings["seed"]), workdir, loaded
   )
-  spec, params = _models(settings, experiment.tokenizer, loaded)
+  whole = _models(settings, experiment.tokenizer, loaded)
+  spec, params = whole.spec, whole.params
   origins = {
     "anchor": settings["anchor"],
     f"augmenting/{settings['augmenting_name']}": settings["augmenting"],
@@ -65,9 +66,9 @@ def main(config: ConfigDict) -> dict[str, Any]:
   # Of all stages: what is wrong with the last is known before the first.
   sources, eval_batches = {}, {}
   for name, stage in stages.items():
-    size = stage.batch_size, stage.length
-    sources[name] = experiment.source(stage.data, *size, settings["seed"])
-    eval_batches[name] = experiment.eval_batches(stage.data, *size)
+    trained = _part(whole, stage.model, params)
+    sources[name] = experiment.source(stage, trained, settings["seed"])
+    eval_batches[name] = experiment.eval_batches(stage, trained)
   seconds: dict[str, float] = {}
 
   def run(name, params):
@@ -91,22 +92,16 @@ def main(config: ConfigDict) -> dict[str, Any]:
     name: run(name, params) for name in [last, *settings["alternatives"]]
   }
 
-  def model(name, tree):
-    part, params = composition.alone(spec, tree, name)
-    if not part.augmenting:
-      params = params["anchor"]
-    return LanguageModel(part, params, experiment.tokenizer)
-
   augmenting = f"augmenting/{settings['augmenting_name']}"
   columns = {
-    "augmenting": model(augmenting, params),
-    "anchor": model("anchor", params),
-    "composed": model("composed", composed[last]),
+    "augmenting": _part(whole, augmenting, params),
+    "anchor": _part(whole, "anchor", params),
+    "composed": _part(whole, "composed", composed[last]),
   }
   results = experiment.evaluate(columns, settings["stages"][last]["data"])
   results["other_runs"] = {
     name: experiment.evaluate(
-      {"composed": model("composed", composed[name])},
+      {"composed": _part(whole, "composed", composed[name])},
       settings["stages"][name]["data"],
       prefix=f"{name}/",
     )
@@ -129,7 +124,19 @@ def main(config: ConfigDict) -> dict[str, Any]:
   return results
 
 
-def _models(settings, tokenizer, loaded) -> tuple[Composition, dict]:
+def _part(whole: LanguageModel, name: str, params: dict) -> LanguageModel:
+  """A part of the composition, or all of it, with the given parameters."""
+  spec, params = composition.alone(whole.spec, params, name)
+  tokenizer, tokenizers = whole.tokenizer, whole.tokenizers
+  if not spec.augmenting:
+    params = params["anchor"]
+    # The anchor's, where an augmenting model reads the same tokens.
+    own = {f"augmenting/{n}": t for n, t in tokenizers.items()}
+    tokenizer, tokenizers = own.get(name, tokenizer), {}
+  return LanguageModel(spec, params, tokenizer, tokenizers=tokenizers)
+
+
+def _models(settings, tokenizer, loaded) -> LanguageModel:
   """The composition with every model loaded or freshly initialised."""
   keys = jax.random.split(jax.random.key(settings["seed"]), 3)
   models = {}
@@ -157,7 +164,9 @@ def _models(settings, tokenizer, loaded) -> tuple[Composition, dict]:
     output_init=joint["output_init"],
     seed=settings["seed"],
   )
-  return _unrolled(composed.spec, settings["unroll"]), composed.params
+  return dataclasses.replace(
+    composed, spec=_unrolled(composed.spec, settings["unroll"])
+  )
 
 
 def _unrolled(spec: Composition, unroll: int) -> Composition:

@@ -43,6 +43,8 @@ class Stage:
     steps: updates.
     batch_size: rows of one update.
     length: tokens of a row.
+    augmenting_length: tokens of a row of an augmenting model with another
+      tokenizer; 0 for what the longest row of the data needs.
     accumulate: pieces that a batch is computed in, one after the other.
     learning_rate, schedule, warmup, final: see `optim.schedule`.
     b1, b2, eps, weight_decay, decay, clip: see `optim.optimizer`.
@@ -58,6 +60,7 @@ class Stage:
   steps: int
   batch_size: int
   length: int
+  augmenting_length: int
   accumulate: int
   learning_rate: float
   schedule: str
@@ -84,15 +87,28 @@ def row_losses(params: dict, spec: Composition, batch: dict[str, Array]):
     spec: what they are.
     batch: see `data.packing`.
   """
-  sequence = Sequence(batch["tokens"], batch["segments"], batch["positions"])
-  visible = {
-    name: composition.visible_tokens(
-      joined.visibility, batch["tokens"].shape, batch["prompt_ends"]
-    )
-    for name, joined in spec.augmenting
-  }
-  logits_BLV, _ = composition.forward(params, spec, sequence, visible=visible)
+  sequence = _sequence(batch)
+  augmenting, visible = {}, {}
+  for name, joined in spec.augmenting:
+    part = f"augmenting/{name}/"
+    if f"{part}visible" in batch:
+      augmenting[name] = _sequence(batch, part)
+      visible[name] = composition.limit_visible(
+        joined.visibility, batch[f"{part}visible"], batch["prompt_ends"]
+      )
+    else:
+      augmenting[name] = sequence
+      visible[name] = composition.visible_tokens(
+        joined.visibility, batch["tokens"].shape, batch["prompt_ends"]
+      )
+  logits_BLV, _ = composition.forward(
+    params, spec, sequence, augmenting, visible
+  )
   return losses.cross_entropy(logits_BLV, batch["targets"], batch["weights"])
+
+
+def _sequence(batch: dict[str, Array], part: str = "") -> Sequence:
+  return Sequence(*(batch[part + field] for field in Sequence._fields))
 
 
 def make_step(
@@ -343,9 +359,11 @@ def _meta(stage, spec, params, frozen, origins, seed, source) -> dict:
   settings = dataclasses.asdict(stage) | {
     "seed": seed, "source": source.fingerprint, "spec": repr(part)
   }  # fmt: skip
-  # How often something is written changes no weight.
+  # How often something is written changes no weight, and what
+  # augmenting_length changes is in the source.
   for key in (
-    "log_every", "checkpoint_every", "eval_every", "keep_last", "keep_best"
+    "log_every", "checkpoint_every", "eval_every", "keep_last", "keep_best",
+    "augmenting_length",
   ):  # fmt: skip
     del settings[key]
   models = {}

@@ -31,6 +31,7 @@ def stage(**changes) -> ConfigDict:
       "steps": 1000,
       "batch_size": 64,
       "length": 128,
+      "augmenting_length": 0,
       "accumulate": 1,
       "learning_rate": 1e-3,
       "schedule": "cosine",

@@ -10,16 +10,14 @@ import shutil
 import helpers
 import huggingface_hub
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import cases
 from safetensors.numpy import load_file
 
 import calm_jax
 from calm_jax import tokenizer, tree
 from calm_jax.errors import InputError
-from calm_jax.models import folders, loading
+from calm_jax.models import loading
 
 TOKENS = np.random.default_rng(0).integers(0, 14, (2, 7))
 TEXT = "abcdefghij"
@@ -112,6 +110,26 @@ def test_several_with_options(bases, dtype, tmp_path):
   ))  # fmt: skip
   model.save(tmp_path / "new")
   assert_same(calm_jax.load_composed(tmp_path / "new"), model)
+
+
+def test_different_tokenizers(bases, tmp_path):
+  folder = tmp_path / "other"
+  loading.save_params(folder, *helpers.model(5, vocab_size=9))
+  tokenizer.train_sentencepiece(["abcde"], folder / "tokenizer", vocab_size=9)
+  model = compose(bases | {"other": folder}, ("kv", "other"))
+  assert model.tokenizers.keys() == {"other"}
+  model.save(tmp_path / "new")
+  again = calm_jax.load_composed(tmp_path / "new")
+  assert_same(again, model)
+  prints = {n: t.fingerprint for n, t in again.tokenizers.items()}
+  assert prints == {n: t.fingerprint for n, t in model.tokenizers.items()}
+  assert model.part("augmenting/other").tokenizer.vocab_size == 9
+  assert model.part("augmenting/kv").tokenizer.vocab_size == 14
+  assert model.drop("kv").tokenizers.keys() == {"other"}
+  assert not model.drop("other").tokenizers
+  saved = json.loads((tmp_path / "new" / "calm_config.json").read_text())
+  sizes = [m["tokenizer"]["vocab_size"] for m in saved["models"].values()]
+  assert sizes == [14, 14, 9]
 
 
 def test_theta_in_another_dtype(composed, tmp_path):
@@ -371,73 +389,3 @@ def test_a_composition_on_the_hub(hub, composed):
 def test_a_folder_has_no_revision(bases):
   with pytest.raises(InputError, match="is a folder, which has no revision"):
     calm_jax.load_model(str(bases["anchor"]), revision="v1")
-
-
-# Models, written back.
-
-
-@pytest.mark.parametrize("case", ["gqa_untied", "tied", "biases"])
-def test_exported_is_what_was_loaded(case, tmp_path):
-  folder = cases.write(tmp_path / "old", case)
-  (folder / "config.json").write_text(json.dumps(cases.config_json(case)))
-  (folder / "generation_config.json").write_text("{}")
-  model = calm_jax.load_model(str(folder))
-  model.export_hf(tmp_path / "new", max_shard_size=60_000)
-  written = {
-    name: array
-    for file in folders.weight_files(tmp_path / "new")
-    for name, array in load_file(file).items()
-  }
-  jax.tree.map(np.testing.assert_array_equal, written, cases.tensors(case))
-  old, new = (
-    folders.read_json(tmp_path / n / "config.json") for n in ("old", "new")
-  )
-  assert new == old | {"dtype": "float32"}
-  assert (tmp_path / "new" / "generation_config.json").exists()
-  half = calm_jax.load_model(str(folder), "bfloat16")
-  half.export_hf(tmp_path / "half")
-  config = folders.read_json(tmp_path / "half" / "config.json")
-  assert config["dtype"] == "bfloat16"
-  again = calm_jax.load_model(str(tmp_path / "half"), "bfloat16")
-  assert_same(again, half)
-
-
-def test_a_model_from_scratch_is_a_llama(tmp_path):
-  text = tokenizer.train_sentencepiece([TEXT], tmp_path / "m", vocab_size=14)
-  config, params = helpers.model(1, vocab_size=14)
-  model = calm_jax.LanguageModel(
-    calm_jax.language_model.Composition(config), params, text
-  )
-  model.export_hf(tmp_path / "new")
-  again = calm_jax.load_model(str(tmp_path / "new"))
-  assert_same(again, model)
-  assert again.tokenizer.fingerprint == text.fingerprint
-  dataclasses.replace(model, tokenizer=None).export_hf(tmp_path / "bare")
-  assert calm_jax.load_model(str(tmp_path / "bare")).tokenizer is None
-
-
-def test_what_cannot_be_exported(composed, bases, tmp_path):
-  with pytest.raises(InputError, match="a composition is no Hugging Face"):
-    composed.export_hf(tmp_path / "new")
-  anchor = composed.part("anchor")
-  with pytest.raises(InputError, match="holds a model already"):
-    anchor.export_hf(bases["kv"])
-  config = dataclasses.replace(anchor.spec.anchor, rope_theta=5.0)
-  other = dataclasses.replace(
-    anchor, spec=calm_jax.language_model.Composition(config)
-  )
-  with pytest.raises(InputError, match="describes another model"):
-    other.export_hf(tmp_path / "new")
-
-
-def test_a_part_is_exported_and_composed_again(composed, tmp_path):
-  for part in ("anchor", "augmenting/kv"):
-    composed.part(part).export_hf(tmp_path / part)
-  again = calm_jax.compose(
-    calm_jax.load_model(str(tmp_path / "anchor")),
-    {"kv": calm_jax.load_model(str(tmp_path / "augmenting/kv"))},
-  )
-  theta = {"composition": composed.params["composition"]}
-  again = dataclasses.replace(again, params=again.params | theta)
-  assert_same(again, composed)
-  assert jnp.array_equal(again.logits(TOKENS), composed.logits(TOKENS))

@@ -81,6 +81,7 @@ def long_prompt(config):
 def other_vocabulary(config):
   folder = Path(config.augmenting).with_name("other")
   config.augmenting = str(spelled.save(folder, 2, text="abcdef"))
+  (folder / "tokenizer.model").unlink()
 
 
 def impossible_connection(config):
@@ -110,7 +111,7 @@ def no_such_family(config):
     (all_misshapen, ["augmenting", "more"]),
     (not_json, ["data.jsonl line 7", "not JSON"]),
     (long_prompt, ["data.jsonl line 21", "33 tokens", "16"]),
-    (other_vocabulary, ["vocabulary of 10", "one of 18"]),
+    (other_vocabulary, ["vocabulary of 10", "one of 18", "need a tokenizer"]),
     (impossible_connection, ["connection (3, 1)", "layers 1 to 2"]),
     (no_such_leaf, ["composition/lora/.*", "matches no leaf"]),
     (no_text, ["--config.eval_data="]),

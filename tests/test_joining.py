@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import calm_jax
-from calm_jax import composition, tree
+from calm_jax import composition, tokenizer, tree
 from calm_jax.connections import Composition
 from calm_jax.errors import InputError
 from calm_jax.models import decoder
@@ -155,6 +155,17 @@ def test_parts(parts):
   assert parts.joined.part("composed") is parts.joined
   with pytest.raises(InputError, match="no model 'code'"):
     parts.joined.part("code")
+
+
+def test_anchors_that_spell_differently(parts, tmp_path):
+  both = [
+    dataclasses.replace(part, tokenizer=tokenizer.train_sentencepiece(
+      [text], tmp_path / text, vocab_size=14
+    ))
+    for part, text in ((parts.a, "abcdefghij"), (parts.b, "klmnopqrst"))
+  ]  # fmt: skip
+  with pytest.raises(InputError, match="anchors with different tokenizers"):
+    calm_jax.join_compositions(both)
 
 
 def test_what_cannot_be_joined(parts):

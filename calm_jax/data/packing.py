@@ -11,8 +11,17 @@ A batch is a dict of numpy arrays of shape [B, L] (B rows, L slots a row):
   prompt_ends  int32    slot one past the last prompt token of the segment (one
                         past the BOS for plain text), 0 at padding
 
+An augmenting model that reads other tokens has its own beside them, of shape
+[B, M], in the same rows under the same numbers of segments:
+
+  augmenting/<name>/tokens, segments, positions   as above
+  augmenting/<name>/visible   int32 [B, L], how many slots of the augmenting
+                              row each slot may see, 0 at padding
+
 Below, N examples lie one after the other in flat arrays of tokens.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,28 +31,51 @@ Batch = dict[str, np.ndarray]
 
 
 def pack_rows(
-  lengths_N: np.ndarray, length: int, *, pack: bool
+  lengths_N: np.ndarray,
+  length: int,
+  *,
+  pack: bool,
+  others: Sequence[tuple[np.ndarray, int]] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
   """Places examples in rows, in order: `(rows_N, offsets_N)`.
 
   With `pack`, a row takes the next examples for as long as they fit whole;
   otherwise each example has a row of its own. No length may exceed `length`.
+
+  Args:
+    lengths_N: of the examples.
+    length: of a row.
+    pack: see above.
+    others: further lengths_N with the length of their row, which must fit too.
   """
   count = len(lengths_N)
   if not pack:
     return np.arange(count), np.zeros(count, np.int64)
-  ends_N = np.cumsum(lengths_N)
-  starts_N = ends_N - lengths_N
+  limits = [
+    (np.cumsum(sizes_N), sizes_N, limit)
+    for sizes_N, limit in [(lengths_N, length), *others]
+  ]
   firsts = []
   first = 0
   while first < count:
     firsts.append(first)
-    first = int(np.searchsorted(ends_N, starts_N[first] + length, side="right"))
+    first = min(
+      int(np.searchsorted(
+        ends_N, ends_N[first] - sizes_N[first] + limit, side="right"
+      ))
+      for ends_N, sizes_N, limit in limits
+    )  # fmt: skip
   is_first_N = np.zeros(count, np.int64)
   is_first_N[firsts] = 1
   rows_N = np.cumsum(is_first_N) - 1
-  offsets_N = starts_N - starts_N[firsts][rows_N] if count else starts_N
-  return rows_N, offsets_N
+  return rows_N, row_offsets(lengths_N, rows_N)
+
+
+def row_offsets(lengths_N: np.ndarray, rows_N: np.ndarray) -> np.ndarray:
+  """The first slot of each example, in rows filled one after the other."""
+  starts_N = np.cumsum(lengths_N) - lengths_N
+  firsts_N = np.searchsorted(rows_N, rows_N, side="left")
+  return starts_N - starts_N[firsts_N]
 
 
 def ragged_range(lengths_N: np.ndarray) -> np.ndarray:
@@ -76,8 +108,7 @@ def assemble(
   within = ragged_range(lengths_N)
   example = np.repeat(np.arange(count), lengths_N)
   slots = (rows_N * length + offsets_N)[example] + within
-  first_of_row = np.searchsorted(rows_N, rows_N, side="left")
-  numbers_N = np.arange(count) - first_of_row + 1
+  numbers_N = _numbers(rows_N)
   has_next = within < lengths_N[example] - 1
   targets = np.where(has_next, np.append(tokens[1:], 0), 0)
   counts = has_next & (within + 1 >= prompt_lengths_N[example])
@@ -89,12 +120,70 @@ def assemble(
     "weights": (counts, np.float32),
     "prompt_ends": ((offsets_N + prompt_lengths_N)[example], np.int32),
   }
-  batch = {}
-  for name, (values, dtype) in flat.items():
-    array = np.zeros(batch_size * length, dtype)
-    array[slots] = values
-    batch[name] = array.reshape(batch_size, length)
+  return {
+    name: _placed(values, slots, batch_size, length, dtype)
+    for name, (values, dtype) in flat.items()
+  }
+
+
+def assemble_augmenting(
+  name: str,
+  tokens: np.ndarray,
+  lengths_N: np.ndarray,
+  visible: np.ndarray,
+  rows_N: np.ndarray,
+  anchor: tuple[np.ndarray, np.ndarray, int],
+  *,
+  batch_size: int,
+  length: int,
+) -> Batch:
+  """What an augmenting model with other tokens adds to a batch.
+
+  Args:
+    name: of the model.
+    tokens: its tokens, one example after the other [sum(lengths_N)].
+    lengths_N: number of them of each example.
+    visible: of each of the anchor's tokens, how many of its example's it sees.
+    rows_N: rows of the examples.
+    anchor: (lengths_N, offsets_N, L) of the anchor's.
+    batch_size, length: B and M.
+  """
+  offsets_N = row_offsets(lengths_N, rows_N)
+  within = ragged_range(lengths_N)
+  slots = np.repeat(rows_N * length + offsets_N, lengths_N) + within
+  flat = {
+    "tokens": tokens,
+    "segments": np.repeat(_numbers(rows_N), lengths_N),
+    "positions": within,
+  }
+  batch = {
+    f"augmenting/{name}/{key}": _placed(
+      values, slots, batch_size, length, np.int32
+    )
+    for key, values in flat.items()
+  }
+  lengths_N, anchor_offsets_N, L = anchor
+  slots = np.repeat(rows_N * L + anchor_offsets_N, lengths_N)
+  batch[f"augmenting/{name}/visible"] = _placed(
+    np.repeat(offsets_N, lengths_N) + visible,
+    slots + ragged_range(lengths_N),
+    batch_size,
+    L,
+    np.int32,
+  )
   return batch
+
+
+def _numbers(rows_N: np.ndarray) -> np.ndarray:
+  """Numbers of the examples in their rows, from 1."""
+  firsts_N = np.searchsorted(rows_N, rows_N, side="left")
+  return np.arange(len(rows_N)) - firsts_N + 1
+
+
+def _placed(values, slots, batch_size, length, dtype) -> np.ndarray:
+  array = np.zeros(batch_size * length, dtype)
+  array[slots] = values
+  return array.reshape(batch_size, length)
 
 
 def host_rows(batch_size: int, process_index: int, process_count: int) -> slice:

@@ -1,23 +1,27 @@
 """Text examples to batches, and resumable iteration over any source."""
 
-import dataclasses
 import functools
 import hashlib
 import json
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import grain
 import numpy as np
 
+from calm_jax.alignment import ChunkEncoder
 from calm_jax.data.packing import (
   Batch,
   assemble,
+  assemble_augmenting,
   host_rows,
   pack_rows,
   ragged_range,
 )
+from calm_jax.data.segments import Aligned, Segments, TextLike
+from calm_jax.data.segments import segments as make_segments
 from calm_jax.errors import InputError
 from calm_jax.tokenizer import Tokenizer
 
@@ -37,34 +41,6 @@ class BatchSource(Protocol):
   def fingerprint(self) -> str: ...
 
 
-class TextLike(Protocol):
-  """A `TextExample`, or an example of `calm_jax.data.arithmetic`."""
-
-  prompt: str
-  completion: str
-  origin: str
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Document:
-  """A tokenised example; `given` of its tokens are BOS and prompt."""
-
-  tokens: np.ndarray
-  given: int
-  origin: str
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Segments:
-  """S segments of tokenised text, one after the other in `tokens`."""
-
-  tokens: np.ndarray
-  lengths_S: np.ndarray
-  prompts_S: np.ndarray
-  origins: tuple[str, ...]
-  num_split: int
-
-
 class TextSource:
   """Random access to global batches of text. Made by `text_source`.
 
@@ -75,10 +51,11 @@ class TextSource:
 
   def __init__(
     self,
-    segments: _Segments,
+    segments: Segments,
     *,
     batch_size: int,
     length: int,
+    augmenting_length: int,
     pack: bool,
     seed: int | None,
     process_index: int,
@@ -88,11 +65,23 @@ class TextSource:
     self.num_split = segments.num_split
     self._segments = segments
     self._rows = host_rows(batch_size, process_index, process_count)
-    rows_S, self._offsets_S = pack_rows(segments.lengths_S, length, pack=pack)
+    others = {n: a.lengths_S for n, a in segments.augmenting.items()}
+    rows_S, self._offsets_S = pack_rows(
+      segments.lengths_S,
+      length,
+      pack=pack,
+      others=[(n, augmenting_length) for n in others.values()]
+      if augmenting_length
+      else [],
+    )
+    # M of each augmenting model.
+    self.augmenting_lengths = {
+      name: augmenting_length or _longest(lengths_S, rows_S)
+      for name, lengths_S in others.items()
+    }
     self.num_rows = int(rows_S[-1]) + 1
     # Segments of row r: _bounds[r] to _bounds[r + 1].
     self._bounds = np.searchsorted(rows_S, np.arange(self.num_rows + 1))
-    self._starts_S = np.cumsum(segments.lengths_S) - segments.lengths_S
     self._order = None
     if seed is not None:
       rows = grain.MapDataset.range(self.num_rows)
@@ -109,17 +98,31 @@ class TextSource:
     firsts, counts = self._bounds[rows], np.diff(self._bounds)[rows]
     counts = np.where(rows < 0, 0, counts)
     picked = np.repeat(firsts, counts) + ragged_range(counts)
-    lengths = self._segments.lengths_S[picked]
-    starts = np.repeat(self._starts_S[picked], lengths)
-    return assemble(
-      self._segments.tokens[starts + ragged_range(lengths)],
+    segments, offsets = self._segments, self._offsets_S[picked]
+    lengths = segments.lengths_S[picked]
+    placed = np.repeat(np.arange(len(rows)), counts)
+    slots = _flat_range(segments, picked)
+    batch = assemble(
+      segments.tokens[slots],
       lengths,
-      self._segments.prompts_S[picked],
-      np.repeat(np.arange(len(rows)), counts),
-      self._offsets_S[picked],
+      segments.prompts_S[picked],
+      placed,
+      offsets,
       batch_size=len(rows),
       length=self.length,
     )
+    for name, aligned in segments.augmenting.items():
+      batch |= assemble_augmenting(
+        name,
+        aligned.tokens[_flat_range(aligned, picked)],
+        aligned.lengths_S[picked],
+        aligned.visible[slots],
+        placed,
+        (lengths, offsets, self.length),
+        batch_size=len(rows),
+        length=self.augmenting_lengths[name],
+      )
+    return batch
 
   def describe(self, index: int) -> str:
     """Names the examples of the global batch at `index`, for messages."""
@@ -151,6 +154,10 @@ class TextSource:
     for array in (self._segments.lengths_S, self._segments.prompts_S):
       digest.update(array.astype(np.int64).tobytes())
     parts = [self.seed, self.batch_size, self.length, self.num_rows]
+    for name, aligned in self._segments.augmenting.items():
+      parts += [name, self.augmenting_lengths[name]]
+      for array in (aligned.tokens, aligned.lengths_S, aligned.visible):
+        digest.update(array.astype(np.int64).tobytes())
     digest.update(json.dumps(parts).encode())
     return digest.hexdigest()
 
@@ -175,6 +182,8 @@ def text_source(
   seed: int | None,
   process_index: int = 0,
   process_count: int = 1,
+  augmenting: Mapping[str, ChunkEncoder] = MappingProxyType({}),
+  augmenting_length: int = 0,
 ) -> TextSource:
   """Tokenises examples and lays them out in rows of `length` slots.
 
@@ -193,23 +202,25 @@ def text_source(
       and the examples are shuffled before they are packed. None: one pass in
       order, the last batch filled up with empty rows.
     process_index, process_count: which share of the rows to take.
+    augmenting: by name, of the augmenting models with other tokens.
+    augmenting_length: M, slots of a row of theirs; 0 for what the longest
+      row needs.
 
   Raises:
-    InputError: no examples, or an example with a prompt longer than a row.
+    InputError: no examples, an example with a prompt longer than a row, or
+      `tokenizer` cannot tell where its tokens end and has to.
   """
   if not examples:
     raise InputError("there are no examples to make batches of")
   if length < 2:
     raise InputError(f"length {length}: a row needs at least 2 slots")
-  documents = [_tokenize(example, tokenizer, length) for example in examples]
-  if seed is not None:
-    # Neighbours in a file are often alike and would share their rows.
-    order = np.random.default_rng(seed).permutation(len(documents))
-    documents = [documents[i] for i in order]
   return TextSource(
-    _cut(documents, length),
+    make_segments(
+      examples, tokenizer, length, seed, augmenting, augmenting_length
+    ),
     batch_size=batch_size,
     length=length,
+    augmenting_length=augmenting_length,
     pack=pack,
     seed=seed,
     process_index=process_index,
@@ -221,28 +232,28 @@ def eval_batches(
   examples: Sequence[TextLike],
   tokenizer: Tokenizer,
   *,
-  batch_size: int,
-  length: int,
   pack: bool = False,
-  process_index: int = 0,
-  process_count: int = 1,
+  **options,
 ) -> Iterator[Batch]:
   """One pass over `examples` in order, nothing dropped; see `text_source`.
 
   Empty rows (segments and weights 0) fill the last batch, so that all batches
   have one shape and all hosts the same number of them.
   """
-  source = text_source(
-    examples,
-    tokenizer,
-    batch_size=batch_size,
-    length=length,
-    pack=pack,
-    seed=None,
-    process_index=process_index,
-    process_count=process_count,
-  )
+  source = text_source(examples, tokenizer, pack=pack, seed=None, **options)
   return (source[i] for i in range(len(source)))
+
+
+def _longest(lengths_S: np.ndarray, rows_S: np.ndarray) -> int:
+  """The most that a row holds, rounded up to a multiple of 8."""
+  longest = np.bincount(rows_S, lengths_S).max()
+  return max(8, -(-int(longest) // 8) * 8)
+
+
+def _flat_range(parts: Segments | Aligned, picked: np.ndarray) -> np.ndarray:
+  """Where the tokens of the picked segments lie among those of all."""
+  lengths = parts.lengths_S[picked]
+  return np.repeat(parts.starts_S[picked], lengths) + ragged_range(lengths)
 
 
 class BatchIterator(Iterator[Batch]):
@@ -311,49 +322,3 @@ def make_iterator(
   iterator = iter(dataset)
   iterator.set_state({"next_index": start})
   return BatchIterator(source, iterator)
-
-
-def _tokenize(
-  example: TextLike, tokenizer: Tokenizer, length: int
-) -> _Document:
-  ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-  if example.prompt:
-    ids += tokenizer.encode(example.prompt)
-    given = len(ids)
-    ids += tokenizer.encode_continuation(example.prompt, example.completion)
-  else:
-    # Without a BOS nothing predicts the first token.
-    given = 1
-    ids += tokenizer.encode(example.completion)
-  if tokenizer.eos_id is not None:
-    ids.append(tokenizer.eos_id)
-  if len(ids) < 2:
-    raise InputError(
-      f"{example.origin}: {len(ids)} tokens, so there is nothing to predict;"
-      " remove it"
-    )
-  if len(ids) > length and example.prompt:
-    raise InputError(
-      f"{example.origin}: {len(ids)} tokens with its prompt, and a row has"
-      f" {length}: raise length, or shorten or remove the example"
-    )
-  return _Document(np.array(ids, np.int32), max(given, 1), example.origin)
-
-
-def _cut(documents: Sequence[_Document], length: int) -> _Segments:
-  tokens: list[np.ndarray] = []
-  prompts: list[int] = []
-  origins: list[str] = []
-  for document in documents:
-    # One token of overlap: the first of a window is nobody's target there.
-    for start in range(0, len(document.tokens) - 1, length - 1):
-      tokens.append(document.tokens[start : start + length])
-      prompts.append(document.given if start == 0 else 1)
-      origins.append(document.origin)
-  return _Segments(
-    tokens=np.concatenate(tokens),
-    lengths_S=np.array([len(ids) for ids in tokens]),
-    prompts_S=np.array(prompts),
-    origins=tuple(origins),
-    num_split=sum(len(document.tokens) > length for document in documents),
-  )

@@ -14,8 +14,9 @@ from typing import Any
 
 # Texts to their continuations.
 Generate = Callable[[list[str]], list[str]]
-# Examples to (summed loss in nats, target tokens) of each.
-Score = Callable[[list[Any]], list[tuple[float, float]]]
+# Examples to (summed loss in nats, target tokens, bytes that they spell) of
+# each.
+Score = Callable[[list[Any]], list[tuple[float, float, int]]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,19 +13,24 @@ def perplexity(examples: Sequence, score: Score) -> Outcome:
 
   Args:
     examples: with `prompt`, `completion` and `origin`.
-    score: (nats, tokens) of each completion.
+    score: (nats, tokens, bytes that the tokens spell) of each completion.
 
   Returns:
     "perplexity" per target token (EOS included) and "bits_per_byte" of the
-    completions' UTF-8, which compares models of different tokenizers.
+    completions' UTF-8, which compares models of different tokenizers. Bytes
+    that no token spells, those of unknown characters, are not counted, and what
+    an unknown token costs is: not to know a character is never a gain.
   """
   rows = []
-  for example, (nats, tokens) in zip(examples, score(examples), strict=True):
+  for example, (nats, tokens, size) in zip(
+    examples, score(examples), strict=True
+  ):
     rows.append({
       "origin": example.origin,
       "nats": nats,
       "tokens": tokens,
-      "bytes": len(example.completion.encode()),
+      "bytes": size,
+      "unknown_bytes": len(example.completion.encode()) - size,
     })  # fmt: skip
   nats, tokens, size = (
     sum(row[key] for row in rows) for key in ("nats", "tokens", "bytes")

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from calm_jax.language_model import LanguageModel
 from calm_jax.tokenizer import Tokenizer
+from calm_jax.trainer import Stage
 
 
 class Experiment(Protocol):
@@ -13,10 +14,13 @@ class Experiment(Protocol):
 
   tokenizer: Tokenizer
 
-  def source(self, data: dict, batch_size: int, length: int, seed: int):
-    """Random access to the training batches of a stage."""
+  def source(self, stage: Stage, model: LanguageModel, seed: int):
+    """Random access to the training batches of a stage.
 
-  def eval_batches(self, data: dict, batch_size: int, length: int) -> list:
+    `model` is what the stage trains, for its tokenizers.
+    """
+
+  def eval_batches(self, stage: Stage, model: LanguageModel) -> list:
     """Held-out batches of a stage; may be empty."""
 
   def evaluate(

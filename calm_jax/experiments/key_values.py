@@ -13,6 +13,7 @@ from calm_jax.errors import InputError
 from calm_jax.evals.base import write_rows
 from calm_jax.evals.exact_match import exact_match
 from calm_jax.language_model import LanguageModel, with_bos
+from calm_jax.trainer import Stage
 
 # Which keys the expressions of an evaluation set are drawn from.
 SPLITS = ("held_in", "mixed", "held_out")
@@ -72,27 +73,29 @@ class KeyValues:
     for split in SPLITS:
       self._expressions(split)  # Raises now what it would after training.
 
-  def source(self, data: dict, batch_size: int, length: int, seed: int):
-    """An endless mixture of the tasks named in `data`; see ArithmeticSource."""
+  def source(self, stage: Stage, model: LanguageModel, seed: int):
+    """An endless mixture of the stage's tasks; see ArithmeticSource."""
+    del model
     settings = {
       "min_terms": self.task.min_terms,
       "max_terms": self.task.max_terms,
       "operators": self.task.operators,
-    } | data
+    } | stage.data
     return arithmetic.ArithmeticSource(
       self.kv,
       self.tokenizer,
       settings.pop("tasks"),
       seed=seed,
-      batch_size=batch_size,
-      length=length,
+      batch_size=stage.batch_size,
+      length=stage.length,
       **settings,
     )
 
-  def eval_batches(self, data: dict, batch_size: int, length: int) -> list:
+  def eval_batches(self, stage: Stage, model: LanguageModel) -> list:
     """Two batches of expressions that no stage trains on."""
-    data = data | {"part": "eval", "min_terms": self.task.min_terms}
-    source = self.source(data, batch_size, length, _WATCH_SEED)
+    held_out = {"part": "eval", "min_terms": self.task.min_terms}
+    stage = dataclasses.replace(stage, data=stage.data | held_out)
+    source = self.source(stage, model, _WATCH_SEED)
     return [source[0], source[1]]
 
   def evaluate(

@@ -10,12 +10,14 @@ import jax
 import numpy as np
 
 from calm_jax import trainer
+from calm_jax.alignment import ChunkEncoder
 from calm_jax.data import pipeline
 from calm_jax.data.sources import TextExample, read_examples, take_fraction
 from calm_jax.errors import InputError
 from calm_jax.evals.base import write_rows
 from calm_jax.evals.perplexity import perplexity
 from calm_jax.language_model import LanguageModel, with_bos
+from calm_jax.tokenizer import Tokenizer
 
 LOOK_TOKENS = 40
 
@@ -61,6 +63,7 @@ class Text:
     self.task, self.workdir = task, workdir
     self.anchor = loaded["anchor"]
     self.tokenizer = self.anchor.text()
+    self._encoders: dict[str, ChunkEncoder] = {}
     self.examples = self._read(task.data, "data")
     self.eval_sets = {"domain": self._read(task.eval_data, "eval_data")}
     if task.anchor_eval_data:
@@ -78,46 +81,59 @@ class Text:
       completion_field=self.task.completion_field,
     )
 
-  def source(self, data: dict, batch_size: int, length: int, seed: int):
-    """Shuffled rows of `data["fraction"]` of the examples."""
-    examples = take_fraction(self.examples, data["fraction"], self.task.seed)
+  def source(self, stage: trainer.Stage, model: LanguageModel, seed: int):
+    """Shuffled rows of the stage's "fraction" of the examples."""
+    data = stage.data
     return pipeline.text_source(
-      examples,
-      self.tokenizer,
-      batch_size=batch_size,
-      length=length,
+      take_fraction(self.examples, data["fraction"], self.task.seed),
       pack=data["pack"],
       seed=seed,
+      **self._reading(model),
+      **_shape(stage),
     )
 
-  def eval_batches(self, data: dict, batch_size: int, length: int) -> list:
+  def eval_batches(self, stage: trainer.Stage, model: LanguageModel) -> list:
     """All of the domain's held-out text."""
-    del data
     return list(
       pipeline.eval_batches(
         self.eval_sets["domain"],
-        self.tokenizer,
-        batch_size=batch_size,
-        length=length,
         pack=True,
+        **self._reading(model),
+        **_shape(stage),
       )
     )
+
+  def _reading(self, model: LanguageModel) -> dict[str, Any]:
+    """The tokenizers that a model's batches are made with."""
+    for name, tokenizer in model.tokenizers.items():
+      if name not in self._encoders:
+        self._encoders[name] = ChunkEncoder(tokenizer)
+    return {
+      "tokenizer": model.text(),
+      "augmenting": {name: self._encoders[name] for name in model.tokenizers},
+    }
 
   def evaluate(
     self, models: dict[str, LanguageModel], data: dict, prefix: str = ""
   ) -> dict[str, Any]:
-    """Perplexity and bits per byte of each model on each set."""
+    """Perplexity and bits per byte of each model on each set.
+
+    Only bits per byte if the models read different tokens: a perplexity is per
+    token, and nothing else's can be set beside it.
+    """
     del data
     if self.task.num_samples and "anchor_domain" not in self.eval_sets:
       self.eval_sets["anchor_domain"] = self._sample()
     table: dict = {"perplexity": {}, "bits_per_byte": {}}
+    if any(model.tokenizers for model in models.values()):
+      del table["perplexity"]
     for set_name, examples in self.eval_sets.items():
       for numbers in table.values():
         numbers[set_name] = {}
       for column, model in models.items():
         outcome = perplexity(examples, lambda e, m=model: self._score(m, e))
-        for name, value in outcome.metrics.items():
-          table[name][set_name][column] = value
+        for name, numbers in table.items():
+          numbers[set_name][column] = outcome.metrics[name]
         write_rows(
           self.workdir / "scores" / f"{prefix}{set_name}.{column}.jsonl",
           outcome.rows,
@@ -139,15 +155,15 @@ class Text:
     ]
 
   def _score(self, model: LanguageModel, examples) -> list[tuple]:
-    """(nats, tokens) of each example; long ones go on in the next window."""
+    """What `evals.perplexity` asks for; long texts go on in a next window."""
     score = jax.jit(trainer.row_losses, static_argnums=1)
     source = pipeline.text_source(
       examples,
-      self.tokenizer,
       batch_size=self.task.eval_batch_size,
       length=self.task.eval_length,
       pack=False,
       seed=None,
+      **self._reading(model),
     )
     sums: dict[str, np.ndarray] = {}
     for i in range(len(source)):
@@ -158,7 +174,10 @@ class Text:
       for origins, *both in rows:
         for origin in origins:  # one, or none in a row of padding
           sums[origin] = sums.get(origin, np.zeros(2)) + np.array(both)
-    return [tuple(map(float, sums[e.origin])) for e in examples]
+    return [
+      (*map(float, sums[e.origin]), _spelled_bytes(model.text(), e))
+      for e in examples
+    ]
 
   def look(self, model: LanguageModel, data: dict) -> dict[str, np.ndarray]:
     """Cross-attention over the start of the first held-out example."""
@@ -173,3 +192,19 @@ class Text:
     prompt_length = min(max(len(prompt), 1), len(ids))
     look = model.cross_attention(ids, prompt_length)
     return look | {"prompt_length": np.array(prompt_length)}
+
+
+def _shape(stage: trainer.Stage) -> dict[str, int]:
+  return {
+    "batch_size": stage.batch_size,
+    "length": stage.length,
+    "augmenting_length": stage.augmenting_length,
+  }
+
+
+def _spelled_bytes(tokenizer: Tokenizer, example: TextExample) -> int:
+  """Bytes of the completion that its tokens spell; no unknown characters."""
+  ids = tokenizer.encode_continuation(example.prompt, example.completion)
+  text = tokenizer.decode_continuation(tokenizer.encode(example.prompt), ids)
+  # Normalisation may write more than there was.
+  return min(len(text.encode()), len(example.completion.encode()))

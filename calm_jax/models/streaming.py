@@ -171,21 +171,20 @@ def _do(piece: Piece, raw: np.ndarray) -> None:
     read_bytes(piece.path, piece.start, target.reshape(-1).view(np.uint8))
     return
   read_bytes(piece.path, piece.start, raw)
-  values = raw.view(piece.dtype).astype(target.dtype, copy=False)
-  size = target.dtype.itemsize
-  # As plain integers: numpy copies those of a custom dtype one by one.
-  bits = np.dtype(f"u{size}")
+  size = piece.dtype.itemsize
   strides = tuple(stride * size for stride in piece.strides)
-  copy_strips(
-    np.ndarray(
-      piece.shape, bits, values.view(np.uint8), piece.offset * size, strides
-    ),
-    target.view(bits),
+  source = np.ndarray(
+    piece.shape, piece.dtype, raw, piece.offset * size, strides
   )
+  copy_strips(source, target)
 
 
 def copy_strips(source: np.ndarray, target: np.ndarray) -> None:
   """target[...] = source, quickly where one is the other transposed."""
+  bits = np.dtype(f"u{target.itemsize}")
+  if source.dtype == target.dtype:
+    # numpy copies the elements of a custom dtype one by one.
+    source, target = source.view(bits), target.view(bits)
   order = np.argsort(source.strides)[::-1]
   source, target = source.transpose(order), target.transpose(order)
   if source.ndim < 2 or target.strides[-1] == target.itemsize:
@@ -197,11 +196,11 @@ def copy_strips(source: np.ndarray, target: np.ndarray) -> None:
     rows, columns = source.shape
     # Rows a power of two apart share few lines of the cache, and would drive
     # each other out of it: they are put a little further apart first.
-    strip = np.empty((_STRIP, columns + _ALIGNMENT), source.dtype)[:, :columns]
+    strip = np.empty((_STRIP, columns + _ALIGNMENT), target.dtype)[:, :columns]
     for at in range(0, rows, _STRIP):
       here = strip[: rows - at]
       here[...] = source[at : at + _STRIP]
-      target[at : at + _STRIP] = here
+      target.view(bits)[at : at + _STRIP] = here.view(bits)
 
 
 def read_bytes(path: pathlib.Path, start: int, into: np.ndarray) -> None:

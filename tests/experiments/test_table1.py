@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 
+from calm_jax import trainer
 from calm_jax.data import arithmetic
 from calm_jax.errors import InputError
 from calm_jax.experiments.key_values import KeyValues, KeyValueTask
@@ -123,8 +124,9 @@ def sources(experiment):
   """The training batches of every stage of the configuration."""
   config = kv_config.get_config("tiny")
   for name in [*config.recipe, *config.alternatives]:
-    stage = config.stages[name].to_dict()
-    yield name, experiment.source(stage["data"], 64, 24, seed=0), stage
+    settings = config.stages[name].to_dict() | {"batch_size": 64, "length": 24}
+    stage = trainer.Stage(**settings)
+    yield name, experiment.source(stage, None, seed=0), stage
 
 
 def texts(experiment, batch):
@@ -183,7 +185,7 @@ def test_what_is_evaluated_is_never_trained_on(experiment):
     }
     assert len(trained) > 500, name
     assert not trained & asked, name
-    for batch in experiment.eval_batches(stage["data"], 64, 24):
+    for batch in experiment.eval_batches(stage, None):
       held_out = {
         p for t in texts(experiment, batch) for p in asked_in(name, t)
       }

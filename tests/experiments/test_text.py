@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import spelled
+import tiny
 
 import calm_jax
 from calm_jax.errors import InputError
@@ -112,10 +113,12 @@ def test_a_file_for_the_anchors_domain(tmp_path, model):
 def test_the_fraction_of_the_data(tmp_path, model):
   lines = [{"text": f"{a}{b}"} for a in "abcdefghij" for b in "abcdefghij"]
   experiment = make(tmp_path, model, data=write(tmp_path / "d.jsonl", lines))
-  data = {"fraction": 0.1, "pack": False}
-  source = experiment.source(data, 10, LENGTH, seed=0)
+  stage = tiny.stage(
+    data={"fraction": 0.1, "pack": False}, batch_size=10, length=LENGTH
+  )
+  source = experiment.source(stage, model, seed=0)
   assert source.num_rows == 10
-  batch = experiment.eval_batches(data, 4, LENGTH)
+  batch = experiment.eval_batches(stage, model)
   assert sum(b["weights"].sum() for b in batch) == sum(
     by_hand(model, r)[1] for r in LINES
   )

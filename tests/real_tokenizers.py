@@ -1,0 +1,101 @@
+"""Tokenizers of every kind: small ones made here, and the shared real ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import sentencepiece
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from calm_jax.tokenizer import Tokenizer, load_tokenizer
+
+TEXTS = [
+  "once upon a time the cat sat on the mat; the end",
+  "there was a time, and a mat, and 123 cats é 日本 ไทย ﬁn",
+  "straightforwardnesses of cats\nand   mats . x y",
+] * 5
+
+
+def toys(folder: Path) -> dict[str, Tokenizer]:
+  """Byte-level BPE with and without NFC, and four SentencePiece models."""
+  made = {
+    "byte_level": _byte_level(folder / "byte_level"),
+    "byte_level_nfc": _byte_level(folder / "nfc", normalizers.NFC()),
+    "one_dropped": _metaspace(folder / "dropped"),
+  }
+  for name, options in {
+    "bpe_bytes": {"model_type": "bpe", "byte_fallback": True, "vocab_size": 340,
+                  "normalization_rule_name": "identity",
+                  "remove_extra_whitespaces": False},
+    "unigram_nfkc": {"model_type": "unigram", "vocab_size": 70},
+    "characters": {"model_type": "char", "vocab_size": 40,
+                   "character_coverage": 0.99, "add_dummy_prefix": False},
+  }.items():  # fmt: skip
+    prefix = folder / name
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(TEXTS), model_prefix=str(prefix),
+      hard_vocab_limit=False, minloglevel=2, **options,
+    )  # fmt: skip
+    made[name] = load_tokenizer(f"{prefix}.model")
+  return made
+
+
+def _byte_level(folder: Path, normalizer=None) -> Tokenizer:
+  backend = Backend(models.BPE())
+  if normalizer is not None:
+    backend.normalizer = normalizer
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = decoders.ByteLevel()
+  backend.train_from_iterator(
+    TEXTS,
+    trainers.BpeTrainer(
+      vocab_size=300,
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+      special_tokens=["</s>"],
+      show_progress=False,
+    ),
+  )
+  return _saved(backend, folder)
+
+
+def _metaspace(folder: Path) -> Tokenizer:
+  """One token a character; what is not in the vocabulary is passed over."""
+  letters = sorted({*"▁abcdehimnopstuw.,日é"})
+  vocab = {letter: i for i, letter in enumerate(["<unk>", "</s>", *letters])}
+  backend = Backend(models.BPE(vocab=vocab, merges=[]))
+  backend.pre_tokenizer = pre_tokenizers.Metaspace(
+    prepend_scheme="first", split=False
+  )
+  backend.decoder = decoders.Sequence([
+    decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+    decoders.Strip(" ", 1, 0),
+  ])  # fmt: skip
+  backend.add_special_tokens(["<unk>", "</s>"])
+  return _saved(backend, folder)
+
+
+def _saved(backend: Backend, folder: Path) -> Tokenizer:
+  folder.mkdir()
+  backend.save(str(folder / "tokenizer.json"))
+  return load_tokenizer(folder)
+
+
+def real(shared: Path, folder: Path) -> dict[str, Tokenizer]:
+  """GPT-2, GPT-NeoX, T5, and the two tiny models', each in both its forms."""
+  gpt2 = folder / "gpt2"
+  gpt2.mkdir()
+  source = shared / "tokenizers" / "gpt2_bpe"
+  shutil.copy(source / "encoder.json", gpt2 / "vocab.json")
+  shutil.copy(source / "vocab.bpe", gpt2 / "merges.txt")
+  config = {"tokenizer_class": "GPT2Tokenizer"}
+  (gpt2 / "tokenizer_config.json").write_text(json.dumps(config))
+  neox = shared / "tokenizers" / "gptneox_20b" / "20B_tokenizer.json"
+  [t5] = (shared / "tokenizers" / "t5_cc_all_32000").glob("*.model")
+  made = {"gpt2": gpt2, "neox": neox, "t5": t5}
+  for name in ("babyllama", "stories260k"):
+    made[name] = shared / "models" / name
+    made[f"{name}_model"] = shared / "models" / name / "tokenizer.model"
+  return {name: load_tokenizer(path) for name, path in made.items()}
