@@ -100,6 +100,11 @@ class Rope:
       raise InputError("rope_type='dynamic' is not defined for one pair")
     if self.kind not in ("default", "linear") and self.original_length < 1:
       raise InputError(f"rope_type={self.kind!r} needs an original length")
+    if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+      raise InputError(
+        f"llama3 has high_freq_factor={self.high_freq_factor}, which does not "
+        f"exceed low_freq_factor={self.low_freq_factor}"
+      )
     if self.kind == "longrope":
       for name in ("short_factors", "long_factors"):
         if len(getattr(self, name)) != self.rotary_dim // 2:

@@ -253,6 +253,8 @@ def test_reading_of_fractions():
   (LENGTHS | scaling("dynamic", factor=2, alpha=1), "alpha"),
   (LENGTHS | scaling("llama3", factor=2, low_freq_factor=1),
    "high_freq_factor"),
+  (LENGTHS | scaling("llama3", factor=2, low_freq_factor=2, high_freq_factor=2),
+   "high_freq_factor=2.0"),
   (LENGTHS | scaling("yarn", factor="4"), "factor='4'"),
   (LENGTHS | scaling("yarn", factor=4, beta_fast=0), "beta_fast=0"),
   (LENGTHS | scaling("yarn", factor=4, truncate=1), "truncate=1"),
