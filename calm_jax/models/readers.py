@@ -61,7 +61,7 @@ def _windows(
 
 
 def _alternating(hf: Json, every: int) -> Json:
-  """A window in all layers but each `every`-th."""
+  """A window, without fail, in all layers but each `every`-th."""
   types = hf["layer_types"] or [
     _KINDS[bool((i + 1) % every)] for i in range(hf["num_hidden_layers"])
   ]

@@ -215,3 +215,14 @@ def write(folder: pathlib.Path, config: dict, shapes: dict) -> pathlib.Path:
   save_file(made, folder / "model.safetensors", {"format": "pt"})
   (folder / "config.json").write_text(json.dumps(config))
   return folder
+
+
+def golden(family: str) -> tuple[dict, dict, np.ndarray]:
+  """The reference's config.json, {tensor: shape}, and logits of tokens(9).
+
+  Of the family's base, with `tensors` for weights.
+  """
+  stored = json.loads((HERE / "families.json").read_text())[family]
+  shapes = {k: tuple(v) for k, v in stored["tensors"].items()}
+  with np.load(HERE / "families.npz") as logits:
+    return stored["config"], shapes, logits[family]

@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import cases
+from golden import cases, options
 
+from calm_jax.errors import InputError
 from calm_jax.models import decoder, families, loading
+from calm_jax.models.block import window_mask
 from calm_jax.models.config import ModelConfig
+from calm_jax.models.rope import Rope
 
 LENGTH = sum(cases.LENGTHS)
 
@@ -37,9 +40,21 @@ def test_logits_equal_transformers(case, tmp_path):
       )
 
 
+@pytest.mark.parametrize("family", options.FAMILIES)
+def test_every_family_equals_transformers(family, tmp_path):
+  config_json, shapes, expected = options.golden(family)
+  folder = options.write(tmp_path, config_json, shapes)
+  config = loading.load_config(folder)
+  assert config == families.from_hf(options.config_json(family))
+  params = loading.load_params(folder, config)
+  tokens = options.tokens(len(expected))
+  got = helpers.decode_rows(params, config, helpers.rows([tokens], length=9))
+  np.testing.assert_allclose(got[0], expected, rtol=0, atol=1e-4)
+
+
 def test_golden_files_are_small():
   files = [p for p in cases.HERE.iterdir() if p.is_file()]
-  assert sum(p.stat().st_size for p in files) < 1_000_000
+  assert sum(p.stat().st_size for p in files) < 500_000
 
 
 def test_steps_equal_the_whole():
@@ -70,20 +85,45 @@ def test_unroll_changes_nothing():
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _cached(params, config, sequence, segments, cache, index):
+def _cached(params, config, sequence, segments, cache, index, lengths):
   """One call with a cache; `segments` are those of all slots so far."""
   mask = decoder.self_attention_mask(sequence.segments, segments, index)
-  context = decoder.make_context(config, sequence.positions, mask, index)
+  context = decoder.make_context(
+    config, sequence.positions, mask, index, lengths
+  )
   x = decoder.embed(params, config, sequence.tokens, sequence.positions)
   x, cache = decoder.run_layers(params, config, x, context, cache=cache)
   return decoder.logits(params, config, x), cache
 
 
-def test_cached_decoding_equals_the_full_pass():
-  config, params = helpers.model(3)
+# Windows shorter than a prompt, longer than it, and longer than everything;
+# no positions, learned ones, and ones that the whole length turns.
+CACHED = {
+  "llama": ("llama", "base", {}),
+  "gemma3": ("gemma3_text", "base", {"window": 3}),
+  "gemma2": ("gemma2", "base", {"window": 8}),
+  "mistral": ("mistral", "long window", {}),
+  "smollm3": ("smollm3", "windows", {}),
+  "gpt2": ("gpt2", "scaled by depth", {}),
+  "neox": ("gpt_neox", "base", {}),
+  "mixtral": ("mixtral", "window", {}),
+  "dynamic": ("llama", "dynamic", {"rope": Rope(
+    8, kind="dynamic", factor=2.0, original_length=10
+  )}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CACHED)
+def test_cached_decoding_equals_the_full_pass(case):
+  family, option, changes = CACHED[case]
+  config = dataclasses.replace(
+    families.from_hf(options.config_json(family, option)), **changes
+  )
+  params = helpers.random_params(decoder.param_shapes(config), 3)
   random = np.random.default_rng(0)
   L, P = 14, 6
-  parts = [[L - n, random.integers(0, 61, n)] for n in (14, 11, 9)]
+  lengths = np.array([14, 11, 9])
+  parts = [[L - n, random.integers(0, 61, n)] for n in lengths.tolist()]
   whole = helpers.rows(*parts, length=L)
   full = helpers.decode_rows(params, config, whole)
 
@@ -95,17 +135,76 @@ def test_cached_decoding_equals_the_full_pass():
 
   cache = decoder.empty_cache(config, 3, L)
   got, cache = _cached(
-    params, config, slots(0, P), segments(P), cache, jnp.int32(0)
+    params, config, slots(0, P), segments(P), cache, jnp.int32(0), lengths
   )
   logits = [got]
   for t in range(P, L):
-    got, cache = _cached(
-      params, config, slots(t, t + 1), segments(t + 1), cache, jnp.int32(t)
-    )
+    now = slots(t, t + 1), segments(t + 1), cache, jnp.int32(t), lengths
+    got, cache = _cached(params, config, *now)
     logits.append(got)
   real = whole.segments > 0
   cached = np.concatenate(logits, axis=1)
-  np.testing.assert_allclose(cached[real], full[real], rtol=0, atol=1e-5)
+  np.testing.assert_allclose(cached[real], full[real], rtol=0, atol=1e-4)
+
+
+def test_lengths_that_turn_keys_must_be_given_with_a_cache():
+  rope = Rope(8, kind="dynamic", factor=2.0, original_length=10)
+  config, _ = helpers.model(0, rope=rope)
+
+  def context(slots):
+    mask = np.ones((1, 1, slots), bool)
+    positions = np.zeros((1, 1), np.int32)
+    return decoder.make_context(config, positions, mask, jnp.int32(0))
+
+  context(10)  # nothing is turned otherwise in as few slots
+  with pytest.raises(InputError, match="lengths"):
+    context(11)
+
+
+def test_a_window_counts_keys_and_not_slots():
+  segments = jnp.array([[1, 1, 0, 0, 1, 1, 2]])  # with a gap, as when decoding
+  mask = decoder.self_attention_mask(segments, segments)
+  np.testing.assert_array_equal(
+    window_mask(mask, 2)[0],
+    [
+      [1, 0, 0, 0, 0, 0, 0],
+      [1, 1, 0, 0, 0, 0, 0],
+      [0, 0, 1, 0, 0, 0, 0],
+      [0, 0, 1, 1, 0, 0, 0],
+      [0, 1, 0, 0, 1, 0, 0],
+      [0, 0, 0, 0, 1, 1, 0],
+      [0, 0, 0, 0, 0, 0, 1],
+    ],
+  )
+
+
+def test_layers_of_all_kinds_in_steps():
+  # Windows, two ropes and NoPE, which a layer knows by its number.
+  config = dataclasses.replace(
+    families.from_hf(options.config_json("gemma3_text")), nope_layers=(2,)
+  )
+  params = helpers.random_params(decoder.param_shapes(config), 0)
+  sequence = helpers.rows([np.arange(9)], length=9)
+  mask = decoder.self_attention_mask(sequence.segments, sequence.segments)
+
+  @jax.jit
+  def in_steps(params):
+    context = decoder.make_context(config, sequence.positions, mask)
+    x = decoder.embed(params, config, sequence.tokens, sequence.positions)
+    for start, stop in ((0, 1), (1, 3), (3, 4)):
+      x, _ = decoder.run_layers(params, config, x, context, start, stop)
+    return decoder.logits(params, config, x)
+
+  whole = helpers.decode_rows(params, config, sequence)
+  np.testing.assert_allclose(in_steps(params), whole, rtol=0, atol=1e-5)
+
+
+def test_learned_positions_end():
+  config = families.from_hf(options.config_json("gpt2") | {"n_positions": 8})
+  params = helpers.random_params(decoder.param_shapes(config), 0)
+  sequence = helpers.rows([np.arange(9)], length=9)
+  logits = helpers.decode_rows(params, config, sequence)
+  assert np.isnan(logits[0, 8]).all()
 
 
 def test_causal_within_segments():

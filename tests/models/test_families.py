@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
+import helpers
+import jax
+import numpy as np
 import pytest
 import transformers
 from golden import cases, options
+from safetensors.numpy import load_file, save_file
 
 from calm_jax.errors import InputError
-from calm_jax.models import families, hf
+from calm_jax.models import decoder, families, hf, loading
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.rope import Rope
 
@@ -145,6 +149,48 @@ def test_a_leaf_without_a_tensor_is_no_table():
   )
   with pytest.raises(InputError, match="position_embedding"):
     hf.entries(hf.FAMILIES["llama"], config)
+
+
+def test_the_first_release_of_gpt2(tmp_path):
+  # No prefix, and the causal mask among the weights.
+  config_json, shapes, _ = options.golden("gpt2")
+  config = families.from_hf(config_json)
+  folder = options.write(tmp_path / "new", config_json, shapes)
+  new = loading.load_params(folder, config)
+  old = {
+    name.removeprefix("transformer."): value
+    for name, value in load_file(folder / "model.safetensors").items()
+  }
+  old["h.0.attn.bias"] = np.ones((1, 1, 64, 64), np.float32)
+  folder = options.write(tmp_path / "old", config_json, {})
+  save_file(old, folder / "model.safetensors")
+  jax.tree.map(
+    np.testing.assert_array_equal, loading.load_params(folder, config), new
+  )
+
+
+def test_heads_are_not_sharded_within():
+  config = families.from_hf(options.config_json("gpt_neox"))
+  whole = decoder.param_shapes(config)["layers"]["attention"]["query"]
+  whole = np.zeros(whole["kernel"].shape, np.float32)
+  entries = hf.entries(hf.FAMILIES["gpt_neox"], config)
+  entries = [e for e in entries if e.leaf == "layers/attention/query/kernel"]
+  found = {e.tensor: None for e in entries}
+  with pytest.raises(InputError, match="sharded inside heads of 8"):
+    list(loading._reads(found, entries, whole[..., :12], (0, 0, 0)))
+
+
+def test_one_program_for_layers_of_all_kinds():
+  def program(layers):
+    config = families.from_hf(
+      options.config_json("gemma3_text") | {"num_hidden_layers": layers}
+    )
+    rows = helpers.rows([np.arange(9)], length=9)
+    shapes = decoder.param_shapes(config)
+    lowered = helpers.decode_rows.lower(shapes, config, rows)
+    return len(lowered.as_text().splitlines())
+
+  assert program(4) == program(24)
 
 
 def test_names_of_older_versions():

@@ -12,11 +12,12 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from golden import options
 from safetensors.numpy import load_file, save_file
 
 from calm_jax import tree
 from calm_jax.errors import InputError
-from calm_jax.models import decoder, folders, loading, streaming
+from calm_jax.models import decoder, families, folders, loading, streaming
 
 VIEWS = {
   "whole": lambda x: x,
@@ -192,8 +193,13 @@ for options, said in (
 """
 
 
-def test_sharded_over_four_devices(tmp_path):
-  loading.save_params(tmp_path, *helpers.model(0, vocab_size=62))
+# GPT-NeoX has queries, keys and values of one head side by side.
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_sharded_over_four_devices(family, tmp_path):
+  config_json = options.config_json(family) | {"vocab_size": 62}
+  config = families.from_hf(config_json)
+  params = helpers.random_params(decoder.param_shapes(config), 0)
+  loading.save_params(tmp_path, config, params, config_json)
   run = subprocess.run(
     [sys.executable, "-c", SHARDED, str(tmp_path)],
     cwd=pathlib.Path(__file__).parents[2],

@@ -1,0 +1,65 @@
+"""Writes docs/families.md: families, options, measured errors.
+
+  python tests/parity/table.py
+
+Needs torch; takes a few minutes.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+import tempfile
+
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
+import reference
+import transformers
+from golden import options
+
+NAMES = {
+  "llama": "Llama 1 to 3.x", "mistral": "Mistral", "qwen2": "Qwen2, Qwen2.5",
+  "qwen3": "Qwen3", "gemma": "Gemma", "gemma2": "Gemma 2",
+  "gemma3_text": "Gemma 3 (text)", "gpt2": "GPT-2",
+  "gpt_neox": "GPT-NeoX (Pythia)", "phi3": "Phi-3", "olmo2": "OLMo 2",
+  "smollm3": "SmolLM3", "starcoder2": "StarCoder2", "granite": "Granite",
+  "mixtral": "Mixtral", "qwen3_moe": "Qwen3-MoE",
+}  # fmt: skip
+HEAD = """# Families
+
+What `calm_jax.load_model` reads, by the `model_type` of its config.json.
+Another `model_type`, an unknown key, or an option that is not computed raises
+an error that names it.
+
+Written by `python tests/parity/table.py`, with transformers {version}: for the
+base of each family and for every option on top of it, a tiny random checkpoint
+is written by transformers, and read here. The error is the largest absolute
+difference of any logit (float32; logits go up to about 10) over two sequences,
+alone, padded left and right, and packed into one row. At most 1e-4 is asked
+for. `tests/golden/options.py` says what the options are.
+
+| family | `model_type` | options | largest error |
+|---|---|---|---|
+"""
+
+
+def main() -> None:
+  worst: dict[str, float] = dict.fromkeys(options.FAMILIES, 0.0)
+  for family, case in options.CASES:
+    with tempfile.TemporaryDirectory() as folder:
+      config = options.config_json(family, case)
+      written = reference.write(pathlib.Path(folder), config)
+      errors = reference.errors(written, reference.read(written))
+    print(f"{family:12} {case:24} {max(errors.values()):.1e}", flush=True)
+    worst[family] = max(worst[family], *errors.values())
+  rows = [
+    f"| {NAMES[family]} | `{family}` | {', '.join(cases)} | "
+    f"{worst[family]:.1e} |\n"
+    for family, (_, cases) in options.FAMILIES.items()
+  ]
+  head = HEAD.format(version=transformers.__version__)
+  path = pathlib.Path(__file__).parents[2] / "docs" / "families.md"
+  path.write_text(head + "".join(rows))
+
+
+if __name__ == "__main__":
+  main()
