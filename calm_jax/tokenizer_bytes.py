@@ -117,15 +117,15 @@ def sentencepiece_spans(
     found = processor.encode(text, return_type="proto").pieces
     begins = [piece.begin for piece in found]
     ends = [piece.end for piece in found]
-    if found:
-      # It counts spaces that end a text, and are dropped, to the last piece.
-      last = found[-1].piece.replace(_SPACE, " ")
-      own = len(last) - len(last.rstrip())
-      covered = text.encode()[begins[-1] : ends[-1]].decode()
-      kept = covered[: len(covered.rstrip()) + own]
-      if processor.is_byte(found[-1].id):
-        kept = covered[:1]
-      ends[-1] = begins[-1] + len(kept.encode())
+    data = text.encode()
+    for i, piece in enumerate(found):
+      # It counts characters that it drops to the piece before them, and spaces
+      # that end a text to the last one.
+      covered = data[piece.begin : piece.end].decode()
+      if covered[-1:] != piece.piece[-1:].replace(_SPACE, " "):
+        after = "a" if i < len(found) - 1 else ""
+        kept = _without_dropped(processor, covered, after)
+        ends[i] = piece.begin + len(kept.encode())
     return Spans([piece.id for piece in found], begins, ends)
 
   return spans
@@ -166,6 +166,14 @@ def covered_ends(spans: Spans) -> np.ndarray:
   later = np.minimum.accumulate(np.array(spans.begins, np.int64)[::-1])[::-1]
   ends[:-1] = np.minimum(ends[:-1], later[1:])
   return np.maximum.accumulate(ends)
+
+
+def _without_dropped(processor, text: str, after: str) -> str:
+  """A text without what normalisation takes from its end, before `after`."""
+  whole = processor.normalize(f"a{text}{after}")
+  while text and processor.normalize(f"a{text[:-1]}{after}") == whole:
+    text = text[:-1]
+  return text
 
 
 def _flat(step: dict | None, key: str) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Compose any two checkpoints that share a tokenizer, on your own text.
+"""Compose any two checkpoints, of any tokenizers, on your own text.
 
   python -m calm_jax.train --config=configs/compose.py \
     --config.anchor=PATH_OR_HUB_ID --config.augmenting=PATH_OR_HUB_ID \

@@ -52,7 +52,7 @@ def get_config(variant: str = "small") -> ConfigDict:
     model="anchor",
     trainable=("anchor/.*",),
     data=_data({"num_math": 0.3, "num_math_steps": 0.2, "num_math_given": 0.5}),
-    steps=1400,
+    steps=2000,
     length=24,
   )
   config.stages.compose = _compose("kv_math_steps")
@@ -71,8 +71,9 @@ def _compose(kv_math: str) -> ConfigDict:
     data=_data(
       {kv_math: 0.6, "kv_subs": 0.15, "num_math": 0.25}, keys="held_in"
     ),
-    steps=600,
+    steps=900,
     length=20,
+    weight_decay=0.1,
   )
 
 

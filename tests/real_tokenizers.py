@@ -7,8 +7,15 @@ import shutil
 from pathlib import Path
 
 import sentencepiece
+from tokenizers import (
+  Regex,
+  decoders,
+  models,
+  normalizers,
+  pre_tokenizers,
+  trainers,
+)
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from calm_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -26,6 +33,7 @@ def toys(folder: Path) -> dict[str, Tokenizer]:
     "byte_level_nfc": _byte_level(folder / "nfc", normalizers.NFC()),
     "one_dropped": _metaspace(folder / "dropped"),
   }
+  made["unigram_folding"] = _folding(folder / "folding")
   for name, options in {
     "bpe_bytes": {"model_type": "bpe", "byte_fallback": True, "vocab_size": 340,
                   "normalization_rule_name": "identity",
@@ -74,6 +82,23 @@ def _metaspace(folder: Path) -> Tokenizer:
     decoders.Strip(" ", 1, 0),
   ])  # fmt: skip
   backend.add_special_tokens(["<unk>", "</s>"])
+  return _saved(backend, folder)
+
+
+def _folding(folder: Path) -> Tokenizer:
+  """A fast tokenizer that normalises, and drops spaces and accents."""
+  backend = Backend(models.Unigram())
+  backend.normalizer = normalizers.Sequence([
+    normalizers.NFKD(), normalizers.StripAccents(), normalizers.Strip(),
+    normalizers.Replace(Regex(" {2,}"), " "),
+  ])  # fmt: skip
+  backend.pre_tokenizer = pre_tokenizers.Metaspace()
+  backend.decoder = decoders.Metaspace()
+  trainer = trainers.UnigramTrainer(
+    vocab_size=80, special_tokens=["<unk>"], unk_token="<unk>",
+    show_progress=False,
+  )  # fmt: skip
+  backend.train_from_iterator(TEXTS, trainer)
   return _saved(backend, folder)
 
 

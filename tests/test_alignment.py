@@ -267,7 +267,7 @@ def test_share_of_text_that_chunks_split_as_the_tokenizer_does(real):
 
 def test_ends_of_tokens(toys):
   """By hand: bytes, dropped characters, what normalisation joins."""
-  byte_level, _, dropped, _, unigram, characters = toys()
+  byte_level, _, dropped, _, _, unigram, characters = toys()
   ids, ends = byte_level.byte_ends("日x")
   assert ends[-2:].tolist() == [3, 4]
   assert ends.tolist() == byte_level.text_ends(ids)[1].tolist()
@@ -279,6 +279,8 @@ def test_ends_of_tokens(toys):
   # One unknown token for both ideographs.
   ids, ends = unigram.byte_ends("a㐀㐁 b")
   assert ends.tolist()[-2:] == [8, 9]
+  # A space that it drops is in no token, not even the last.
+  assert unigram.byte_ends("the cat  ")[1][-1] == 7
   ids, ends = characters.byte_ends("a㐀t")
   assert ends.tolist() == [1, 4, 5]
   assert characters.text_ends(ids)[0] == b"at"

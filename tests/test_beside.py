@@ -11,7 +11,11 @@ import pytest
 import real_tokenizers
 
 import calm_jax
+<<<<<<< HEAD
 from calm_jax import composition, cross_attention, trainer
+=======
+from calm_jax import composition, language_model, trainer
+>>>>>>> align
 from calm_jax.alignment import ChunkEncoder, align, prompt_ends
 from calm_jax.connections import Composition
 from calm_jax.data import pipeline
@@ -48,7 +52,7 @@ def anchor(request, toys):
 
 @pytest.fixture(scope="module")
 def augmenting(toys):
-  """Two with other tokens, and one without a BOS."""
+  """Two with other tokens, one of them without a BOS."""
   small = {"width": 24, "num_heads": 3, "num_kv_heads": 1}
   return {
     "bpe": decoder(toys["bpe_bytes"], 2, **small),
@@ -58,10 +62,20 @@ def augmenting(toys):
 
 def compose(anchor, augmenting, **options) -> LanguageModel:
   """With random connections, as if it were trained."""
-  model = calm_jax.compose(anchor, augmenting, 2, **options)
-  shapes = helpers.theta_shapes(model.spec)
-  model.params["composition"] = helpers.random_params(shapes, 5)
-  return model
+  spec = Composition(
+    anchor.spec.anchor,
+    tuple(
+      (n, language_model.join(m.spec.anchor, anchor.spec.anchor, 2, **options))
+      for n, m in augmenting.items()
+    ),
+  )
+  params = {
+    "anchor": anchor.params,
+    "augmenting": {n: m.params for n, m in augmenting.items()},
+    "composition": helpers.random_params(helpers.theta_shapes(spec), 5),
+  }
+  tokenizers = {n: m.tokenizer for n, m in augmenting.items()}
+  return LanguageModel(spec, params, anchor.tokenizer, tokenizers=tokenizers)
 
 
 def encoders(model):
@@ -77,18 +91,11 @@ def batches(model, examples=EXAMPLES, **options):
   )
 
 
+run = jax.jit(trainer.batch_logits, static_argnums=1)
+
+
 def logits_of(model, batch):
-  run = jax.jit(trainer.batch_logits, static_argnums=1)
   return np.asarray(run(model.tree, model.spec, batch))
-
-
-def test_untrained_it_is_the_anchor(anchor, augmenting):
-  model = calm_jax.compose(anchor, augmenting, 2)
-  assert model.tokenizers.keys() == augmenting.keys()
-  for batch in batches(model):
-    np.testing.assert_array_equal(
-      logits_of(model, batch), logits_of(anchor, batch)
-    )
 
 
 def test_scrambling_the_future_changes_no_logit(anchor, augmenting):
@@ -101,7 +108,10 @@ def test_scrambling_the_future_changes_no_logit(anchor, augmenting):
       shuffle.shuffle(rest)
       both = [text, text[:at] + "".join(rest)]
       [batch] = batches(
-        model, [TextExample("", t, "x") for t in both], pack=False
+        model,
+        [TextExample("", t, "x") for t in both],
+        pack=False,
+        augmenting_length=96,
       )
       logits = logits_of(model, batch)
       ends = [prompt_ends(anchor.tokenizer, t)[1] for t in both]
@@ -117,42 +127,39 @@ def test_scrambling_the_future_changes_no_logit(anchor, augmenting):
   assert compared > 60 and changed > 5
 
 
-def test_packed_rows_equal_each_text_by_itself(anchor, augmenting):
-  """Of plain forward passes over what `beside` reads from the anchor's ids."""
-  model = compose(anchor, augmenting)
-  at = 0
-  texts = [t for t in TEXTS if "ﬁ" not in t[1]]  # spelled as it is
-  for batch in batches(model, [TextExample(*t, "x") for t in texts]):
-    logits = logits_of(model, batch)
-    for row, segments in enumerate(batch["segments"]):
-      for number in range(1, segments.max() + 1):
-        where = segments == number
-        ids = batch["tokens"][row, where]
-        given = batch["prompt_ends"][row, where][0] - np.argmax(where)
-        rows, visible = model.beside([ids], int(given) if texts[at][0] else 0)
-        expected, _ = composition.forward(
-          model.tree,
-          model.spec,
-          composition.plain_sequence(np.array([ids])),
-          rows,
-          visible,
+def test_packed_rows_equal_each_text_by_itself(toys, augmenting):
+  """By itself: what `beside` reads from the anchor's ids alone."""
+  model = compose(decoder(toys["byte_level"], 1), augmenting)
+  [batch] = batches(model, EXAMPLES[1:3], batch_size=1)
+  logits = logits_of(model, batch)
+  assert batch["segments"].max() == 2
+  for number in (1, 2):
+    where = batch["segments"][0] == number
+    ids = batch["tokens"][:, where]
+    given = batch["prompt_ends"][0, where][0] - np.argmax(where)
+    expected = helpers.composed(
+      model.tree,
+      model.spec,
+      composition.plain_sequence(ids),
+      **dict(
+        zip(
+          ("augmenting", "visible"), model.beside(ids, int(given)), strict=True
         )
-        np.testing.assert_allclose(
-          logits[row, where], expected[0], rtol=1e-4, atol=1e-4
-        )
-        at += 1
-  assert at == len(texts)
+      ),
+    )
+    np.testing.assert_allclose(
+      logits[0, where], expected[0], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_batch_by_hand(toys):
-  model = calm_jax.compose(
-    decoder(toys["byte_level"], 1), decoder(toys["bpe_bytes"], 2), 1
-  )
+  augmenting = {"a": decoder(toys["bpe_bytes"], 2)}
+  model = compose(decoder(toys["byte_level"], 1), augmenting)
   [batch] = batches(model, EXAMPLES[1:3], batch_size=1, length=96)
   part = {
     k.rpartition("/")[2]: v[0]
     for k, v in batch.items()
-    if k.startswith("augmenting/augmenting/")
+    if k.startswith("augmenting/a/")
   }
   encoder, anchor = ChunkEncoder(toys["bpe_bytes"]), toys["byte_level"]
   slot = first = 0
@@ -175,7 +182,8 @@ def test_the_batch_by_hand(toys):
   assert not part["segments"][first:].any() and not part["visible"][slot:].any()
 
 
-def test_same_tokens_add_nothing(anchor):
+def test_same_tokens_add_nothing(toys):
+  anchor = decoder(toys["byte_level"], 1)
   model = calm_jax.compose(anchor, anchor, 1)
   plain = list(
     pipeline.eval_batches(EXAMPLES, anchor.tokenizer, batch_size=2, length=64)
@@ -230,13 +238,14 @@ def test_a_prompt_too_long_for_the_augmenting_model(anchor, augmenting):
     batches(compose(anchor, augmenting), EXAMPLES[1:2], augmenting_length=8)
 
 
-def test_an_encoder_shows_the_prompt_only(anchor, augmenting):
+def test_an_encoder_shows_the_prompt_only(toys, augmenting):
+  anchor = decoder(toys["byte_level"], 1)
   model = compose(anchor, augmenting, visibility="encoder")
-  longer = [TextExample("once upon", c, "x") for c in (" a time", " and mats")]
-  [batch] = batches(model, longer, pack=False)
-  ids, given = batch["tokens"], batch["prompt_ends"][0, 0]
+  [batch] = batches(model, EXAMPLES[1:3], pack=False, augmenting_length=96)
+  before, real = logits_of(model, batch), batch["segments"] > 0
   for name in augmenting:
     part = f"augmenting/{name}/"
+<<<<<<< HEAD
     shown = cross_attention.limit_visible(
       "encoder", batch[f"{part}visible"], batch["prompt_ends"]
     )
@@ -249,16 +258,30 @@ def test_an_encoder_shows_the_prompt_only(anchor, augmenting):
   [batch] = batches(model, longer, pack=False)
   np.testing.assert_array_equal(logits_of(model, batch), changed)
   assert ids.shape == changed.shape[:2]
+=======
+    causal = batch[f"{part}visible"]
+    shown = composition.limit_visible("encoder", causal, batch["prompt_ends"])
+    for row in range(2):
+      given = batch["prompt_ends"][row, 0]
+      limit = causal[row, given - 1]
+      assert causal[row].max() > limit > 1
+      expected = np.minimum(causal[row], limit)
+      assert (shown[row] == expected)[real[row]].all()
+      # Other tokens after the prompt, which nobody may see.
+      batch[f"{part}tokens"][row, limit:] = 5
+  after = logits_of(model, batch)
+  np.testing.assert_array_equal(before[real], after[real])
+>>>>>>> align
 
 
 def test_where_it_looks(toys):
   anchor = decoder(toys["byte_level"], 1)
-  model = compose(anchor, decoder(toys["bpe_bytes"], 2))
+  model = compose(anchor, {"a": decoder(toys["bpe_bytes"], 2)})
   ids = anchor.tokenizer.encode("the cat sat on")
   look = model.cross_attention(ids, 3)
   L, M = len(look["tokens"]), len(look["augmenting_tokens"])
   assert look["weights"].shape == (2, 4, L, M)
-  assert "▁c" in "".join(look["augmenting_tokens"])
+  assert "▁cat" in "".join(look["augmenting_tokens"])
   [visible] = model.beside([ids], 3)[1].values()
   for t, count in enumerate(visible[0]):
     assert not look["weights"][:, :, t, count:].any()

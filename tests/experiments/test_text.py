@@ -150,3 +150,45 @@ def test_no_text(option, tmp_path, model):
 def test_no_models(tmp_path):
   with pytest.raises(InputError, match=r"--config\.anchor="):
     Text(None, tmp_path, {})
+
+
+def test_models_with_different_tokenizers(tmp_path, model):
+  folder = spelled.save(tmp_path / "other", 2, text=spelled.ALPHABET + "XY")
+  other = calm_jax.load_model(str(folder))
+  path = write(tmp_path / "x.jsonl", [*LINES, {"text": "a XY cab is X"}])
+  experiment = make(tmp_path, model, eval_data=path)
+  composed = calm_jax.compose(model, other, 1)
+  models = {"augmenting": other, "anchor": model, "composed": composed}
+  result = experiment.evaluate(models, {})
+  # Perplexities per token of different tokens do not compare.
+  assert result.keys() == {"bits_per_byte"}
+  bits = result["bits_per_byte"]["domain"]
+  assert bits["composed"] == pytest.approx(bits["anchor"], rel=1e-6)
+  unknown = {}
+  for column in models:
+    rows = (tmp_path / "scores" / f"domain.{column}.jsonl").open()
+    unknown[column] = [json.loads(row)["unknown_bytes"] for row in rows]
+  # "X", "Y" and "s" are in no piece of the anchor's, "s" in none of the other.
+  assert unknown["augmenting"] == [0] * len(LINES) + [1]
+  assert unknown["anchor"] == unknown["composed"] == [0] * len(LINES) + [4]
+  parts = [by_hand(other, record) for record in LINES]
+  rows = (tmp_path / "scores" / "domain.augmenting.jsonl").open()
+  for row, (nats, tokens) in zip(map(json.loads, rows), parts, strict=False):
+    assert row["tokens"] == tokens
+    assert row["nats"] == pytest.approx(nats, rel=1e-5)
+
+
+def test_stages_read_what_their_model_does(tmp_path, model):
+  folder = spelled.save(tmp_path / "other", 2, text=spelled.ALPHABET + "XY")
+  other = calm_jax.load_model(str(folder))
+  experiment = make(tmp_path, model)
+  stage = tiny.stage(
+    data={"fraction": 1.0, "pack": False}, length=40, augmenting_length=48
+  )
+  composed = calm_jax.compose(model, other, 1)
+  batch = experiment.source(stage, composed, seed=0)[0]
+  assert batch["augmenting/augmenting/tokens"].shape == (8, 48)
+  alone = experiment.source(stage, other, seed=0)[0]
+  assert not any(key.startswith("augmenting") for key in alone)
+  [evaluated] = experiment.eval_batches(stage, composed)
+  assert evaluated["augmenting/augmenting/visible"].shape == (8, 40)
