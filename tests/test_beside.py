@@ -11,11 +11,7 @@ import pytest
 import real_tokenizers
 
 import calm_jax
-<<<<<<< HEAD
-from calm_jax import composition, cross_attention, trainer
-=======
-from calm_jax import composition, language_model, trainer
->>>>>>> align
+from calm_jax import composing, composition, cross_attention, trainer
 from calm_jax.alignment import ChunkEncoder, align, prompt_ends
 from calm_jax.connections import Composition
 from calm_jax.data import pipeline
@@ -65,7 +61,7 @@ def compose(anchor, augmenting, **options) -> LanguageModel:
   spec = Composition(
     anchor.spec.anchor,
     tuple(
-      (n, language_model.join(m.spec.anchor, anchor.spec.anchor, 2, **options))
+      (n, composing.join(m.spec.anchor, anchor.spec.anchor, 2, **options))
       for n, m in augmenting.items()
     ),
   )
@@ -245,22 +241,8 @@ def test_an_encoder_shows_the_prompt_only(toys, augmenting):
   before, real = logits_of(model, batch), batch["segments"] > 0
   for name in augmenting:
     part = f"augmenting/{name}/"
-<<<<<<< HEAD
-    shown = cross_attention.limit_visible(
-      "encoder", batch[f"{part}visible"], batch["prompt_ends"]
-    )
-    prompt = batch[f"{part}visible"][:, given - 1]
-    assert (shown[:, given:20] == prompt[:, None]).all()
-    assert (shown[:, :given] == batch[f"{part}visible"][:, :given]).all()
-    # Other tokens after the prompt, which nobody may see.
-    batch[f"{part}tokens"][0, prompt[0] :] = 5
-  changed = logits_of(model, batch)
-  [batch] = batches(model, longer, pack=False)
-  np.testing.assert_array_equal(logits_of(model, batch), changed)
-  assert ids.shape == changed.shape[:2]
-=======
     causal = batch[f"{part}visible"]
-    shown = composition.limit_visible("encoder", causal, batch["prompt_ends"])
+    shown = cross_attention.limit_visible("encoder", causal, batch["prompt_ends"])
     for row in range(2):
       given = batch["prompt_ends"][row, 0]
       limit = causal[row, given - 1]
@@ -271,7 +253,6 @@ def test_an_encoder_shows_the_prompt_only(toys, augmenting):
       batch[f"{part}tokens"][row, limit:] = 5
   after = logits_of(model, batch)
   np.testing.assert_array_equal(before[real], after[real])
->>>>>>> align
 
 
 def test_where_it_looks(toys):

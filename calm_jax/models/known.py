@@ -180,7 +180,7 @@ FAMILIES = {
     },
     fixed={"norm": "layer", "gated_mlp": False, "mlp_bias": True},
     read=readers.neox,
-    rope_keys=rope.NEOX_KEYS - {"rope_theta", "partial_rotary_factor"},
+    rope_keys=rope.NEOX_KEYS,
   ),
   "phi3": Family(
     copied=_COPIED,
