@@ -242,7 +242,9 @@ def test_an_encoder_shows_the_prompt_only(toys, augmenting):
   for name in augmenting:
     part = f"augmenting/{name}/"
     causal = batch[f"{part}visible"]
-    shown = cross_attention.limit_visible("encoder", causal, batch["prompt_ends"])
+    shown = cross_attention.limit_visible(
+      "encoder", causal, batch["prompt_ends"]
+    )
     for row in range(2):
       given = batch["prompt_ends"][row, 0]
       limit = causal[row, given - 1]

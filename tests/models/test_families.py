@@ -101,7 +101,7 @@ REFUSED = {
   "gemma2": {"sliding_window": None},
   "gemma3_text": {"attn_logit_softcapping": 50.0},
   "gpt2": {"add_cross_attention": True},
-  "gpt_neox": {"rope_theta": 77.0},
+  "gpt_neox": {"rope_scaling": {"rope_type": "longer", "factor": 2.0}},
   "phi3": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
   "olmo2": {"use_bidirectional_attention": True},
   "smollm3": {"no_rope_layers": [1, 0]},
