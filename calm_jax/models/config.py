@@ -9,6 +9,7 @@ from calm_jax.models.rope import Rope
 
 NORMS = ("rms", "rms_plus_one", "layer")
 QK_NORMS = (None, "head", "full")
+_KINDS = {"int": int, "float": (int, float), "bool": bool}
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_exact")
 
 
@@ -114,6 +115,14 @@ class ModelConfig:
   unroll: int = 1
 
   def __post_init__(self):
+    for field in dataclasses.fields(self):
+      kind, _, nullable = field.type.partition(" | ")
+      value = getattr(self, field.name)
+      if kind not in _KINDS or (value is None and nullable):
+        continue
+      is_bool = isinstance(value, bool)  # which Python takes for an int
+      if is_bool != (kind == "bool") or not isinstance(value, _KINDS[kind]):
+        raise InputError(f"{field.name}={value!r} is no {field.type}")
     if self.num_heads % self.num_kv_heads:
       raise InputError(
         f"num_heads={self.num_heads} is not a multiple of "

@@ -227,6 +227,7 @@ FAMILIES = {
     fixed={"norm": "layer", "gated_mlp": False},
     read=readers.windowed,
     only={"mlp_type": (None, "default"), "norm_type": (None, "layer_norm")},
+    ignored={"layer_norm_epsilon"},
   ),
   "granite": Family(
     copied=_LLAMA.copied | {

@@ -86,6 +86,9 @@ def test_fields():
     ({"num_key_value_heads": 4}, "not a multiple"),
     ({"num_attention_heads": 5}, "hidden_size=48 is not a multiple"),
     ({"head_dim": 7}, "pairs of features"),
+    ({"vocab_size": "131"}, "vocab_size='131' is no int"),
+    ({"rms_norm_eps": None}, "norm_eps=None is no float"),
+    ({"mlp_bias": 1}, "mlp_bias=1 is no bool"),
   ],
 )
 def test_refuses(changes, message):
