@@ -48,9 +48,9 @@ def shapes(settings) -> tuple[Composition, dict]:
   found = []
 
   def make():
-    spec, params = train._models(settings, tokenizer, loaded)
-    found.append(spec)
-    return params
+    whole = train._models(settings, tokenizer, loaded)
+    found.append(whole.spec)
+    return whole.params
 
   params = jax.eval_shape(make)
   return found[0], params
