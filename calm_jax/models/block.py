@@ -13,6 +13,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.layers import Linear, dot_product_attention, norm
@@ -58,7 +59,7 @@ def at_layer(config: ModelConfig, context: Context, layer: Array):
   """
 
   def among(layers):
-    return jnp.isin(jnp.arange(config.num_layers), jnp.array(layers))[layer]
+    return jnp.asarray(np.isin(np.arange(config.num_layers), layers))[layer]
 
   def choose(chosen, a, b):
     return jax.tree.map(lambda x, y: jnp.where(chosen, x, y), a, b)

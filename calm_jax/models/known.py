@@ -60,7 +60,6 @@ def _without(table: dict, *keys: str) -> dict:
 _BIAS = {"attention_bias": ("attention_bias", "output_bias")}
 _NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 
-
 _LLAMA = Family(
   copied=_COPIED | _BIAS | {"mlp_bias": "mlp_bias"},
   defaults=_DEFAULTS | _NO_BIAS,

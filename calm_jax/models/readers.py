@@ -169,5 +169,14 @@ def granite(hf: Json) -> Json:
 
 
 def neox(hf: Json) -> Json:
+  # Some versions of transformers write both spellings; all read their own.
+  nested = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+  for general, own in (
+    ("rope_theta", "rotary_emb_base"),
+    ("partial_rotary_factor", "rotary_pct"),
+  ):
+    alone = hf.get(own) is None and nested.get(general) is None
+    if alone and hf.get(general) is not None:
+      raise InputError(f"{general} is given without {own}, which counts here")
   heads = {"num_kv_heads": hf["num_attention_heads"]}
   return rotary(hf, fraction=0.25) | heads

@@ -96,16 +96,14 @@ def _cached(params, config, sequence, segments, cache, index, lengths):
   return decoder.logits(params, config, x), cache
 
 
-# Windows shorter than a prompt, longer than it, and longer than everything;
-# no positions, learned ones, and ones that the whole length turns.
+# Windows shorter than a prompt and longer than it; no positions, learned ones,
+# and ones that the whole length turns.
 CACHED = {
   "llama": ("llama", "base", {}),
   "gemma3": ("gemma3_text", "base", {"window": 3}),
   "gemma2": ("gemma2", "base", {"window": 8}),
-  "mistral": ("mistral", "long window", {}),
   "smollm3": ("smollm3", "windows", {}),
   "gpt2": ("gpt2", "scaled by depth", {}),
-  "neox": ("gpt_neox", "base", {}),
   "mixtral": ("mixtral", "window", {}),
   "dynamic": ("llama", "dynamic", {"rope": Rope(
     8, kind="dynamic", factor=2.0, original_length=10

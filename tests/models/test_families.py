@@ -129,6 +129,16 @@ def test_every_family_refuses_by_name(family):
       families.from_hf(good | REFUSED[family])
 
 
+def test_both_spellings_of_neox():
+  own = options.config_json("gpt_neox") | {
+    "rotary_emb_base": 77.0, "rotary_pct": 0.5
+  }  # fmt: skip
+  both = own | {"rope_theta": 77.0, "partial_rotary_factor": 0.5}
+  assert families.from_hf(both) == families.from_hf(own)
+  with pytest.raises(InputError, match="several values"):
+    families.from_hf(both | {"rope_theta": 78.0})
+
+
 def test_a_config_json_of_our_making_is_a_llama():
   llama = families.from_hf(LLAMA)
   assert families.from_hf(families.to_hf(llama, "float32")) == llama
