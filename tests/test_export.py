@@ -17,6 +17,7 @@ import calm_jax
 from calm_jax import tokenizer, tree
 from calm_jax.errors import InputError
 from calm_jax.models import folders
+from calm_jax.models.rope import Rope
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_what_cannot_be_exported(composed, tmp_path):
   anchor = composed.part("anchor")
   with pytest.raises(InputError, match="holds a model already"):
     anchor.export_hf(anchor.origin)
-  config = dataclasses.replace(anchor.spec.anchor, rope_theta=5.0)
+  config = dataclasses.replace(anchor.spec.anchor, rope=Rope(4, theta=5.0))
   other = dataclasses.replace(
     anchor, spec=calm_jax.language_model.Composition(config)
   )

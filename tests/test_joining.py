@@ -73,7 +73,7 @@ def hidden(model: calm_jax.LanguageModel, layers: int):
   sequence = composition.plain_sequence(jnp.asarray(TOKENS))
   mask = decoder.self_attention_mask(sequence.segments, sequence.segments)
   context = decoder.make_context(config, sequence.positions, mask)
-  x = decoder.embed(params, config, sequence.tokens)
+  x = decoder.embed(params, config, sequence.tokens, sequence.positions)
   return decoder.run_layers(params, config, x, context, 0, layers)[0], context
 
 
