@@ -39,7 +39,7 @@ def save_composition(folder: Path) -> Path:
     config = model(*shape)
     params = init(jax.random.key(0), config)
     loading.save_params(folder / name, config, params)
-    train_sentencepiece(texts, folder / name / "tokenizer", vocab_size=200)
+    train_sentencepiece(texts, folder / name / "tokenizer", vocab_size=60)
   anchor, augmenting = (
     calm_jax.load_model(folder / name) for name in ("anchor", "augmenting")
   )

@@ -22,6 +22,7 @@ from calm_jax.cross_attention import (
   visible_tokens,
 )
 from calm_jax.errors import InputError
+from calm_jax.models import cache as cache_lib
 from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
 
@@ -102,8 +103,10 @@ def empty_cache(
     }
 
   def cross(name):
-    shape = (batch, slots[name], heads, spec.anchor.width // heads)
-    return {k: jnp.zeros(shape, spec.anchor.dtype) for k in ("key", "value")}
+    width = spec.anchor.width // heads
+    return cache_lib.empty(
+      1, batch, heads, slots[name], width, spec.anchor.dtype
+    )
 
   return {
     "anchor": one("anchor", spec.anchor),
@@ -128,7 +131,7 @@ class _Run(NamedTuple):
     )
 
 
-def _start(params, config, sequence: Sequence, cache, index):
+def _start(params, config, sequence: Sequence, cache, index, lengths_B):
   """Embeds a sequence; with a cache, its keys go to slots index .. ."""
   segments = sequence.segments
   if cache is not None:
@@ -139,7 +142,9 @@ def _start(params, config, sequence: Sequence, cache, index):
   mask = decoder.self_attention_mask(
     sequence.segments, segments, 0 if index is None else index
   )
-  context = decoder.make_context(config, sequence.positions, mask, index)
+  context = decoder.make_context(
+    config, sequence.positions, mask, index, lengths_B
+  )
   x = decoder.embed(params, config, sequence.tokens, sequence.positions)
   return _Run(params, config, context, segments), x, cache
 
@@ -148,13 +153,22 @@ def _stored(cache, run: _Run):
   return cache and {"layers": cache, "segments": run.segments}
 
 
-def tap(params, augmenting: Augmenting, sequence: Sequence, cache, index):
+def tap(
+  params,
+  augmenting: Augmenting,
+  sequence: Sequence,
+  cache=None,
+  index=None,
+  lengths_B=None,
+):
   """Runs an augmenting model up to its last tapped layer, without its head.
 
   Returns:
     ({layer: hidden states [B, M, E]}, segments of the keys [B, S], cache).
   """
-  run, x, kv = _start(params, augmenting.config, sequence, cache, index)
+  run, x, kv = _start(
+    params, augmenting.config, sequence, cache, index, lengths_B
+  )
   taps, at = {}, 0
   for layer in sorted({c.augmenting for c in augmenting.connections}):
     x, kv = run.layers(x, kv, at, layer)
@@ -169,6 +183,7 @@ def read_on(
   sequence: Sequence,
   cache: dict | None = None,
   index: Array | None = None,
+  lengths_B: Array | None = None,
 ) -> dict:
   """An augmenting model reads tokens, and its connections make of them what
   the anchor attends to.
@@ -180,6 +195,7 @@ def read_on(
     sequence: its tokens.
     cache: {"augmenting", "cross"} of this model, or None.
     index: int32 [], the slot of the first token; with a cache only.
+    lengths_B: how long its rows will have become; see `states`.
 
   Returns:
     {"augmenting": its cache, whose "segments" [B, S] are there without a cache
@@ -192,6 +208,7 @@ def read_on(
     sequence,
     cache and cache["augmenting"],
     index,
+    lengths_B,
   )
   cross = {}
   for connection in joined.connections:
@@ -199,7 +216,7 @@ def read_on(
       taps[connection.augmenting]
     )
     if cache is not None:
-      kv = _write(cache["cross"][connection.name], kv, index)
+      kv = cache_lib.extend(cache["cross"][connection.name], kv, 0, index)
     cross[connection.name] = kv
   return {"augmenting": kept or {"segments": segments}, "cross": cross}
 
@@ -220,6 +237,7 @@ def states(
   cache: dict | None = None,
   index: Array | None = None,
   look: dict | None = None,
+  lengths: dict[str, Array] | None = None,
 ) -> tuple[Array, dict | None]:
   """The composed layers: H'_Bj = H_Bj + f_cross(f_proj(H_Ai), H_Bj).
 
@@ -235,6 +253,9 @@ def states(
     index: int32 [], the slot of the first token; with a cache only.
     look: a dict to be filled with {(name, connection): probabilities
       [B, N, L, M]}, or None.
+    lengths: with a cache, int32 [B] by "anchor" and the augmenting names, how
+      long each row will have become, for rotary scalings that depend on it;
+      see `decoder.make_context`.
 
   Returns:
     Hidden states after the last layer [B, L, D], and the updated cache (None
@@ -245,10 +266,13 @@ def states(
   with jax.named_scope("augmenting"):
     for name, joined in spec.augmenting:
       old = cache and {k: cache[k][name] for k in new}
+      length_B = lengths and lengths.get(name)
       if augmenting is None:
-        heard = read_on(params, spec, name, anchor, old, index)
+        heard = read_on(params, spec, name, anchor, old, index, length_B)
       elif name in augmenting or cache is None:
-        heard = read_on(params, spec, name, augmenting[name], old, index)
+        heard = read_on(
+          params, spec, name, augmenting[name], old, index, length_B
+        )
       else:
         heard = old
       for kind, value in heard.items():
@@ -273,7 +297,12 @@ def states(
 
   with jax.named_scope("anchor"):
     run, x, kv_B = _start(
-      params["anchor"], spec.anchor, anchor, cache and cache["anchor"], index
+      params["anchor"],
+      spec.anchor,
+      anchor,
+      cache and cache["anchor"],
+      index,
+      lengths and lengths.get("anchor"),
     )
     at = 0
     for layer in sorted(arriving):
@@ -287,14 +316,6 @@ def states(
     if at < spec.anchor.num_layers:
       x, kv_B = run.layers(x, kv_B, at, spec.anchor.num_layers)
   return x, None if cache is None else new | {"anchor": _stored(kv_B, run)}
-
-
-def _write(old: dict, new: dict, index: Array) -> dict:
-  """Cross-attention keys and values of new slots, [B, L, N, H] each."""
-  return {
-    k: jax.lax.dynamic_update_slice(old[k], new[k], (0, index, 0, 0))
-    for k in old
-  }
 
 
 def logits(params: dict, spec: Composition, x_BLD: Array) -> Array:

@@ -11,13 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from calm_jax.errors import InputError
+from calm_jax.models.cache import blocks
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.layers import (
-  Linear,
-  RMSNorm,
-  at_least_float32,
-  dot_product_attention,
-)
+from calm_jax.models.layers import Linear, RMSNorm, at_least_float32, attend
 
 Array = jax.Array
 
@@ -54,14 +50,14 @@ class CrossAttention(nn.Module):
     return x.reshape(*x.shape[:-1], self.anchor.num_heads, -1)
 
   def keys_values(self, h_BME: Array) -> dict[str, Array]:
-    """Keys and values, each [B, M, N, H]."""
+    """Keys and values, each [B, N, M, H], as a `cache` holds them."""
     if self.norm:
       h_BME = self.projection_norm(h_BME)
     if not self.folded:
       h_BME = self.projection(h_BME)
     return {
-      "key": self._heads(self.key(h_BME)),
-      "value": self._heads(self.value(h_BME)),
+      "key": self._heads(self.key(h_BME)).swapaxes(1, 2),
+      "value": self._heads(self.value(h_BME)).swapaxes(1, 2),
     }
 
   def _query(self, x_BLD: Array) -> Array:
@@ -70,13 +66,16 @@ class CrossAttention(nn.Module):
     )
 
   def attend(self, x_BLD: Array, keys_values: dict, mask_BLM: Array) -> Array:
-    """What is added to the residual stream, [B, L, D]."""
-    out_BLNH = dot_product_attention(
-      self._query(x_BLD),
-      keys_values["key"],
-      keys_values["value"],
-      mask_BLM[:, None],
-    )
+    """What is added to the residual stream, [B, L, D].
+
+    `keys_values` may be a cache of them, of one row.
+    """
+    mask_B1LM = mask_BLM[:, None]
+    if keys_values["key"].ndim == 5:
+      found = blocks(keys_values, 0, mask_B1LM)
+    else:
+      found = [(keys_values["key"], keys_values["value"], mask_B1LM)]
+    out_BLNH = attend(self._query(x_BLD), found)
     # A position that sees nothing gets nothing; the softmax of an empty row
     # would average over what it must not see.
     sees_BL = mask_BLM.any(-1)
@@ -88,7 +87,7 @@ class CrossAttention(nn.Module):
   ) -> Array:
     """Where each head looks, float32 [B, N, L, M]; for pictures."""
     q_BLNH = self._query(x_BLD)
-    scores = jnp.einsum("blnh,bmnh->bnlm", q_BLNH, keys_values["key"])
+    scores = jnp.einsum("blnh,bnmh->bnlm", q_BLNH, keys_values["key"])
     scores = scores.astype(at_least_float32(scores.dtype))
     scores = scores / q_BLNH.shape[-1] ** 0.5
     lowest = jnp.finfo(scores.dtype).min

@@ -22,6 +22,8 @@ from calm_jax import batching, composition, cross_attention
 from calm_jax.batching import Batch, Reader
 from calm_jax.composition import Sequence
 from calm_jax.connections import Composition
+from calm_jax.following import Follower
+from calm_jax.models import cache as cache_lib
 from calm_jax.models import decoder
 from calm_jax.sampling import GREEDY, Sampler
 
@@ -41,6 +43,9 @@ class State(NamedTuple):
     keys_B: the random key of each row.
     seen_BV: tokens so far, for the repetition penalty; None without one.
     slot: int32 [], the anchor's slot that token_B will be written to.
+    lengths: by model [B], the longest that each row can become, prompt
+      included; rotary scalings that depend on the length take it for the
+      text's. Models with other tokenizers are not there.
   """
 
   cache: dict
@@ -51,6 +56,7 @@ class State(NamedTuple):
   keys_B: Array
   seen_BV: Array | None
   slot: Array
+  lengths: dict[str, Array]
 
 
 def prepare(params: dict) -> dict:
@@ -81,6 +87,7 @@ def start(
   batch: Batch,
   keys_B: Array,
   stop_S: Array,
+  lengths: dict[str, Array],
   *,
   slots: tuple[tuple[str, int], ...],
   sampler: Sampler,
@@ -93,6 +100,7 @@ def start(
     batch: from `lay_out`.
     keys_B: a random key for each row.
     stop_S: token ids that end a row.
+    lengths: see `State`.
     slots: (model, slots of its cache), for all models.
     sampler: how the next token is picked.
   """
@@ -107,6 +115,7 @@ def start(
       batch.visible,
       composition.empty_cache(spec, B, dict(slots), stacked),
       jnp.int32(0),
+      lengths=lengths,
     )
     logits_BV = composition.logits(params, spec, x_BLD[:, -1:])[:, 0]
   seen_BV = None
@@ -122,7 +131,15 @@ def start(
   )
   position_B = batch.anchor.positions[:, -1] + 1
   return State(
-    cache, logits_BV, token_B, position_B, done_B, keys_B, seen_BV, jnp.int32(P)
+    cache,
+    logits_BV,
+    token_B,
+    position_B,
+    done_B,
+    keys_B,
+    seen_BV,
+    jnp.int32(P),
+    lengths,
   )
 
 
@@ -164,7 +181,14 @@ def advance(
       s.token_B[:, None], jnp.ones((B, 1), jnp.int32), s.position_B[:, None]
     )
     x_BLD, cache = composition.states(
-      params, spec, token, dict.fromkeys(along, token), visible, s.cache, s.slot
+      params,
+      spec,
+      token,
+      dict.fromkeys(along, token),
+      visible,
+      s.cache,
+      s.slot,
+      lengths=s.lengths,
     )
     logits_BV = composition.logits(params, spec, x_BLD)[:, 0]
     token_B, keys_B, seen_BV, done_B = _pick(
@@ -173,88 +197,42 @@ def advance(
     out_BT = out_BT.at[:, i].set(jnp.where(done_B, -1, token_B))
     s = State(
       cache, logits_BV, token_B, s.position_B + 1, done_B, keys_B, seen_BV,
-      s.slot + 1,
+      s.slot + 1, s.lengths,
     )  # fmt: skip
     return i + 1, s, out_BT
 
+  first = state.slot
+  state = state._replace(
+    cache=_each(state.cache, along, lambda c: cache_lib.begin(c, size, first))
+  )
   with jax.named_scope("decode"):
     _, state, out_BT = jax.lax.while_loop(
       lambda carry: (carry[0] < steps) & ~carry[1].done_B.all(),
       body,
       (jnp.int32(0), state, jnp.full((B, size), -1, jnp.int32)),
     )
-  return state, out_BT
+  cache = _each(state.cache, along, cache_lib.settle)
+  return state._replace(cache=cache), out_BT
 
 
-@functools.partial(
-  jax.jit, static_argnames=("spec", "name"), donate_argnames="cache"
-)
-def feed(params, spec, cache: dict, sequence: Sequence, index, *, name: str):
-  """An augmenting model reads tokens [B, M] into slots index .. ; the cache."""
-  kinds = ("augmenting", "cross")
-  own = {kind: cache[kind][name] for kind in kinds}
-  own = composition.read_on(params, spec, name, sequence, own, index)
-  return cache | {kind: cache[kind] | {name: own[kind]} for kind in kinds}
+def _each(cache: dict, along: tuple[str, ...], change: Callable) -> dict:
+  """Changes the caches of the models that read the anchor's tokens."""
 
+  def layers(own):
+    found = own["layers"]
+    if isinstance(found, tuple):
+      return own | {"layers": tuple(map(change, found))}
+    return own | {"layers": change(found)}
 
-class _Follower:
-  """An augmenting model with its own tokenizer, while texts grow."""
+  def among(kind, change):
+    return cache[kind] | {name: change(cache[kind][name]) for name in along}
 
-  def __init__(self, name, joined, readers: list[Reader], prompt: Sequence):
-    self.name, self._joined, self._readers = name, joined, readers
-    self._read_B = prompt.segments.sum(axis=1)
-    self._slot = prompt.tokens.shape[1]
-    self.slots = batching.round_up(2 * self._slot)
-
-  def follow(self, params, spec, state: State, new_B) -> State:
-    """Reads what the newest tokens complete; -1 is no token."""
-    ids = [
-      reader.push(int(token)) if token >= 0 else []
-      for reader, token in zip(self._readers, new_B, strict=False)
-    ]
-    longest = max(map(len, ids))
-    if not longest:
-      return state
-    size = 1 << (longest - 1).bit_length()
-    if self._slot + size > self.slots:
-      self.slots = batching.round_up(2 * self.slots)
-      cache = _grown(state.cache, self.name, self.slots)
-      state = state._replace(cache=cache)
-    sequence = batching.pad_left(ids, len(new_B), size, self._read_B)
-    self._read_B = self._read_B + (sequence.segments > 0).sum(axis=1)
-    batching.check_length(self.name, self._joined, self._read_B.max())
-    cache = feed(
-      params,
-      spec,
-      state.cache,
-      sequence,
-      jnp.int32(self._slot),
-      name=self.name,
-    )
-    self._slot += size
-    return state._replace(cache=cache)
-
-
-def _grown(cache: dict, name: str, slots: int) -> dict:
-  """The cache with more slots for one augmenting model."""
-
-  def grow(axis):
-    def one(x):
-      widths = [(0, 0)] * x.ndim
-      widths[axis] = (0, slots - x.shape[axis])
-      return jnp.pad(x, widths)
-
-    return one
-
-  own = cache["augmenting"][name]
-  own = {
-    "layers": jax.tree.map(grow(2), own["layers"]),
-    "segments": grow(1)(own["segments"]),
-  }
-  cross = jax.tree.map(grow(1), cache["cross"][name])
-  return cache | {
-    "augmenting": cache["augmenting"] | {name: own},
-    "cross": cache["cross"] | {name: cross},
+  return {
+    "anchor": layers(cache["anchor"]),
+    "augmenting": among("augmenting", layers),
+    "cross": among(
+      "cross", lambda own: {name: change(c) for name, c in own.items()}
+    ),
   }
 
 
@@ -303,7 +281,8 @@ def stream(
   stop_S = jnp.array(list(stop_ids) or [-1], jnp.int32)
   seeds = [0] * len(prompts) if seeds is None else seeds
   longest = batching.round_up(max(map(len, prompts)))
-  slots = batching.round_up(longest + max_new_tokens)
+  # `advance` settles whole chunks, the last one too.
+  slots = batching.round_up(longest + max_new_tokens + CHUNK)
   reads_on = [n for n, a in spec.augmenting if a.visibility != "encoder"]
   along = tuple(name for name in reads_on if name not in readers)
   for chosen, rows in batching.batches(prompts, batch_size):
@@ -311,7 +290,7 @@ def stream(
     own = {name: [make() for _ in ids] for name, make in readers.items()}
     batch = batching.lay_out(spec, ids, list(map(len, ids)), own, rows=rows)
     followers = [
-      _Follower(n, dict(spec.augmenting)[n], own[n], batch.augmenting[n])
+      Follower(n, dict(spec.augmenting)[n], own[n], batch.augmenting[n])
       for n in reads_on
       if n in own
     ]
@@ -320,12 +299,18 @@ def stream(
     keys_B = jax.vmap(jax.random.key)(
       jnp.array([seeds[i] for i in chosen] + [0] * (rows - len(ids)))
     )
+    longest_B = np.full(rows, max_new_tokens, np.int32)
+    longest_B[: len(ids)] += [len(p) for p in ids]
+    lengths = {
+      n: longest_B for n in ("anchor", *dict(spec.augmenting)) if n not in own
+    }
     state = start(
       params,
       spec,
       batch,
       keys_B,
       stop_S,
+      lengths,
       slots=tuple(
         (n, sizes.get(n, slots)) for n in ("anchor", *dict(spec.augmenting))
       ),
@@ -351,7 +336,8 @@ def stream(
       state = state._replace(done_B=jnp.asarray(done_B))
       for follower in followers:
         newest_B = np.where(done_B, -1, new_BT[:, -1])
-        state = follower.follow(params, spec, state, newest_B)
+        cache = follower.follow(params, spec, state.cache, newest_B)
+        state = state._replace(cache=cache)
       steps = min(left, size)
       state, new_BT = advance(
         params,

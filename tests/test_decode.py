@@ -13,6 +13,7 @@ import pytest
 from calm_jax import batching, composition, decode
 from calm_jax.connections import Composition
 from calm_jax.errors import InputError
+from calm_jax.models.rope import Rope
 from calm_jax.sampling import Sampler
 
 NEW = 6
@@ -97,6 +98,9 @@ CASES = {
     "names": ("kv",), "own": ("kv",), "visibility": "encoder"
   },
   "one of each": {"names": ("kv", "code"), "own": ("code",)},
+  # Shorter than most prompts, and longer than all.
+  "short windows": {"names": ("kv",), "own": ("kv",), "window": 3},
+  "long windows": {"names": ("kv",), "window": 25},
 }  # fmt: skip
 
 
@@ -106,7 +110,9 @@ def test_logits_while_generating_are_those_of_the_finished_text(
 ):
   options = dict(CASES[case])
   own = dict.fromkeys(options.pop("own", ()), Spelled)
+  window = options.pop("window", None)
   spec, params = helpers.compose(options.pop("names"), **options)
+  spec = helpers.retype(spec, window=window)
   new = 40  # long enough for an own tokenizer to outgrow its first cache
   seen: list[np.ndarray] = []
   # Steps of one token, so that the logits of each are seen.
@@ -143,6 +149,23 @@ def test_logits_while_generating_are_those_of_the_finished_text(
     worst = max(worst, np.abs(cached - full).max())
     assert got[i] == full.argmax(-1).tolist()
   assert worst < 1e-4
+
+
+def test_positions_that_depend_on_the_length_of_the_text():
+  # Told from the longest text that there can be, which is what comes out.
+  config, params = helpers.model(1)
+  scaled = Rope(8, theta=100.0, kind="dynamic", factor=2.0, original_length=10)
+  new = 30  # more slots than the original length, some texts shorter
+  spec = Composition(dataclasses.replace(config, rope=scaled))
+  got = decode.generate({"anchor": params}, spec, PROMPTS, max_new_tokens=new)
+  for prompt, ids in zip(PROMPTS, got, strict=True):
+    whole = composition.plain_sequence(jnp.array([prompt + ids]))
+    full = helpers.composed({"anchor": params}, spec, whole)
+    assert ids == full[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+  plain = decode.generate(
+    {"anchor": params}, Composition(config), PROMPTS, max_new_tokens=new
+  )
+  assert plain != got
 
 
 def test_an_own_tokenizer_that_reads_too_much_is_an_error():

@@ -15,8 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from calm_jax.models.cache import blocks, extend
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.layers import Linear, dot_product_attention, norm
+from calm_jax.models.layers import (
+  Linear,
+  attend,
+  dot_product_attention,
+  norm,
+)
 from calm_jax.models.moe import MoE
 from calm_jax.models.rope import rotate
 
@@ -103,19 +109,15 @@ class Attention(nn.Module):
       q_BLNH, k_BSKH = rotate(q_BLNH, rope), rotate(k_BSKH, rope)
     if c.scale_by_depth:
       q_BLNH = q_BLNH / jnp.asarray(layer + 1, q_BLNH.dtype)
-    if cache is not None:
+    how = (c.attention_scale, c.attention_cap)
+    if cache is None:
+      out_BLNH = dot_product_attention(q_BLNH, k_BSKH, v_BSKH, mask, *how)
+    else:
       # A cache may be of this layer alone; see `decoder.unstack`.
       row = 0 if len(cache["key"]) == 1 else layer
-      at = (row, 0, context.index, 0, 0)
-      update = jax.lax.dynamic_update_slice
-      cache = {
-        "key": update(cache["key"], k_BSKH[None], at),
-        "value": update(cache["value"], v_BSKH[None], at),
-      }
-      k_BSKH, v_BSKH = cache["key"][row], cache["value"][row]
-    out_BLNH = dot_product_attention(
-      q_BLNH, k_BSKH, v_BSKH, mask, c.attention_scale, c.attention_cap
-    )
+      new = {"key": k_BSKH.swapaxes(1, 2), "value": v_BSKH.swapaxes(1, 2)}
+      cache = extend(cache, new, row, context.index)
+      out_BLNH = attend(q_BLNH, blocks(cache, row, mask), *how)
     out = Linear(D, c.output_bias, c.dtype, name="output")
     return out(out_BLNH.reshape(B, L, -1)), cache
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm_jax.errors import InputError
+from calm_jax.models import cache as cache_lib
 from calm_jax.models.block import Block, Context, window_mask
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.layers import Linear, at_least_float32, norm
@@ -262,17 +263,15 @@ def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:
 def empty_cache(
   config: ModelConfig, batch: int, slots: int, stacked: bool = True
 ) -> dict | tuple:
-  """Zeros {"key", "value"}, each [num_layers, B, S, K, H].
+  """An empty `cache` of all layers.
 
-  For `unstack`ed parameters one such dict a layer, each of one layer.
+  For `unstack`ed parameters one a layer.
   """
-  shape = (batch, slots, config.num_kv_heads, config.head_dim)
 
   def zeros(layers):
-    return {
-      name: jnp.zeros((layers, *shape), config.dtype)
-      for name in ("key", "value")
-    }
+    return cache_lib.empty(
+      layers, batch, config.num_kv_heads, slots, config.head_dim, config.dtype
+    )
 
   if stacked:
     return zeros(config.num_layers)

@@ -99,24 +99,48 @@ def dot_product_attention(
   Scores are multiplied by `scale`, H^-1/2 if None, and with a cap they become
   cap tanh(scores / cap).
   """
-  if q_BLNH.dtype != jnp.float64 and cap is None:
+  k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+  return attend(q_BLNH, [(k_BKSH, v_BKSH, mask_B1LS)], scale, cap)
+
+
+def attend(
+  q_BLNH: Array,
+  blocks: list[tuple[Array, Array, Array]],
+  scale: float | None = None,
+  cap: float | None = None,
+) -> Array:
+  """`dot_product_attention` to blocks of keys, values [B, K, S, H] and masks.
+
+  One softmax goes over the keys of all blocks.
+  """
+  if len(blocks) == 1 and q_BLNH.dtype != jnp.float64 and cap is None:
+    [(k_BKSH, v_BKSH, mask_B1LS)] = blocks
     return jax.nn.dot_product_attention(
-      q_BLNH, k_BSKH, v_BSKH, mask=mask_B1LS, scale=scale
+      q_BLNH,
+      k_BKSH.swapaxes(1, 2),
+      v_BKSH.swapaxes(1, 2),
+      mask=mask_B1LS,
+      scale=scale,
     )
-  # The library has no cap, and its softmax is never more than float32, too
-  # coarse for gradients to be checked against finite differences.
+  # The library has no blocks and no cap, and its softmax is never more than
+  # float32, too coarse for gradients to be checked against finite differences.
   B, L, N, H = q_BLNH.shape
-  q_BLKGH = q_BLNH.reshape(B, L, k_BSKH.shape[2], -1, H)
-  scores_BKGLS = jnp.einsum(
-    "blkgh,bskh->bkgls",
-    q_BLKGH,
-    k_BSKH,
-    preferred_element_type=at_least_float32(q_BLNH.dtype),
-  ) * (H**-0.5 if scale is None else scale)
-  if cap is not None:
-    scores_BKGLS = cap * jnp.tanh(scores_BKGLS / cap)
-  lowest = jnp.finfo(scores_BKGLS.dtype).min
-  scores_BKGLS = jnp.where(mask_B1LS[:, None], scores_BKGLS, lowest)
-  weights_BKGLS = jax.nn.softmax(scores_BKGLS).astype(v_BSKH.dtype)
-  out = jnp.einsum("bkgls,bskh->blkgh", weights_BKGLS, v_BSKH)
-  return out.reshape(B, L, N, H)
+  dtype = at_least_float32(q_BLNH.dtype)
+  q_BKGLH = q_BLNH.reshape(B, L, blocks[0][0].shape[1], -1, H)
+  q_BKGLH = q_BKGLH.transpose(0, 2, 3, 1, 4)
+  scores = []
+  for k_BKSH, _, mask_B1LS in blocks:
+    scores_BKGLS = jnp.einsum(
+      "bkglh,bksh->bkgls", q_BKGLH, k_BKSH, preferred_element_type=dtype
+    ) * (H**-0.5 if scale is None else scale)
+    if cap is not None:
+      scores_BKGLS = cap * jnp.tanh(scores_BKGLS / cap)
+    lowest = jnp.finfo(dtype).min
+    scores.append(jnp.where(mask_B1LS[:, None], scores_BKGLS, lowest))
+  weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1))
+  out_BKGLH, at = 0, 0
+  for _, v_BKSH, _ in blocks:
+    here = weights[..., at : at + v_BKSH.shape[2]].astype(v_BKSH.dtype)
+    out_BKGLH += jnp.einsum("bkgls,bksh->bkglh", here, v_BKSH)
+    at += v_BKSH.shape[2]
+  return out_BKGLH.transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)

@@ -1,0 +1,70 @@
+"""Keys and values of the tokens read so far: {"key", "value"}.
+
+Each is [R, B, K, S, H], R layers of S slots; heads come before slots, the order
+in which a few queries are multiplied with them. XLA copies what a loop both
+updates and reads, at every step, so a loop that reads token by token leaves
+the cache alone: between `begin` and `settle`, new tokens go to a few slots
+beside it, "recent", the first of which stands for slot "first".
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+NAMES = ("key", "value")
+
+
+def empty(
+  rows: int, batch: int, heads: int, slots: int, width: int, dtype: str
+) -> dict:
+  """Zeros of [R, B, K, S, H]."""
+  shape = (rows, batch, heads, slots, width)
+  return {name: jnp.zeros(shape, dtype) for name in NAMES}
+
+
+def extend(cache: dict, new: dict, row: Array | int, index: Array) -> dict:
+  """Writes new keys and values [B, K, L, H] into slots index .. of a row."""
+  if "recent" in cache:
+    index = index - cache["first"]
+    return cache | {"recent": extend(cache["recent"], new, row, index)}
+  at = (row, 0, 0, index, 0)
+  return {
+    name: jax.lax.dynamic_update_slice(cache[name], new[name][None], at)
+    for name in NAMES
+  }
+
+
+def blocks(
+  cache: dict, row: Array | int, mask_B1LS: Array
+) -> list[tuple[Array, Array, Array]]:
+  """What to attend to: (keys, values [B, K, S, H], mask) of each block."""
+  key, value = (cache[name][row] for name in NAMES)
+  if "recent" not in cache:
+    return [(key, value, mask_B1LS)]
+  first, recent = cache["first"], cache["recent"]
+  before_S = jnp.arange(mask_B1LS.shape[-1]) < first
+  new_mask = jax.lax.dynamic_slice_in_dim(
+    mask_B1LS, first, recent["key"].shape[3], axis=-1
+  )
+  return [
+    (key, value, mask_B1LS & before_S),
+    (recent["key"][row], recent["value"][row], new_mask),
+  ]
+
+
+def begin(cache: dict, size: int, first: Array) -> dict:
+  """The cache, with `size` recent slots from `first` on."""
+  R, B, K, _, H = cache["key"].shape
+  recent = empty(R, B, K, size, H, cache["key"].dtype)
+  return cache | {"recent": recent, "first": first}
+
+
+def settle(cache: dict) -> dict:
+  """The cache without recent slots, written to where they belong."""
+  at = (0, 0, 0, cache["first"], 0)
+  return {
+    name: jax.lax.dynamic_update_slice(cache[name], cache["recent"][name], at)
+    for name in NAMES
+  }
