@@ -216,14 +216,25 @@ def test_all_reference_solutions_of_mbpp_pass():
   assert outcome.metrics == {"pass@1": 100.0}
 
 
+def test_the_test_split_has_500_problems_with_three_shots():
+  problems = code_execution.read_mbpp(shared("mbpp/mbpp.jsonl"))
+  chosen = [problems[task_id] for task_id in code_execution.MBPP_TEST]
+  shots = [problems[task_id] for task_id in code_execution.MBPP_SHOTS]
+  prompts = code_execution.mbpp_prompts(chosen, shots)
+  assert len(prompts) == 500
+  assert all(prompt.count("[DONE]\n\nYou are") == 3 for prompt in prompts)
+  assert all(prompt.endswith("\n[BEGIN]\n") for prompt in prompts)
+  assert "\r" not in "".join(prompts)
+
+
 @holds
-def test_the_test_split_has_500_problems_and_no_gifts():
-  """The answer to another problem passes nowhere."""
+def test_an_answer_to_nothing_passes_nowhere():
   problems = code_execution.read_mbpp(shared("mbpp/mbpp.jsonl"))
   outcome = mbpp(
     problems,
     lambda prompts: ["def zero():\n  return 0\n[DONE]"] * len(prompts),
     allow_code_execution=True,
+    task_ids=range(11, 31),
   )
-  assert [row["task_id"] for row in outcome.rows] == list(range(11, 511))
+  assert [row["task_id"] for row in outcome.rows] == list(range(11, 31))
   assert outcome.metrics == {"pass@1": 0.0}
