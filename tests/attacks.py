@@ -100,6 +100,10 @@ ATTACKS = {
     "os.kill(os.getppid(), 9)\nos.kill(1, 15)\nos.kill(1, 2)\nos.kill(-1, 9)",
     "failed", "ProcessLookupError",
   ),
+  "stops its keeper": (
+    "import os, time\nos.kill(1, 19)\ntime.sleep(60)", "timed out", "",
+  ),
+  "stops itself": ("import os\nos.kill(os.getpid(), 19)", "timed out", ""),
   "kills its group": ("import os\nos.kill(0, 9)", "killed", "Killed"),
   "signals ignored": (
     "import signal\n"
