@@ -1,7 +1,7 @@
 """What programs in the sandbox try, and how each must end.
 
 Each is written so that it does little harm even where the walls do not hold: it
-forks a few times, and allocates without touching.
+forks a few times only, and the tests limit what can be allocated.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ ATTACKS = {
   "subprocess": (
     "import subprocess\nsubprocess.run(['true'])", "failed", "PermissionError",
   ),
+  "1.5 GB": ("x = bytearray(3 * 2**29)", "out of memory", "MemoryError"),
   "10 GB": ("x = bytearray(10 * 2**30)", "out of memory", "MemoryError"),
   "10 GB of maps": (
     "import mmap\nx = [mmap.mmap(-1, 2**26) for _ in range(160)]",
