@@ -31,7 +31,8 @@ def read_problems(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
   """Rows of a jsonl file, with line ends as "\\n".
 
   Raises:
-    InputError: no such file, a line that is not JSON, or a field is missing.
+    InputError: no such file, an empty one, a line that is not JSON, or a field
+      is missing.
   """
   if not path.is_file():
     raise InputError(f"{path}: no such file")
@@ -46,6 +47,8 @@ def read_problems(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
       if missing:
         raise InputError(f"{path}, line {number}: {missing} missing")
       problems.append(problem)
+  if not problems:
+    raise InputError(f"{path}: it is empty")
   return problems
 
 

@@ -147,6 +147,9 @@ def test_bad_lines_are_named(tmp_path):
   path = tmp_path / "mbpp.jsonl"
   with pytest.raises(InputError, match="no such file"):
     code_execution.read_mbpp(path)
+  path.write_text("")
+  with pytest.raises(InputError, match="empty"):
+    code_execution.read_mbpp(path)
   good = json.dumps(PROBLEMS[2])
   for line, message in (
     ("{", "line 2: Expecting"),
