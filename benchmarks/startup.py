@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import calm_jax
-from benchmarks.generate import model
+from benchmarks.generate import V, model
 from calm_jax.models import decoder, loading
 from calm_jax.tokenizer import train_sentencepiece
 
@@ -30,7 +30,7 @@ GOAL = 1 / 3
 
 
 def save_composition(folder: Path) -> Path:
-  """Random models that share a tokenizer of bytes, and their composition."""
+  """Random models that share a tokenizer, and their composition."""
   init = jax.jit(decoder.init, static_argnums=1)
   texts = [f"{i} some words of number {i * i}" for i in range(500)]
   for name, shape in (
@@ -39,7 +39,13 @@ def save_composition(folder: Path) -> Path:
     config = model(*shape)
     params = init(jax.random.key(0), config)
     loading.save_params(folder / name, config, params)
-    train_sentencepiece(texts, folder / name / "tokenizer", vocab_size=60)
+    # Every id that the random weights may pick spells something.
+    train_sentencepiece(
+      texts,
+      folder / name / "tokenizer",
+      vocab_size=V,
+      user_defined_symbols=[f"word{i}_" for i in range(V - 60)],
+    )
   anchor, augmenting = (
     calm_jax.load_model(folder / name) for name in ("anchor", "augmenting")
   )

@@ -1,6 +1,6 @@
 """The key-value experiment of the paper (§4.1, Table 1).
 
-configs/kv.py         for two CPU cores, about 18 minutes
+configs/kv.py         for two CPU cores, about 15 minutes
 configs/kv.py:paper   the paper's size, for an accelerator
 configs/kv.py:tiny    a minute, to see that everything runs
 """

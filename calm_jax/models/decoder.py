@@ -14,6 +14,8 @@ Learned positions are {"embed": {"position_embedding": [max_length, D]}}.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,6 +170,12 @@ def embed(
   return x_BLD
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _layer(config: ModelConfig, weights, x_BLD, context, cache, layer):
+  """One layer; all of a shape are traced once."""
+  return Block(config).apply({"params": weights}, x_BLD, context, cache, layer)
+
+
 def run_layers(
   params: dict,
   config: ModelConfig,
@@ -196,8 +204,8 @@ def run_layers(
   if isinstance(params["layers"], tuple):
     caches = list(cache or [None] * config.num_layers)
     for i in range(start, stop):
-      x_BLD, caches[i] = Block(config).apply(
-        {"params": params["layers"][i]}, x_BLD, context, caches[i], i
+      x_BLD, caches[i] = _layer(
+        config, params["layers"][i], x_BLD, context, caches[i], i
       )
     return x_BLD, cache and tuple(caches)
   whole = (start, stop) == (0, config.num_layers)
