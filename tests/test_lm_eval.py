@@ -140,7 +140,7 @@ def test_generation_stops_where_it_is_told_to(adapter):
   [once] = adapter.generate_until(
     requests("generate_until", ("abc", options | {"max_gen_toks": 1}))
   )
-  assert once == whole[0][:1]
+  assert once == model.tokenizer.decode(new[0][:1])
 
 
 def test_sampling_is_a_matter_of_the_seed(folders):
@@ -220,5 +220,6 @@ def test_the_command_line_on_a_saved_composition(folders, tmp_path):
   [file] = tmp_path.glob("samples_tiny_choice*.jsonl")
   lines = [json.loads(line) for line in file.read_text().splitlines()]
   found = [float(resp[0][0]) for resp in lines[0]["resps"]]
-  want = composed.score(["abc"] * 3, ["de", "ij", "a"])
+  # The harness puts a space before a choice.
+  want = composed.score(["abc"] * 3, [" de", " ij", " a"])
   np.testing.assert_allclose(found, [s.logprob for s in want], atol=1e-4)
