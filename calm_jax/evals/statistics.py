@@ -62,7 +62,11 @@ def interval(
 
 
 def mean_interval(values_N, **options) -> tuple[float, float]:
-  """`interval` of a mean."""
+  """`interval` of a mean.
+
+  Where all values are the same, such as 0 of n right, it has no width: that is
+  what a bootstrap can say, not that there is no doubt.
+  """
   values_N = np.asarray(values_N, np.float64)
   return interval(values_N[:, None], mean_of(len(values_N)), **options)
 

@@ -105,7 +105,9 @@ def test_the_same_as_hf(folder, tmp_path):
 def test_a_fresh_composition_is_its_anchor_there_too(folder, tmp_path):
   # The other model has other tokens, and reads at most 256 of them.
   settings = {"max_length": 60, "add_bos_token": True}
-  tasks = harness.write(tmp_path, DOCS, OPTIONS)
+  tasks = harness.write(
+    tmp_path, {name: rows[:2] for name, rows in DOCS.items()}, OPTIONS
+  )
   calm_jax.compose(
     calm_jax.load_model(str(folder)),
     calm_jax.load_model(str(folder.parent / "babyllama")),
