@@ -17,7 +17,7 @@ test: $(VENV)/test
 	$(CPU) $(BIN)/python -m pytest -n auto --dist loadfile --ignore=tests/parity
 
 parity: $(VENV)/parity
-	$(CPU) $(BIN)/python -m pytest tests/parity
+	$(CPU) $(BIN)/python -m pytest tests/parity tests/test_lm_eval.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
@@ -42,5 +42,5 @@ $(VENV)/test $(VENV)/dev: $(VENV)/%: $(VENV)/installed
 	touch $@
 
 $(VENV)/parity: $(VENV)/test
-	$(BIN)/python -m pip install --quiet --editable '.[test,parity]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,parity,eval]'
 	touch $@

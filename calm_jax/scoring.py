@@ -68,7 +68,10 @@ def score(
   """
   readers = readers or {}
   limit = batching.max_length(spec, readers)
-  rows_of_ids = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+  # The last token is only predicted: the models need not read it.
+  rows_of_ids = [
+    [*p, *c[:-1]] for p, c in zip(prompts, completions, strict=True)
+  ]
   batching.check_prompts(prompts, 0, limit)
   batching.check_prompts(rows_of_ids, 0, limit)
   scores: list[Score] = [Score(0.0, 0, True)] * len(prompts)
@@ -78,11 +81,13 @@ def score(
     own = {name: [make() for _ in ids] for name, make in readers.items()}
     batch = batching.lay_out(spec, ids, given, own, rows=rows)
     targets_BL = np.roll(batch.anchor.tokens, -1, axis=1)
+    for row, i in enumerate(chosen):
+      targets_BL[row, -1:] = completions[i][-1:] or 0
     logprob_BL, likeliest_BL = jax.device_get(
       _token_scores(params, spec, batch, targets_BL)
     )
     for row, i in enumerate(chosen):
-      here = slice(-1 - len(completions[i]), -1)
+      here = slice(len(targets_BL[row]) - len(completions[i]), None)
       scores[i] = Score(
         float(logprob_BL[row, here].sum()),
         len(completions[i]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import pathlib
 import re
 import subprocess
@@ -175,9 +176,10 @@ assert not changed, f"jax.config was changed: {changed}"
 
 
 def test_importing_has_no_side_effect():
+  without = set() if importlib.util.find_spec("lm_eval") else {"lm_eval.py"}
   names = [
     "calm_jax." + f.removesuffix(".py").replace("/", ".")
-    for f in FILES
+    for f in FILES.keys() - without
     if not f.endswith("__init__.py")
   ]
   run = subprocess.run(

@@ -26,10 +26,12 @@ class Outcome:
   Attributes:
     metrics: name to number.
     rows: per example a JSON object with its inputs and outputs.
+    notes: name to what must be said with a number: sacrebleu's signature.
   """
 
   metrics: dict[str, float]
   rows: list[dict[str, Any]]
+  notes: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,0 +1,150 @@
+"""Grade-school maths: GSM8K, MGSM; exact match of the final number (§4.2)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from calm_jax.errors import InputError
+from calm_jax.evals import fewshot, statistics
+from calm_jax.evals.base import Generate, Outcome
+
+SHOTS = 8
+MARK = "####"  # GSM8K's, before the final number
+
+_GROUP = r"[,'’٬\u00a0\u2009\u202f]"  # between groups of digits
+_NUMBER = re.compile(
+  # A minus, unless it subtracts from what is before it.
+  r"(?P<sign>(?<![\w)])(?<![\d)%] )[-−–])?"
+  r"[$€£¥₹]?(?P<minus>(?<=[$€£¥₹])[-−–])?"
+  rf"(?:(?P<grouped>(?!0)\d{{1,3}}(?:{_GROUP}\d{{2,3}})*{_GROUP}\d{{3}}(?!\d)"
+  r"(?:\.\d+)?)"
+  r"|(?P<dotted>\d{1,3}(?:\.\d{3}){2,}(?!\d))"  # 1.000.000, no decimal
+  r"|(?P<plain>\d+(?:[.,٫]\d+)?|(?<!\w)\.\d+))"
+)
+_STATED = re.compile(r"answer\s*(?:is|:|=)", re.IGNORECASE)
+
+
+def maths(
+  items: Sequence[dict[str, Any]],
+  pool: Sequence[dict[str, Any]],
+  generate: Generate,
+  *,
+  shots: int = SHOTS,
+  seed: int = 0,
+  prompt: str | Path = "maths",
+  fits: Callable[[str], bool] | None = None,
+) -> Outcome:
+  """Share of problems whose final number is right, in percent.
+
+  Args:
+    items: such as `read_gsm` gives.
+    pool: with worked solutions, which the exemplars are drawn from.
+    generate, prompt: see `fewshot.answers`.
+    shots, seed, fits: see `fewshot.prompts`.
+
+  Returns:
+    "accuracy" with its 95% interval, the share "answered" with any number,
+    and the mean number of "shots".
+
+  Raises:
+    InputError: what `fewshot.answers` raises.
+  """
+  rows = fewshot.answers(
+    prompt, items, pool, generate, shots=shots, seed=seed, fits=fits
+  )
+  for row, item in zip(rows, items, strict=True):
+    found = final_number(row["prediction"])
+    row["wanted"] = item["number"]
+    row["found"] = None if found is None else str(found)
+    row["correct"] = found == Decimal(item["number"])
+  right = [100.0 * row["correct"] for row in rows]
+  low, high = statistics.mean_interval(right, seed=seed)
+  answered = sum(row["found"] is not None for row in rows)
+  return Outcome(
+    {
+      "accuracy": sum(right) / len(rows),
+      "accuracy_low": low,
+      "accuracy_high": high,
+      "answered": 100 * answered / len(rows),
+      "shots": fewshot.mean_shots(rows),
+    },
+    rows,
+  )
+
+
+def final_number(text: str) -> Decimal | None:
+  """The number that a solution ends in; None if it has none.
+
+  It is the first after GSM8K's mark ####, else the first after the last "answer
+  is" (after the = of a calculation), else the last. Commas between groups of
+  digits, units, currencies and a minus are understood, in any script's digits.
+  1,5 is read as 1.5; 1.000 is read as 1, for it cannot be told apart.
+  """
+  if MARK in text:
+    return _first(text.split(MARK, 1)[1])
+  stated = [text[match.end() :] for match in _STATED.finditer(text)]
+  found = _first(stated[-1]) if stated else None
+  if found is None:
+    numbers = list(_NUMBER.finditer(text))
+    found = _value(numbers[-1]) if numbers else None
+  return found
+
+
+def _first(text: str) -> Decimal | None:
+  sentence = re.split(r"[.!?。।]\s|\n", text.strip(), maxsplit=1)[0]
+  number = _NUMBER.search(sentence.rsplit("=", 1)[-1])
+  return _value(number) if number else None
+
+
+def _value(match: re.Match) -> Decimal:
+  if match["grouped"]:
+    digits = re.sub(_GROUP, "", match["grouped"])
+  elif match["dotted"]:
+    digits = match["dotted"].replace(".", "")
+  else:
+    digits = re.sub("[,٫]", ".", match["plain"])
+  value = Decimal(digits)
+  return -value if match["sign"] or match["minus"] else value
+
+
+def read_gsm(path: str | Path) -> list[dict[str, Any]]:
+  """Problems of GSM8K (.jsonl) or MGSM (.tsv: question, number).
+
+  Calculator annotations (<<1+1=2>>) are taken out of worked solutions.
+
+  Returns:
+    {"id", "question", "answer", "number"}; id is the line, from 1.
+
+  Raises:
+    InputError: no such file, or a line without a question and a number.
+  """
+  path = Path(path)
+  if not path.is_file() or path.suffix not in (".jsonl", ".tsv"):
+    raise InputError(f"{path} is no .jsonl of GSM8K and no .tsv of MGSM")
+  items = []
+  # Not splitlines(): a question may hold rarer line separators.
+  lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+  for number, line in enumerate(lines, start=1):
+    try:
+      if path.suffix == ".tsv":
+        question, answer = line.rstrip("\r").split("\t")
+      else:
+        row = json.loads(line)
+        question = row["question"]
+        answer = re.sub(r"<<[^>]*>>", "", row["answer"])
+      gold = answer.split(MARK)[-1].strip().replace(",", "")
+      Decimal(gold)
+    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
+      raise InputError(
+        f"{path}, line {number}: needs a question and an answer that ends in "
+        f"{MARK} and a number ({type(error).__name__}: {error})"
+      ) from error
+    items.append(
+      {"id": number, "question": question, "answer": answer, "number": gold}
+    )
+  return items

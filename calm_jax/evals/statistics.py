@@ -1,0 +1,171 @@
+"""How sure a number is, and whether two models differ.
+
+Everything acts on an array [N, S] of what each example adds to a metric's sums:
+one column for a mean, 18 counts for chrF1. A metric is a function of sums
+[..., S], so that thousands of resamples are one matrix product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from calm_jax.errors import InputError
+
+Metric = Callable[[np.ndarray], np.ndarray]
+_AT_ONCE = 2**22  # numbers of a block of resamples
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+  """A model against a baseline, over the same examples.
+
+  Attributes:
+    delta: the model's metric less the baseline's.
+    low, high: its bootstrap interval.
+    p_value: two-sided, of the hypothesis that it does not matter which of the
+      two answered which example.
+  """
+
+  delta: float
+  low: float
+  high: float
+  p_value: float
+
+
+def mean_of(count: int) -> Metric:
+  """The metric "mean" of `count` examples, of sums [..., 1]."""
+  return lambda sums: sums[..., 0] / count
+
+
+def interval(
+  parts_NS: np.ndarray,
+  metric: Metric,
+  *,
+  seed: int = 0,
+  resamples: int = 2000,
+  level: float = 0.95,
+) -> tuple[float, float]:
+  """Percentile bootstrap interval of metric(sum of the examples).
+
+  Args:
+    parts_NS: what each example adds.
+    metric: of sums [..., S].
+    seed: the same seed gives the same interval.
+    resamples: how many; the error of the ends shrinks with its square root.
+    level: the share of the resamples inside.
+  """
+  (sums_RS,) = _resampled([_two_axes(parts_NS)], seed, resamples)
+  return _quantiles(metric(sums_RS), level)
+
+
+def mean_interval(values_N, **options) -> tuple[float, float]:
+  """`interval` of a mean.
+
+  Where all values are the same, such as 0 of n right, it has no width: that is
+  what a bootstrap can say, not that there is no doubt.
+  """
+  values_N = np.asarray(values_N, np.float64)
+  return interval(values_N[:, None], mean_of(len(values_N)), **options)
+
+
+def compare(
+  parts_NS: np.ndarray,
+  baseline_NS: np.ndarray,
+  metric: Metric,
+  *,
+  seed: int = 0,
+  resamples: int = 2000,
+  level: float = 0.95,
+) -> Difference:
+  """Paired comparison: bootstrap interval, permutation test.
+
+  Both draw whole examples, so that what makes an example hard for both models
+  cancels.
+
+  Args:
+    parts_NS, baseline_NS: of the same examples in the same order.
+    metric, seed, resamples, level: as for `interval`.
+
+  Raises:
+    InputError: not the same number of examples, or none.
+  """
+  a_NS, b_NS = _two_axes(parts_NS), _two_axes(baseline_NS)
+  if a_NS.shape != b_NS.shape:
+    raise InputError(
+      f"a paired comparison of {len(a_NS)} and {len(b_NS)} examples: give the "
+      "predictions of both models for the same examples"
+    )
+  delta = float(metric(a_NS.sum(0)) - metric(b_NS.sum(0)))
+  a_RS, b_RS = _resampled([a_NS, b_NS], seed, resamples)
+  low, high = _quantiles(metric(a_RS) - metric(b_RS), level)
+  swapped = _swapped(a_NS, b_NS, metric, seed, resamples)
+  # What differs from delta by rounding alone is as extreme.
+  extreme = np.abs(swapped) >= abs(delta) - 1e-9 * max(1.0, abs(delta))
+  # The observed assignment is one of them: p is never 0.
+  p_value = (1 + int(extreme.sum())) / (1 + resamples)
+  return Difference(delta, low, high, p_value)
+
+
+def count_better(
+  scores: Mapping[str, float], baseline: Mapping[str, float]
+) -> tuple[int, int, int]:
+  """Table 5's #(> m_B): (strictly better, better or equal, languages).
+
+  Raises:
+    InputError: not the same languages.
+  """
+  if scores.keys() != baseline.keys():
+    raise InputError(
+      "#(> m_B) compares the same languages; only one side has "
+      f"{sorted(scores.keys() ^ baseline.keys())}"
+    )
+  better = sum(scores[name] > baseline[name] for name in scores)
+  ties = sum(scores[name] == baseline[name] for name in scores)
+  return better, better + ties, len(scores)
+
+
+def _two_axes(parts) -> np.ndarray:
+  parts_NS = np.asarray(parts, np.float64)
+  if parts_NS.ndim != 2 or not parts_NS.size:
+    raise InputError(
+      "the examples' statistics must be [examples, sums] and not empty, got "
+      f"{list(parts_NS.shape)}"
+    )
+  return parts_NS
+
+
+def _blocks(count: int, resamples: int):
+  """Sizes of blocks of resamples that fit into little memory."""
+  block = max(1, _AT_ONCE // count)
+  return [min(block, resamples - at) for at in range(0, resamples, block)]
+
+
+def _resampled(parts: list[np.ndarray], seed: int, resamples: int):
+  """Sums [R, S] of each of `parts`, over the same draws with replacement."""
+  random, count = np.random.default_rng(seed), len(parts[0])
+  sums = []
+  for rows in _blocks(count, resamples):
+    times_RN = random.multinomial(count, np.full(count, 1 / count), rows)
+    sums.append([times_RN.astype(np.float64) @ part for part in parts])
+  return [np.concatenate(blocks) for blocks in zip(*sums, strict=True)]
+
+
+def _swapped(a_NS, b_NS, metric, seed: int, resamples: int) -> np.ndarray:
+  """Deltas [R] with the two models' answers swapped for random examples."""
+  random = np.random.default_rng((seed, 1))
+  deltas = []
+  for rows in _blocks(len(a_NS), resamples):
+    swap_RN = random.integers(0, 2, (rows, len(a_NS))).astype(np.float64)
+    moved_RS = swap_RN @ (a_NS - b_NS)
+    deltas.append(
+      metric(a_NS.sum(0) - moved_RS) - metric(b_NS.sum(0) + moved_RS)
+    )
+  return np.concatenate(deltas)
+
+
+def _quantiles(values_R: np.ndarray, level: float) -> tuple[float, float]:
+  low, high = np.quantile(values_R, [(1 - level) / 2, (1 + level) / 2])
+  return float(low), float(high)

@@ -1,0 +1,249 @@
+"""lm-evaluation-harness's tasks, for a model or a saved composition.
+
+    python -m calm_jax.lm_eval --model calm_jax \\
+      --model_args pretrained=DIR --tasks TASK
+
+is `lm_eval` with calm_jax among its models. Releases of the harness after
+0.4.13 find this module by its entry point: there `lm_eval` itself will do.
+Needs the extra `eval`.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import transformers
+from lm_eval import utils
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from calm_jax import artefact, batching, cli, decode, scoring
+from calm_jax.errors import InputError
+from calm_jax.sampling import Sampler
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_AUTO = 16  # rows at once, for batch_size=auto
+
+
+@register_model("calm_jax")
+class CalmJax(TemplateLM):
+  """What the harness asks of a model; the same as its own `hf` does.
+
+  So that numbers compare, texts become tokens as there: a BOS token is put
+  first if the checkpoint's own tokenizer does so, what is too long loses its
+  beginning, and what was generated is decoded by itself.
+
+  Args:
+    pretrained: a folder or hub id of a model, or of a composition.
+    dtype: of parameters and computation; as saved if None.
+    batch_size: rows at once, or "auto".
+    max_length: tokens that are read at most; the models' limit if None.
+    max_gen_toks: tokens of an answer, where a task does not say.
+    add_bos_token: whether a BOS token is put before every text, as calm_jax
+      trains compositions; as the anchor's own tokenizer does if None.
+    seed: of sampling; request i draws with seed + i.
+    device: not used, for the harness always names one: JAX_PLATFORMS does.
+    max_batch_size: must be left out.
+
+  Raises:
+    InputError: no such model, no tokenizer, or an impossible setting.
+  """
+
+  def __init__(
+    self,
+    pretrained: str,
+    dtype: str | None = None,
+    batch_size: int | str = _AUTO,
+    max_length: int | None = None,
+    max_gen_toks: int = 256,
+    add_bos_token: bool | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    max_batch_size: int | None = None,
+  ):
+    super().__init__()
+    if max_batch_size is not None:
+      raise InputError("calm_jax has no max_batch_size: give batch_size")
+    self.model = artefact.load_any(pretrained, dtype)
+    self._text = self.model.text()
+    self._readers = self.model.readers()
+    self._batch_size = _AUTO if batch_size == "auto" else int(batch_size)
+    limit = batching.max_length(self.model.spec, self._readers)
+    if max_length is not None and not 0 < max_length <= limit:
+      raise InputError(f"max_length={max_length} must be from 1 to {limit}")
+    self.max_length = limit if max_length is None else max_length
+    self.max_gen_toks = max_gen_toks
+    self._seed = seed
+    if self._text.bos_id is None and self._text.eos_id is None:
+      raise InputError(
+        f"the tokenizer of {pretrained} has neither a BOS nor an EOS token, "
+        "which the harness puts before texts without a context"
+      )
+    if add_bos_token is None:
+      add_bos_token = _puts_bos(self.model.sources["anchor"].folder)
+    self._add_bos = add_bos_token
+
+  @property
+  def eot_token_id(self) -> int | None:
+    return self._text.eos_id
+
+  @property
+  def prefix_token_id(self) -> int:
+    """What is put before a text without a context: BOS, else EOS."""
+    bos = self._text.bos_id
+    return self._text.eos_id if bos is None else bos
+
+  @property
+  def tokenizer_name(self) -> str:
+    return self._text.fingerprint
+
+  def tok_encode(
+    self, string: str, add_special_tokens: bool | None = None, **kwargs
+  ) -> list[int]:
+    """Token ids; BOS only if the text does not spell it already."""
+    ids = self._text.encode(string)
+    bos = self._text.bos_id
+    wanted = self._add_bos if add_special_tokens is None else add_special_tokens
+    return [bos, *ids] if wanted and bos not in (None, *ids[:1]) else ids
+
+  def _loglikelihood_tokens(
+    self,
+    requests: Sequence[tuple[Any, list[int], list[int]]],
+    disable_tqdm: bool = False,
+    **kwargs,
+  ) -> list[tuple[float, bool]]:
+    prompts, completions = [], []
+    for _, context, continuation in requests:
+      # The last token is only predicted: there may be one more than are read.
+      ids = [*context, *continuation][-self.max_length - 1 :]
+      if not 0 < len(continuation) < len(ids):
+        raise InputError(
+          f"a continuation of {len(continuation)} tokens: it must have from 1 "
+          f"to {self.max_length}"
+        )
+      prompts.append(ids[: -len(continuation)])
+      completions.append(continuation)
+    scores = scoring.score(
+      self.model.tree,
+      self.model.spec,
+      prompts,
+      completions,
+      readers=self._readers,
+      batch_size=self._batch_size,
+    )
+    answers = [(score.logprob, score.is_greedy) for score in scores]
+    for (texts, _, _), answer in zip(requests, answers, strict=True):
+      if texts is not None:  # None: a window of loglikelihood_rolling
+        self.cache_hook.add_partial("loglikelihood", texts, answer)
+    return answers
+
+  def loglikelihood_rolling(
+    self, requests, disable_tqdm: bool = False
+  ) -> list[float]:
+    windows, owners = [], []
+    for number, request in enumerate(requests):
+      for window in utils.get_rolling_token_windows(
+        token_list=self.tok_encode(request.args[0]),
+        prefix_token=self.prefix_token_id,
+        max_seq_len=self.max_length,
+        context_len=1,
+      ):
+        windows.append((None, *utils.make_disjoint_window(window)))
+        owners.append(number)
+    totals = [0.0] * len(requests)
+    scores = self._loglikelihood_tokens(windows)
+    for number, (logprob, _) in zip(owners, scores, strict=True):
+      totals[number] += logprob
+    for request, total in zip(requests, totals, strict=True):
+      self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+    return totals
+
+  def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+    groups: dict[str, list[int]] = {}
+    for number, request in enumerate(requests):
+      key = json.dumps(request.args[1], sort_keys=True)
+      groups.setdefault(key, []).append(number)
+    texts = [""] * len(requests)
+    for numbers in groups.values():
+      options = requests[numbers[0]].args[1]
+      contexts = [requests[number].args[0] for number in numbers]
+      written = self._generate(contexts, numbers, options)
+      for number, text in zip(numbers, written, strict=True):
+        texts[number] = text
+        self.cache_hook.add_partial(
+          "generate_until", requests[number].args, text
+        )
+    return texts
+
+  def _generate(
+    self, contexts: list[str], numbers: list[int], options: dict[str, Any]
+  ) -> list[str]:
+    """Continuations of contexts that are asked for with the same options."""
+    options = dict(normalize_gen_kwargs(options, self.max_gen_toks))
+    until = [stop for stop in options.pop("until") if stop]
+    longest = options.pop("max_gen_toks")
+    if not options.pop("do_sample"):
+      options["temperature"] = 0.0
+    if unknown := sorted(options.keys() - set(_SAMPLING)):
+      raise InputError(
+        f"calm_jax cannot generate with {', '.join(unknown)}; it knows until, "
+        f"max_gen_toks, do_sample, {', '.join(_SAMPLING)}"
+      )
+    room = self.max_length - longest
+    if room < 1:
+      raise InputError(
+        f"max_gen_toks={longest} leaves no room for a context in max_length="
+        f"{self.max_length}: lower it by --gen_kwargs max_gen_toks=N"
+      )
+
+    def cut(new: list[int]) -> tuple[str, bool]:
+      text = self._text.decode(new)
+      ends = [end for stop in until if (end := text.find(stop)) >= 0]
+      return text[: min(ends)] if ends else text, bool(ends)
+
+    prompts = [
+      self.tok_encode(context)[-room:] or [self.prefix_token_id]
+      for context in contexts
+    ]
+    out = decode.generate(
+      self.model.tree,
+      self.model.spec,
+      prompts,
+      max_new_tokens=longest,
+      stop_ids=self._text.stop_ids,
+      sampler=Sampler(**options),
+      seeds=[self._seed + number for number in numbers],
+      readers=self._readers,
+      finished=(lambda _, new: cut(new)[1]) if until else None,
+      batch_size=self._batch_size,
+    )
+    return [cut(new)[0] for new in out]
+
+
+def _puts_bos(folder: pathlib.Path) -> bool:
+  """Whether a checkpoint's own tokenizer begins every text with BOS."""
+  try:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+      str(folder), trust_remote_code=False
+    )
+  except (OSError, ValueError, KeyError, ImportError) as error:
+    raise InputError(
+      f"transformers cannot read the tokenizer of {folder} ({error}): say "
+      "add_bos_token=True or False in --model_args"
+    ) from error
+  ids = tokenizer.encode("")
+  return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def main() -> None:
+  """`lm_eval`, with calm_jax among its models."""
+  cli.guarded(cli_evaluate)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,61 @@
+"""CodeXGLUE code-to-text: its lines, and the evaluation."""
+
+from __future__ import annotations
+
+import json
+
+import eval_data
+import pytest
+
+from calm_jax.errors import InputError
+from calm_jax.evals.code_to_text import code_to_text, read_codexglue
+
+LINE = {
+  "language": "python",
+  "code": 'def f(x):\n  """Adds one."""\n  return x + 1',
+  "code_tokens": ["def", "f", "(", "x", ")", ":", "return\n", "x", "+", "1"],
+  "docstring_tokens": ["Adds", "one", "."],
+}
+
+
+def test_the_code_does_not_hold_what_is_asked_for(tmp_path):
+  file = tmp_path / "test.jsonl"
+  file.write_text(json.dumps(LINE) + "\n")
+  assert read_codexglue(file) == [
+    {
+      "id": 1,
+      "language": "Python",
+      "code": "def f ( x ) : return x + 1",
+      "docstring": "Adds one .",
+    }
+  ]
+
+
+def test_what_cannot_be_read_is_said(tmp_path):
+  file = tmp_path / "test.jsonl"
+  file.write_text(json.dumps(LINE) + "\n" + '{"language": "go"}\n')
+  with pytest.raises(InputError, match=r"test\.jsonl, line 2: .*code_tokens"):
+    read_codexglue(file)
+  with pytest.raises(InputError, match="no file"):
+    read_codexglue(tmp_path / "valid.jsonl")
+
+
+def test_the_references_of_ruby_score_100():
+  items = read_codexglue(
+    eval_data.folder("codexglue") / "code_to_text_ruby" / "test.jsonl"
+  )
+  assert len(items) == 1261
+  asked = []
+
+  def generate(prompts):
+    asked.extend(prompts)
+    return [f" {item['docstring']}\n\nRuby code: more" for item in items]
+
+  outcome = code_to_text(items, items, generate)
+  assert outcome.metrics == {
+    "chrf1": 100, "chrf1_low": 100, "chrf1_high": 100, "shots": 3,
+  }  # fmt: skip
+  assert all(p.count("\nDescription:") == 4 for p in asked[:20])
+  assert all(
+    number not in row["exemplars"] for number, row in enumerate(outcome.rows)
+  )

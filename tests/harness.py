@@ -1,0 +1,57 @@
+"""A small local task of each kind, for lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+TASKS = ("tiny_choice", "tiny_rolling", "tiny_generate")
+_HEAD = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}, cache_dir: "{cache}"}}
+test_split: test
+"""
+_BODY = {
+  "tiny_choice": """
+output_type: multiple_choice
+doc_to_text: "{{context}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{target}}"
+metric_list: [{metric: acc}]
+""",
+  "tiny_rolling": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte}]
+""",
+  "tiny_generate": """
+output_type: generate_until
+doc_to_text: "{{context}}"
+doc_to_target: ""
+generation_kwargs: OPTIONS
+metric_list: [{metric: exact_match}]
+""",
+}
+
+
+def write(folder: pathlib.Path, docs: dict[str, list], options: dict) -> str:
+  """Writes the tasks of `docs`, by name; what include_path is to be."""
+  for name, rows in docs.items():
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    head = _HEAD.format(name=name, data=data, cache=folder / "cache")
+    body = _BODY[name].replace("OPTIONS", json.dumps(options))
+    (folder / f"{name}.yaml").write_text(head + body)
+  return str(folder)
+
+
+def answers(results: dict) -> dict[str, list]:
+  """By task what the model answered, in the order of the documents."""
+  return {
+    name: [
+      sample["resps"] for sample in sorted(samples, key=lambda s: s["doc_id"])
+    ]
+    for name, samples in results["samples"].items()
+  }

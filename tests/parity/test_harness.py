@@ -1,0 +1,116 @@
+"""The adapter against lm-evaluation-harness's own `hf` model."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import harness
+import numpy as np
+import pytest
+
+import calm_jax
+
+pytest.importorskip(
+  "torch", reason="parity is measured against torch, which is not installed"
+)
+lm_eval = pytest.importorskip(
+  "lm_eval", reason="lm-evaluation-harness is not installed (extra eval)"
+)
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from calm_jax.lm_eval import CalmJax  # noqa: E402
+
+LONG = (
+  "Once upon a time, there was a big dog named Max. He liked to run and play "
+  "with his friends in the park. One day, Max saw a little bird. "
+)
+CHOICES = [" play outside.", " was sad", "zzz 42!", " the red ball, and then"]
+DOCS = {
+  "tiny_choice": [
+    {"context": "Lily liked to", "choices": CHOICES, "target": 0},
+    {"context": "She said, ", "choices": ['"Hi!"', "no"], "target": 1},
+    {"context": "", "choices": ["Once upon a time", "Tom"], "target": 0},
+    # More than the 512 tokens that the model reads.
+    {"context": 12 * LONG, "choices": CHOICES[:2], "target": 0},
+  ],
+  "tiny_rolling": [{"text": LONG}, {"text": 12 * LONG + "É 7."}, {"text": "A"}],
+  "tiny_generate": [
+    {"context": "Once upon a time"},
+    {"context": "Tom and Ben went to the"},
+    {"context": LONG + "The bird"},
+    {"context": 12 * LONG},
+  ],
+}
+OPTIONS = {"until": ["\n\n", " the park"], "max_gen_toks": 32}
+
+
+@pytest.fixture(scope="module")
+def folder():
+  if "CALM_SHARED" not in os.environ:
+    pytest.skip("CALM_SHARED does not name the folder of shared models")
+  return pathlib.Path(os.environ["CALM_SHARED"], "models", "stories260k")
+
+
+def evaluate(tasks, model, **settings):
+  return harness.answers(
+    lm_eval.simple_evaluate(
+      model,
+      tasks=list(harness.TASKS),
+      task_manager=TaskManager(include_path=tasks, include_defaults=False),
+      bootstrap_iters=0,
+      **settings,
+    )
+  )
+
+
+def assert_same(ours: dict, theirs: dict):
+  assert ours.keys() == theirs.keys() == set(harness.TASKS)
+  assert ours["tiny_generate"] == theirs["tiny_generate"]
+  pairs = zip(
+    *(
+      [resp[0] for resps in side["tiny_choice"] for resp in resps]
+      for side in (ours, theirs)
+    ),
+    strict=True,
+  )
+  for (logprob, greedy), (want, want_greedy) in pairs:
+    assert logprob == pytest.approx(want, abs=1e-3)
+    assert greedy == want_greedy
+  np.testing.assert_allclose(
+    np.squeeze(ours["tiny_rolling"]),
+    np.squeeze(theirs["tiny_rolling"]),
+    atol=1e-3,
+  )
+
+
+def theirs(tasks, folder, **settings):
+  return evaluate(
+    tasks,
+    "hf",
+    model_args={"pretrained": str(folder), "dtype": "float32"} | settings,
+    device="cpu",
+    batch_size=1,
+  )
+
+
+def test_the_same_as_hf(folder, tmp_path):
+  tasks = harness.write(tmp_path, DOCS, OPTIONS)
+  ours = evaluate(tasks, CalmJax(str(folder)))
+  assert_same(ours, theirs(tasks, folder))
+  written = [resps[0][0] for resps in ours["tiny_generate"]]
+  assert any(len(text) > 40 for text in written)
+
+
+def test_a_fresh_composition_is_its_anchor_there_too(folder, tmp_path):
+  # The other model has other tokens, and reads at most 256 of them.
+  settings = {"max_length": 60, "add_bos_token": True}
+  tasks = harness.write(
+    tmp_path, {name: rows[:2] for name, rows in DOCS.items()}, OPTIONS
+  )
+  calm_jax.compose(
+    calm_jax.load_model(str(folder)),
+    calm_jax.load_model(str(folder.parent / "babyllama")),
+  ).save(tmp_path / "composed")
+  ours = evaluate(tasks, CalmJax(str(tmp_path / "composed"), **settings))
+  assert_same(ours, theirs(tasks, folder, **settings))
