@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from calm_jax.connections import Augmenting, Composition
+from calm_jax.controls import controlled
 from calm_jax.cross_attention import (
   CrossAttention,
   cross_mask,
@@ -195,8 +196,9 @@ def read_on(
   )
   cross = {}
   for connection in joined.connections:
+    layer = connection.augmenting
     kv = _bound(params, spec, name, connection).keys_values(
-      taps[connection.augmenting]
+      controlled(joined, taps[layer], sequence.positions, layer)
     )
     if cache is not None:
       kv = _write(cache["cross"][connection.name], kv, index)
