@@ -17,7 +17,7 @@ from calm_jax import ablations, checkpoint, tables, train, trainer, tree
 from calm_jax.errors import InputError
 from configs import common
 
-KINDS = ("composed", "lora", "noise")
+KINDS = ("composed", "lora")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,14 +27,22 @@ def cached_programs(tmp_path_factory):
 
 
 def asked(workdir, **changes):
-  config = small(workdir)
+  config = quick(workdir)
   config.ablations.update({"kinds": KINDS, "trials": 2} | changes)
+  return config
+
+
+def quick(workdir, *kinds):
+  """Of the stages before the last, one."""
+  config = small(workdir)
+  config.recipe = ("anchor", "compose")
+  common.become([*kinds], config)
   return config
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  """(workdir, summary) of two trials of three kinds."""
+  """(workdir, summary) of two trials of two kinds."""
   workdir = tmp_path_factory.mktemp("ablations")
   return workdir, ablations.main(asked(workdir))
 
@@ -48,12 +56,10 @@ def trained(workdir, kind, trial):
 def test_what_is_trained_and_how_often(finished):
   workdir, summary = finished
   stages = {p.parent.name for p in workdir.glob("*/complete.json")}
-  assert stages == {"augmenting", "anchor", "anchor_prefix"}
+  assert stages == {"anchor"}
   made = workdir.glob("ablations/*/*/compose/complete.json")
   assert len(list(made)) == len(KINDS) * 2
-  assert list(summary) == [
-    "m_A", "m_B", "composed", "m_B with LoRA", "m_A replaced by noise"
-  ]  # fmt: skip
+  assert list(summary) == ["m_A", "m_B", "composed", "m_B with LoRA"]
   for name, row in summary.items():
     assert len(row["runs"]) == (1 if name in ("m_A", "m_B") else 2)
   label = "KV-MATH, all keys held-out"
@@ -73,10 +79,9 @@ def test_trials_differ_and_kinds_share_their_models(finished):
     ours, others = leaves[kind, 0], leaves[kind, 1]
     assert any(np.any(ours[n] != others[n]) for n in ours)
   frozen = {key: meta["frozen"] for key, meta in metas.items()}
-  assert frozen["composed", 0] == frozen["composed", 1] == frozen["noise", 0]
+  assert frozen["composed", 0] == frozen["composed", 1]
   # Without the LoRA leaves, m_B is what it is for all.
   assert frozen["lora", 0] == {"anchor": frozen["composed", 0]["anchor"]}
-  assert leaves["composed", 0].keys() == leaves["noise", 0].keys()
   assert all("/lora_" in name for name in leaves["lora", 0])
   # Within a trial the batches are the same.
   source = {key: meta["settings"]["source"] for key, meta in metas.items()}
@@ -103,12 +108,12 @@ def test_the_table(finished):
   on_disk = json.loads((workdir / "ablations/ablations.json").read_text())
   assert on_disk == json.loads(json.dumps(summary))
   made = ablations.table(summary)
-  assert len(made.rows) == 5
+  assert len(made.rows) == 4
   assert made.header[2] == "KV-MATH, all keys held-out"
   assert {len(row) for row in made.rows} == {len(made.header)}
   console = Console(file=io.StringIO(), width=300)
   tables.print_tables([made], console)
-  assert "m_A replaced by noise" in console.file.getvalue()
+  assert "m_B with LoRA" in console.file.getvalue()
 
 
 def test_a_cell_is_the_mean_and_the_range():
@@ -122,48 +127,48 @@ def test_started_again_it_makes_what_is_missing_only(finished, monkeypatch):
   workdir, summary = finished
   monkeypatch.setattr(trainer, "make_step", None)  # No stage is trained.
   # Killed between the last stage and the end of its evaluation.
-  (workdir / "ablations/noise/1/results.json").unlink()
+  (workdir / "ablations/lora/1/results.json").unlink()
   assert ablations.main(asked(workdir)) == summary
 
   monkeypatch.setattr(ablations, "run", None)  # And nothing is evaluated.
   assert ablations.main(asked(workdir)) == summary
 
 
-def test_another_kind_takes_the_models_that_are_there(finished):
-  """m_B fine-tuned, by the training command: the result is a checkpoint."""
+def test_a_fine_tuned_m_b_is_written_as_a_checkpoint(finished):
   workdir, _ = finished
-  config = small(workdir)
-  common.become(["finetune"], config)
-  results = train.main(config)
+  settings = train.plain(quick(workdir, "finetune"))
+  fitted = train.fit(settings)  # Which takes the m_B that is there.
+  counts = fitted.parameters
+  assert counts["trained"] == counts["anchor"]
+  assert list(fitted.alone) == ["anchor"]  # There is no m_A in it.
+  train._keep(fitted, settings)
+  model = calm_jax.load_model(str(workdir / "finetune" / "model"))
+  folder = workdir / "finetune" / "compose" / "checkpoints"
+  saved, _ = checkpoint.restore_trainable(folder)
+  jax.tree.map(np.testing.assert_array_equal, model.params, saved["anchor"])
+  base, _ = checkpoint.restore_trainable(workdir / "anchor" / "checkpoints")
+  assert tree.fingerprint(base) != tree.fingerprint(saved)
+
+
+def test_lora_by_the_training_command(finished):
+  workdir, _ = finished
+  results = train.main(quick(workdir, "lora"))
   assert set(results["table1"]["kv_math"]) == {
     "anchor", "composed", "composed_held_in", "composed_mixed",
     "composed_held_out",
   }  # fmt: skip
-  assert list(results["seconds"]) == ["anchor", "anchor_prefix", "compose"]
-  counts = results["parameters"]
-  assert counts["trained"] == counts["anchor"]
-  report = (workdir / "finetune" / "report.md").read_text()
-  assert "m_B fine-tuned" in report and "against Θ_C" in report
-  model = calm_jax.load_model(str(workdir / "finetune" / "model"))
-  saved, _ = checkpoint.restore_trainable(
-    workdir / "finetune" / "compose" / "checkpoints"
-  )
-  jax.tree.map(np.testing.assert_array_equal, model.params, saved["anchor"])
-  base, _ = checkpoint.restore_trainable(workdir / "anchor_prefix/checkpoints")
-  assert tree.fingerprint(base) != tree.fingerprint(saved)
-
-
-def test_lora_is_written_merged(finished):
-  workdir, _ = finished
-  config = small(workdir)
-  common.become(["lora"], config)
-  train.main(config)
+  report = (workdir / "lora" / "report.md").read_text()
+  difference = results["parameters"]["trained_minus_composition"]
+  assert "| m_B with LoRA |" in report
+  assert f"trained here, {difference:+,} against Θ_C" in report
+  # What it writes has LoRA in its kernels, and answers the same.
   model = calm_jax.load_model(str(workdir / "lora" / "model"))
   file = workdir / "lora/predictions/kv_subs.composed.jsonl"
   rows = [json.loads(line) for line in file.read_text().splitlines()]
-  texts = model.generate([row["prompt"] for row in rows], 12)
+  longest = max(len(row["prediction"]) for row in rows) + 1
+  texts = model.generate([row["prompt"] for row in rows], longest)
   for row, text in zip(rows, texts, strict=True):
-    assert text.startswith(row["prediction"][:8])
+    assert text.startswith(row["prediction"])
 
 
 def test_a_random_m_a_is_another_in_each_trial(tmp_path):
