@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 # Tests and examples run on the CPU, whatever else the machine has.
 CPU := JAX_PLATFORMS=cpu
 
-.PHONY: kv test parity lint format clean
+.PHONY: kv ablations test parity lint format clean
 
 # XLA takes and returns its scratch memory at every step; in huge pages that
 # costs far fewer page faults. Other C libraries ignore it.
-kv: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
+kv ablations: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 kv: $(VENV)/installed
 	$(BIN)/python -m calm_jax.train --config=configs/kv.py
+
+ablations: $(VENV)/installed
+	$(BIN)/python -m calm_jax.ablations --config=configs/kv.py:ablations
 
 test: $(VENV)/test
 	$(CPU) $(BIN)/python -m pytest -n auto --dist loadfile --ignore=tests/parity

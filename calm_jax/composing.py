@@ -23,6 +23,8 @@ def compose(
   visibility: str = "causal",
   norm: bool = True,
   output_init: str = "zeros",
+  control: str = "none",
+  control_seed: int = 0,
   seed: int = 0,
 ) -> LanguageModel:
   """Composes frozen models (§3.1) with a fresh, untrained composition.
@@ -35,6 +37,8 @@ def compose(
     visibility: see `Augmenting`.
     norm: see `Augmenting`.
     output_init: see `Augmenting`.
+    control: see `Augmenting`.
+    control_seed: see `Augmenting`.
     seed: of the fresh parameters.
 
   Returns:
@@ -58,6 +62,7 @@ def compose(
     parts.append((name, join(
       model.spec.anchor, anchor.spec.anchor, connections,
       visibility=visibility, norm=norm, output_init=output_init,
+      control=control, control_seed=control_seed,
     )))  # fmt: skip
   spec = Composition(anchor.spec.anchor, tuple(parts))
   params = {

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from calm_jax.connections import Augmenting, Composition
+from calm_jax.controls import controlled
 from calm_jax.cross_attention import (
   CrossAttention,
   cross_mask,
@@ -212,8 +213,9 @@ def read_on(
   )
   cross = {}
   for connection in joined.connections:
+    layer = connection.augmenting
     kv = _bound(params, spec, name, connection).keys_values(
-      taps[connection.augmenting]
+      controlled(joined, taps[layer], sequence.positions, layer)
     )
     if cache is not None:
       kv = cache_lib.extend(cache["cross"][connection.name], kv, 0, index)

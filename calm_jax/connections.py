@@ -9,6 +9,7 @@ from calm_jax.errors import InputError
 from calm_jax.models.config import ModelConfig
 
 VISIBILITIES = ("causal", "encoder", "unmasked")
+CONTROLS = ("none", "zeroed", "shuffled", "noise")
 
 
 class Connection(NamedTuple):
@@ -36,6 +37,13 @@ class Augmenting:
       none.
     output_init: W^O at the start: "zeros" (the composed model starts as the
       anchor exactly) or "normal".
+    control: what is done to its states before the anchor attends to them, in
+      training and after it: "none"; "zeroed", which leaves the anchor as it
+      is; "shuffled", each row of a batch is given those of the row before it,
+      slot by slot, whatever that row holds there (in generation its own
+      continuation, and what it goes on to read after its end); "noise" of the
+      same norm, which follows from control_seed, layer and position alone.
+    control_seed: of the noise.
   """
 
   config: ModelConfig
@@ -43,6 +51,8 @@ class Augmenting:
   visibility: str = "causal"
   norm: bool = True
   output_init: str = "zeros"
+  control: str = "none"
+  control_seed: int = 0
 
   def __post_init__(self):
     if self.visibility not in VISIBILITIES:
@@ -53,6 +63,8 @@ class Augmenting:
       raise InputError(
         f"output_init={self.output_init!r} is neither 'zeros' nor 'normal'"
       )
+    if self.control not in CONTROLS:
+      raise InputError(f"control={self.control!r} is none of {CONTROLS}")
 
 
 @dataclasses.dataclass(frozen=True)

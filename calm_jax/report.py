@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from calm_jax import figures
+from calm_jax import figures, kinds
 from calm_jax.errors import InputError
 from calm_jax.metrics import read_metrics
 from calm_jax.predictions import (
@@ -183,7 +183,7 @@ def _markdown(
   predictions: Predictions,
 ) -> str:
   parts = ["# Report", _headline(results, predictions)]
-  parts += [_markdown_table(table) for table in made_tables]
+  parts += [markdown_table(table) for table in made_tables]
   for title, file, caption in drawn:
     parts.append(f"## {title}\n\n![{title}]({file})\n\n{caption}")
   parts.append(_examples(predictions))
@@ -197,7 +197,9 @@ def _headline(results: Mapping[str, Any], predictions: Predictions) -> str:
   value = kv_math.get("composed_held_out")
   if value is None:
     return ""
-  text = (
+  kind = kinds.label(results)
+  text = "" if kind == MODEL_NAMES["composed"] else f"{kind}: "
+  text += (
     "Arithmetic over keys that the composition has never seen in training: "
     f"**{value:.1f}%** of the answers are right (the paper: 84.3%)"
   )
@@ -213,7 +215,8 @@ def _headline(results: Mapping[str, Any], predictions: Predictions) -> str:
   return text + "."
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+  """A table of `tables` in Markdown, its title as a heading."""
   lines = [f"## {table.title}", "", _row(table.header)]
   lines.append(_row([":--", *["--:"] * (len(table.header) - 1)]))
   for row, cells in enumerate(table.rows):

@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from calm_jax import kinds
 from calm_jax.errors import InputError
 
 MODELS = ("augmenting", "anchor", "composed")
@@ -100,7 +101,7 @@ def table1_rows(results: Results) -> Rows:
   table1 = _section(results, "table1")
   rows = []
   for task, paper in PAPER_TABLE1.items():
-    for label, ours in _accuracies(task, table1.get(task, {})):
+    for label, ours in accuracies(task, table1.get(task, {})):
       is_first = label in (TASK_NAMES[task], _kind_label("held_out"))
       cells = [
         _beside(paper[model] if is_first else None, ours.get(model))
@@ -184,7 +185,7 @@ def _kind_label(kind: str) -> str:
   return f"{TASK_NAMES['kv_math']}, {KINDS[kind]}"
 
 
-def _accuracies(
+def accuracies(
   task: str, ours: Mapping[str, Any]
 ) -> list[tuple[str, dict[str, Any]]]:
   """(label of the row, accuracy by model) for each row of the task."""
@@ -229,7 +230,7 @@ def _table1_tables(results: Results) -> list[Table]:
   made = [
     Table(
       title="Table 1: accuracy in %, paper / ours",
-      header=("data set", *(MODEL_NAMES[model] for model in MODELS)),
+      header=("data set", *_model_names(results).values()),
       rows=rows,
       notes=_table1_notes(results),
       bold=frozenset({(headline, len(MODELS))}),
@@ -263,6 +264,8 @@ def _table1_notes(results: Results) -> tuple[str, ...]:
     notes.append(f"Examples evaluated: {counts}.")
   elif examples is not None:
     notes.append(f"Examples evaluated: {examples:,} of each kind.")
+  if kinds.label(results) != MODEL_NAMES["composed"]:
+    notes.append("The paper's numbers of the last column are CALM's.")
   return tuple(notes)
 
 
@@ -276,7 +279,7 @@ def _other_runs_table(results: Results) -> Table:
   for run in runs.values():
     table1, column = run["table1"], {}
     for task in PAPER_TABLE1:
-      for label, ours in _accuracies(task, table1.get(task, {})):
+      for label, ours in accuracies(task, table1.get(task, {})):
         # One number for all of KV-MATH is the headline's.
         label = _kind_label("held_out") if label == "KV-MATH" else label
         column[label] = ours.get("composed")
@@ -302,7 +305,8 @@ def _other_runs_table(results: Results) -> Table:
 
 def _score_table(results: Results, name: str) -> Table:
   """A score of text by evaluation set and model, the lower the better."""
-  columns = {MODEL_NAMES[model]: (results[name], model) for model in MODELS}
+  names = _model_names(results)
+  columns = {names[model]: (results[name], model) for model in MODELS}
   for run, other in results.get("other_runs", {}).items():
     if name in other:
       columns[f"composed, {run}"] = (other[name], "composed")
@@ -344,6 +348,10 @@ def _cost_tables(results: Results) -> list[Table]:
   return made
 
 
+def _model_names(results: Results) -> dict[str, str]:
+  return MODEL_NAMES | {"composed": kinds.label(results)}
+
+
 def _parameters_table(parameters: Mapping[str, int]) -> Table:
   names = {
     "anchor": "anchor m_B",
@@ -358,6 +366,9 @@ def _parameters_table(parameters: Mapping[str, int]) -> Table:
       count = parameters[key]
       share = f"{100 * count / anchor:.1f}%" if anchor else NOTHING
       rows.append((name, f"{count:,}", share))
+  if more := parameters.get("trained_minus_composition"):
+    trained = f"{parameters['trained']:,}"
+    rows.append((f"trained here, {more:+,} against Θ_C", trained, ""))
   return Table(
     title="Parameters",
     header=("", "parameters", "of the anchor"),

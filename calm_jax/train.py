@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,10 +19,11 @@ from ml_collections import ConfigDict
 from calm_jax import cli, composing, composition, opening, report, trainer, tree
 from calm_jax.connections import Composition, paper_count
 from calm_jax.errors import InputError
+from calm_jax.experiments.base import Experiment
 from calm_jax.experiments.key_values import KeyValues, KeyValueTask
 from calm_jax.experiments.text import Text, TextTask
 from calm_jax.language_model import LanguageModel
-from calm_jax.models import decoder, folders
+from calm_jax.models import decoder, folders, lora
 from calm_jax.models.config import ModelConfig
 
 EXPERIMENTS = {
@@ -31,23 +32,73 @@ EXPERIMENTS = {
 }
 
 
+class Fitted(NamedTuple):
+  """A run after its last stage.
+
+  Attributes:
+    experiment: its data and evaluation.
+    folder: of the last stage and the results.
+    whole: the frozen models and a fresh composition, as before that stage.
+    params: the whole tree after the last stage and after each alternative.
+    models: what those made, by the name of the stage.
+    alone: the frozen models by themselves, "augmenting" only if it is used.
+    parameters: counts, for results.json.
+    seconds: of each stage.
+  """
+
+  experiment: Experiment
+  folder: Path
+  whole: LanguageModel
+  params: dict[str, dict]
+  models: dict[str, LanguageModel]
+  alone: dict[str, LanguageModel]
+  parameters: dict[str, int]
+  seconds: dict[str, float]
+
+
 def main(config: ConfigDict) -> dict[str, Any]:
   """Runs everything that a config asks for; returns results.json."""
-  settings = _plain(config)
-  if settings["experiment"] not in EXPERIMENTS:
-    raise InputError(
-      f"experiment={settings['experiment']!r} is none of {list(EXPERIMENTS)}"
+  settings = plain(config)
+  fitted = fit(settings)
+  experiment, stages = fitted.experiment, settings["stages"]
+  last, *others = fitted.models
+  final = fitted.models[last]
+  results = experiment.evaluate(
+    fitted.alone | {"composed": final}, stages[last]["data"]
+  )
+  results["other_runs"] = {
+    name: experiment.evaluate(
+      {"composed": fitted.models[name]}, stages[name]["data"], prefix=f"{name}/"
     )
-  if not settings["recipe"]:
-    raise InputError("the recipe has no stage: it ends with the composition")
-  names = [*settings["recipe"], *settings["alternatives"]]
-  for name in names:
-    if name not in settings["stages"]:
-      raise InputError(
-        f"there is no stage {name!r}; there are {list(settings['stages'])}"
-      )
+    for name in others
+  }
+  results |= {
+    "kind": settings["kind"],
+    "parameters": fitted.parameters,
+    "seconds": fitted.seconds,
+    "config": settings,
+  }
+  # Of one row, which cannot be shuffled.
+  if final.is_composed and settings["composition"]["control"] != "shuffled":
+    look = experiment.look(final, stages[last]["data"])
+    np.savez(fitted.folder / "attention.npz", **look)
+  report.write_report(fitted.folder, results)
+  report.print_results(results)
+  _keep(fitted, settings)
+  return results
+
+
+def fit(settings: dict[str, Any]) -> Fitted:
+  """Runs all stages, from wherever an earlier process left them.
+
+  Raises:
+    InputError: the settings ask for what is not there, or the folder holds a
+      run of other settings.
+  """
+  _check(settings)
   workdir = Path(settings["workdir"])
-  workdir.mkdir(parents=True, exist_ok=True)
+  folder = workdir / settings["output"]
+  folder.mkdir(parents=True, exist_ok=True)
   loaded = {
     side: opening.load_model(settings[side], settings["dtype"])
     for side in ("anchor", "augmenting")
@@ -55,20 +106,24 @@ def main(config: ConfigDict) -> dict[str, Any]:
   }
   make, task = EXPERIMENTS[settings["experiment"]]
   experiment = make(
-    task(**settings["task"], seed=settings["seed"]), workdir, loaded
+    task(**settings["task"], seed=settings["seed"]), folder, loaded
   )
   whole = _models(settings, experiment.tokenizer, loaded)
   spec, params = whole.spec, whole.params
-  origins = {
-    "anchor": settings["anchor"],
-    f"augmenting/{settings['augmenting_name']}": settings["augmenting"],
-  }
-  stages = {n: trainer.Stage(**settings["stages"][n]) for n in names}
+  augmenting = f"augmenting/{settings['augmenting_name']}"
+  origins = {"anchor": settings["anchor"], augmenting: settings["augmenting"]}
+  if settings["random_augmenting"]:
+    origins[augmenting] = "random weights"
+  *before, last = settings["recipe"]
+  ends = [last, *settings["alternatives"]]
+  stages = {n: trainer.Stage(**settings["stages"][n]) for n in [*before, *ends]}
+  seeds = dict.fromkeys(before, settings["seed"])
+  seeds |= dict.fromkeys(ends, _trial_seed(settings))
   # Of all stages: what is wrong with the last is known before the first.
   sources, eval_batches = {}, {}
   for name, stage in stages.items():
     trained = _part(whole, stage.model, params)
-    sources[name] = experiment.source(stage, trained, settings["seed"])
+    sources[name] = experiment.source(stage, trained, seeds[name])
     eval_batches[name] = experiment.eval_batches(stage, trained)
   seconds: dict[str, float] = {}
 
@@ -80,70 +135,110 @@ def main(config: ConfigDict) -> dict[str, Any]:
       params,
       sources[name],
       eval_batches[name],
-      workdir / name,
+      (workdir if name in before else folder) / name,
       origins={k: v for k, v in origins.items() if v},
-      seed=settings["seed"],
+      seed=seeds[name],
     )
     return trained
 
-  *before, last = settings["recipe"]
   for name in before:
     params = run(name, params)
-  composed = {
-    name: run(name, params) for name in [last, *settings["alternatives"]]
+  whole = dataclasses.replace(whole, params=params)
+  alone = {"anchor": _part(whole, "anchor", params)}
+  of_augmenting = _part(whole, augmenting, params)
+  if stages[last].model == "composed":
+    alone = {"augmenting": of_augmenting} | alone
+  params, rank = _with_lora(params, settings)
+  parameters = {
+    "anchor": alone["anchor"].num_params,
+    "augmenting": of_augmenting.num_params,
+    "composition": tree.count(params["composition"]),
+    "composition_paper_count": paper_count(spec),
+    "trained": _num_trained(params, stages[last].trainable),
+    "lora_rank": rank,
   }
+  parameters["trained_minus_composition"] = (
+    parameters["trained"] - parameters["composition"]
+  )
+  finals = {name: run(name, params) for name in ends}
+  models = {
+    name: _part(whole, stages[name].model, finals[name]) for name in ends
+  }
+  return Fitted(
+    experiment, folder, whole, finals, models, alone, parameters, seconds
+  )
 
-  augmenting = f"augmenting/{settings['augmenting_name']}"
-  columns = {
-    "augmenting": _part(whole, augmenting, params),
-    "anchor": _part(whole, "anchor", params),
-    "composed": _part(whole, "composed", composed[last]),
-  }
-  results = experiment.evaluate(columns, settings["stages"][last]["data"])
-  results["other_runs"] = {
-    name: experiment.evaluate(
-      {"composed": _part(whole, "composed", composed[name])},
-      settings["stages"][name]["data"],
-      prefix=f"{name}/",
+
+def _check(settings: dict[str, Any]) -> None:
+  if settings["experiment"] not in EXPERIMENTS:
+    raise InputError(
+      f"experiment={settings['experiment']!r} is none of {list(EXPERIMENTS)}"
     )
-    for name in settings["alternatives"]
-  }
-  results |= {
-    "parameters": {
-      "anchor": columns["anchor"].num_params,
-      "augmenting": columns["augmenting"].num_params,
-      "composition": columns["composed"].num_composition_params,
-      "composition_paper_count": paper_count(spec),
-    },
-    "seconds": seconds,
-    "config": settings,
-  }
-  look = experiment.look(columns["composed"], settings["stages"][last]["data"])
-  np.savez(workdir / "attention.npz", **look)
-  report.write_report(workdir, results)
-  report.print_results(results)
-  _keep(whole, composed[last], stages, settings["recipe"], workdir)
-  return results
+  if not settings["recipe"]:
+    raise InputError("the recipe has no stage: it ends with the composition")
+  for name in [*settings["recipe"], *settings["alternatives"]]:
+    if name not in settings["stages"]:
+      raise InputError(
+        f"there is no stage {name!r}; there are {list(settings['stages'])}"
+      )
 
 
-def _keep(whole, params, stages, recipe, workdir: Path) -> None:
-  """Writes the composition, and the models that this run trained itself."""
-  patterns = [p for name in recipe for p in stages[name].trainable]
-  trained = {
-    name for name, on in tree.flatten(tree.mask(params, patterns)).items() if on
+def _with_lora(params: dict, settings) -> tuple[dict, int]:
+  """The tree with LoRA on the anchor if asked for, and its rank."""
+  rank, anchor = settings["lora_rank"], params["anchor"]
+  if not rank:
+    return params, 0
+  if rank == -1:
+    rank = lora.closest_rank(anchor, tree.count(params["composition"]))
+  key = jax.random.fold_in(jax.random.key(_trial_seed(settings)), 1)
+  return params | {"anchor": lora.add(anchor, rank, key)}, rank
+
+
+def _num_trained(params: dict, trainable) -> int:
+  return tree.count(tree.partition(params, tree.mask(params, trainable))[0])
+
+
+def _trial_seed(settings: dict[str, Any]) -> int:
+  return settings["seed"] + settings["trial"]
+
+
+def _keep(fitted: Fitted, settings: dict[str, Any]) -> None:
+  """Writes the composition, and the models that this run trained itself.
+
+  A run that adapted m_B instead writes that, LoRA merged into its kernels.
+  """
+  *_, last = settings["recipe"]
+  trained = fitted.params[last]
+  params = trained | {"anchor": lora.merge(trained["anchor"])}
+  model = dataclasses.replace(fitted.whole, params=params)
+  if not fitted.models[last].is_composed:
+    _export(model, "anchor", fitted.folder / "model")
+    return
+  patterns = [
+    pattern
+    for name in settings["recipe"]
+    for pattern in settings["stages"][name]["trainable"]
+  ]
+  changed = {
+    name
+    for name, on in tree.flatten(tree.mask(trained, patterns)).items()
+    if on
   }
-  model = dataclasses.replace(whole, params=params)
   for part in ["anchor", *(f"augmenting/{n}" for n in params["augmenting"])]:
-    changed = any(name.startswith(f"{part}/") for name in trained)
-    if part in model.sources and not changed:
+    own = any(name.startswith(f"{part}/") for name in changed)
+    own = own or (part != "anchor" and settings["random_augmenting"])
+    if part in model.sources and not own:
       continue
-    folder = workdir / "models" / part
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier call
-    model.part(part).export_hf(folder)
-    source = folders.locate(folder)
+    source = _export(model, part, fitted.folder / "models" / part)
     model = dataclasses.replace(model, sources=model.sources | {part: source})
-  shutil.rmtree(workdir / "composition", ignore_errors=True)
-  model.save(workdir / "composition")
+  shutil.rmtree(fitted.folder / "composition", ignore_errors=True)
+  model.save(fitted.folder / "composition")
+
+
+def _export(model: LanguageModel, part: str, folder: Path) -> folders.Source:
+  shutil.rmtree(folder, ignore_errors=True)  # of an earlier call
+  model.part(part).export_hf(folder)
+  return folders.locate(folder)
 
 
 def _part(whole: LanguageModel, name: str, params: dict) -> LanguageModel:
@@ -176,6 +271,9 @@ def _models(settings, tokenizer, loaded) -> LanguageModel:
     models[side] = LanguageModel(
       Composition(config), decoder.init(key, config), tokenizer
     )
+  if settings["random_augmenting"]:
+    key = jax.random.fold_in(keys[2], settings["trial"])
+    models["augmenting"] = _random(models["augmenting"], key)
   name, joint = settings["augmenting_name"], settings["composition"]
   composed = composing.compose(
     models["anchor"],
@@ -184,11 +282,21 @@ def _models(settings, tokenizer, loaded) -> LanguageModel:
     visibility=joint["visibility"],
     norm=joint["norm"],
     output_init=joint["output_init"],
-    seed=settings["seed"],
+    control=joint["control"],
+    # One program for all trials of the others.
+    control_seed=_trial_seed(settings) if joint["control"] == "noise" else 0,
+    seed=_trial_seed(settings),
   )
   return dataclasses.replace(
     composed, spec=_unrolled(composed.spec, settings["unroll"])
   )
+
+
+def _random(model: LanguageModel, key) -> LanguageModel:
+  """The same architecture before any training."""
+  fresh = decoder.init(key, model.spec.anchor)
+  params = jax.tree.map(lambda x, p: x.astype(p.dtype), fresh, model.params)
+  return dataclasses.replace(model, params=params)
 
 
 def _unrolled(spec: Composition, unroll: int) -> Composition:
@@ -204,10 +312,10 @@ def _unrolled(spec: Composition, unroll: int) -> Composition:
   )
 
 
-def _plain(value):
+def plain(value: Any) -> Any:
   """A ConfigDict as plain dicts, which is all that goes below here."""
   if isinstance(value, ConfigDict):
-    return {k: _plain(v) for k, v in value.items()}
+    return {k: plain(v) for k, v in value.items()}
   return value
 
 

@@ -78,17 +78,135 @@ def get_config() -> ConfigDict:
       "visibility": "causal",
       "norm": True,
       "output_init": "zeros",
+      # What is done to m_A's states on their way; see connections.Augmenting.
+      "control": "none",
     }
   )
   config.recipe = ("compose",)
   config.stages = ConfigDict({"compose": stage()})
   # Further compositions of the same frozen models, each from a fresh start.
   config.alternatives = ()
+  # What this is, for tables: "composed", or of the KINDS below.
+  config.kind = "composed"
+  # Where in workdir the last stage and the results go; the stages before it
+  # are in workdir itself, for all kinds.
+  config.output = ""
+  # Added to the seed of the last stage: of its fresh parameters and its data.
+  config.trial = 0
+  # Of LoRA matrices on the anchor in the last stage; 0 for none, -1 for about
+  # as many parameters as the composition has.
+  config.lora_rank = 0
+  # Whether m_A has random weights instead of its own.
+  config.random_augmenting = False
+  # Stages that train a vanilla m_A, in place of those on its domain.
+  config.vanilla = ()
+  # See calm_jax.ablations; the minutes are what a run takes on two CPU cores,
+  # for the first estimate.
+  config.ablations = ConfigDict(
+    {"kinds": tuple(KINDS), "trials": 3, "minutes": 1.5}
+  )
   return config
 
 
-def apply(variants: dict, name: str, config: ConfigDict) -> None:
-  """Makes a config the variant that was named after its file."""
-  if name not in variants:
-    raise InputError(f"variant {name!r} is none of {list(variants)}")
-  variants[name](config)
+def apply(variants: dict, names: str, config: ConfigDict) -> None:
+  """Makes a config the variant that was named after its file.
+
+  Args:
+    variants: of the file: functions that change a config; the first is the
+      default.
+    names: one of them, any of KINDS, or both: "small,lora".
+    config: is changed.
+
+  Raises:
+    InputError: a name is unknown, or two are the file's own.
+  """
+  asked = names.split(",")
+  for name in asked:
+    if name not in variants and name not in KINDS:
+      raise InputError(
+        f"variant {name!r} is none of {[*variants, *KINDS]}, nor several of "
+        "them with commas between"
+      )
+  own = [name for name in asked if name in variants] or [next(iter(variants))]
+  if len(own) > 1:
+    raise InputError(f"variants {own} exclude each other")
+  variants[own[0]](config)
+  become([name for name in asked if name not in variants], config)
+
+
+def become(kinds: list[str], config: ConfigDict) -> None:
+  """Makes a config one of KINDS, or several at once."""
+  for kind in kinds:
+    KINDS[kind](config)
+  if kinds not in ([], ["composed"]):
+    config.kind = config.output = "-".join(kinds)
+
+
+def _last(config: ConfigDict) -> list[ConfigDict]:
+  names = [*config.recipe[-1:], *config.alternatives]
+  return [config.stages[name] for name in names]
+
+
+def _in_place_of_its_own(config: ConfigDict, stages: tuple[str, ...]) -> None:
+  """Trains m_A in other stages than those on its domain."""
+  rest = [
+    name
+    for name in config.recipe
+    if not config.stages[name].model.startswith("augmenting/")
+  ]
+  config.recipe = (*stages, *rest)
+
+
+def _vanilla(config: ConfigDict) -> None:
+  _in_place_of_its_own(config, config.vanilla)
+
+
+def _random(config: ConfigDict) -> None:
+  _in_place_of_its_own(config, ())
+  config.random_augmenting = True
+
+
+def _encoder(config: ConfigDict) -> None:
+  config.composition.visibility = "encoder"
+
+
+def _unmasked(config: ConfigDict) -> None:
+  config.composition.visibility = "unmasked"
+
+
+def _control(name: str):
+  def change(config: ConfigDict) -> None:
+    config.composition.control = name
+
+  return change
+
+
+def _lora(config: ConfigDict) -> None:
+  _in_place_of_its_own(config, ())
+  config.lora_rank = -1
+  for stage in _last(config):
+    # As a composition's kernels do.
+    decay = f"{stage.decay}|lora_a|lora_b"
+    stage.update(model="anchor", trainable=("anchor/.*/lora_.",), decay=decay)
+
+
+def _finetune(config: ConfigDict) -> None:
+  _in_place_of_its_own(config, ())
+  for stage in _last(config):
+    stage.update(model="anchor", trainable=("anchor/.*",))
+
+
+# Of every experiment: the ablations and baselines of §4.4 and Table 5, and
+# controls that the paper lacks.
+KINDS = {
+  "composed": lambda config: None,
+  "vanilla": _vanilla,
+  "random": _random,
+  "encoder": _encoder,
+  "lora": _lora,
+  "finetune": _finetune,
+  "zeroed": _control("zeroed"),
+  "shuffled": _control("shuffled"),
+  "noise": _control("noise"),
+  "unmasked": _unmasked,
+}

@@ -6,6 +6,9 @@
 
   configs/compose.py          both models are frozen; D_C is 5% of the text
   configs/compose.py:domain   m_A is first trained on all of the text
+  configs/compose.py:lora     and every other of KINDS in configs/common.py, of
+                              a variant too: configs/compose.py:domain,lora; a
+                              vanilla m_A is the checkpoint as it was given
 """
 
 from ml_collections import ConfigDict

@@ -3,11 +3,16 @@
 configs/kv.py         for two CPU cores, about 15 minutes
 configs/kv.py:paper   the paper's size, for an accelerator
 configs/kv.py:tiny    a minute, to see that everything runs
+configs/kv.py:lora    and every other name of configs/common.py's KINDS; also
+                      with a size: configs/kv.py:paper,lora
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
+
+# Arithmetic on what is written last, whatever came before.
+AFTER_PREFIXES = {"num_math": 0.3, "num_math_steps": 0.2, "num_math_given": 0.5}
 
 
 def get_config(variant: str = "small") -> ConfigDict:
@@ -51,10 +56,21 @@ def get_config(variant: str = "small") -> ConfigDict:
   config.stages.anchor_prefix = common.stage(
     model="anchor",
     trainable=("anchor/.*",),
-    data=_data({"num_math": 0.3, "num_math_steps": 0.2, "num_math_given": 0.5}),
+    data=_data(AFTER_PREFIXES),
     steps=2000,
     length=24,
   )
+  # A vanilla m_A has learnt what m_B has in its last stage, of keys nothing but
+  # that they are words.
+  config.stages.augmenting_vanilla = common.stage(
+    model="augmenting/kv",
+    trainable=("augmenting/kv/.*",),
+    data=_data(AFTER_PREFIXES),
+    steps=600,
+    length=24,
+    weight_decay=0.1,
+  )
+  config.vanilla = ("augmenting_vanilla",)
   config.stages.compose = _compose("kv_math_steps")
   config.stages.compose_direct = _compose("kv_math")
   common.apply(VARIANTS, variant, config)
@@ -91,6 +107,14 @@ def _both(config: ConfigDict) -> None:
   config.alternatives = ("compose_direct",)
 
 
+def _ablations(config: ConfigDict) -> None:
+  """For `python -m calm_jax.ablations`: 30 runs of the last stage."""
+  _small(config)
+  config.workdir = "runs/ablations"
+  config.task.num_examples = 512
+  config.stages.compose.update(steps=500)
+
+
 def _tiny(config: ConfigDict) -> None:
   config.workdir = "runs/kv_tiny"
   config.task.update(num_keys=200, num_examples=16)
@@ -115,10 +139,17 @@ def _paper(config: ConfigDict) -> None:
     stage.data.pack = True
     stage.update(batch_size=256, length=256, warmup=1000, learning_rate=5e-4)
   config.stages.augmenting.steps = 50_000
+  config.stages.augmenting_vanilla.steps = 50_000
   config.stages.anchor.steps = 150_000
   config.stages.anchor_prefix.steps = 50_000
   config.stages.compose.steps = 20_000
   config.stages.compose_direct.steps = 20_000
 
 
-VARIANTS = {"small": _small, "both": _both, "tiny": _tiny, "paper": _paper}
+VARIANTS = {
+  "small": _small,
+  "both": _both,
+  "tiny": _tiny,
+  "paper": _paper,
+  "ablations": _ablations,
+}

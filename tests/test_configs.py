@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from calm_jax import composition, optim, train, trainer, tree
-from calm_jax.connections import Composition
+from calm_jax.connections import CONTROLS, Composition
 from calm_jax.data import arithmetic
 from calm_jax.errors import InputError
 from calm_jax.experiments.key_values import KeyValueTask
@@ -35,6 +35,11 @@ VARIANTS = [
 
 def load(file, variant):
   return importlib.import_module(f"configs.{file}").get_config(variant)
+
+
+def first(file) -> str:
+  """The default variant."""
+  return next(iter(importlib.import_module(f"configs.{file}").VARIANTS))
 
 
 def shapes(settings) -> tuple[Composition, dict]:
@@ -62,12 +67,9 @@ def test_the_variants_are_all_there():
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_the_default_variant_has_a_name(file):
+def test_the_default_variant_is_the_first(file):
   module = importlib.import_module(f"configs.{file}")
-  assert any(
-    module.get_config().to_dict() == module.get_config(v).to_dict()
-    for v in module.VARIANTS
-  )
+  assert module.get_config().to_dict() == load(file, first(file)).to_dict()
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -78,7 +80,7 @@ def test_a_variant_that_is_not_there(file):
 
 @pytest.mark.parametrize(("file", "variant"), VARIANTS)
 def test_every_stage_can_be_run(file, variant):
-  settings = train._plain(load(file, variant))
+  settings = train.plain(load(file, variant))
   _, task = train.EXPERIMENTS[settings["experiment"]]
   task(**settings["task"], seed=settings["seed"])
   spec, params = shapes(settings)
@@ -107,7 +109,7 @@ def test_every_stage_can_be_run(file, variant):
 
 @pytest.mark.parametrize("variant", ["small", "tiny", "paper"])
 def test_the_longest_example_fits_its_row(variant, tmp_path):
-  settings = train._plain(load("kv", variant))
+  settings = train.plain(load("kv", variant))
   # Values as large as the real ones, over fewer keys: quick to tokenise.
   task = KeyValueTask(**settings["task"], seed=0)
   kv = arithmetic.make_key_values(min(task.num_keys, 300), 0.2, 0)
@@ -131,7 +133,7 @@ def test_the_longest_example_fits_its_row(variant, tmp_path):
 
 
 def test_the_papers_size():
-  spec, params = shapes(train._plain(load("kv", "paper")))
+  spec, params = shapes(train.plain(load("kv", "paper")))
   assert (spec.anchor.num_layers, spec.anchor.width) == (12, 768)
   [(name, joined)] = spec.augmenting
   assert (name, joined.config.num_layers, joined.config.width) == ("kv", 8, 512)
@@ -152,7 +154,68 @@ def test_the_files_of_text_are_named_once():
   config = load("compose", "frozen")
   config.data, config.eval_data = "a.jsonl", "b.jsonl"
   config.anchor_eval_data = "c.jsonl"
-  task = TextTask(**train._plain(config)["task"], seed=0)
+  task = TextTask(**train.plain(config)["task"], seed=0)
   assert (task.data, task.eval_data, task.anchor_eval_data) == (
     "a.jsonl", "b.jsonl", "c.jsonl"
   )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", common.KINDS)
+@pytest.mark.parametrize("file", FILES)
+def test_every_kind_of_every_config(file, kind):
+  plain, settings = (
+    train.plain(load(file, first(file) + more)) for more in ("", f",{kind}")
+  )
+  spec, params = shapes(settings)
+  params = jax.eval_shape(lambda p: train._with_lora(p, settings)[0], params)
+  last, old = settings["recipe"][-1], plain["recipe"][-1]
+  assert last == old
+  stage = trainer.Stage(**settings["stages"][last])
+  trainable, _ = tree.partition(params, tree.mask(params, stage.trainable))
+  composition.alone(spec, params, stage.model)
+  # The same data and steps for all, and about as many parameters.
+  before = plain["stages"][last]
+  assert (stage.steps, stage.data) == (before["steps"], before["data"])
+  theta = tree.count(params["composition"])
+  if kind != "finetune":
+    assert tree.count(trainable) == pytest.approx(theta, rel=0.06)
+  joined = spec.augmenting[0][1]
+  assert joined.visibility == {
+    "encoder": "encoder",
+    "unmasked": "unmasked",
+  }.get(kind, "causal")
+  assert joined.control == (kind if kind in CONTROLS else "none")
+  assert settings["output"] == ("" if kind == "composed" else kind)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_kind_alone_is_of_the_default_variant(file):
+  both = load(file, "lora"), load(file, f"{first(file)},lora")
+  assert both[0].to_dict() == both[1].to_dict()
+  assert both[0].to_dict() != load(file, first(file)).to_dict()
+
+
+def test_kinds_go_together_and_variants_do_not():
+  config = load("kv", "tiny,vanilla,encoder")
+  assert config.kind == config.output == "vanilla-encoder"
+  assert config.composition.visibility == "encoder"
+  assert config.recipe[0] == "augmenting_vanilla"
+  with pytest.raises(InputError, match="exclude each other"):
+    load("kv", "tiny,paper")
+
+
+def test_which_stages_a_kind_needs():
+  recipes = {kind: load("kv", kind).recipe for kind in common.KINDS}
+  rest = ("anchor", "anchor_prefix", "compose")
+  for kind in ("random", "lora", "finetune"):
+    assert recipes.pop(kind) == rest
+  assert recipes.pop("vanilla") == ("augmenting_vanilla", *rest)
+  assert set(recipes.values()) == {("augmenting", *rest)}
+  # A vanilla m_A of the text experiment is the checkpoint as it was given.
+  assert load("compose", "domain,vanilla").recipe == ("compose",)
+
+
+def test_a_vanilla_m_a_of_the_key_value_task_learns_of_no_values():
+  stages = load("kv", "vanilla").stages
+  for task in stages.augmenting_vanilla.data.tasks:
+    assert task.startswith("num_math")

@@ -92,6 +92,7 @@ CASES = {
   "single": {"names": ()},
   "causal": {"names": ("kv",)},
   "encoder": {"names": ("kv",), "visibility": "encoder"},
+  "noise": {"names": ("kv",), "control": "noise"},
   "two models": {"names": ("kv", "code")},
   "own tokenizer": {"names": ("kv",), "own": ("kv",)},
   "own and encoder": {

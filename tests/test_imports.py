@@ -18,7 +18,7 @@ FILES = {
   for path in sorted(PACKAGE.rglob("*.py"))
 }
 COMMAND_LINES = {
-  "cli.py", "train.py", "evaluate.py", "generate.py", "plan.py"
+  "ablations.py", "cli.py", "train.py", "evaluate.py", "generate.py", "plan.py"
 }  # fmt: skip
 
 
@@ -91,11 +91,14 @@ def test_models_import_models_only(file):
 
 
 @pytest.mark.parametrize(
-  "file", under("composition.py", "connections.py", "cross_attention.py")
+  "file",
+  under(
+    "composition.py", "connections.py", "controls.py", "cross_attention.py"
+  ),
 )
 def test_composition_imports_models_only(file):
   others = {m for m in modules(file) if not m.startswith("models")}
-  assert others <= {"connections", "cross_attention", "errors"}
+  assert others <= {"connections", "controls", "cross_attention", "errors"}
 
 
 @pytest.mark.parametrize("file", under("data/"))

@@ -16,7 +16,10 @@ Array = jax.Array
 
 
 class Linear(nn.Module):
-  """y = x W + b, computed in `dtype` from parameters of any dtype."""
+  """y = x W + b, computed in `dtype` from parameters of any dtype.
+
+  With (x A) B besides, if the parameters hold them: see `models.lora`.
+  """
 
   features: int
   use_bias: bool = False
@@ -29,9 +32,11 @@ class Linear(nn.Module):
     kernel = self.param("kernel", self.kernel_init, shape)
     # XLA's CPU backend is several times slower on the backward pass of a
     # batched [B, L, D] matmul than on the same one as [B L, D].
-    y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(
-      self.dtype
-    )
+    flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+    y = flat @ kernel.astype(self.dtype)
+    if self.has_variable("params", "lora_a"):
+      a, b = (self.get_variable("params", n) for n in ("lora_a", "lora_b"))
+      y = y + (flat @ a.astype(self.dtype)) @ b.astype(self.dtype)
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
       y = y + bias.astype(self.dtype)

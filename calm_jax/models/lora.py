@@ -1,0 +1,68 @@
+"""LoRA (Hu et al., 2022), the baseline of §4.4: y = x W + (x A) B.
+
+A and B are leaves beside the kernel, "lora_a" [num_layers, in, R] and "lora_b"
+[num_layers, R, out], for every linear layer of every block; embeddings and
+head have none. A tree that was not given any has none, and `layers.Linear`
+adds what it finds. There is no further scale: alpha equals the rank.
+"""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+
+from calm_jax import tree
+from calm_jax.errors import InputError
+
+_ADAPTED = re.compile(r"layers/(attention|mlp)/\w+/kernel")
+
+
+def add(params: dict, rank: int, rng: jax.Array) -> dict:
+  """A decoder's tree with fresh A and B, which change nothing yet: B is zero.
+
+  Args:
+    params: of `decoder.param_shapes`, layers stacked; its leaves are kept.
+    rank: R, at least 1.
+    rng: for A, normal with variance 1 / in. New leaves are float32.
+
+  Raises:
+    InputError: the rank is no rank, or the MLPs are mixtures of experts.
+  """
+  if rank < 1:
+    raise InputError(f"a LoRA of rank {rank}: give 1 or more")
+  leaves = dict(tree.flatten(params))
+  for i, (name, kernel) in enumerate(_kernels(params).items()):
+    layers, wide_in, wide_out = kernel.shape
+    key, shape = jax.random.fold_in(rng, i), (layers, wide_in, rank)
+    owner = name.removesuffix("kernel")
+    leaves[f"{owner}lora_a"] = jax.random.normal(key, shape) * wide_in**-0.5
+    leaves[f"{owner}lora_b"] = jnp.zeros((layers, rank, wide_out))
+  return tree.unflatten(leaves)
+
+
+def merge(params: dict) -> dict:
+  """The tree of one dense decoder: W + A B, in the kernels' own dtype."""
+  leaves = dict(tree.flatten(params))
+  for name in [n for n in leaves if n.endswith("/lora_a")]:
+    owner = name.removesuffix("lora_a")
+    a, b = leaves.pop(name), leaves.pop(f"{owner}lora_b")
+    kernel = leaves[f"{owner}kernel"]
+    change = jnp.matmul(a, b, precision="highest")
+    leaves[f"{owner}kernel"] = (kernel + change).astype(kernel.dtype)
+  return tree.unflatten(leaves)
+
+
+def closest_rank(params: dict, target: int) -> int:
+  """The rank whose A and B have closest to `target` parameters; at least 1."""
+  of_one = sum(k.shape[0] * sum(k.shape[1:]) for k in _kernels(params).values())
+  below = max(1, target // of_one)
+  return min((below, below + 1), key=lambda rank: abs(rank * of_one - target))
+
+
+def _kernels(params: dict) -> dict:
+  leaves = tree.flatten(params)
+  if any("/experts/" in name for name in leaves):
+    raise InputError("LoRA of a mixture of experts is not built")
+  return {n: leaf for n, leaf in leaves.items() if _ADAPTED.fullmatch(n)}
