@@ -26,7 +26,7 @@ def download(hub_id: str) -> Path:
   from huggingface_hub.errors import HfHubHTTPError
 
   try:
-    folder = huggingface_hub.snapshotdownload(
+    folder = huggingface_hub.snapshot_download(
       hub_id, allow_patterns=list(HUB_FILES)
     )
   except (OSError, ValueError, HfHubHTTPError) as error:

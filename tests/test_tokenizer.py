@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from calm_jax.errors import InputError
@@ -199,3 +200,14 @@ def test_vocabulary_and_merges(shared, tmp_path):
   assert tokenizer.encode("Hello world") == [15496, 995]
   assert tokenizer.eos_id == 50256
   assert tokenizer.decode([15496, 995, 50256]) == "Hello world"
+
+
+def test_a_tokenizer_of_the_hub(tmp_path, monkeypatch):
+  def download(name, allow_patterns):
+    assert name == "owner/name"
+    assert "tokenizer.model" in allow_patterns
+    return str(tmp_path)
+
+  made = train_sentencepiece(["abc cab"], tmp_path / "tokenizer", vocab_size=8)
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  assert load_tokenizer("owner/name").pieces == made.pieces
