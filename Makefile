@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests and examples run on the CPU, whatever else the machine has.
 CPU := JAX_PLATFORMS=cpu
 
-.PHONY: kv ablations test parity lint format clean
+.PHONY: kv ablations test parity lm-eval lint format clean
 
 # XLA takes and returns its scratch memory at every step; in huge pages that
 # costs far fewer page faults. Other C libraries ignore it.
@@ -20,7 +20,11 @@ test: $(VENV)/test
 	$(CPU) $(BIN)/python -m pytest -n auto --dist loadfile --ignore=tests/parity
 
 parity: $(VENV)/parity
-	$(CPU) $(BIN)/python -m pytest tests/parity tests/test_lm_eval.py
+	$(CPU) $(BIN)/python -m pytest tests/parity
+
+# Against lm-evaluation-harness and its own hf model; installs both.
+lm-eval: $(VENV)/lm-eval
+	$(CPU) $(BIN)/python -m pytest tests/test_lm_eval.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
@@ -45,5 +49,9 @@ $(VENV)/test $(VENV)/dev: $(VENV)/%: $(VENV)/installed
 	touch $@
 
 $(VENV)/parity: $(VENV)/test
+	$(BIN)/python -m pip install --quiet --editable '.[test,parity]'
+	touch $@
+
+$(VENV)/lm-eval: $(VENV)/parity
 	$(BIN)/python -m pip install --quiet --editable '.[test,parity,eval]'
 	touch $@
