@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
+from rich.console import Console
 
 from calm_jax import cli, kinds, report, tables, train
 from calm_jax.errors import InputError
@@ -24,6 +25,7 @@ from configs import common
 
 FOLDER = "ablations"
 LOSS = "held-out loss"
+WIDTH = 200  # of the printed table
 Runs = dict[str, list[dict[str, Any]]]
 
 
@@ -60,8 +62,8 @@ def main(config: ConfigDict) -> dict[str, Any]:
       # The first has trained what all share.
       mean = sum(spent[1:] or spent) / len(spent[1:] or spent)
       print(
-        f"{kind}, trial {settings['trial']}: {spent[-1]:.0f} s; {left} runs "
-        f"are left, {left * mean / 60:.0f} min",
+        f"{kind}, trial {settings['trial']}: {spent[-1]:.0f} s; "
+        f"left: {left} runs, {left * mean / 60:.0f} min",
         flush=True,
       )
     runs[kind].append(results)
@@ -71,7 +73,9 @@ def main(config: ConfigDict) -> dict[str, Any]:
     report.write_results(folder / "ablations.json", summary)
     text = report.markdown_table(table(summary))
     (folder / "ablations.md").write_text(f"{text}\n", encoding="utf-8")
-  tables.print_tables([table(summary)])
+  # Its columns are numbers that are to stay whole.
+  console = Console(width=max(Console().width, WIDTH))
+  tables.print_tables([table(summary)], console)
   return summary
 
 
@@ -181,8 +185,11 @@ def _spread(found: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 def table(summary: dict[str, Any]) -> tables.Table:
   """A row for each kind, a column for each number."""
+  # The last row is of a kind, which has all of them; m_B has not.
   labels = list(
-    dict.fromkeys(label for row in summary.values() for label in row["scores"])
+    dict.fromkeys(
+      label for row in [*summary.values()][::-1] for label in row["scores"]
+    )
   )
   rows = []
   for name, row in summary.items():

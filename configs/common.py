@@ -103,7 +103,7 @@ def get_config() -> ConfigDict:
   # See calm_jax.ablations; the minutes are what a run takes on two CPU cores,
   # for the first estimate.
   config.ablations = ConfigDict(
-    {"kinds": tuple(KINDS), "trials": 3, "minutes": 1.5}
+    {"kinds": tuple(KINDS), "trials": 3, "minutes": 1.4}
   )
   return config
 
