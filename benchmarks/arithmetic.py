@@ -1,6 +1,6 @@
 """Expressions a second of the key-value data, on one core.
 
-  python benchmarks/arithmetic.py
+  python -m benchmarks.arithmetic
 
 Counts the expressions that land in batches, tokens, targets and packing
 included, per second of this process's CPU time.

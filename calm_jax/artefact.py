@@ -284,7 +284,7 @@ def load_composed(
   }
   composed = joining.join_compositions(
     [
-      composing.compose(
+      composing.untrained(
         loaded["anchor"],
         {joined["name"]: loaded[f"augmenting/{joined['name']}"]},
         **{k: v for k, v in joined.items() if k != "name"},

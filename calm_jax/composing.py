@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 
 from calm_jax import composition
@@ -51,6 +53,24 @@ def compose(
   """
   if isinstance(augmenting, LanguageModel):
     augmenting = {"augmenting": augmenting}
+  model = untrained(
+    anchor, augmenting, connections,
+    visibility=visibility, norm=norm, output_init=output_init,
+    control=control, control_seed=control_seed,
+  )  # fmt: skip
+  theta = composition.init(jax.random.key(seed), model.spec)
+  return dataclasses.replace(
+    model, params=model.params | {"composition": theta}
+  )
+
+
+def untrained(
+  anchor: LanguageModel,
+  augmenting: dict[str, LanguageModel],
+  connections=None,
+  **options,
+) -> LanguageModel:
+  """`compose`, with shapes for parameters of the composition."""
   if not augmenting:
     raise InputError("there is no augmenting model to compose the anchor with")
   parts, tokenizers = [], {}
@@ -59,16 +79,15 @@ def compose(
       raise InputError("compose takes single models, not compositions")
     if not has_same_tokens(name, model, anchor):
       tokenizers[name] = model.tokenizer
-    parts.append((name, join(
-      model.spec.anchor, anchor.spec.anchor, connections,
-      visibility=visibility, norm=norm, output_init=output_init,
-      control=control, control_seed=control_seed,
-    )))  # fmt: skip
+    joined = join(model.spec.anchor, anchor.spec.anchor, connections, **options)
+    parts.append((name, joined))
   spec = Composition(anchor.spec.anchor, tuple(parts))
   params = {
     "anchor": anchor.params,
     "augmenting": {name: m.params for name, m in augmenting.items()},
-    "composition": composition.init(jax.random.key(seed), spec),
+    "composition": jax.eval_shape(
+      lambda: composition.init(jax.random.key(0), spec)
+    ),
   }
   sources = dict(anchor.sources)
   for name, model in augmenting.items():

@@ -82,6 +82,13 @@ def _shapes(config: ModelConfig) -> dict:
 
 def param_shapes(config: ModelConfig) -> dict:
   """The parameter tree as ShapeDtypeStructs, nothing allocated."""
+  shapes = _traced_shapes(config, jax.config.jax_enable_x64)
+  return jax.tree.map(lambda leaf: leaf, shapes)
+
+
+@functools.lru_cache
+def _traced_shapes(config: ModelConfig, x64: bool) -> dict:
+  del x64  # Told apart: the default dtype follows it.
   return jax.eval_shape(lambda: _shapes(config))
 
 
