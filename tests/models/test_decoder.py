@@ -57,21 +57,22 @@ def test_golden_files_are_small():
   assert sum(p.stat().st_size for p in files) < 500_000
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def in_steps(params, config, sequence):
+  """Logits, from layers that are run in three parts."""
+  mask = decoder.self_attention_mask(sequence.segments, sequence.segments)
+  context = decoder.make_context(config, sequence.positions, mask)
+  x = decoder.embed(params, config, sequence.tokens, sequence.positions)
+  for start, stop in ((0, 1), (1, 3), (3, 4)):
+    x, _ = decoder.run_layers(params, config, x, context, start, stop)
+  return decoder.logits(params, config, x)
+
+
 def test_steps_equal_the_whole():
   config, params = helpers.model(0)
   sequence = helpers.rows([np.arange(9)], length=9)
-  mask = decoder.self_attention_mask(sequence.segments, sequence.segments)
-
-  @jax.jit
-  def in_steps(params):
-    context = decoder.make_context(config, sequence.positions, mask)
-    x = decoder.embed(params, config, sequence.tokens, sequence.positions)
-    for start, stop in ((0, 1), (1, 3), (3, 4)):
-      x, _ = decoder.run_layers(params, config, x, context, start, stop)
-    return decoder.logits(params, config, x)
-
   whole = helpers.decode_rows(params, config, sequence)
-  np.testing.assert_array_equal(in_steps(params), whole)
+  np.testing.assert_array_equal(in_steps(params, config, sequence), whole)
 
 
 def test_unroll_changes_nothing():
@@ -183,18 +184,10 @@ def test_layers_of_all_kinds_in_steps():
   )
   params = helpers.random_params(decoder.param_shapes(config), 0)
   sequence = helpers.rows([np.arange(9)], length=9)
-  mask = decoder.self_attention_mask(sequence.segments, sequence.segments)
-
-  @jax.jit
-  def in_steps(params):
-    context = decoder.make_context(config, sequence.positions, mask)
-    x = decoder.embed(params, config, sequence.tokens, sequence.positions)
-    for start, stop in ((0, 1), (1, 3), (3, 4)):
-      x, _ = decoder.run_layers(params, config, x, context, start, stop)
-    return decoder.logits(params, config, x)
-
   whole = helpers.decode_rows(params, config, sequence)
-  np.testing.assert_allclose(in_steps(params), whole, rtol=0, atol=1e-5)
+  np.testing.assert_allclose(
+    in_steps(params, config, sequence), whole, rtol=0, atol=1e-5
+  )
 
 
 def test_learned_positions_end():
