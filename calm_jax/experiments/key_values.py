@@ -12,7 +12,6 @@ from calm_jax.data import arithmetic
 from calm_jax.errors import InputError
 from calm_jax.evals.base import write_rows
 from calm_jax.evals.exact_match import exact_match
-from calm_jax.generation import with_bos
 from calm_jax.language_model import LanguageModel
 from calm_jax.trainer import Stage
 
@@ -171,17 +170,12 @@ class KeyValues:
     """Cross-attention over one KV-MATH example with all keys held out.
 
     Returns:
-      What `LanguageModel.cross_attention` does, and "prompt_length".
+      What `LanguageModel.attention` does.
     """
     example = arithmetic.examples(
       self.kv, self._expressions("held_out"), _kv_math(data)
     )[0]
-    prompt = with_bos(self.tokenizer, self.tokenizer.encode(example.prompt))
-    answer = self.tokenizer.encode_continuation(
-      example.prompt, example.completion
-    )
-    look = model.cross_attention(prompt + answer, len(prompt))
-    return look | {"prompt_length": np.array(len(prompt))}
+    return model.attention(example.prompt, example.completion)
 
 
 def _kv_math(data: dict) -> str:
