@@ -5,7 +5,7 @@ Of the form of `options.FAMILIES`: {family: (base, {case: changes})}.
 
 from __future__ import annotations
 
-_BASE = {
+BASE = {
   "vocab_size": 61, "hidden_size": 48, "intermediate_size": 40,
   "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
   "max_position_embeddings": 64, "rms_norm_eps": 1e-3,
@@ -24,14 +24,14 @@ _SHARED = {
   },
 }  # fmt: skip
 FAMILIES = {
-  "mixtral": (_BASE | {"num_local_experts": 5, "num_experts_per_tok": 2}, {
+  "mixtral": (BASE | {"num_local_experts": 5, "num_experts_per_tok": 2}, {
     "window": {"sliding_window": 5},
     "all experts": {"num_experts_per_tok": 5},
     "more experts": {"num_local_experts": 37},
     "jitter": {"router_jitter_noise": 0.1},
     **_SHARED,
   }),
-  "qwen3_moe": (_BASE | {
+  "qwen3_moe": (BASE | {
     "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 20,
     "head_dim": 10, "sliding_window": 5,
   }, {

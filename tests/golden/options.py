@@ -21,12 +21,7 @@ WINDOW = {"sliding_window": 5}
 LONG_WINDOW = {"sliding_window": 64}
 FULL, SLIDING = "full_attention", "sliding_attention"
 
-_BASE = {
-  "vocab_size": 61, "hidden_size": 48, "intermediate_size": 40,
-  "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
-  "max_position_embeddings": 64, "rms_norm_eps": 1e-3,
-  "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-}  # fmt: skip
+_BASE = experts.BASE
 _TIED = {"tie_word_embeddings": True}
 _UNTIED = {"tie_word_embeddings": False}
 _BIAS = {"attention_bias": True}
