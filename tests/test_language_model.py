@@ -289,7 +289,7 @@ def shared_texts() -> dict[str, str]:
 
 
 @pytest.mark.skipif(
-  "CALM_SHARED" not in os.environ,
+  not os.environ.get("CALM_SHARED"),
   reason="CALM_SHARED does not name the folder of shared models",
 )
 @pytest.mark.parametrize("name", ["stories260k", "babyllama"])
