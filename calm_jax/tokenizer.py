@@ -13,6 +13,7 @@ import tokenizers
 
 from calm_jax import tokenizer_bytes, tokenizer_files
 from calm_jax.errors import InputError
+from calm_jax.models import folders
 from calm_jax.tokenizer_bytes import Spans, Spelling
 
 # Text after which a continuation is encoded alone: one of them does not merge
@@ -229,7 +230,8 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
       f"no tokenizer at {name}: neither a file nor a folder; give a checkpoint"
       " folder, a tokenizer file, or a hub id such as owner/name"
     )
-  return _load_folder(tokenizer_files.download(name), name)
+  files = (*folders.TEXT_FILES, folders.CONFIG)
+  return _load_folder(folders.locate(name, files=files).folder, name)
 
 
 def train_sentencepiece(

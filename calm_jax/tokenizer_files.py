@@ -7,35 +7,6 @@ import tokenizers
 
 from calm_jax.errors import InputError
 
-HUB_FILES = (
-  "tokenizer.json",
-  "tokenizer.model",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "vocab.json",
-  "merges.txt",
-  "config.json",
-  "generation_config.json",
-)
-
-
-def download(hub_id: str) -> Path:
-  """The folder of a hub repository's tokenizer files; InputError if none."""
-  # Loaded here: only a hub id needs it.
-  import huggingface_hub
-  from huggingface_hub.errors import HfHubHTTPError
-
-  try:
-    folder = huggingface_hub.snapshot_download(
-      hub_id, allow_patterns=list(HUB_FILES)
-    )
-  except (OSError, ValueError, HfHubHTTPError) as error:
-    raise InputError(
-      f"cannot get the tokenizer of {hub_id}: it is no local folder, and the"
-      f" hub answered: {error}"
-    ) from error
-  return Path(folder)
-
 
 def convert_slow(folder: Path) -> tokenizers.Tokenizer:
   """A tokenizer.json made of other files, such as vocab and merges."""

@@ -25,7 +25,7 @@ def train(folder, name="tokenizer", **changes):
 
 @pytest.fixture
 def shared():
-  if "CALM_SHARED" not in os.environ:
+  if not os.environ.get("CALM_SHARED"):
     pytest.skip("CALM_SHARED is unset: the shared models are not here")
   return Path(os.environ["CALM_SHARED"])
 
@@ -203,8 +203,8 @@ def test_vocabulary_and_merges(shared, tmp_path):
 
 
 def test_a_tokenizer_of_the_hub(tmp_path, monkeypatch):
-  def download(name, allow_patterns):
-    assert name == "owner/name"
+  def download(name, revision, allow_patterns):
+    assert (name, revision) == ("owner/name", None)
     assert "tokenizer.model" in allow_patterns
     return str(tmp_path)
 

@@ -102,13 +102,6 @@ def locate(
   return Source(name, folder.name, folder)
 
 
-def resolve(
-  path_or_hub_id: str | os.PathLike, revision: str | None = None
-) -> pathlib.Path:
-  """The local folder of a checkpoint; see `locate`."""
-  return locate(path_or_hub_id, revision).folder
-
-
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """A JSON object; InputError if the file is missing or anything else."""
   try:

@@ -48,7 +48,8 @@ def assert_same(a, b):
 
 
 def test_resolve_finds_a_folder(tmp_path):
-  assert folders.resolve(tmp_path) == folders.resolve(str(tmp_path)) == tmp_path
+  assert folders.locate(tmp_path).folder == tmp_path
+  assert folders.locate(str(tmp_path)).folder == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -62,14 +63,14 @@ def test_resolve_does_not_ask_the_hub_for_a_path(name, monkeypatch, tmp_path):
   monkeypatch.setenv("HOME", str(tmp_path / "home"))
   monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
   with pytest.raises(InputError, match="looks like org/name"):
-    folders.resolve(name)
+    folders.locate(name)
 
 
 def test_resolve_of_a_file_asks_for_its_folder(tmp_path):
   path = tmp_path / "model.safetensors"
   path.touch()
   with pytest.raises(InputError, match="give the folder"):
-    folders.resolve(path)
+    folders.locate(path)
 
 
 def test_resolve_offline_says_what_to_do(monkeypatch, tmp_path):
@@ -78,9 +79,9 @@ def test_resolve_offline_says_what_to_do(monkeypatch, tmp_path):
     huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache")
   )
   with pytest.raises(InputError, match="hf download org/name --local-dir"):
-    folders.resolve("org/name")
+    folders.locate("org/name")
   with pytest.raises(InputError, match="cannot get org/name at revision 'v1'"):
-    folders.resolve("org/name", "v1")
+    folders.locate("org/name", "v1")
 
 
 def test_resolve_downloads_no_pickles(monkeypatch, tmp_path):
@@ -91,7 +92,7 @@ def test_resolve_downloads_no_pickles(monkeypatch, tmp_path):
     return str(tmp_path)
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-  assert folders.resolve("org/name") == tmp_path
+  assert folders.locate("org/name").folder == tmp_path
   files = [
     "config.json", "model.safetensors", "model-00001-of-00002.safetensors",
     "model.safetensors.index.json", "tokenizer.json", "tokenizer.model",
