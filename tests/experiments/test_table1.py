@@ -222,16 +222,12 @@ def test_models_from_elsewhere_are_refused(tmp_path):
 
 def test_where_the_model_looks(experiment):
   class Looking:
-    def cross_attention(self, ids, prompt_length):
-      self.ids, self.prompt_length = ids, prompt_length
+    def attention(self, prompt, completion):
+      self.prompt, self.completion = prompt, completion
       return {"weights": np.zeros(1)}
 
   model = Looking()
   look = experiment.look(model, STEPS)
-  tokenizer = experiment.tokenizer
-  prompt = tokenizer.decode(model.ids[: model.prompt_length])
-  assert prompt.startswith("show:") and prompt.endswith("=")
-  answer = tokenizer.decode(model.ids[model.prompt_length :])
-  assert answer == Book(experiment.kv).one(prompt)
-  assert look["prompt_length"] == model.prompt_length
+  assert model.prompt.startswith("show:") and model.prompt.endswith("=")
+  assert model.completion == Book(experiment.kv).one(model.prompt)
   assert "weights" in look
