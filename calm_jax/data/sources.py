@@ -1,16 +1,24 @@
-"""Files of examples: jsonl and plain text."""
+"""Examples from files, tfds and Hugging Face data sets."""
 
 import dataclasses
-import json
-from collections.abc import Iterator, Sequence
+import glob
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
+from calm_jax.data import readers
+from calm_jax.data.readers import BadRecord
+from calm_jax.data.templates import own_fields, templates
 from calm_jax.errors import InputError
 
 T = TypeVar("T")
+
+KINDS = ("jsonl", "text", "tsv", "parallel", "tfds", "hf")
+_SUFFIXES = {".jsonl": "jsonl", ".txt": "text", ".tsv": "tsv"}
+_NAMED = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +36,100 @@ class TextExample:
   origin: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Where examples are, and what of a record is given and what is learnt.
+
+  Attributes:
+    path: a file; a pattern of files, such as "data/*.jsonl", read in the order
+      of their names; "tfds:NAME" or "tfds:NAME/CONFIG"; "hf:NAME" or
+      "hf:NAME:CONFIG", where NAME is of the hub or a local folder.
+    kind: one of `KINDS`; "" for what the path says: its suffix (.jsonl, .txt,
+      .tsv) or what stands before its colon, or "parallel" if `target` is given.
+    target: of kind parallel, the second file: its line i belongs to line i of
+      the first.
+    split: of kinds tfds and hf.
+    columns: names of a tsv file's columns, which has no header, or of the two
+      parallel files.
+    prompt, completion: templates over a record's fields (see `templates`), the
+      prompt "" for plain text. Both "": the fields named below.
+    text_field, prompt_field, completion_field: a record with both of the latter
+      is a prompt and its completion; another is plain text. A line of a text
+      file is a record with a text field.
+    rows: a slice of the good examples, such as ":5000" or "5000:", for parts
+      of a file that are held out.
+    bad_lines: the share of lines that may be bad. They are skipped, each of
+      them named; more is an error.
+    data_dir: of kind tfds, where prepared data sets are; "" for its own place.
+  """
+
+  path: str
+  kind: str = ""
+  target: str = ""
+  split: str = "train"
+  columns: tuple[str, ...] = ("source", "target")
+  prompt: str = ""
+  completion: str = ""
+  text_field: str = "text"
+  prompt_field: str = "prompt"
+  completion_field: str = "completion"
+  rows: str = ""
+  bad_lines: float = 0.0
+  data_dir: str = ""
+
+
+def read_source(
+  source: Source, report: Callable[[str], None] | None = None
+) -> list[TextExample]:
+  """Reads all examples of a source, in order; blank lines are skipped.
+
+  Args:
+    source: what to read.
+    report: gets one message if lines were bad and skipped: how many there are
+      and, each on its own line of the message, which and why.
+
+  Raises:
+    InputError: a bad choice, nothing there, no examples, or more bad lines than
+      `source.bad_lines`; the message names the first of them.
+  """
+  _check(source)
+  part = _slice(source.rows)
+  kind = _kind(source)
+  texts = _texts(source, kind)
+  examples, bad = [], []
+  for origin, read in _rows(source, kind):
+    try:
+      record = read()
+      if record is not None:
+        examples.append(TextExample(*texts(record), origin))
+    except BadRecord as error:
+      bad.append(f"{origin}: {error}")
+  total = len(examples) + len(bad)
+  if not total:
+    raise InputError(f"{source.path} holds no examples: every line is blank")
+  if bad:
+    summary = (
+      f"{source.path}: {len(bad):,} of {total:,} lines are bad"
+      f" ({len(bad) / total:.2%})"
+    )
+    if len(bad) / total > source.bad_lines:
+      named = "\n".join(bad[:_NAMED])
+      more = len(bad) - _NAMED
+      rest = f"\nand {more:,} more" if more > 0 else ""
+      raise InputError(
+        f"{summary}, more than bad_lines={source.bad_lines} allows; repair or"
+        f" remove them, or raise bad_lines to skip them:\n{named}{rest}"
+      )
+    if report is not None:
+      report("\n".join([f"{summary} and skipped:", *bad]))
+  if not examples[part]:
+    raise InputError(
+      f"{source.path}: rows {source.rows!r} of {len(examples):,} good examples"
+      " leave none"
+    )
+  return examples[part]
+
+
 def read_examples(
   path: str | Path,
   *,
@@ -35,46 +137,19 @@ def read_examples(
   prompt_field: str = "prompt",
   completion_field: str = "completion",
 ) -> list[TextExample]:
-  """Reads a .jsonl or a .txt file; blank lines are skipped.
-
-  A jsonl line is an object with `prompt_field` and `completion_field`, or else
-  with `text_field` (plain text). A line of a .txt file is one document.
+  """Reads a file, none of whose lines may be bad; see `Source`.
 
   Raises:
-    InputError: no such file, another kind of file, no examples in it, or a bad
-      line; the message names the file and the line.
+    InputError: as `read_source`.
   """
-  path = Path(path)
-  if not path.is_file():
-    raise InputError(f"no examples at {path}: there is no such file")
-  if path.suffix not in (".jsonl", ".txt"):
-    raise InputError(
-      f"cannot read examples from {path}: its name must end in .jsonl (one"
-      " JSON object a line) or .txt (one document a line)"
+  return read_source(
+    Source(
+      str(path),
+      text_field=text_field,
+      prompt_field=prompt_field,
+      completion_field=completion_field,
     )
-  examples = []
-  for origin, line in _lines(path):
-    if path.suffix == ".txt":
-      examples.append(TextExample("", line, origin))
-      continue
-    record = _parse(line, origin)
-    if prompt_field in record and completion_field in record:
-      prompt = _field(record, prompt_field, origin)
-      completion = _field(record, completion_field, origin)
-    elif text_field in record:
-      prompt, completion = "", _field(record, text_field, origin)
-    else:
-      raise InputError(
-        f"{origin}: expected {text_field!r}, or {prompt_field!r} and"
-        f" {completion_field!r}, but it has {', '.join(map(repr, record))};"
-        " name the fields in the data configuration"
-      )
-    if not completion:
-      raise InputError(f"{origin}: there is no text to learn; remove the line")
-    examples.append(TextExample(prompt, completion, origin))
-  if not examples:
-    raise InputError(f"{path} holds no examples: every line is blank")
-  return examples
+  )
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -87,11 +162,21 @@ def read_prompts(path: str | Path) -> list[str]:
   if not path.is_file():
     raise InputError(f"no prompts at {path}: there is no such file")
   prompts = []
-  for origin, line in _lines(path):
-    record = _parse(line, origin)
+  for origin, read in readers.jsonl(path):
+    try:
+      record = read()
+    except BadRecord as error:
+      raise InputError(f"{origin}: {error}") from error
+    if record is None:
+      continue
     if "prompt" not in record:
       raise InputError(f"{origin}: it has no 'prompt'")
-    prompts.append(_field(record, "prompt", origin))
+    if not isinstance(record["prompt"], str):
+      raise InputError(
+        f"{origin}: 'prompt' is a {type(record['prompt']).__name__}, where a"
+        " string is expected"
+      )
+    prompts.append(record["prompt"])
   return prompts
 
 
@@ -115,41 +200,116 @@ def take_fraction(examples: Sequence[T], fraction: float, seed: int) -> list[T]:
   return [examples[i] for i in np.sort(order[:count])]
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-  # Bytes are split, not text: str.splitlines also splits at U+2028.
-  with path.open("rb") as file:
-    for number, line in enumerate(file, start=1):
-      origin = f"{path} line {number}"
-      try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-      except UnicodeDecodeError as error:
-        raise InputError(
-          f"{origin}: not UTF-8 text ({error}); convert the file"
-        ) from error
-      text = text.rstrip("\r\n")
-      if text.strip():
-        yield origin, text
+def _check(source: Source) -> None:
+  if source.kind and source.kind not in KINDS:
+    raise InputError(
+      f"{source.path}: unknown kind {source.kind!r}; one of {', '.join(KINDS)}"
+    )
+  if source.target and source.kind not in ("", "parallel"):
+    raise InputError(
+      f"{source.path}: target is of kind parallel, not {source.kind}"
+    )
+  if source.prompt and not source.completion:
+    raise InputError(
+      f"{source.path}: a template of the prompt and none of the completion;"
+      " give both"
+    )
+  if not 0 <= source.bad_lines <= 1:
+    raise InputError(
+      f"{source.path}: bad_lines {source.bad_lines} is a share, from 0 to 1"
+    )
 
 
-def _parse(line: str, origin: str) -> dict:
+def _slice(rows: str) -> slice:
+  if rows and not re.fullmatch(r"-?\d*:-?\d*", rows):
+    raise InputError(f"rows {rows!r}: expected a slice such as :5000 or 5000:")
+  ends = rows.split(":") if rows else ["", ""]
   try:
-    record = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise InputError(
-      f"{origin}: not JSON ({error}); a line must be one JSON object"
-    ) from error
-  if not isinstance(record, dict):
-    raise InputError(
-      f"{origin}: a JSON {type(record).__name__}, where an object is expected"
-    )
-  return record
+    return slice(*(int(end) if end else None for end in ends))
+  except ValueError as error:
+    raise InputError(f"rows {rows!r}: {error}") from error
 
 
-def _field(record: dict, name: str, origin: str) -> str:
-  value = record[name]
-  if not isinstance(value, str):
+def _kind(source: Source) -> str:
+  """The kind that the source says; "" where each file's suffix does."""
+  if source.kind:
+    return source.kind
+  prefix = source.path.partition(":")[0]
+  if prefix in ("tfds", "hf"):
+    return prefix
+  return "parallel" if source.target else ""
+
+
+def _texts(source: Source, kind: str):
+  kind = kind or _SUFFIXES.get(Path(source.path).suffix)
+  columns = ()
+  if kind in ("tsv", "parallel"):
+    columns = tuple(source.columns)
+  elif kind == "text":
+    columns = (source.text_field,)
+  if len(set(columns)) != len(columns):
+    raise InputError(f"{source.path}: columns {columns} repeat a name")
+  if source.completion:
+    try:
+      return templates(source.prompt, source.completion, columns)
+    except InputError as error:
+      raise InputError(f"{source.path}: {error}") from error
+  names = source.prompt_field, source.completion_field, source.text_field
+  if columns and not (set(names[:2]) <= set(columns) or names[2] in columns):
     raise InputError(
-      f"{origin}: {name!r} is a {type(value).__name__}, where a string is"
-      " expected"
+      f"{source.path}: no column is called {names[2]}, or {names[0]} and"
+      f" {names[1]}; name them so in columns, or give templates, such as the"
+      f" completion {'{' + columns[-1] + '}'!r}"
     )
-  return value
+  return own_fields(*names)
+
+
+def _rows(source: Source, kind: str) -> Iterator[readers.Row]:
+  """The records of all files, with their origins."""
+  if kind == "tfds":
+    name = source.path.removeprefix("tfds:")
+    yield from readers.tfds(name, source.split, source.data_dir)
+  elif kind == "hf":
+    name, _, config = source.path.removeprefix("hf:").partition(":")
+    yield from readers.hf(name, config, source.split)
+  elif kind == "parallel":
+    if not source.target or len(source.columns) != 2:
+      raise InputError(
+        f"{source.path}: kind parallel takes a second file, target, and the"
+        " names of two columns"
+      )
+    pair = _file(source.path), _file(source.target)
+    yield from readers.parallel(*pair, tuple(source.columns))
+  else:
+    for path in _files(source.path):
+      yield from _of_file(source, path, kind or _SUFFIXES.get(path.suffix))
+
+
+def _of_file(source: Source, path: Path, kind: str | None):
+  if kind == "jsonl":
+    return readers.jsonl(path)
+  if kind == "text":
+    return readers.text(path, source.text_field)
+  if kind == "tsv":
+    return readers.tsv(path, tuple(source.columns))
+  raise InputError(
+    f"cannot read examples from {path}: its name must end in .jsonl (one"
+    " JSON object a line), .txt (one document a line) or .tsv (columns between"
+    " tabs), or its kind must be given"
+  )
+
+
+def _files(path: str) -> list[Path]:
+  if Path(path).is_file() or not glob.has_magic(path):
+    return [_file(path)]
+  found = [Path(name) for name in sorted(glob.glob(path, recursive=True))]
+  files = [name for name in found if name.is_file()]
+  if not files:
+    raise InputError(f"no examples at {path}: no file's name is like it")
+  return files
+
+
+def _file(path: str) -> Path:
+  if not Path(path).is_file():
+    raise InputError(f"no examples at {path}: there is no such file")
+  return Path(path)

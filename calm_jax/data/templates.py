@@ -1,0 +1,126 @@
+"""Records to prompts and completions, by their fields or by templates.
+
+A template is a Python format string over the fields of a record, such as
+"Translate: {source}\\n"; "{translation[de]}" looks into a field.
+"""
+
+import re
+import string
+from collections.abc import Callable, Sequence
+
+from calm_jax.data.readers import BadRecord, Record
+from calm_jax.errors import InputError
+
+Texts = Callable[[Record], tuple[str, str]]
+
+
+def templates(prompt: str, completion: str, columns: Sequence[str]) -> Texts:
+  """A function of a record to its prompt and completion.
+
+  Args:
+    prompt: template of what is given; "" for plain text.
+    completion: template of what is learnt.
+    columns: all the fields that records have; none if it is not known.
+
+  Raises:
+    InputError: not a template, or it names a field that no record has.
+  """
+  fill_prompt = _template(prompt, columns)
+  fill_completion = _template(completion, columns)
+
+  def texts(record: Record) -> tuple[str, str]:
+    given, learnt = fill_prompt(record), fill_completion(record)
+    if prompt and not given:
+      raise BadRecord(f"its prompt is empty, of the template {prompt!r}")
+    return _checked(given, learnt)
+
+  return texts
+
+
+def own_fields(prompt: str, completion: str, text: str) -> Texts:
+  """A function of a record to its fields of these names.
+
+  `prompt` and `completion` where it has both, else `text`, as plain text.
+  """
+
+  def texts(record: Record) -> tuple[str, str]:
+    if prompt in record and completion in record:
+      return _checked(_field(record, prompt), _field(record, completion))
+    if text in record:
+      return _checked("", _field(record, text))
+    raise BadRecord(
+      f"expected {text!r}, or {prompt!r} and {completion!r}, but it has"
+      f" {_names(record)}; name the fields in the data configuration"
+    )
+
+  return texts
+
+
+def _template(template: str, columns: Sequence[str]) -> Callable[[Record], str]:
+  formatter = string.Formatter()
+  try:
+    parts = list(formatter.parse(template))
+  except ValueError as error:
+    raise InputError(
+      f"the template {template!r} cannot be read: {error}; a brace that is"
+      " meant as text is written twice"
+    ) from error
+  fields = [name for _, name, _, _ in parts if name is not None]
+  for name in fields:
+    top = re.split(r"[.\[]", name)[0]
+    if not top or top.isdigit():
+      raise InputError(
+        f"the template {template!r} has a brace without the name of a field;"
+        " write {field}, or {{ for a brace that is meant as text"
+      )
+    if columns and top not in columns:
+      raise InputError(
+        f"the template {template!r} asks for {top!r}, but there"
+        f" {'are' if len(columns) > 1 else 'is'} {_names(columns)}"
+      )
+
+  def fill(record: Record) -> str:
+    try:
+      for name in fields:
+        value, _ = formatter.get_field(name, (), record)
+        if not isinstance(value, str | int | float):
+          raise BadRecord(
+            f"{name!r} is a {type(value).__name__}, where text or a number is"
+            f" expected in the template {template!r}"
+          )
+      return template.format_map(record)
+    except KeyError as error:
+      raise BadRecord(
+        f"the template {template!r} asks for {error.args[0]!r}, but it has"
+        f" {_names(record)}"
+      ) from error
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+      raise BadRecord(
+        f"the template {template!r} cannot be filled: {error}"
+      ) from error
+
+  return fill
+
+
+def _checked(prompt: str, completion: str) -> tuple[str, str]:
+  if not completion:
+    raise BadRecord("there is no text to learn; remove the line")
+  try:
+    # JSON can write half of a pair of surrogates.
+    (prompt + completion).encode()
+  except UnicodeEncodeError as error:
+    raise BadRecord(f"not text that UTF-8 can hold ({error})") from error
+  return prompt, completion
+
+
+def _field(record: Record, name: str) -> str:
+  value = record[name]
+  if not isinstance(value, str):
+    raise BadRecord(
+      f"{name!r} is a {type(value).__name__}, where a string is expected"
+    )
+  return value
+
+
+def _names(fields) -> str:
+  return ", ".join(map(repr, fields)) or "no fields"
