@@ -25,6 +25,11 @@ def run_with_config(main: Callable) -> None:
   config = config_flags.DEFINE_config_file(
     "config", None, "a file of configs/, with :variant", lock_config=True
   )
+  allowed = flags.DEFINE_bool(
+    "allow_code_execution",
+    False,
+    "evaluate by running, in a sandbox, programs that models write",
+  )
 
   def guarded(argv):
     if not flags.FLAGS["verbosity"].present:
@@ -32,7 +37,10 @@ def run_with_config(main: Callable) -> None:
     try:
       if len(argv) > 1:
         raise InputError(f"unexpected arguments: {argv[1:]}")
-      main(_loaded(config))
+      loaded = _loaded(config)
+      if allowed.value:
+        _allow_code_execution(loaded)
+      main(loaded)
     except InputError as error:
       _stop(error)
 
@@ -82,6 +90,12 @@ def _loaded(config):
     # What was wrong with the file is raised by its first use.
     raise InputError(f"--config: {error}") from error
   return config.value
+
+
+def _allow_code_execution(config) -> None:
+  if "allow_code_execution" not in config.task:
+    raise InputError("--allow_code_execution: this experiment runs no code")
+  config.task.allow_code_execution = True
 
 
 def _stop(error) -> NoReturn:

@@ -53,6 +53,75 @@ def stage(**changes) -> ConfigDict:
   )
 
 
+def text_task(**changes) -> ConfigDict:
+  """See calm_jax.experiments.text.TextTask."""
+  return ConfigDict(
+    {
+      "languages": (),
+      "sources": ConfigDict(),
+      "held_out": ConfigDict(),
+      "evals": ConfigDict(),
+      "skip_evals": (),
+      "allow_code_execution": False,
+      "num_samples": 0,
+      "sample_tokens": 200,
+      "prompt_tokens": 1024,
+      "eval_batch_size": 16,
+      "eval_length": 256,
+    }
+    | changes
+  )
+
+
+def source(path, **changes) -> ConfigDict:
+  """Examples; see calm_jax.data.sources.Source."""
+  return ConfigDict(
+    {
+      "path": path,
+      "kind": "",
+      "target": "",
+      "split": "train",
+      "columns": ("source", "target"),
+      "prompt": "",
+      "completion": "",
+      "text_field": "text",
+      "prompt_field": "prompt",
+      "completion_field": "completion",
+      "rows": "",
+      "bad_lines": 0.0,
+      "data_dir": "",
+    }
+    | changes
+  )
+
+
+def mixture(
+  weights: dict[str, float], fraction: float = 1.0, **changes
+) -> ConfigDict:
+  """The data of a stage: rows of sources by weight, a part of each source.
+
+  Args:
+    weights: of sources; languages share that of an entry with {language}.
+    fraction: of the examples of each source that are used.
+    **changes: pack, too_long ("error", "cut" or "drop" an example with a
+      prompt that is longer than a row) and watch (held-out sets whose loss is
+      followed; all if it names none).
+  """
+  parts = {
+    name: ConfigDict({"weight": weight, "fraction": fraction})
+    for name, weight in weights.items()
+  }
+  return ConfigDict(
+    {
+      "mixture": ConfigDict(parts),
+      "pack": True,
+      "too_long": "error",
+      "watch": (),
+    }
+    | changes
+  )
+
+
 def get_config() -> ConfigDict:
   """What all experiments share."""
   config = ConfigDict()

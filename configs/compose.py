@@ -26,19 +26,26 @@ def get_config(variant: str = "frozen") -> ConfigDict:
   config.eval_data = ""
   # Of the anchor's own domain; empty: sampled from the anchor.
   config.anchor_eval_data = ""
-  config.task = ConfigDict(
-    {
-      "data": config.get_ref("data"),
-      "eval_data": config.get_ref("eval_data"),
-      "anchor_eval_data": config.get_ref("anchor_eval_data"),
-      "num_samples": 64,
-      "sample_tokens": 200,
-      "text_field": "text",
-      "prompt_field": "prompt",
-      "completion_field": "completion",
-      "eval_batch_size": 16,
-      "eval_length": 256,
-    }
+  # What the fields of jsonl files are called.
+  config.text_field = "text"
+  config.prompt_field = "prompt"
+  config.completion_field = "completion"
+  fields = {
+    name: config.get_ref(name)
+    for name in ("text_field", "prompt_field", "completion_field")
+  }
+  held_out = {"domain": "eval_data", "anchor_domain": "anchor_eval_data"}
+  config.task = common.text_task(
+    sources=ConfigDict(
+      {"data": common.source(config.get_ref("data"), **fields)}
+    ),
+    held_out=ConfigDict(
+      {
+        name: common.source(config.get_ref(option), **fields)
+        for name, option in held_out.items()
+      }
+    ),
+    num_samples=64,
   )
   config.stages = ConfigDict(
     {
@@ -59,7 +66,7 @@ def get_config(variant: str = "frozen") -> ConfigDict:
 
 
 def _data(fraction: float) -> ConfigDict:
-  return ConfigDict({"fraction": fraction, "pack": True})
+  return common.mixture({"data": 1.0}, fraction, watch=("domain",))
 
 
 def _frozen(config: ConfigDict) -> None:

@@ -32,7 +32,7 @@ def config(tmp_path):
     config[name] = str(path)
   for stage in config.stages.values():
     stage.update(length=16, steps=2, warmup=1, batch_size=2)
-  config.stages.compose.data.fraction = 1.0
+  config.stages.compose.data.mixture.data.fraction = 1.0
   config.task.update(num_samples=0, eval_batch_size=2, eval_length=16)
   return config
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import pathlib
 import types
 
@@ -14,7 +15,9 @@ import pytest
 from calm_jax import composition, optim, train, trainer, tree
 from calm_jax.connections import CONTROLS, Composition
 from calm_jax.data import arithmetic
+from calm_jax.data.sources import Source
 from calm_jax.errors import InputError
+from calm_jax.evals import suite
 from calm_jax.experiments.key_values import KeyValueTask
 from calm_jax.experiments.text import TextTask
 from calm_jax.language_model import LanguageModel
@@ -154,10 +157,46 @@ def test_the_files_of_text_are_named_once():
   config = load("compose", "frozen")
   config.data, config.eval_data = "a.jsonl", "b.jsonl"
   config.anchor_eval_data = "c.jsonl"
+  config.text_field = "question"
   task = TextTask(**train.plain(config)["task"], seed=0)
-  assert (task.data, task.eval_data, task.anchor_eval_data) == (
-    "a.jsonl", "b.jsonl", "c.jsonl"
-  )  # fmt: skip
+  paths = {n: s["path"] for n, s in (task.sources | task.held_out).items()}
+  assert paths == {
+    "data": "a.jsonl", "domain": "b.jsonl", "anchor_domain": "c.jsonl"
+  }  # fmt: skip
+  assert task.sources["data"]["text_field"] == "question"
+
+
+@pytest.mark.parametrize("file", ["ntl", "code"])
+def test_the_folder_of_the_data_is_named_once(file):
+  config = load(file, "full")
+  config.data_dir = "elsewhere"
+  task = TextTask(**train.plain(config)["task"], seed=0)
+  entries = [*task.sources.values(), *task.held_out.values()]
+  for entry in [*entries, *task.evals.values()]:
+    assert entry["path"].startswith("elsewhere/")
+  # What a source and an evaluation take.
+  for entry in entries:
+    Source(**entry)
+  for entry in task.evals.values():
+    given = {k: v for k, v in entry.items() if k != "kind"}
+    if entry["kind"] in suite.RUN_CODE:
+      given["allow_code_execution"] = True
+    inspect.signature(suite.KINDS[entry["kind"]]).bind(**given)
+
+
+@pytest.mark.parametrize(
+  ("file", "variant"), [v for v in VARIANTS if v[0] in ("ntl", "code")]
+)
+def test_stages_learn_from_sources_that_are_there(file, variant):
+  settings = train.plain(load(file, variant))
+  task = settings["task"]
+  for name in settings["recipe"]:
+    data = settings["stages"][name]["data"]
+    assert data["mixture"].keys() <= task["sources"].keys()
+    assert {*data["watch"]} <= task["held_out"].keys()
+  fraction = {"ntl": 0.05, "code": 0.07}[file]  # the paper's
+  composed = settings["stages"]["compose"]["data"]["mixture"]
+  assert {part["fraction"] for part in composed.values()} == {fraction}
 
 
 @pytest.mark.parametrize("kind", common.KINDS)

@@ -187,6 +187,24 @@ def answers(
   ]
 
 
+def take_rows(items: list, rows: str) -> list:
+  """A slice of a file's items: ":100", "6000:" or "" for all.
+
+  Raises:
+    InputError: it is no slice, or nothing is in it.
+  """
+  if not rows:
+    return items
+  start, colon, stop = rows.partition(":")
+  try:
+    part = items[int(start or 0) : int(stop) if stop else None]
+  except ValueError as error:
+    raise InputError(f"rows {rows!r} is no slice such as '100:200'") from error
+  if not colon or not part:
+    raise InputError(f"rows {rows!r} of {len(items)} items are none")
+  return part
+
+
 def mean_shots(rows: Sequence[Mapping]) -> float:
   """Exemplars of a prompt on average: fewer than asked if they did not fit."""
   return sum(len(row["exemplars"]) for row in rows) / len(rows)

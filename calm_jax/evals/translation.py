@@ -80,6 +80,38 @@ def read_flores(
   ]
 
 
+def read_pairs(
+  path: str | Path, target: str | Path, language: str, rows: str = ""
+) -> list[dict[str, Any]]:
+  """Lines of one file beside the English ones of another.
+
+  Args:
+    path, target: text files; line i of one translates line i of the other.
+    language: FLORES' code of the first, such as lij_Latn.
+    rows: a slice of the lines; see `fewshot.take_rows`.
+
+  Returns:
+    As `read_flores`.
+
+  Raises:
+    InputError: no such file, not as many lines, or no such rows.
+  """
+  sources, targets = (_file_lines(Path(file)) for file in (path, target))
+  if len(sources) != len(targets):
+    raise InputError(
+      f"{path} has {len(sources)} lines and {target} has {len(targets)}; line "
+      "i of one must translate line i of the other"
+    )
+  name = language_name(language)
+  items = [
+    {"id": i, "language": name, "source": source, "target": english}
+    for i, (source, english) in enumerate(
+      zip(sources, targets, strict=True), start=1
+    )
+  ]
+  return fewshot.take_rows(items, rows)
+
+
 def language_name(code: str) -> str:
   """FLORES-200's English name of a language code."""
   path = fewshot.PROMPTS / "flores_languages.tsv"
@@ -102,9 +134,17 @@ def _lines(path: Path, language: str, split: str) -> list[str]:
   if path.is_dir():
     if not (path / wanted).is_file():
       _missing(path, wanted, sorted(p.stem for p in (path / split).iterdir()))
-    text = (path / wanted).read_text(encoding="utf-8")
-  else:
-    text = _from_zip(path, wanted, split)
+    return _file_lines(path / wanted)
+  return _split(_from_zip(path, wanted, split))
+
+
+def _file_lines(path: Path) -> list[str]:
+  if not path.is_file():
+    raise InputError(f"no sentences at {path}: there is no such file")
+  return _split(path.read_text(encoding="utf-8"))
+
+
+def _split(text: str) -> list[str]:
   # Not splitlines(): it also splits at rarer characters within a sentence.
   return text.removesuffix("\n").split("\n")
 

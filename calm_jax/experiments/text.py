@@ -1,8 +1,13 @@
-"""Two checkpoints and a file of text: compose, and compare perplexities."""
+"""Text that two models read: languages, code, or files of one's own (§4.2-3).
+
+Stages learn from mixtures of named sources. At the end every model is measured
+on held-out text, in bits per byte, and by the evaluators that the config names.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +17,22 @@ import numpy as np
 from calm_jax import trainer
 from calm_jax.alignment import ChunkEncoder
 from calm_jax.data import pipeline
-from calm_jax.data.sources import TextExample, read_examples, take_fraction
+from calm_jax.data.sources import (
+  Source,
+  TextExample,
+  read_source,
+  take_fraction,
+)
 from calm_jax.errors import InputError
+from calm_jax.evals import suite
 from calm_jax.evals.base import write_rows
 from calm_jax.evals.perplexity import perplexity
+from calm_jax.experiments.languages import expand
 from calm_jax.generation import with_bos
 from calm_jax.language_model import LanguageModel
 from calm_jax.tokenizer import Tokenizer
 
+ANCHOR_DOMAIN = "anchor_domain"
 LOOK_TOKENS = 40
 
 
@@ -27,80 +40,141 @@ LOOK_TOKENS = 40
 class TextTask:
   """Which text is learnt and measured.
 
+  An entry with {language} in its name stands for one of each language.
+
   Attributes:
-    data: .jsonl of {"text"} or {"prompt", "completion"}, or .txt.
-    eval_data: held-out text of the same domain.
-    anchor_eval_data: text of the anchor's own domain; if empty, `num_samples`
-      texts are sampled from the anchor itself.
-    num_samples: how many, 0 for none.
+    languages: codes, such as lij_Latn.
+    sources: by name, arguments of `data.sources.Source`.
+    held_out: the same, of text to measure. A source with an empty path is
+      left out.
+    evals: by name, see `evals.suite.make`.
+    skip_evals: names or patterns, such as mgsm_*, of those to leave out.
+    allow_code_execution: whether what models write is run, in a sandbox.
+    num_samples: texts to sample from an anchor that is loaded, for held-out
+      text of its own domain if there is no "anchor_domain"; 0 for none.
     sample_tokens: their longest length.
-    text_field, prompt_field, completion_field: names in the jsonl files.
+    prompt_tokens: of the anchor, longest prompt of an evaluation.
     eval_batch_size, eval_length: rows and tokens of an evaluation batch.
-    seed: of the fraction and of the samples.
+    seed: of fractions and samples.
   """
 
-  data: str
-  eval_data: str
-  anchor_eval_data: str
+  languages: tuple[str, ...]
+  sources: dict[str, dict]
+  held_out: dict[str, dict]
+  evals: dict[str, dict]
+  skip_evals: tuple[str, ...]
+  allow_code_execution: bool
   num_samples: int
   sample_tokens: int
-  text_field: str
-  prompt_field: str
-  completion_field: str
+  prompt_tokens: int
   eval_batch_size: int
   eval_length: int
   seed: int
 
 
 class Text:
-  """The experiment: stages' data, and perplexity on held-out text."""
+  """The experiment: stages' data, and what each model makes of other text."""
 
   def __init__(self, task: TextTask, workdir: Path, loaded: dict):
-    for side in ("anchor", "augmenting"):
-      if side not in loaded:
-        raise InputError(
-          f"no {side} model: give --config.{side}= a folder or a hub id"
-        )
-    self.task, self.workdir = task, workdir
-    self.anchor = loaded["anchor"]
-    self.tokenizer = self.anchor.text()
-    self._encoders: dict[str, ChunkEncoder] = {}
-    self.examples = self._read(task.data, "data")
-    self.eval_sets = {"domain": self._read(task.eval_data, "eval_data")}
-    if task.anchor_eval_data:
-      self.eval_sets["anchor_domain"] = self._read(
-        task.anchor_eval_data, "anchor_eval_data"
+    if not loaded:
+      raise InputError(
+        "no model: give --config.anchor= and --config.augmenting= a folder or "
+        "a hub id"
       )
+    self.task, self.workdir = task, workdir
+    self.anchor = loaded.get("anchor")
+    # A model that is trained from scratch reads the other one's tokens.
+    self.tokenizer = next(iter(loaded.values())).text()
+    if "anchor" in loaded:
+      self.tokenizer = loaded["anchor"].text()
+    self._encoders: dict[str, ChunkEncoder] = {}
+    self._examples: dict[str, list[TextExample]] = {}
+    self.sources = _sources(task.sources, task.languages)
+    held_out = _sources(task.held_out, task.languages)
+    self.held_out = {
+      name: read_source(source, print)
+      for name, source in held_out.items()
+      if source.path
+    }
+    if not self.held_out:
+      raise InputError(
+        f"no held-out text: give {list(held_out)} a path; for "
+        "configs/compose.py, --config.eval_data= a jsonl or txt file"
+      )
+    sampled = task.num_samples and ANCHOR_DOMAIN not in self.held_out
+    if sampled and self.anchor is None:
+      raise InputError(
+        "an anchor that is trained here cannot be sampled before: give "
+        f"held_out.{ANCHOR_DOMAIN} a path, or num_samples=0"
+      )
+    self.evals = self._evaluations()
 
-  def _read(self, path: str, option: str) -> list[TextExample]:
-    if not path:
-      raise InputError(f"no text: give --config.{option}= a jsonl or txt file")
-    return read_examples(
-      path,
-      text_field=self.task.text_field,
-      prompt_field=self.task.prompt_field,
-      completion_field=self.task.completion_field,
-    )
+  def _evaluations(self) -> dict[str, suite.Evaluation]:
+    task = self.task
+    wanted = expand(task.evals, task.languages)
+    left_out = {
+      pattern: fnmatch.filter(wanted, pattern) for pattern in task.skip_evals
+    }
+    if unknown := [p for p, names in left_out.items() if not names]:
+      raise InputError(f"skip_evals={unknown} are none of {list(wanted)}")
+    found = {}
+    for name, settings in wanted.items():
+      if any(name in names for names in left_out.values()):
+        print(f"evaluation {name} is left out, as skip_evals asks", flush=True)
+        continue
+      if settings["kind"] in suite.RUN_CODE:
+        allowed = {"allow_code_execution": task.allow_code_execution}
+        settings = settings | allowed
+      found[name] = suite.make(settings)
+    return found
+
+  def _read(self, name: str) -> list[TextExample]:
+    if name not in self.sources:
+      raise InputError(
+        f"there is no source {name!r}; there are {list(self.sources)}"
+      )
+    if not self.sources[name].path:
+      raise InputError(
+        f"source {name!r} has no path: give it a jsonl or txt file; for "
+        "configs/compose.py, --config.data="
+      )
+    if name not in self._examples:
+      self._examples[name] = read_source(self.sources[name], print)
+    return self._examples[name]
 
   def source(self, stage: trainer.Stage, model: LanguageModel, seed: int):
-    """Shuffled rows of the stage's "fraction" of the examples."""
-    data = stage.data
-    return pipeline.text_source(
-      take_fraction(self.examples, data["fraction"], self.task.seed),
+    """Shuffled rows of the stage's "mixture": {source: weight, fraction}.
+
+    Languages share the weight of an entry that is of each language.
+    """
+    data, task, parts = stage.data, self.task, {}
+    for entry, part in data["mixture"].items():
+      names = list(expand({entry: None}, task.languages))
+      for name in names:
+        examples = take_fraction(self._read(name), part["fraction"], task.seed)
+        parts[name] = examples, part["weight"] / len(names)
+    source = pipeline.mix(
+      parts,
       pack=data["pack"],
+      too_long=data["too_long"],
       seed=seed,
       **self._reading(model),
       **_shape(stage),
     )
+    print(source.describe_truncation(), flush=True)
+    return source
 
   def eval_batches(self, stage: trainer.Stage, model: LanguageModel) -> list:
-    """All of the domain's held-out text."""
+    """The held-out sets that the stage's data "watch"; all if it names none."""
+    names = stage.data["watch"] or tuple(self.held_out)
+    examples = [
+      example
+      for name in expand(dict.fromkeys(names), self.task.languages)
+      for example in self.held_out[name]
+    ]
     return list(
       pipeline.eval_batches(
-        self.eval_sets["domain"],
-        pack=True,
-        **self._reading(model),
-        **_shape(stage),
+        examples, pack=True, **self._reading(model), **_shape(stage)
       )
     )
 
@@ -117,18 +191,31 @@ class Text:
   def evaluate(
     self, models: dict[str, LanguageModel], data: dict, prefix: str = ""
   ) -> dict[str, Any]:
-    """Perplexity and bits per byte of each model on each set.
+    """Bits per byte and perplexity of each set, and the config's evaluations.
 
     Only bits per byte if the models read different tokens: a perplexity is per
     token, and nothing else's can be set beside it.
     """
     del data
-    if self.task.num_samples and "anchor_domain" not in self.eval_sets:
-      self.eval_sets["anchor_domain"] = self._sample()
+    results = self._scores(models, prefix)
+    entries = {}
+    for name, evaluation in self.evals.items():
+      print(f"evaluating {name}", flush=True)
+      entries[name], rows = suite.run(evaluation, models, self._shorten)
+      for column, predictions in rows.items():
+        file = f"{prefix}{name}.{column}.jsonl"
+        write_rows(self.workdir / "predictions" / file, predictions)
+    if entries:
+      results |= {"evals": entries, "groups": suite.groups(entries)}
+    return results
+
+  def _scores(self, models, prefix: str) -> dict[str, Any]:
+    if self.task.num_samples and ANCHOR_DOMAIN not in self.held_out:
+      self.held_out[ANCHOR_DOMAIN] = self._sample()
     table: dict = {"perplexity": {}, "bits_per_byte": {}}
     if any(model.tokenizers for model in models.values()):
       del table["perplexity"]
-    for set_name, examples in self.eval_sets.items():
+    for set_name, examples in self.held_out.items():
       for numbers in table.values():
         numbers[set_name] = {}
       for column, model in models.items():
@@ -154,6 +241,21 @@ class Text:
       for i, text in enumerate(texts)
       if text
     ]
+
+  def _shorten(self, prompt: str) -> str:
+    """The end of a prompt, as much of it as `prompt_tokens` hold."""
+    limit = self.task.prompt_tokens
+
+    def fits(start: int) -> bool:
+      return len(self.tokenizer.encode(prompt[start:])) < limit  # and BOS
+
+    low, high = 0, len(prompt)
+    if fits(low):
+      return prompt
+    while high - low > 1:
+      middle = (low + high) // 2
+      low, high = (low, middle) if fits(middle) else (middle, high)
+    return prompt[high:]
 
   def _score(self, model: LanguageModel, examples) -> list[tuple]:
     """What `evals.perplexity` asks for; long texts go on in a next window."""
@@ -183,7 +285,7 @@ class Text:
   def look(self, model: LanguageModel, data: dict) -> dict[str, np.ndarray]:
     """Cross-attention over the start of the first held-out example."""
     del data
-    example = self.eval_sets["domain"][0]
+    example = next(iter(self.held_out.values()))[0]
     prompt = with_bos(self.tokenizer, self.tokenizer.encode(example.prompt))
     text = self.tokenizer.encode_continuation(
       example.prompt, example.completion
@@ -193,6 +295,16 @@ class Text:
     prompt_length = min(max(len(prompt), 1), len(ids))
     look = model.cross_attention(ids, prompt_length)
     return look | {"prompt_length": np.array(prompt_length)}
+
+
+def _sources(entries: dict[str, dict], languages) -> dict[str, Source]:
+  found = {}
+  for name, settings in expand(entries, languages).items():
+    try:
+      found[name] = Source(**settings)
+    except TypeError as error:
+      raise InputError(f"source {name!r}: {error}") from error
+  return found
 
 
 def _shape(stage: trainer.Stage) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -36,18 +37,33 @@ def write(path, records):
   return str(path)
 
 
-def make(tmp_path, model, **changes):
+def make(tmp_path, model, data="", eval_data="", anchor_data="", **changes):
+  own = {"data": data, "eval_data": eval_data}
+  for name, lines in (("data", LINES * 10), ("eval_data", LINES)):
+    own[name] = own[name] or write(tmp_path / f"{name}.jsonl", lines)
   settings = {
-    "data": write(tmp_path / "train.jsonl", LINES * 10),
-    "eval_data": write(tmp_path / "test.jsonl", LINES),
-    "anchor_eval_data": "", "num_samples": 0, "sample_tokens": 5,
-    "text_field": "text", "prompt_field": "prompt",
-    "completion_field": "completion", "eval_batch_size": 4,
-    "eval_length": LENGTH, "seed": 0,
+    "languages": (), "sources": {"data": {"path": own["data"]}},
+    "held_out": {
+      "domain": {"path": own["eval_data"]},
+      "anchor_domain": {"path": anchor_data},
+    },
+    "evals": {}, "skip_evals": (), "allow_code_execution": False,
+    "num_samples": 0, "sample_tokens": 5, "prompt_tokens": 30,
+    "eval_batch_size": 4, "eval_length": LENGTH, "seed": 0,
   } | changes  # fmt: skip
   return Text(
     TextTask(**settings), tmp_path, {"anchor": model, "augmenting": model}
   )
+
+
+def mixture(*, fraction=1.0, **weights):
+  parts = {
+    name.replace("_", "-"): {"weight": weight, "fraction": fraction}
+    for name, weight in weights.items()
+  }
+  return {
+    "mixture": parts, "pack": False, "too_long": "error", "watch": ("domain",)
+  }  # fmt: skip
 
 
 def by_hand(model, record) -> tuple[float, int]:
@@ -96,17 +112,17 @@ def test_the_anchors_domain_is_sampled_from_it(tmp_path, model):
   experiment = make(tmp_path, model, num_samples=4)
   result = experiment.evaluate({"anchor": model}, {})
   assert result["perplexity"].keys() == {"domain", "anchor_domain"}
-  texts = [e.completion for e in experiment.eval_sets["anchor_domain"]]
+  texts = [e.completion for e in experiment.held_out["anchor_domain"]]
   assert len(set(texts)) > 1
   again = make(tmp_path, model, num_samples=4)
   again.evaluate({"anchor": model}, {}, prefix="other/")
-  assert [e.completion for e in again.eval_sets["anchor_domain"]] == texts
+  assert [e.completion for e in again.held_out["anchor_domain"]] == texts
 
 
 def test_a_file_for_the_anchors_domain(tmp_path, model):
   path = write(tmp_path / "own.jsonl", [{"text": "abc"}])
-  experiment = make(tmp_path, model, anchor_eval_data=path, num_samples=4)
-  [example] = experiment.eval_sets["anchor_domain"]
+  experiment = make(tmp_path, model, anchor_data=path, num_samples=4)
+  [example] = experiment.held_out["anchor_domain"]
   assert example.completion == "abc"
 
 
@@ -114,7 +130,7 @@ def test_the_fraction_of_the_data(tmp_path, model):
   lines = [{"text": f"{a}{b}"} for a in "abcdefghij" for b in "abcdefghij"]
   experiment = make(tmp_path, model, data=write(tmp_path / "d.jsonl", lines))
   stage = tiny.stage(
-    data={"fraction": 0.1, "pack": False}, batch_size=10, length=LENGTH
+    data=mixture(data=1.0, fraction=0.1), batch_size=10, length=LENGTH
   )
   source = experiment.source(stage, model, seed=0)
   assert source.num_rows == 10
@@ -141,10 +157,91 @@ def test_where_the_model_looks(record, length, tmp_path, model):
   assert not look["weights"][..., length:].any()
 
 
-@pytest.mark.parametrize("option", ["data", "eval_data"])
-def test_no_text(option, tmp_path, model):
-  with pytest.raises(InputError, match=rf"--config\.{option}="):
-    make(tmp_path, model, **{option: ""})
+def test_no_text(tmp_path, model):
+  with pytest.raises(InputError, match=r"--config\.eval_data="):
+    make(tmp_path, model, held_out={"domain": {"path": ""}})
+  experiment = make(tmp_path, model, sources={"data": {"path": ""}})
+  stage = tiny.stage(data=mixture(data=1.0), length=LENGTH)
+  with pytest.raises(InputError, match=r"--config\.data="):
+    experiment.source(stage, model, seed=0)
+  stage = tiny.stage(data=mixture(other=1.0), length=LENGTH)
+  with pytest.raises(InputError, match=r"no source 'other'.*\['data'\]"):
+    experiment.source(stage, model, seed=0)
+  with pytest.raises(InputError, match=r"source 'data': .*'pat'"):
+    make(tmp_path, model, sources={"data": {"pat": ""}})
+
+
+def test_a_mixture_of_languages(tmp_path, model):
+  for name, letter in (("x", "a"), ("y", "b")):
+    write(tmp_path / f"{name}.jsonl", [{"text": letter * 3}] * 8)
+  experiment = make(
+    tmp_path,
+    model,
+    languages=("x", "y"),
+    sources={
+      "{language}": {"path": str(tmp_path / "{language}.jsonl")},
+      "other": {"path": write(tmp_path / "z.jsonl", [{"text": "ccc"}] * 8)},
+    },
+  )
+  data = mixture(other=0.5) | {"pack": False}
+  data["mixture"]["{language}"] = {"weight": 0.5, "fraction": 0.5}
+  stage = tiny.stage(data=data, batch_size=40, length=LENGTH)
+  source = experiment.source(stage, model, seed=0)
+  texts = [
+    model.tokenizer.decode(row) for i in range(5) for row in source[i]["tokens"]
+  ]
+  counts = {letter: sum(letter in t for t in texts) for letter in "abc"}
+  # Languages share the weight of their entry.
+  assert counts == {"a": 50, "b": 50, "c": 100}
+
+
+def test_evaluations_of_the_config(tmp_path, model):
+  lines = {"lij": "abc\ncab\nbad\n", "eng": "def\nfed\nhid\n"}
+  for name, text in lines.items():
+    (tmp_path / name).write_text(text)
+  settings = {
+    "kind": "translation", "group": "Seed", "language": "lij_Latn",
+    "path": str(tmp_path / "lij"), "target": str(tmp_path / "eng"),
+    "rows": "1:", "pool_rows": ":1", "shots": 1, "max_new_tokens": 5,
+  }  # fmt: skip
+  experiment = make(tmp_path, model, evals={"seed": settings})
+  composed = calm_jax.compose(model, model, 1)
+  models = {"anchor": model, "composed": composed}
+  results = experiment.evaluate(models, {})
+  entry = results["evals"]["seed"]
+  # 29 characters and BOS do not hold an exemplar and the question.
+  assert (entry["examples"], entry["shots"], entry["prompts_cut"]) == (2, 0, 0)
+  assert entry["against_anchor"]["composed"]["delta"] == 0
+  assert results["groups"]["Seed"]["better"] == {"composed": (0, 1)}
+  for column in models:
+    rows = (tmp_path / "predictions" / f"seed.{column}.jsonl").open()
+    prompts = [json.loads(row)["prompt"] for row in rows]
+    assert prompts == ["Ligurian: cab\nEnglish:", "Ligurian: bad\nEnglish:"]
+  skipped = make(tmp_path, model, evals={"seed": settings}, skip_evals=("se*",))
+  assert "evals" not in skipped.evaluate(models, {})
+  with pytest.raises(InputError, match=r"\['x\*'\] are none of \['seed'\]"):
+    make(tmp_path, model, evals={"seed": settings}, skip_evals=("x*",))
+  code = {"kind": "mbpp", "group": "MBPP", "path": "nowhere"}
+  with pytest.raises(InputError, match="--allow_code_execution"):
+    make(tmp_path, model, evals={"mbpp": code})
+
+
+def test_prompts_are_shortened_at_their_beginning(tmp_path, model):
+  experiment = make(tmp_path, model, prompt_tokens=5)
+  assert experiment._shorten("abcd") == "abcd"
+  assert experiment._shorten("abcdefg") == "defg"
+
+
+def test_an_anchor_that_is_trained_here_reads_the_tokens_of_m_a(
+  tmp_path, model
+):
+  task = make(tmp_path, model).task
+  experiment = Text(task, tmp_path, {"augmenting": model})
+  assert experiment.tokenizer is model.tokenizer
+  with pytest.raises(InputError, match="cannot be sampled"):
+    Text(
+      dataclasses.replace(task, num_samples=2), tmp_path, {"augmenting": model}
+    )
 
 
 def test_no_models(tmp_path):
@@ -182,9 +279,7 @@ def test_stages_read_what_their_model_does(tmp_path, model):
   folder = spelled.save(tmp_path / "other", 2, text=spelled.ALPHABET + "XY")
   other = calm_jax.load_model(str(folder))
   experiment = make(tmp_path, model)
-  stage = tiny.stage(
-    data={"fraction": 1.0, "pack": False}, length=40, augmenting_length=48
-  )
+  stage = tiny.stage(data=mixture(data=1.0), length=40, augmenting_length=48)
   composed = calm_jax.compose(model, other, 1)
   batch = experiment.source(stage, composed, seed=0)[0]
   assert batch["augmenting/augmenting/tokens"].shape == (8, 48)

@@ -1,0 +1,51 @@
+"""One entry of a config for many languages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from calm_jax.errors import InputError
+from calm_jax.evals import translation
+
+LANGUAGE = "{language}"
+NAME = "{language_name}"
+
+
+def expand(
+  entries: Mapping[str, Any], languages: Sequence[str]
+) -> dict[str, Any]:
+  """Entries by name; one with {language} in its name becomes one a language.
+
+  Within what it stands for, {language} is the code, such as lij_Latn, and
+  {language_name} FLORES-200's English name of it. Other {fields} stay.
+
+  Raises:
+    InputError: there is no language to put into a name, or two names are the
+      same.
+  """
+  found: dict[str, Any] = {}
+  for name, entry in entries.items():
+    if LANGUAGE not in name:
+      several = {name: entry}
+    elif not languages:
+      raise InputError(f"{name!r} is of each language, and there are none")
+    else:
+      several = {
+        name.replace(LANGUAGE, code): _fill(entry, code) for code in languages
+      }
+    if twice := found.keys() & several.keys():
+      raise InputError(f"{sorted(twice)} are named twice")
+    found |= several
+  return found
+
+
+def _fill(value: Any, code: str) -> Any:
+  if isinstance(value, Mapping):
+    return {k: _fill(v, code) for k, v in value.items()}
+  if not isinstance(value, str):
+    return value
+  value = value.replace(LANGUAGE, code)
+  if NAME in value:
+    value = value.replace(NAME, translation.language_name(code))
+  return value

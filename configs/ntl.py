@@ -1,0 +1,208 @@
+"""Low-resource languages (§4.2, Tables 2 and 3): D_NTL, FLORES-200, GSM8K.
+
+configs/ntl.py        an 8 B anchor and a 0.6 B m_A from the hub, for a v5e-8 or
+                      one GPU of 80 GB
+configs/ntl.py:tiny   the same recipe with two tiny models on two CPU cores, on
+                      the material in the folder CALM_SHARED
+configs/ntl.py:lora   and every other name of configs/common.py's KINDS; also
+                      with a size: configs/ntl.py:tiny,lora
+
+--config.data_dir is a folder with
+
+  nllb_seed/<language>.txt      NLLB-Seed, line i of each is the same sentence
+  flores200/                    FLORES-200: its folder, or its zip
+  gsm8k/train.jsonl test.jsonl  GSM8K
+  mgsm/mgsm_<language>.tsv      MGSM
+
+--config.anchor, --config.augmenting and --config.task.languages replace the
+models and the languages.
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+# Of NLLB-Seed; FLORES-200 has them all.
+LANGUAGES = (
+  "ace_Latn", "ban_Latn", "bho_Deva", "bjn_Latn", "bug_Latn", "crh_Latn",
+  "dik_Latn", "fur_Latn", "fuv_Latn", "hne_Deva", "kas_Deva", "knc_Latn",
+  "lij_Latn", "lim_Latn", "lmo_Latn", "ltg_Latn", "mag_Deva", "mri_Latn",
+  "nus_Latn", "scn_Latn", "srd_Latn", "szl_Latn", "taq_Latn", "vec_Latn",
+)  # fmt: skip
+MGSM = ("bn", "de", "es", "fr", "ja", "ru", "sw", "te", "th", "zh")
+# The lines of NLLB-Seed that are learnt from, and those that are held out.
+LEARNT, HELD_OUT = ":6000", "6000:"
+
+
+def get_config(variant: str = "full") -> ConfigDict:
+  """See above."""
+  config = common.get_config()
+  config.experiment = "text"
+  config.workdir = "runs/ntl"
+  config.dtype = "bfloat16"
+  # Apache 2.0, one tokenizer.
+  config.anchor = "Qwen/Qwen3-8B-Base"
+  config.augmenting = "Qwen/Qwen3-0.6B-Base"
+  config.augmenting_name = "ntl"
+  config.data_dir = "data"
+  data = config.get_ref("data_dir")
+  config.task = common.text_task(
+    languages=LANGUAGES,
+    sources=ConfigDict(
+      {
+        "{language}": _monolingual(data, rows=LEARNT),
+        "{language}-eng": common.source(
+          data + "/nllb_seed/{language}.txt",
+          kind="parallel",
+          target=data + "/nllb_seed/eng_Latn.txt",
+          # As calm_jax/evals/prompts/translation.txt asks.
+          prompt="{language_name}: {source}\nEnglish:",
+          completion=" {target}",
+          rows=LEARNT,
+        ),
+        "eng": common.source(data + "/nllb_seed/eng_Latn.txt", rows=LEARNT),
+        "gsm8k": common.source(
+          data + "/gsm8k/train.jsonl",
+          prompt="Question: {question}\nAnswer:",
+          completion=" {answer}",
+        ),
+      }
+    ),
+    held_out=ConfigDict(
+      {
+        "{language}": _monolingual(data, rows=HELD_OUT),
+        "eng_Latn": common.source(
+          data + "/nllb_seed/eng_Latn.txt", rows=HELD_OUT
+        ),
+      }
+    ),
+    evals=_evals(data),
+    prompt_tokens=2048,
+  )
+  learnt = {"{language}": 0.5, "{language}-eng": 0.5}
+  # The share of high-resource text in D_C is that of "eng" and "gsm8k".
+  composed = {"{language}": 0.4, "{language}-eng": 0.4, "eng": 0.1}
+  composed["gsm8k"] = 0.1
+  config.recipe = ("augmenting", "compose")
+  config.stages = ConfigDict(
+    {
+      "augmenting": common.stage(
+        model="augmenting/ntl",
+        trainable=("augmenting/ntl/.*",),
+        data=common.mixture(learnt, watch=("{language}",)),
+        steps=4000,
+        learning_rate=1e-4,
+        length=512,
+      ),
+      "compose": common.stage(
+        data=common.mixture(composed, fraction=0.05),
+        steps=2000,
+        learning_rate=3e-4,
+        length=512,
+      ),
+    }
+  )
+  common.apply(VARIANTS, variant, config)
+  return config
+
+
+def _monolingual(data, rows: str) -> ConfigDict:
+  return common.source(data + "/nllb_seed/{language}.txt", rows=rows)
+
+
+def _evals(data) -> ConfigDict:
+  evals = {
+    "flores-{language}": {
+      "kind": "translation",
+      "group": "FLORES-200",
+      "language": "{language}",
+      "path": data + "/flores200",
+      "shots": 5,
+      "max_new_tokens": 192,
+      "limit": 0,
+    },
+    "gsm8k": {
+      "kind": "maths",
+      "group": "GSM8K",
+      "path": data + "/gsm8k/test.jsonl",
+      "pool": data + "/gsm8k/train.jsonl",
+      "shots": 8,
+      "max_new_tokens": 256,
+      "limit": 0,
+    },
+  }
+  for code in MGSM:
+    evals[f"mgsm-{code}"] = evals["gsm8k"] | {
+      "group": "MGSM",
+      "language": code,
+      "path": data + f"/mgsm/mgsm_{code}.tsv",
+    }
+  return ConfigDict({name: ConfigDict(e) for name, e in evals.items()})
+
+
+def _full(config: ConfigDict) -> None:
+  del config
+
+
+def _tiny(config: ConfigDict) -> None:
+  shared = os.environ.get("CALM_SHARED", "shared")
+  config.workdir = "runs/ntl_tiny"
+  config.dtype = "float32"
+  config.data_dir = f"{shared}/data"
+  # The anchor is trained here, on English, and reads the tokens of m_A.
+  config.anchor = ""
+  config.augmenting = f"{shared}/models/stories260k"
+  config.anchor_model.update(
+    width=192, num_layers=6, num_heads=6, num_kv_heads=6, mlp_width=512
+  )
+  config.composition.num_connections = 5
+  config.task.languages = ("lij_Latn", "vec_Latn", "fur_Latn")
+  config.task.prompt_tokens = 384
+  _tiny_evals(config)
+  config.recipe = ("augmenting", "anchor", "compose")
+  config.stages.anchor = common.stage(
+    model="anchor",
+    trainable=("anchor/.*",),
+    data=common.mixture(
+      {"eng": 0.7, "gsm8k": 0.3}, too_long="drop", watch=("eng_Latn",)
+    ),
+    steps=700,
+  )
+  config.stages.augmenting.update(steps=700)
+  config.stages.compose.update(steps=500)
+  for stage in config.stages.values():
+    stage.data.too_long = "drop"
+    stage.update(batch_size=16, length=128, learning_rate=2e-3)
+    stage.update(eval_every=250, checkpoint_every=250)
+
+
+def _tiny_evals(config: ConfigDict) -> None:
+  """FLORES-200 of Ligurian; the others are not in the folder."""
+  data, evals = config.get_ref("data_dir"), config.task.evals
+  flores = evals["flores-{language}"]
+  flores.update(max_new_tokens=96, limit=200)
+  new = {"flores-lij_Latn": flores.copy_and_resolve_references()}
+  new["flores-lij_Latn"].language = "lij_Latn"
+  new["flores-lij_Latn"].path = data + "/flores200"
+  for code in ("vec_Latn", "fur_Latn"):
+    new[f"seed-{code}"] = ConfigDict(
+      {
+        "kind": "translation",
+        "group": "NLLB-Seed",
+        "language": code,
+        "path": data + f"/nllb_seed/{code}.txt",
+        "target": data + "/nllb_seed/eng_Latn.txt",
+        "rows": HELD_OUT,
+        "pool_rows": LEARNT,
+        "shots": 5,
+        "max_new_tokens": 96,
+        "limit": 0,
+      }
+    )
+  evals["gsm8k"].update(max_new_tokens=128, limit=100)
+  config.task.evals = ConfigDict(new | {"gsm8k": evals["gsm8k"]})
+
+
+VARIANTS = {"full": _full, "tiny": _tiny}
