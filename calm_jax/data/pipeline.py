@@ -1,31 +1,18 @@
-"""Text examples to batches, and resumable iteration over any source."""
+"""Text examples to batches, mixtures, and resumable iteration over sources."""
 
-import functools
 import hashlib
-import json
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
 import grain
-import numpy as np
 
 from calm_jax.alignment import ChunkEncoder
-from calm_jax.data.packing import (
-  Batch,
-  assemble,
-  assemble_augmenting,
-  host_rows,
-  pack_rows,
-  ragged_range,
-)
-from calm_jax.data.segments import Aligned, Segments, TextLike
-from calm_jax.data.segments import segments as make_segments
+from calm_jax.data.packing import Batch, host_rows
+from calm_jax.data.rows import RowTable, TextSource
+from calm_jax.data.segments import TextLike, segments
 from calm_jax.errors import InputError
 from calm_jax.tokenizer import Tokenizer
-
-_NAMED = 8
 
 
 class BatchSource(Protocol):
@@ -41,137 +28,6 @@ class BatchSource(Protocol):
   def fingerprint(self) -> str: ...
 
 
-class TextSource:
-  """Random access to global batches of text. Made by `text_source`.
-
-  Attributes:
-    num_rows: rows of one epoch.
-    num_split: documents that were cut into windows because of their length.
-  """
-
-  def __init__(
-    self,
-    segments: Segments,
-    *,
-    batch_size: int,
-    length: int,
-    augmenting_length: int,
-    pack: bool,
-    seed: int | None,
-    process_index: int,
-    process_count: int,
-  ):
-    self.batch_size, self.length, self.seed = batch_size, length, seed
-    self.num_split = segments.num_split
-    self._segments = segments
-    self._rows = host_rows(batch_size, process_index, process_count)
-    others = {n: a.lengths_S for n, a in segments.augmenting.items()}
-    rows_S, self._offsets_S = pack_rows(
-      segments.lengths_S,
-      length,
-      pack=pack,
-      others=[(n, augmenting_length) for n in others.values()]
-      if augmenting_length
-      else [],
-    )
-    # M of each augmenting model.
-    self.augmenting_lengths = {
-      name: augmenting_length or _longest(lengths_S, rows_S)
-      for name, lengths_S in others.items()
-    }
-    self.num_rows = int(rows_S[-1]) + 1
-    # Segments of row r: _bounds[r] to _bounds[r + 1].
-    self._bounds = np.searchsorted(rows_S, np.arange(self.num_rows + 1))
-    self._order = None
-    if seed is not None:
-      rows = grain.MapDataset.range(self.num_rows)
-      # repeat() comes last, so each epoch has its own order.
-      self._order = rows.seed(seed).shuffle().repeat()
-
-  def __len__(self) -> int:
-    rows = self.num_rows if self._order is None else len(self._order)
-    return -(-rows // self.batch_size)
-
-  def __getitem__(self, index: int) -> Batch:
-    """The batch at `index`: this process's rows [B / processes, L]."""
-    rows = self._row_ids(index)[self._rows]
-    firsts, counts = self._bounds[rows], np.diff(self._bounds)[rows]
-    counts = np.where(rows < 0, 0, counts)
-    picked = np.repeat(firsts, counts) + ragged_range(counts)
-    segments, offsets = self._segments, self._offsets_S[picked]
-    lengths = segments.lengths_S[picked]
-    placed = np.repeat(np.arange(len(rows)), counts)
-    slots = _flat_range(segments, picked)
-    batch = assemble(
-      segments.tokens[slots],
-      lengths,
-      segments.prompts_S[picked],
-      placed,
-      offsets,
-      batch_size=len(rows),
-      length=self.length,
-    )
-    for name, aligned in segments.augmenting.items():
-      batch |= assemble_augmenting(
-        name,
-        aligned.tokens[_flat_range(aligned, picked)],
-        aligned.lengths_S[picked],
-        aligned.visible[slots],
-        placed,
-        (lengths, offsets, self.length),
-        batch_size=len(rows),
-        length=self.augmenting_lengths[name],
-      )
-    return batch
-
-  def describe(self, index: int) -> str:
-    """Names the examples of the global batch at `index`, for messages."""
-    origins = dict.fromkeys(
-      self._segments.origins[s]
-      for row in self._row_ids(index)
-      if row >= 0
-      for s in range(self._bounds[row], self._bounds[row + 1])
-    )
-    named = ", ".join(list(origins)[:_NAMED])
-    more = len(origins) - _NAMED
-    epoch = operator.index(index) * self.batch_size // self.num_rows
-    rest = f" and {more} more" if more > 0 else ""
-    return f"batch {index} (epoch {epoch}): {named}{rest}"
-
-  def row_origins(self, index: int) -> list[list[str]]:
-    """The origins of the examples in each of this process's rows."""
-    return [
-      list(self._segments.origins[self._bounds[r] : self._bounds[r + 1]])
-      if r >= 0
-      else []
-      for r in self._row_ids(index)[self._rows]
-    ]
-
-  @functools.cached_property
-  def fingerprint(self) -> str:
-    """Names the sequence of global batches, whatever the number of hosts."""
-    digest = hashlib.sha256(self._segments.tokens.tobytes())
-    for array in (self._segments.lengths_S, self._segments.prompts_S):
-      digest.update(array.astype(np.int64).tobytes())
-    parts = [self.seed, self.batch_size, self.length, self.num_rows]
-    for name, aligned in self._segments.augmenting.items():
-      parts += [name, self.augmenting_lengths[name]]
-      for array in (aligned.tokens, aligned.lengths_S, aligned.visible):
-        digest.update(array.astype(np.int64).tobytes())
-    digest.update(json.dumps(parts).encode())
-    return digest.hexdigest()
-
-  def _row_ids(self, index: int) -> np.ndarray:
-    """Rows of the global batch [B], -1 past the end of a single pass."""
-    index = operator.index(index)
-    if not 0 <= index < len(self):
-      raise IndexError(f"batch {index} of {len(self)}")
-    places = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
-    if self._order is None:
-      return np.where(places < self.num_rows, places, -1)
-    return np.array([self._order[int(place)] for place in places])
-
-
 def text_source(
   examples: Sequence[TextLike],
   tokenizer: Tokenizer,
@@ -184,6 +40,7 @@ def text_source(
   process_count: int = 1,
   augmenting: Mapping[str, ChunkEncoder] = MappingProxyType({}),
   augmenting_length: int = 0,
+  too_long: str = "error",
 ) -> TextSource:
   """Tokenises examples and lays them out in rows of `length` slots.
 
@@ -193,7 +50,7 @@ def text_source(
   a target once. All tokens are held in memory.
 
   Args:
-    examples: of `read_examples`, or of `calm_jax.data.arithmetic.examples`.
+    examples: of `read_source`, or of `calm_jax.data.arithmetic.examples`.
     tokenizer: of the model to train.
     batch_size: B, rows of the global batch.
     length: L, slots of a row.
@@ -205,6 +62,9 @@ def text_source(
     augmenting: by name, of the augmenting models with other tokens.
     augmenting_length: M, slots of a row of theirs; 0 for what the longest
       row needs.
+    too_long: what becomes of an example with a prompt that is longer than a
+      row: "error"; "cut", its completion loses its end, and it is dropped if
+      nothing is left of that; "drop". `TextSource.truncation` counts them.
 
   Raises:
     InputError: no examples, an example with a prompt longer than a row, or
@@ -212,19 +72,67 @@ def text_source(
   """
   if not examples:
     raise InputError("there are no examples to make batches of")
-  if length < 2:
-    raise InputError(f"length {length}: a row needs at least 2 slots")
-  return TextSource(
-    make_segments(
-      examples, tokenizer, length, seed, augmenting, augmenting_length
-    ),
+  return _make(
+    {"": (examples, 1.0)},
+    tokenizer,
     batch_size=batch_size,
     length=length,
-    augmenting_length=augmenting_length,
     pack=pack,
     seed=seed,
-    process_index=process_index,
-    process_count=process_count,
+    rows=host_rows(batch_size, process_index, process_count),
+    augmenting=augmenting,
+    augmenting_length=augmenting_length,
+    too_long=too_long,
+  )
+
+
+def mix(
+  parts: Mapping[str, tuple[Sequence[TextLike], float]],
+  tokenizer: Tokenizer,
+  *,
+  batch_size: int,
+  seed: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  **options,
+) -> TextSource:
+  """A mixture of examples: rows of several parts, in proportion to weights.
+
+  Each part is packed, shuffled and repeated on its own: each of its rows comes
+  once in each of its epochs, in an order that its name and `seed` say, whatever
+  the other parts are. All have the same shapes. A single part gives the batches
+  of `text_source`.
+
+  Args:
+    parts: examples and weight of each part, by name. Of any long run of rows,
+      a part has its weight's share to the row, and the weights themselves are
+      kept to 0.5%.
+    tokenizer, batch_size, seed, process_index, process_count, options: see
+      `text_source`.
+
+  Raises:
+    InputError: no parts, a part without examples, a weight that is not above 0,
+      no seed; and as `text_source`.
+  """
+  if not parts:
+    raise InputError("a mixture without parts")
+  if seed is None:
+    raise InputError("a mixture has no end, so it takes a seed")
+  for name, (examples, weight) in parts.items():
+    if not examples:
+      raise InputError(f"the part {name!r} of the mixture has no examples")
+    if not 0 < weight < float("inf"):
+      raise InputError(
+        f"the part {name!r} of the mixture has the weight {weight}; it must be"
+        " above 0: leave the part out to have none of it"
+      )
+  return _make(
+    parts,
+    tokenizer,
+    batch_size=batch_size,
+    seed=seed,
+    rows=host_rows(batch_size, process_index, process_count),
+    **options,
   )
 
 
@@ -244,16 +152,64 @@ def eval_batches(
   return (source[i] for i in range(len(source)))
 
 
-def _longest(lengths_S: np.ndarray, rows_S: np.ndarray) -> int:
-  """The most that a row holds, rounded up to a multiple of 8."""
-  longest = np.bincount(rows_S, lengths_S).max()
-  return max(8, -(-int(longest) // 8) * 8)
+def _make(
+  parts: Mapping[str, tuple[Sequence[TextLike], float]],
+  tokenizer: Tokenizer,
+  *,
+  batch_size: int,
+  length: int,
+  seed: int | None,
+  rows: slice,
+  pack: bool = True,
+  augmenting: Mapping[str, ChunkEncoder] = MappingProxyType({}),
+  augmenting_length: int = 0,
+  too_long: str = "error",
+) -> TextSource:
+  if length < 2:
+    raise InputError(f"length {length}: a row needs at least 2 slots")
+  several = len(parts) > 1
+  seeds = {name: _seed(seed, name) if several else seed for name in parts}
+  made = {
+    name: segments(
+      examples, tokenizer, length, seeds[name], augmenting, augmenting_length,
+      too_long,
+    )
+    for name, (examples, _) in parts.items()
+  }  # fmt: skip
+  table = RowTable(
+    made, length=length, augmenting_length=augmenting_length, pack=pack
+  )
+  order, weights = None, {}
+  if seed is not None:
+    orders = [
+      # repeat() comes last, so each epoch has its own order.
+      grain.MapDataset.range(part.start, part.stop)
+      .seed(seeds[name])
+      .shuffle()
+      .repeat()
+      for name, part in table.ranges.items()
+    ]
+    order = orders[0]
+  if several:
+    least = min(weight for _, weight in parts.values())
+    # grain scales the least to 100 and drops the rest; here, nothing is left.
+    weights = {n: round(100 * w / least) for n, (_, w) in parts.items()}
+    order = grain.MapDataset.mix(orders, list(weights.values()))
+  return TextSource(
+    table,
+    order,
+    batch_size=batch_size,
+    seed=seed,
+    rows=rows,
+    weights=weights,
+    truncation={name: part.truncation for name, part in made.items()},
+  )
 
 
-def _flat_range(parts: Segments | Aligned, picked: np.ndarray) -> np.ndarray:
-  """Where the tokens of the picked segments lie among those of all."""
-  lengths = parts.lengths_S[picked]
-  return np.repeat(parts.starts_S[picked], lengths) + ragged_range(lengths)
+def _seed(seed: int, name: str) -> int:
+  """Of a part, so that parts do not follow each other's order."""
+  digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+  return int.from_bytes(digest[:4], "little")
 
 
 class BatchIterator(Iterator[Batch]):
@@ -305,7 +261,7 @@ def make_iterator(
   The order of the batches does not depend on `prefetch` or `threads`.
 
   Args:
-    source: an `ArithmeticSource` or a `TextSource`.
+    source: a `TextSource` or an `ArithmeticSource`.
     start: index of the first batch.
     prefetch: how many batches to prepare ahead; 0 for none.
     threads: how many threads prepare them.

@@ -1,5 +1,6 @@
 """Text examples as token segments that fit a row, for one or two tokenizers."""
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,42 @@ class TextLike(Protocol):
   prompt: str
   completion: str
   origin: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Truncation:
+  """What was too long for a row, and what became of it; tokens of the anchor.
+
+  Attributes:
+    examples, tokens: all that there were.
+    split, split_tokens: plain texts that go on in further windows, and how many
+      tokens stand in those.
+    cut, cut_tokens: examples whose completion lost its end, and how much.
+    dropped, dropped_tokens: examples left out, and their tokens.
+  """
+
+  examples: int
+  tokens: int
+  split: int = 0
+  split_tokens: int = 0
+  cut: int = 0
+  cut_tokens: int = 0
+  dropped: int = 0
+  dropped_tokens: int = 0
+
+  def __str__(self) -> str:
+    found = [
+      f"{count:,} {what} ({tokens:,} tokens)"
+      for count, tokens, what in (
+        (self.split, self.split_tokens, "go on in further windows"),
+        (self.cut, self.cut_tokens, "lost the end of their completion"),
+        (self.dropped, self.dropped_tokens, "were dropped"),
+      )
+      if count
+    ]
+    return f"{self.examples:,} examples of {self.tokens:,} tokens, " + (
+      ", ".join(found) or "none too long for a row"
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +85,7 @@ class Segments:
     lengths_S: number of them of each segment.
     prompts_S: how many of those are BOS and prompt (at least 1).
     origins: where each came from.
-    num_split: documents that were cut into windows because of their length.
+    truncation: what was too long for a segment.
     augmenting: by name, of the models with other tokens.
   """
 
@@ -56,7 +93,7 @@ class Segments:
   lengths_S: np.ndarray
   prompts_S: np.ndarray
   origins: tuple[str, ...]
-  num_split: int
+  truncation: Truncation
   augmenting: dict[str, Aligned]
 
   @functools.cached_property
@@ -73,6 +110,15 @@ class _Document(NamedTuple):
   example: TextLike
 
 
+class _Piece(NamedTuple):
+  """A segment: of an example's tokens, and (ids, visible) by model's name."""
+
+  tokens: np.ndarray
+  given: int
+  origin: str
+  read: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
 def segments(
   examples: Sequence[TextLike],
   tokenizer: Tokenizer,
@@ -80,6 +126,7 @@ def segments(
   seed: int | None,
   augmenting: Mapping[str, ChunkEncoder],
   augmenting_length: int,
+  too_long: str,
 ) -> Segments:
   """Tokenises examples and cuts plain text that is too long into windows.
 
@@ -90,65 +137,149 @@ def segments(
     seed: of the order of the examples; theirs if None.
     augmenting: of the augmenting models with other tokens.
     augmenting_length: the longest segment of theirs; 0 for any.
+    too_long: what becomes of an example with a prompt that is longer: "error",
+      "cut" or "drop".
 
   Raises:
-    InputError: an example with a prompt is too long for a row, or an example
-      has nothing to predict.
+    InputError: an example with a prompt is too long, all were dropped, or an
+      example has nothing to predict.
   """
-  limit = augmenting_length or np.iinfo(np.int64).max
-  tokens, prompts, origins, num_split = [], [], [], 0
-  read: dict[str, list] = {name: [] for name in augmenting}
+  if too_long not in ("error", "cut", "drop"):
+    raise InputError(f"too_long {too_long!r}: expected error, cut or drop")
   documents = [
-    _tokenize(example, tokenizer, length, bool(augmenting))
-    for example in examples
+    _tokenize(example, tokenizer, bool(augmenting)) for example in examples
   ]
+  order = np.arange(len(documents))
   if seed is not None:
     # Neighbours in a file are often alike and would share their rows.
     order = np.random.default_rng(seed).permutation(len(documents))
-    documents = [documents[i] for i in order]
-  for document in documents:
-    example, start = document.example, 0
-    while start < len(document.tokens) - 1:
-      stop = min(start + length, len(document.tokens))
-      windows = {
-        name: _window(document, start, stop, encoder)
-        for name, encoder in augmenting.items()
-      }
-      fits = [np.searchsorted(v, limit, "right") for _, v in windows.values()]
-      size = min([stop - start, *map(int, fits)])
-      if size < stop - start and (example.prompt or size < 2):
-        raise InputError(
-          f"{example.origin}: the augmenting model reads more than"
-          f" {augmenting_length} tokens beside it: raise augmenting_length, or"
-          " shorten or remove the example"
-        )
-      for name, (ids, visible) in windows.items():
-        read[name].append((ids[: visible[size - 1]], visible[:size]))
-      tokens.append(document.tokens[start : start + size])
-      prompts.append(document.given if start == 0 else 1)
-      origins.append(example.origin)
-      # One token of overlap: the first of a window is nobody's target there.
-      start += size - 1
-    num_split += len(tokens[-1]) < len(document.tokens)
+  pieces: list[_Piece] = []
+  counts: collections.Counter = collections.Counter()
+  refused: dict[int, str] = {}
+  for i in order:
+    document = documents[i]
+    found = _pieces(document, length, augmenting, augmenting_length)
+    total, kept = len(document.tokens), len(found[0].tokens)
+    if kept == total:
+      pieces += found
+    elif not document.example.prompt:
+      pieces += found
+      counts.update(split=1, split_tokens=total - kept)
+    elif too_long == "error":
+      refused[int(i)] = _why(document, length, augmenting_length)
+    elif too_long == "cut" and kept > document.given:
+      pieces += found
+      counts.update(cut=1, cut_tokens=total - kept)
+    else:
+      counts.update(dropped=1, dropped_tokens=total)
+  if refused:
+    more = f" (and {len(refused) - 1:,} more)" if len(refused) > 1 else ""
+    raise InputError(
+      f"{refused[min(refused)]}{more}; raise that length, have too_long cut or"
+      " drop such examples, or shorten or remove them"
+    )
+  if not pieces:
+    raise InputError(
+      f"all {len(documents):,} examples are longer than a row of {length} and"
+      " were dropped; raise length"
+    )
+  tokens = sum(len(document.tokens) for document in documents)
   return Segments(
-    tokens=np.concatenate(tokens),
-    lengths_S=np.array([len(ids) for ids in tokens]),
-    prompts_S=np.array(prompts),
-    origins=tuple(origins),
-    num_split=num_split,
+    tokens=np.concatenate([piece.tokens for piece in pieces]),
+    lengths_S=np.array([len(piece.tokens) for piece in pieces]),
+    prompts_S=np.array([piece.given for piece in pieces]),
+    origins=tuple(piece.origin for piece in pieces),
+    truncation=Truncation(len(documents), tokens, **counts),
     augmenting={
       name: Aligned(
-        np.concatenate([ids for ids, _ in pairs]),
-        np.array([len(ids) for ids, _ in pairs]),
-        np.concatenate([visible for _, visible in pairs]),
+        np.concatenate([piece.read[name][0] for piece in pieces]),
+        np.array([len(piece.read[name][0]) for piece in pieces]),
+        np.concatenate([piece.read[name][1] for piece in pieces]),
       )
-      for name, pairs in read.items()
+      for name in augmenting
     },
   )
 
 
+def concatenate(parts: Sequence[Segments]) -> Segments:
+  """Segments of several parts, with the same augmenting models, as one."""
+  if len(parts) == 1:
+    return parts[0]
+  counts = [dataclasses.astuple(part.truncation) for part in parts]
+  return Segments(
+    tokens=np.concatenate([part.tokens for part in parts]),
+    lengths_S=np.concatenate([part.lengths_S for part in parts]),
+    prompts_S=np.concatenate([part.prompts_S for part in parts]),
+    origins=tuple(origin for part in parts for origin in part.origins),
+    truncation=Truncation(*map(sum, zip(*counts, strict=True))),
+    augmenting={
+      name: Aligned(
+        *(
+          np.concatenate([getattr(p.augmenting[name], f.name) for p in parts])
+          for f in dataclasses.fields(Aligned)
+        )
+      )
+      for name in parts[0].augmenting
+    },
+  )
+
+
+def _pieces(
+  document: _Document,
+  length: int,
+  augmenting: Mapping[str, ChunkEncoder],
+  augmenting_length: int,
+) -> list[_Piece]:
+  """The document in windows; of one with a prompt, the first that fits."""
+  limit = augmenting_length or np.iinfo(np.int64).max
+  example, total = document.example, len(document.tokens)
+  pieces: list[_Piece] = []
+  start = 0
+  while start < total - 1:
+    stop = min(start + length, total)
+    windows = {
+      name: _window(document, start, stop, encoder)
+      for name, encoder in augmenting.items()
+    }
+    fits = [np.searchsorted(v, limit, "right") for _, v in windows.values()]
+    size = min([stop - start, *map(int, fits)])
+    if size < 2 and not example.prompt:
+      raise InputError(
+        f"{_why(document, total, augmenting_length)}; raise augmenting_length,"
+        " or shorten or remove the example"
+      )
+    pieces.append(
+      _Piece(
+        document.tokens[start : start + size],
+        document.given if start == 0 else 1,
+        example.origin,
+        {
+          # Nothing is seen of a piece of no tokens.
+          name: (ids[: visible[size - 1]] if size else ids[:0], visible[:size])
+          for name, (ids, visible) in windows.items()
+        },
+      )
+    )
+    if example.prompt:
+      break
+    # One token of overlap: the first of a window is nobody's target there.
+    start += size - 1
+  return pieces
+
+
+def _why(document: _Document, length: int, augmenting_length: int) -> str:
+  """Says by how much a document is too long for its row."""
+  origin, count = document.example.origin, len(document.tokens)
+  if count > length:
+    return f"{origin}: {count} tokens with its prompt, and a row has {length}"
+  return (
+    f"{origin}: the augmenting model reads more than {augmenting_length} tokens"
+    " beside it"
+  )
+
+
 def _tokenize(
-  example: TextLike, tokenizer: Tokenizer, length: int, with_ends: bool
+  example: TextLike, tokenizer: Tokenizer, with_ends: bool
 ) -> _Document:
   prompt, completion, origin = (
     example.prompt, example.completion, example.origin
@@ -168,11 +299,6 @@ def _tokenize(
   if len(ids) < 2:
     raise InputError(
       f"{origin}: {len(ids)} tokens, so there is nothing to predict; remove it"
-    )
-  if len(ids) > length and prompt:
-    raise InputError(
-      f"{origin}: {len(ids)} tokens with its prompt, and a row has"
-      f" {length}: raise length, or shorten or remove the example"
     )
   # Without a BOS nothing predicts the first token.
   return _Document(np.array(ids, np.int32), ends, max(len(given), 1), example)
