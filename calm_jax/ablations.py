@@ -136,6 +136,8 @@ def scores(results: dict[str, Any], model: str) -> dict[str, float]:
   for name in ("perplexity", "bits_per_byte"):
     for text, values in results.get(name, {}).items():
       found[f"{name.replace('_', ' ')}, {text}"] = values.get(model)
+  for group, values in results.get("groups", {}).items():
+    found[group] = values["average"].get(model)
   return {label: value for label, value in found.items() if value is not None}
 
 
@@ -208,8 +210,10 @@ def table(summary: dict[str, Any]) -> tables.Table:
       f"Mean (lowest to highest) of {counts[-1]} runs from other fresh "
       "parameters and in another order of the data; m_A and m_B are the same "
       "in all, and so are steps and the kind of data.",
-      "Accuracy in %, exact match of the whole answer, unless a column says "
-      f"otherwise. The {LOSS} is measured with the right answer as input, "
+      "In % and the higher the better, unless a column says otherwise: exact "
+      "match of the whole answer, pass@1, or chrF1 of translations and "
+      "descriptions, averaged over the languages. "
+      f"The {LOSS} is measured with the right answer as input, "
       "which an unmasked composition reads off.",
     ),
   )

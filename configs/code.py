@@ -188,7 +188,7 @@ def _tiny(config: ConfigDict) -> None:
   config.stages.compose.update(steps=100)
   for stage in config.stages.values():
     stage.data.too_long = "cut"
-    stage.update(batch_size=16, length=128, learning_rate=2e-3)
+    stage.update(batch_size=8, length=256, learning_rate=2e-3)
     stage.update(eval_every=100, checkpoint_every=100)
 
 

@@ -160,21 +160,23 @@ def _tiny(config: ConfigDict) -> None:
   config.composition.num_connections = 5
   config.task.languages = ("lij_Latn", "vec_Latn", "fur_Latn")
   config.task.prompt_tokens = 384
+  # In windows: most problems are longer than a row.
+  config.task.sources.gsm8k.update(
+    prompt="", completion="Question: {question}\nAnswer: {answer}"
+  )
   _tiny_evals(config)
   config.recipe = ("augmenting", "anchor", "compose")
   config.stages.anchor = common.stage(
     model="anchor",
     trainable=("anchor/.*",),
-    data=common.mixture(
-      {"eng": 0.7, "gsm8k": 0.3}, too_long="drop", watch=("eng_Latn",)
-    ),
+    data=common.mixture({"eng": 0.7, "gsm8k": 0.3}, watch=("eng_Latn",)),
     steps=700,
   )
   config.stages.augmenting.update(steps=700)
   config.stages.compose.update(steps=500)
   for stage in config.stages.values():
     stage.data.too_long = "drop"
-    stage.update(batch_size=16, length=128, learning_rate=2e-3)
+    stage.update(batch_size=8, length=256, learning_rate=2e-3)
     stage.update(eval_every=250, checkpoint_every=250)
 
 

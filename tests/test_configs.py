@@ -50,9 +50,14 @@ def shapes(settings) -> tuple[Composition, dict]:
   tokenizer = types.SimpleNamespace(vocab_size=26_000, fingerprint="")
   loaded = {}
   if settings["experiment"] == "text":
-    config, params = helpers.model(1)
-    model = LanguageModel(Composition(config), params)
-    loaded = {"anchor": model, "augmenting": model}
+    layers = max(4, settings["composition"]["num_connections"])
+    config, params = helpers.model(1, num_layers=layers)
+    tokenizer.vocab_size = config.vocab_size
+    model = LanguageModel(Composition(config), params, tokenizer)
+    sides = ("anchor", "augmenting")
+    # A config that names no model takes the user's two.
+    named = [side for side in sides if settings[side]] or sides
+    loaded = dict.fromkeys(named, model)
   found = []
 
   def make():
