@@ -1,6 +1,13 @@
 """Says what a checkpoint or a composition is, without reading its weights.
 
-python -m calm_jax.info DIR_OR_ID
+  python -m calm_jax.info DIR_OR_ID
+  python -m calm_jax.info --anchor=DIR_OR_ID --augmenting=DIR_OR_ID
+  python -m calm_jax.info --example=bert
+
+Of a composition, made or only planned, it shows what it costs beside the
+anchor, as Appendix C of the paper counts and as the program does: parameters,
+FLOPs (of matrix products), and training as a share of what fine-tuning all of
+m_B costs. The example is Appendix C's own.
 """
 
 from __future__ import annotations
@@ -12,31 +19,92 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from calm_jax import artefact, cli, composing, composition, tree
-from calm_jax.connections import Composition, paper_count
+from calm_jax import artefact, cli, composing, composition, overhead, tree
+from calm_jax.connections import Composition
 from calm_jax.models import decoder, folders, loading
 from calm_jax.models.config import ModelConfig
 
 _FILES = ("config.json", "*.json", "README.md")
 
 
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m calm_jax.info",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument(
+    "model", nargs="?", help="a checkpoint or composition: folder or id"
+  )
+  parser.add_argument("--example", choices=["bert"], help="of Appendix C")
+  parser.add_argument("--anchor", help="m_B of a planned composition")
+  parser.add_argument("--augmenting", help="its m_A")
+  parser.add_argument(
+    "--connections", type=int, help="its number; by default m_A's layers / 4"
+  )
+  parser.add_argument(
+    "--batch_size", type=int, default=1, help="rows of a training step"
+  )
+  parser.add_argument("--length", type=int, default=512, help="tokens of a row")
+  parser.add_argument(
+    "--augmenting_length", type=int, default=0,
+    help="of m_A's rows, if its tokens are others; 0: as many",
+  )  # fmt: skip
+  parser.add_argument(
+    "--data_share", type=float, default=overhead.PAPER_DATA_SHARE,
+    help="what Θ_C is trained on, of the data of fine-tuning m_B",
+  )  # fmt: skip
+  return parser
+
+
 def main() -> None:
   """Runs the command line."""
-  parser = argparse.ArgumentParser(
-    prog="python -m calm_jax.info", description=__doc__.split("\n")[0]
-  )
-  parser.add_argument("model", help="a checkpoint or composition: folder or id")
-  name = parser.parse_args().model
-  console = Console()
-  if artefact.describes_composition(name):
-    describe_composition(name, console)
+  parser = _parser()
+  arguments = parser.parse_args()
+  planned = arguments.anchor, arguments.augmenting
+  if any(planned) != all(planned):
+    parser.error("a plan has both: --anchor and --augmenting")
+  given = (arguments.model, arguments.example, arguments.anchor)
+  if sum(x is not None for x in given) != 1:
+    parser.error("give a model, or --anchor and --augmenting, or --example")
+  if min(arguments.batch_size, arguments.length) < 1:
+    parser.error("--batch_size and --length are at least 1")
+  if arguments.augmenting_length < 0:
+    parser.error("--augmenting_length is at least 0")
+  console, name = Console(), arguments.model
+  if arguments.example:
+    spec = overhead.bert()
+    console.print("BERT-small (m_A) and BERT-large (m_B), as in Appendix C.1")
+    describe(spec, console)
+  elif arguments.anchor:
+    spec = plan(*planned, arguments.connections)
+    console.print(f"anchor: {arguments.anchor}", soft_wrap=True)
+    console.print(f"augmenting/m_A: {arguments.augmenting}", soft_wrap=True)
+    describe(spec, console)
+  elif artefact.describes_composition(name):
+    spec = describe_composition(name, console)
   else:
     console.print(name, soft_wrap=True)
     console.print(_models({"": _config(name)}))
+    return
+  _print_overhead(spec, arguments, console)
 
 
-def describe_composition(name: str, console: Console) -> None:
-  """Prints the models, their connections, and what composing them costs."""
+def plan(
+  anchor: str, augmenting: str, connections: int | None = None
+) -> Composition:
+  """Two checkpoints as `compose` would join them.
+
+  Raises:
+    InputError: one is not there, or so many connections are impossible.
+  """
+  config = _config(anchor)
+  joined = composing.join(_config(augmenting), config, connections)
+  return Composition(config, (("m_A", joined),))
+
+
+def describe_composition(name: str, console: Console) -> Composition:
+  """Prints a saved composition as `describe` does; returns what it is."""
   folder = folders.locate(name, None, _FILES).folder
   saved = artefact.read_config(folder)
   configs = {
@@ -55,29 +123,61 @@ def describe_composition(name: str, console: Console) -> None:
   for part, model in saved["models"].items():
     at = f" at {model['revision']}" if model["revision"] else ""
     console.print(f"{part}: {model['name']}{at}", soft_wrap=True)
-  console.print(_models(configs))
+  describe(spec, console)
+  return spec
+
+
+def describe(spec: Composition, console: Console) -> None:
+  """Prints the shapes of the models, their connections, and Θ_C."""
+  configs = {f"augmenting/{n}": a.config for n, a in spec.augmenting}
+  console.print(_models({"anchor": spec.anchor} | configs))
   table = Table("augmenting", "connections", "visibility", "norm", "Θ_C")
   theta = jax.eval_shape(lambda: composition.init(jax.random.key(0), spec))
-  for part, joined in parts:
+  for part, joined in spec.augmenting:
     pairs = ", ".join(f"{c.augmenting}→{c.anchor}" for c in joined.connections)
     table.add_row(
       part,
       pairs,
       joined.visibility,
       str(joined.norm),
-      f"{_count(theta[part]):,}",
+      f"{tree.count(theta[part]):,}",
     )
   console.print(table)
-  anchor = _count(decoder.param_shapes(spec.anchor))
-  console.print(
-    f"Θ_C: {_count(theta):,} parameters, {_count(theta) / anchor:.1%} of the "
-    f"anchor's ({paper_count(spec):,} counted as in the paper's C.1)."
-  )
+  count = tree.count(theta)
+  share = count / tree.count(decoder.param_shapes(spec.anchor))
+  console.print(f"Θ_C: {count:,} parameters, {share:.1%} of the anchor's.")
   console.print(
     "Multiplications a generated token: "
     f"{per_token(spec) / per_token(Composition(spec.anchor)):.2f} of the "
     "anchor's alone."
   )
+
+
+def _print_overhead(spec: Composition, arguments, console: Console) -> None:
+  batch, length = arguments.batch_size, arguments.length
+  steps = overhead.training_flops(
+    spec, batch, length, arguments.augmenting_length
+  )
+  counts = overhead.parameters(spec)
+  printed = overhead.PRINTED if arguments.example else None
+  columns = ["as the paper counts", "as the program does"]
+  table = Table("", *(["paper prints"] if printed else []), *columns)
+  for row in overhead.table(counts, steps, arguments.data_share):
+    cells = [_shown(row.paper), _shown(row.counted)]
+    if printed:
+      cells = [printed.get(row.key, "–"), *cells]
+    table.add_row(row.what, *cells)
+  console.print(table)
+  console.print(
+    f"Steps and forward passes of {batch} x {length} tokens. A step on all of "
+    f"m_B is {steps['anchor_step']:.3g} FLOPs."
+  )
+
+
+def _shown(value: float | None) -> str:
+  if value is None:
+    return "–"
+  return f"{value:,}" if isinstance(value, int) else f"{value:.1%}"
 
 
 def per_token(spec: Composition) -> int:
@@ -116,17 +216,13 @@ def _config(name: str, revision: str | None = None) -> ModelConfig:
   return loading.load_config(folders.locate(name, revision, _FILES).folder)
 
 
-def _count(shapes) -> int:
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-
-
 def _models(configs: dict[str, ModelConfig]) -> Table:
   table = Table(
     "", "layers", "width", "vocabulary", "length", "parameters",
     "in bfloat16", "cache/token",
   )  # fmt: skip
   for name, config in configs.items():
-    count = _count(decoder.param_shapes(config))
+    count = tree.count(decoder.param_shapes(config))
     cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     table.add_row(
       name,

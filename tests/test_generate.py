@@ -97,6 +97,7 @@ def test_what_a_model_is(folder, run):
   composed = calm_jax.load_composed(folder / "composed")
   assert f"Θ_C: {composed.num_composition_params:,} parameters" in out
   assert "2→2, 4→4" in out
+  assert f"{2 * count + composed.num_composition_params:,}" in out
   # Counted by hand: per layer q, k, v, o and the MLP; the head; 2 connections.
   layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 40
   alone = 4 * layer + 14 * 32
