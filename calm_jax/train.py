@@ -16,7 +16,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from calm_jax import cli, composing, composition, opening, report, trainer, tree
+from calm_jax import (
+  cli,
+  composing,
+  composition,
+  opening,
+  overhead,
+  report,
+  trainer,
+  tree,
+)
 from calm_jax.connections import Composition, paper_count
 from calm_jax.errors import InputError
 from calm_jax.experiments.base import Experiment
@@ -75,6 +84,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
   results |= {
     "kind": settings["kind"],
     "parameters": fitted.parameters,
+    "flops": _flops(fitted, settings["stages"][last]),
     "seconds": fitted.seconds,
     "config": settings,
   }
@@ -192,6 +202,16 @@ def _with_lora(params: dict, settings) -> tuple[dict, int]:
     rank = lora.closest_rank(anchor, tree.count(params["composition"]))
   key = jax.random.fold_in(jax.random.key(_trial_seed(settings)), 1)
   return params | {"anchor": lora.add(anchor, rank, key)}, rank
+
+
+def _flops(fitted: Fitted, stage: dict[str, Any]) -> dict[str, Any]:
+  """Of a step of the last stage, and of what it could have been (C.2)."""
+  return overhead.training_flops(
+    fitted.whole.spec,
+    stage["batch_size"],
+    stage["length"],
+    stage["augmenting_length"],
+  )
 
 
 def _num_trained(params: dict, trainable) -> int:
