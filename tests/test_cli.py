@@ -165,6 +165,7 @@ def test_the_command_says_what_is_wrong_and_exits_with_2(tmp_path):
   assert not rest
 
 
+RUN_CODE = "--allow_code_execution"
 # Of the command line alone: starts no JAX, and so is quick.
 COMMAND = """
 from calm_jax import cli
@@ -175,6 +176,8 @@ def main(config):
   if config.seed == 8:
     raise ValueError("a bug")
   print("seed", config.seed)
+  if "allow_code_execution" in config.task:
+    print("allowed", config.task.allow_code_execution)
 cli.run_with_config(main)
 """
 
@@ -191,6 +194,9 @@ cli.run_with_config(main)
     (["--config=configs/nope.py"], 2, "configs/nope.py"),
     (["--config=configs/kv.py", "more"], 2, "unexpected arguments: ['more']"),
     ([], 2, "--config must have a value"),
+    (["--config=configs/code.py"], 0, "allowed False"),
+    (["--config=configs/code.py", RUN_CODE], 0, "allowed True"),
+    (["--config=configs/kv.py", RUN_CODE], 2, "runs no code"),
   ],
 )
 def test_exit_codes(arguments, code, said):
