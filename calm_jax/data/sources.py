@@ -122,6 +122,8 @@ def read_source(
       )
     if report is not None:
       report("\n".join([f"{summary} and skipped:", *bad]))
+  if not examples:
+    raise InputError(f"{source.path} holds no examples: every line is bad")
   if not examples[part]:
     raise InputError(
       f"{source.path}: rows {source.rows!r} of {len(examples):,} good examples"

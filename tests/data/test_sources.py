@@ -205,6 +205,12 @@ def test_bad_lines_are_counted_over_all_files(tmp_path):
   assert f"{tmp_path}/b.jsonl line 1: not JSON" in messages[0]
 
 
+def test_every_line_is_bad(tmp_path):
+  path = write(tmp_path / "a.jsonl", b"{", b"[]")
+  with pytest.raises(InputError, match="every line is bad"):
+    read_source(Source(str(path), bad_lines=1.0))
+
+
 def test_rows(tmp_path):
   lines = [b"{", *(b'{"text": "%d"}' % i for i in range(9))]
   path = write(tmp_path / "a.jsonl", *lines)
