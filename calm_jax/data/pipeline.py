@@ -9,7 +9,7 @@ import grain
 
 from calm_jax.alignment import ChunkEncoder
 from calm_jax.data.packing import Batch, host_rows
-from calm_jax.data.rows import RowTable, TextSource
+from calm_jax.data.rows import Epochs, RowTable, TextSource
 from calm_jax.data.segments import TextLike, segments
 from calm_jax.errors import InputError
 from calm_jax.tokenizer import Tokenizer
@@ -181,20 +181,16 @@ def _make(
   )
   order, weights = None, {}
   if seed is not None:
-    orders = [
-      # repeat() comes last, so each epoch has its own order.
-      grain.MapDataset.range(part.start, part.stop)
-      .seed(seeds[name])
-      .shuffle()
-      .repeat()
-      for name, part in table.ranges.items()
-    ]
+    orders = [Epochs(table.ranges[name], seeds[name]) for name in parts]
     order = orders[0]
   if several:
     least = min(weight for _, weight in parts.values())
     # grain scales the least to 100 and drops the rest; here, nothing is left.
     weights = {n: round(100 * w / least) for n, (_, w) in parts.items()}
-    order = grain.MapDataset.mix(orders, list(weights.values()))
+    order = grain.MapDataset.mix(
+      [grain.MapDataset.source(rows) for rows in orders],
+      list(weights.values()),
+    )
   return TextSource(
     table,
     order,

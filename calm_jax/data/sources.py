@@ -122,6 +122,8 @@ def read_source(
       )
     if report is not None:
       report("\n".join([f"{summary} and skipped:", *bad]))
+  if not examples:
+    raise InputError(f"{source.path} holds no examples: every line is bad")
   if not examples[part]:
     raise InputError(
       f"{source.path}: rows {source.rows!r} of {len(examples):,} good examples"
@@ -209,6 +211,13 @@ def _check(source: Source) -> None:
     raise InputError(
       f"{source.path}: target is of kind parallel, not {source.kind}"
     )
+  if _kind(source) == "parallel" and (
+    not source.target or len(source.columns) != 2
+  ):
+    raise InputError(
+      f"{source.path}: kind parallel takes a second file, target, and the names"
+      " of two columns"
+    )
   if source.prompt and not source.completion:
     raise InputError(
       f"{source.path}: a template of the prompt and none of the completion;"
@@ -273,11 +282,6 @@ def _rows(source: Source, kind: str) -> Iterator[readers.Row]:
     name, _, config = source.path.removeprefix("hf:").partition(":")
     yield from readers.hf(name, config, source.split)
   elif kind == "parallel":
-    if not source.target or len(source.columns) != 2:
-      raise InputError(
-        f"{source.path}: kind parallel takes a second file, target, and the"
-        " names of two columns"
-      )
     pair = _file(source.path), _file(source.target)
     yield from readers.parallel(*pair, tuple(source.columns))
   else:

@@ -7,6 +7,8 @@ import time
 
 import numpy as np
 import pytest
+import text_data
+from text_data import assert_same, documents, flat, joined, questions, texts_of
 
 from calm_jax.data.arithmetic import (
   ArithmeticSource,
@@ -18,53 +20,11 @@ from calm_jax.data.arithmetic import (
 from calm_jax.data.pipeline import eval_batches, make_iterator, text_source
 from calm_jax.data.sources import TextExample
 from calm_jax.errors import InputError
-from calm_jax.tokenizer import train_sentencepiece
-
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-  path = tmp_path_factory.mktemp("text") / "tokenizer"
-  return train_sentencepiece(
-    [" ".join(WORDS), "0123456789=:"] * 3, path, vocab_size=40
-  )
-
-
-def documents(count, words=3):
-  rng = np.random.default_rng(0)
-  return [
-    TextExample("", " ".join(rng.choice(WORDS, words)), f"a.txt line {i + 1}")
-    for i in range(count)
-  ]
-
-
-def questions(count):
-  return [
-    TextExample(f"{WORDS[i % 8]}: ", f"{i}", f"q.jsonl line {i + 1}")
-    for i in range(count)
-  ]
-
-
-def flat(lists):
-  return [item for items in lists for item in items]
-
-
-def texts_of(batch, tokenizer):
-  """Texts by row, of the segments of each row."""
-  return [
-    [
-      tokenizer.decode(tokens[segments == number])
-      for number in range(1, segments.max() + 1)
-    ]
-    for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True)
-  ]
-
-
-def assert_same(one, two):
-  assert one.keys() == two.keys()
-  for name in one:
-    np.testing.assert_array_equal(one[name], two[name])
+  return text_data.train_tokenizer(tmp_path_factory.mktemp("text"))
 
 
 def make(tokenizer, data=None, **changes):
@@ -182,12 +142,7 @@ def test_hosts_share_the_global_batch(tokenizer):
     ]
     assert {part.fingerprint for part in parts} == {whole.fingerprint}
     for index in range(min(len(whole), 4)):
-      halves = [part[index] for part in parts]
-      joined = {
-        name: np.concatenate([half[name] for half in halves])
-        for name in halves[0]
-      }
-      assert_same(whole[index], joined)
+      assert_same(whole[index], joined([part[index] for part in parts]))
 
 
 def arithmetic(tmp_path, **changes):
@@ -235,10 +190,7 @@ def test_resume_on_another_number_of_hosts(tokenizer):
     part = make_iterator(make(tokenizer, process_index=i, process_count=2))
     part.set_state(state)
     halves.append(next(part))
-  batch = next(iterator)
-  for name in batch:
-    joined = np.concatenate([half[name] for half in halves])
-    np.testing.assert_array_equal(batch[name], joined)
+  assert_same(next(iterator), joined(halves))
 
 
 def test_a_single_pass_ends(tokenizer):

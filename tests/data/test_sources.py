@@ -2,9 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from calm_jax.data.sources import TextExample, read_examples, take_fraction
+from calm_jax.data.sources import (
+  Source,
+  TextExample,
+  read_examples,
+  read_prompts,
+  read_source,
+  take_fraction,
+)
 from calm_jax.errors import InputError
 
 
@@ -54,6 +62,8 @@ def test_plain_text(tmp_path):
     (b'{"prompt": null, "completion": "a"}', "'prompt' is a NoneType"),
     (b'{"prompt": "a", "completion": ""}', "no text to learn"),
     (b'{"text": "\xff"}', "not UTF-8"),
+    (b'{"text": "half \\ud800"}', "UTF-8 can hold"),
+    (b"[" * 100_000, "not JSON"),
   ],
 )
 def test_bad_lines(tmp_path, line, message):
@@ -88,3 +98,182 @@ def test_fractions_are_nested():
 def test_bad_fractions(fraction):
   with pytest.raises(InputError, match="fraction"):
     take_fraction([1, 2, 3], fraction, seed=0)
+
+
+def corrupted_jsonl(path):
+  """10,000 lines, 100 of them bad in ten ways; returns their numbers."""
+  ways = [
+    b'{"prompt": "a", "completion": "b"',
+    b"prompt\tcompletion",
+    b'["a", "b"]',
+    b"null",
+    b'{"prompt": "a", "completion": 3}',
+    b'{"prompt": ["a"], "completion": "b"}',
+    b'{"prompt": "a"}',
+    b'{"question": "a", "answer": "b"}',
+    b'{"prompt": "a", "completion": ""}',
+    b'{"prompt": "a", "completion": "caf\xe9"}',
+  ]
+  lines = [
+    json.dumps({"prompt": f"{i}?", "completion": f"{i}!"}).encode()
+    for i in range(10_000)
+  ]
+  numbers = np.random.default_rng(0).permutation(10_000)[:100]
+  for i, number in enumerate(numbers):
+    lines[number] = ways[i % len(ways)]
+  write(path, *lines)
+  return sorted(int(number) + 1 for number in numbers)
+
+
+def corrupted_tsv(path):
+  """10,000 lines, 100 of them bad in five ways; returns their numbers."""
+  ways = [b"one", b"a\tb\tc", b"\xff\tb", b"a\t", b"\tb"]
+  lines = [f"{i}\t{-i}".encode() for i in range(10_000)]
+  numbers = np.random.default_rng(1).permutation(10_000)[:100]
+  for i, number in enumerate(numbers):
+    lines[number] = ways[i % len(ways)]
+  write(path, *lines)
+  return sorted(int(number) + 1 for number in numbers)
+
+
+@pytest.mark.parametrize(
+  "corrupt, name, options",
+  [
+    (corrupted_jsonl, "a.jsonl", {}),
+    (corrupted_tsv, "a.tsv", {"prompt": "{source}", "completion": "{target}"}),
+  ],
+)
+def test_one_percent_of_corrupted_lines_are_each_named(
+  tmp_path, corrupt, name, options
+):
+  path = tmp_path / name
+  numbers = corrupt(path)
+  messages = []
+  allowing = Source(str(path), bad_lines=0.01, **options)
+  examples = read_source(allowing, messages.append)
+  assert len(examples) == 9900
+  bad = {f"{path} line {number}" for number in numbers}
+  assert not bad & {example.origin for example in examples}
+  (message,) = messages
+  head, *lines = message.splitlines()
+  assert head == f"{path}: 100 of 10,000 lines are bad (1.00%) and skipped:"
+  assert [line.split(": ")[0] for line in lines] == [
+    f"{path} line {number}" for number in numbers
+  ]
+  assert all(line.split(": ", 1)[1] for line in lines)  # why
+  # A hair less, and it is fatal; the error names the first of them.
+  with pytest.raises(InputError) as error:
+    strict = Source(str(path), bad_lines=0.0099, **options)
+    read_source(strict, messages.append)
+  text = str(error.value)
+  assert "100 of 10,000 lines are bad (1.00%), more than bad_lines" in text
+  for number in numbers[:10]:
+    assert f"{path} line {number}: " in text
+  assert text.endswith("and 90 more") and len(messages) == 1
+
+
+def test_nothing_is_reported_of_good_files(tmp_path):
+  path = write(tmp_path / "a.txt", b"one", b"", b"two")
+  messages = []
+  read_source(Source(str(path), bad_lines=0.5), messages.append)
+  assert messages == []
+
+
+def test_patterns_of_files(tmp_path):
+  for name in ("b.txt", "a.txt", "c.jsonl"):
+    write(tmp_path / name, f'{{"text": "{name}"}}'.encode())
+  found = read_source(Source(f"{tmp_path}/*.txt"))
+  assert [e.origin for e in found] == [
+    f"{tmp_path}/a.txt line 1",
+    f"{tmp_path}/b.txt line 1",
+  ]
+  mixed = read_source(Source(f"{tmp_path}/*"))
+  assert [e.completion for e in mixed][2] == "c.jsonl"
+  with pytest.raises(InputError, match="no file's name is like it"):
+    read_source(Source(f"{tmp_path}/*.json"))
+  # A name that reads as a pattern is that of a file if there is one.
+  odd = write(tmp_path / "[x].txt", b"odd")
+  assert [e.completion for e in read_source(Source(str(odd)))] == ["odd"]
+
+
+def test_bad_lines_are_counted_over_all_files(tmp_path):
+  write(tmp_path / "a.jsonl", *[b'{"text": "a"}'] * 8)
+  write(tmp_path / "b.jsonl", b"{", b'{"text": "b"}')
+  messages = []
+  source = Source(f"{tmp_path}/*.jsonl", bad_lines=0.1)
+  assert len(read_source(source, messages.append)) == 9
+  assert f"{tmp_path}/b.jsonl line 1: not JSON" in messages[0]
+
+
+def test_every_line_is_bad(tmp_path):
+  path = write(tmp_path / "a.jsonl", b"{", b"[]")
+  with pytest.raises(InputError, match="every line is bad"):
+    read_source(Source(str(path), bad_lines=1.0))
+
+
+def test_rows(tmp_path):
+  lines = [b"{", *(b'{"text": "%d"}' % i for i in range(9))]
+  path = write(tmp_path / "a.jsonl", *lines)
+
+  def texts(rows):
+    source = Source(str(path), rows=rows, bad_lines=0.1)
+    return [int(example.completion) for example in read_source(source)]
+
+  assert texts(":3") + texts("3:") == texts("") == list(range(9))
+  assert texts("-2:") == [7, 8] and texts("2:4") == [2, 3]
+  with pytest.raises(InputError, match="'9:' of 9 good examples leave none"):
+    texts("9:")
+  for rows in ("3", "a:", "1:2:3", "-:"):
+    with pytest.raises(InputError, match="rows"):
+      texts(rows)
+
+
+def test_templates_of_a_source(tmp_path):
+  path = write(
+    tmp_path / "a.jsonl",
+    b'{"q": {"de": "ja"}, "a": 3}',
+    b'{"q": {"de": "nein"}}',
+  )
+  options = {"prompt": "{q[de]}? ", "completion": "{a}"}
+  (example,) = read_source(Source(str(path), bad_lines=0.5, **options))
+  assert (example.prompt, example.completion) == ("ja? ", "3")
+  with pytest.raises(
+    InputError, match=r"a\.jsonl line 2: .*'\{a\}' asks for 'a', but it has 'q'"
+  ):
+    read_source(Source(str(path), **options))
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({"kind": "csv"}, r"a\.txt: unknown kind 'csv'; one of jsonl, text"),
+    ({"kind": "text", "target": "b"}, "target is of kind parallel"),
+    ({"prompt": "{text}"}, "none of the completion"),
+    ({"bad_lines": 1.5}, "bad_lines 1.5 is a share"),
+    ({"bad_lines": 1}, "every line is blank"),
+    ({"completion": "{txt}"}, r"a\.txt: .*asks for 'txt', but there is 'text'"),
+    ({"completion": "{"}, r"a\.txt: the template '\{' cannot be read"),
+    ({"kind": "parallel"}, "a second file"),
+    ({"kind": "tsv", "columns": ("a", "a")}, "repeat a name"),
+    ({"kind": "tsv"}, "no column is called text, or prompt and completion"),
+    ({"kind": "tsv", "columns": ("text", "b")}, "1 columns, where 2"),
+  ],
+)
+def test_bad_sources(tmp_path, options, message):
+  path = write(tmp_path / "a.txt", *([b"one"] if len(options) > 1 else [b" "]))
+  with pytest.raises(InputError, match=message):
+    read_source(Source(str(path), **options))
+
+
+def test_prompts(tmp_path):
+  path = write(tmp_path / "a.jsonl", b'{"prompt": "a"}', b"", b'{"prompt": ""}')
+  assert read_prompts(path) == ["a", ""]
+  for line, message in [
+    (b"{}", "it has no 'prompt'"),
+    (b"[]", "a JSON list"),
+    (b'{"prompt": 1}', "'prompt' is a int"),
+  ]:
+    with pytest.raises(InputError, match=f"a.jsonl line 1: .*{message}"):
+      read_prompts(write(path, line))
+  with pytest.raises(InputError, match="no prompts at"):
+    read_prompts(tmp_path / "absent.jsonl")

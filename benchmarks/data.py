@@ -1,0 +1,186 @@
+"""Tokens a second of the data pipeline, and of the step that it feeds.
+
+  python -m benchmarks.data [--repeats 5]
+
+Packed rows through `make_iterator`, for a pair that shares a tokenizer, one
+that does not, and a mixture of plain text and prompts for the latter. The
+training step is the composition's, of the models of benchmarks.generate.
+Tokenisation comes once, when a run starts, and is timed apart. Nothing of the
+text is real: words of random letters, the frequent ones short.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.generate import V, model
+from calm_jax import composition, optim, trainer, tree
+from calm_jax.alignment import ChunkEncoder
+from calm_jax.connections import Augmenting, Composition, default_connections
+from calm_jax.data import pipeline
+from calm_jax.data.sources import TextExample
+from calm_jax.models import decoder
+from calm_jax.tokenizer import Tokenizer, train_sentencepiece
+
+GOAL = 10
+BATCH, LENGTH = 8, 256
+BATCHES = 300
+NAME = "augmenting"
+
+
+def texts(count: int) -> list[str]:
+  """Lines of 40 words out of 20,000, by Zipf's law."""
+  rng = np.random.default_rng(0)
+  letters = np.array(list("etaoinshrdlucmfwypvbgk"))
+  words = [
+    "".join(rng.choice(letters, 2 + int(rank**0.2))) for rank in range(20_000)
+  ]
+  chances = 1 / np.arange(1, len(words) + 1)
+  drawn = rng.choice(words, (count, 40), p=chances / chances.sum())
+  return [" ".join(line) for line in drawn]
+
+
+def pair() -> Composition:
+  """51M parameters and 10M beside them."""
+  anchor, augmenting = model(512, 12, 1632), model(256, 8, 600)
+  pairs = default_connections(augmenting.num_layers, anchor.num_layers)
+  return Composition(anchor, ((NAME, Augmenting(augmenting, pairs)),))
+
+
+def make_step(spec: Composition) -> Callable:
+  """batch -> the loss of one update of the composition."""
+  init = jax.jit(decoder.init, static_argnums=1)
+  keys = jax.random.split(jax.random.key(0), 3)
+  params = {
+    "anchor": init(keys[0], spec.anchor),
+    "augmenting": {
+      name: init(keys[1], joined.config) for name, joined in spec.augmenting
+    },
+    "composition": composition.init(keys[2], spec),
+  }
+  mask = tree.mask(params, ("composition/.*",))
+  trainable, frozen = tree.partition(params, mask)
+  rate = optim.schedule("constant", 1e-4, steps=1000, warmup=0, final=1.0)
+  tx = optim.optimizer(
+    mask, rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, decay="", clip=1.0
+  )
+  step = trainer.make_step(spec, "composed", tx, rate, accumulate=1)
+  state = {
+    "trainable": trainable,
+    "opt_state": tx.init(params),
+    "step": jax.numpy.int32(0),
+    "rng": jax.random.key(0),
+  }
+
+  def update(batch):
+    nonlocal state
+    state, metrics = step(state, frozen, batch)
+    return metrics["loss"].block_until_ready()
+
+  return update
+
+
+def tokens_of(batch) -> int:
+  return int((batch["segments"] > 0).sum())
+
+
+def pipeline_rate(source) -> float:
+  """Tokens of the anchor a second, read ahead as in training."""
+  iterator = pipeline.make_iterator(source)
+  next(iterator)
+  began, tokens = time.perf_counter(), 0
+  for _ in range(BATCHES):
+    tokens += tokens_of(next(iterator))
+  rate = tokens / (time.perf_counter() - began)
+  iterator.close()
+  return rate
+
+
+def step_rate(step: Callable, source, index: int) -> float:
+  batch = source[index]
+  began = time.perf_counter()
+  step(batch)
+  return tokens_of(batch) / (time.perf_counter() - began)
+
+
+def sources(lines: list[str], anchor: Tokenizer, other: Tokenizer) -> dict:
+  """By name: (source, tokens a second of its tokenisation)."""
+  plain = [
+    TextExample("", line, f"line {i}") for i, line in enumerate(lines[::2])
+  ]
+  asked = [
+    TextExample(line[:80], line[80:], f"line {i}")
+    for i, line in enumerate(lines[1::2])
+  ]
+  options = {"batch_size": BATCH, "length": LENGTH, "seed": 0}
+  both = {"augmenting": {NAME: ChunkEncoder(other)}} | options
+  makers = {
+    "one tokenizer": lambda: pipeline.text_source(
+      plain + asked, anchor, **options
+    ),
+    "two tokenizers": lambda: pipeline.text_source(
+      plain + asked, anchor, **both
+    ),
+    "two tokenizers, a mixture": lambda: pipeline.mix(
+      {"plain": (plain, 3.0), "asked": (asked, 1.0)}, anchor, **both
+    ),
+  }
+  made = {}
+  for name, make in makers.items():
+    began = time.perf_counter()
+    source = make()
+    seconds = time.perf_counter() - began
+    tokens = sum(part.tokens for part in source.truncation.values())
+    made[name] = source, tokens / seconds
+  return made
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--repeats", type=int, default=5)
+  repeats = parser.parse_args().repeats
+  lines = texts(4000)
+  with tempfile.TemporaryDirectory() as folder:
+    anchor, other = (
+      train_sentencepiece(lines, Path(folder) / f"{size}", vocab_size=size)
+      for size in (V, 2000)
+    )
+    made = sources(lines, anchor, other)
+  step = make_step(pair())
+  for source, _ in made.values():
+    step(source[0])  # compiles
+  rates: dict[str, list] = {name: [] for name in made}
+  for i in range(repeats):
+    # They take turns, so that a busy machine slows all of them.
+    for name, (source, _) in made.items():
+      rates[name].append((pipeline_rate(source), step_rate(step, source, i)))
+  table = Table(
+    "tokens/s", "tokenised once", "pipeline", "training step", "ratio",
+    f"goal {GOAL}",
+  )  # fmt: skip
+  for name, (_, tokenised) in made.items():
+    fed, step_speed = map(statistics.median, zip(*rates[name], strict=True))
+    ratio = fed / step_speed
+    table.add_row(
+      name,
+      f"{tokenised:,.0f}",
+      f"{fed:,.0f}",
+      f"{step_speed:,.0f}",
+      f"{ratio:,.0f}",
+      "reached" if ratio >= GOAL else "missed",
+    )
+  Console().print(table)
+
+
+if __name__ == "__main__":
+  main()

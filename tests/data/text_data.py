@@ -1,0 +1,70 @@
+"""Small texts and tokenizers for tests of the data pipeline."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from calm_jax.alignment import ChunkEncoder
+from calm_jax.data.sources import TextExample
+from calm_jax.tokenizer import train_sentencepiece
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+
+
+def train_tokenizer(folder, kind="bpe"):
+  size = 40 if kind == "bpe" else 31
+  return train_sentencepiece(
+    [" ".join(WORDS), "0123456789=:"] * 3,
+    folder / kind,
+    vocab_size=size,
+    model_type=kind,
+  )
+
+
+def augmenting(folder):
+  """A model that reads the same text by letters."""
+  return {"letters": ChunkEncoder(train_tokenizer(folder, "char"))}
+
+
+def documents(count, words=3, name="a.txt", seed=0):
+  rng = np.random.default_rng(seed)
+  return [
+    TextExample("", " ".join(rng.choice(WORDS, words)), f"{name} line {i + 1}")
+    for i in range(count)
+  ]
+
+
+def questions(count):
+  return [
+    TextExample(f"{WORDS[i % 8]}: ", f"{i}", f"q.jsonl line {i + 1}")
+    for i in range(count)
+  ]
+
+
+def flat(lists):
+  return [item for items in lists for item in items]
+
+
+def texts_of(batch, tokenizer):
+  """Texts by row, of the segments of each row."""
+  return [
+    [
+      tokenizer.decode(tokens[segments == number])
+      for number in range(1, segments.max() + 1)
+    ]
+    for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True)
+  ]
+
+
+def assert_same(one, two):
+  assert one.keys() == two.keys()
+  for name in one:
+    np.testing.assert_array_equal(one[name], two[name])
+
+
+def joined(shares):
+  """The global batch of the shares of all hosts."""
+  return {
+    name: np.concatenate([share[name] for share in shares])
+    for name in shares[0]
+  }
