@@ -93,7 +93,7 @@ def read_source(
       `source.bad_lines`; the message names the first of them.
   """
   _check(source)
-  part = _slice(source.rows)
+  part = row_slice(source.rows)
   kind = _kind(source)
   texts = _texts(source, kind)
   examples, bad = [], []
@@ -229,7 +229,12 @@ def _check(source: Source) -> None:
     )
 
 
-def _slice(rows: str) -> slice:
+def row_slice(rows: str) -> slice:
+  """ ":100" or "6000:" as a slice; "" is all.
+
+  Raises:
+    InputError: it is no such slice.
+  """
   if rows and not re.fullmatch(r"-?\d*:-?\d*", rows):
     raise InputError(f"rows {rows!r}: expected a slice such as :5000 or 5000:")
   ends = rows.split(":") if rows else ["", ""]

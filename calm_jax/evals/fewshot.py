@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from calm_jax.data.sources import row_slice
 from calm_jax.errors import InputError
 from calm_jax.evals.base import Generate
 
@@ -193,14 +194,8 @@ def take_rows(items: list, rows: str) -> list:
   Raises:
     InputError: it is no slice, or nothing is in it.
   """
-  if not rows:
-    return items
-  start, colon, stop = rows.partition(":")
-  try:
-    part = items[int(start or 0) : int(stop) if stop else None]
-  except ValueError as error:
-    raise InputError(f"rows {rows!r} is no slice such as '100:200'") from error
-  if not colon or not part:
+  part = items[row_slice(rows)]
+  if not part:
     raise InputError(f"rows {rows!r} of {len(items)} items are none")
   return part
 

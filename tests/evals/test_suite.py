@@ -132,8 +132,8 @@ def test_averages_and_how_many_languages_are_better():
     ({"shot": 3}, "kind 'translation': .*'shot'"),
     ({"path": "nowhere"}, "nowhere: there is no such file"),
     ({"rows": "7:"}, "rows '7:' of 5 items are none"),
-    ({"rows": "2"}, "rows '2' of 5 items"),
-    ({"rows": "a:"}, "'a:' is no slice"),
+    ({"rows": "2"}, "rows '2': expected a slice"),
+    ({"rows": "a:"}, "rows 'a:': expected a slice"),
   ],
 )
 def test_what_is_wrong_with_an_evaluation(pairs, changes, said):
