@@ -137,9 +137,7 @@ def _tiny(config: ConfigDict) -> None:
   # The anchor is trained here, on English, and reads the tokens of m_A.
   config.anchor = ""
   config.augmenting = f"{shared}/models/stories260k"
-  config.anchor_model.update(
-    width=192, num_layers=6, num_heads=6, num_kv_heads=6, mlp_width=512
-  )
+  config.anchor_model.num_layers = 6
   config.composition.num_connections = 5
   # D_Code are MBPP's training problems, lines 601 to 974.
   mbpp, gsm8k = data + "/mbpp/mbpp.jsonl", data + "/gsm8k"
@@ -182,10 +180,10 @@ def _tiny(config: ConfigDict) -> None:
     model="anchor",
     trainable=("anchor/.*",),
     data=common.mixture({"eng": 0.5, "gsm8k": 0.5}, watch=("mathematics",)),
-    steps=600,
+    steps=400,
   )
-  config.stages.augmenting.update(steps=300)
-  config.stages.compose.update(steps=100)
+  config.stages.augmenting.update(steps=200)
+  config.stages.compose.update(steps=60)
   for stage in config.stages.values():
     stage.data.too_long = "cut"
     stage.update(batch_size=8, length=256, learning_rate=2e-3)

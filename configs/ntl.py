@@ -154,9 +154,7 @@ def _tiny(config: ConfigDict) -> None:
   # The anchor is trained here, on English, and reads the tokens of m_A.
   config.anchor = ""
   config.augmenting = f"{shared}/models/stories260k"
-  config.anchor_model.update(
-    width=192, num_layers=6, num_heads=6, num_kv_heads=6, mlp_width=512
-  )
+  config.anchor_model.num_layers = 6
   config.composition.num_connections = 5
   config.task.languages = ("lij_Latn", "vec_Latn", "fur_Latn")
   config.task.prompt_tokens = 384
@@ -170,14 +168,14 @@ def _tiny(config: ConfigDict) -> None:
     model="anchor",
     trainable=("anchor/.*",),
     data=common.mixture({"eng": 0.7, "gsm8k": 0.3}, watch=("eng_Latn",)),
-    steps=700,
+    steps=450,
   )
-  config.stages.augmenting.update(steps=700)
-  config.stages.compose.update(steps=500)
+  config.stages.augmenting.update(steps=400)
+  config.stages.compose.update(steps=250)
   for stage in config.stages.values():
     stage.data.too_long = "drop"
     stage.update(batch_size=8, length=256, learning_rate=2e-3)
-    stage.update(eval_every=250, checkpoint_every=250)
+    stage.update(eval_every=150, checkpoint_every=150)
 
 
 def _tiny_evals(config: ConfigDict) -> None:
