@@ -18,13 +18,15 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from calm_jax import cli, kinds, report, tables, train
+from calm_jax import cli, kinds, train
 from calm_jax.errors import InputError
 from calm_jax.metrics import read_metrics
+from calm_jax.reporting import files, table, tables
+from calm_jax.reporting.runs import LABELS, RESULTS
+from calm_jax.reporting.trials import LOSS, trials_table
 from configs import common
 
 FOLDER = "ablations"
-LOSS = "held-out loss"
 WIDTH = 200  # of the printed table
 Runs = dict[str, list[dict[str, Any]]]
 
@@ -70,12 +72,12 @@ def main(config: ConfigDict) -> dict[str, Any]:
     # Also of what there is if this is stopped.
     summary = summarise(runs)
     folder = Path(config.workdir) / FOLDER
-    report.write_results(folder / "ablations.json", summary)
-    text = report.markdown_table(table(summary))
+    files.write_results(folder / "ablations.json", summary)
+    text = table.as_markdown(trials_table(summary))
     (folder / "ablations.md").write_text(f"{text}\n", encoding="utf-8")
   # Its columns are numbers that are to stay whole.
   console = Console(width=max(Console().width, WIDTH))
-  tables.print_tables([table(summary)], console)
+  table.print_tables([trials_table(summary)], console)
   return summary
 
 
@@ -95,7 +97,7 @@ def _settings(config: ConfigDict, kind: str, trial: int) -> dict[str, Any]:
 
 def _finished(settings: dict[str, Any]) -> dict[str, Any] | None:
   """The results of a run, if it has been made with these settings."""
-  path = Path(settings["workdir"]) / settings["output"] / report.RESULTS
+  path = Path(settings["workdir"]) / settings["output"] / RESULTS
   if not path.exists():
     return None
   results = json.loads(path.read_text())
@@ -123,16 +125,13 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     "eval_loss": losses[-1] if losses else None,
     "config": settings,
   }
-  report.write_results(fitted.folder / report.RESULTS, results)
+  files.write_results(fitted.folder / RESULTS, results)
   return results
 
 
 def scores(results: dict[str, Any], model: str) -> dict[str, float]:
   """The numbers that a table shows of a model, the headline first."""
-  found = {}
-  for task in reversed(results.get("table1", {})):
-    for label, values in tables.accuracies(task, results["table1"][task]):
-      found[label] = values[model]
+  found = tables.accuracies(results, model)
   for name in ("perplexity", "bits_per_byte"):
     for text, values in results.get(name, {}).items():
       found[f"{name.replace('_', ' ')}, {text}"] = values.get(model)
@@ -147,7 +146,7 @@ def summarise(runs: Runs) -> dict[str, Any]:
   for results in runs.get("composed", []):
     for model in ("augmenting", "anchor"):
       if alone := scores(results, model):
-        name = tables.MODEL_NAMES[model]
+        name = LABELS[model]
         trained = {"parameters": 0, "difference": None}
         found[name] = [{"scores": alone} | trained]
   for kind, made in runs.items():
@@ -183,50 +182,6 @@ def _spread(found: list[dict[str, float]]) -> dict[str, dict[str, float]]:
       "highest": max(values),
     }
   return spread
-
-
-def table(summary: dict[str, Any]) -> tables.Table:
-  """A row for each kind, a column for each number."""
-  # The last row is of a kind, which has all of them; m_B has not.
-  labels = list(
-    dict.fromkeys(
-      label for row in [*summary.values()][::-1] for label in row["scores"]
-    )
-  )
-  rows = []
-  for name, row in summary.items():
-    one = row["runs"][0]
-    trained = f"{one['parameters']:,}"
-    if one["difference"]:
-      trained += f" ({one['difference']:+,})"
-    cells = [_cell(row["scores"].get(label), label) for label in labels]
-    rows.append((name, trained, *cells))
-  counts = sorted({len(row["runs"]) for row in summary.values()})
-  return tables.Table(
-    title="Table 5: ablations, baselines and controls",
-    header=("", "trained (against Θ_C)", *labels),
-    rows=rows,
-    notes=(
-      f"Mean (lowest to highest) of {counts[-1]} runs from other fresh "
-      "parameters and in another order of the data; m_A and m_B are the same "
-      "in all, and so are steps and the kind of data.",
-      "In % and the higher the better, unless a column says otherwise: exact "
-      "match of the whole answer, pass@1, or chrF1 of translations and "
-      "descriptions, averaged over the languages. "
-      f"The {LOSS} is measured with the right answer as input, "
-      "which an unmasked composition reads off.",
-    ),
-  )
-
-
-def _cell(spread: dict[str, float] | None, label: str) -> str:
-  if spread is None:
-    return tables.NOTHING
-  digits = 3 if label == LOSS or label.startswith("bits") else 1
-  mean, lowest, highest = (
-    f"{spread[k]:.{digits}f}" for k in ("mean", "lowest", "highest")
-  )
-  return mean if lowest == highest else f"{mean} ({lowest} to {highest})"
 
 
 if __name__ == "__main__":

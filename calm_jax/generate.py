@@ -79,7 +79,7 @@ def main() -> None:
 
 def _draw(look: dict, path: str) -> None:
   # Loaded here: matplotlib would take half of the time to the first token.
-  from calm_jax.figures import attention_figure, save_figure
+  from calm_jax.reporting.figures import attention_figure, save_figure
 
   figure = attention_figure(
     look["weights"],

@@ -93,7 +93,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
     look = experiment.look(final, stages[last]["data"])
     np.savez(fitted.folder / "attention.npz", **look)
   report.write_report(fitted.folder, results)
-  report.print_results(results)
+  report.print_results(fitted.folder)
   _keep(fitted, settings)
   return results
 

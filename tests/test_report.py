@@ -4,12 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from calm_jax.predictions import count_by_terms
+from calm_jax.tables import MODELS
 from rich.console import Console
 
 from calm_jax import report
 from calm_jax.errors import InputError
-from calm_jax.predictions import count_by_terms
-from calm_jax.tables import MODELS
 
 TABLE1 = {
   "kv_subs": {"augmenting": 99.1, "anchor": 0.0, "composed": 95.0},

@@ -5,10 +5,11 @@ choose at import, and nothing to close. Lines differ by style and marker, and
 maps by lightness, so that all of it reads in black and white.
 """
 
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -16,10 +17,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from calm_jax.errors import InputError
-from calm_jax.predictions import wilson_interval
-from calm_jax.tables import MODELS
+from calm_jax.reporting.predictions import wilson_interval
+from calm_jax.reporting.runs import MODELS
 
 DPI = 150
+
+
+class Gain(NamedTuple):
+  """Of one language: delta and its interval, in points of the metric."""
+
+  label: str
+  delta: float
+  low: float
+  high: float
+  p_value: float
+
 
 _STYLE = {
   "font.size": 11,
@@ -45,6 +57,7 @@ _LABELS = {
 # Beyond this a heat map is scaled down rather than grown, in inches.
 _MAX_WIDTH, _MAX_HEIGHT = 18.0, 24.0
 _CELL = 0.21
+_LANGUAGES = 50  # of a row of `gains_figure`
 
 
 def loss_figure(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
@@ -120,6 +133,39 @@ def accuracy_figure(
     panels[0].set_ylim(-3, 103)
     panels[0].set_ylabel("accuracy (%)")
     _legend(figure, panels)
+  return figure
+
+
+def gains_figure(gains: Sequence[Gain]) -> Figure:
+  """Figure 2: what a composition gains over m_B, language by language.
+
+  A bar is the 95% interval; a mark is filled where p < 0.05.
+
+  Args:
+    gains: in the order to draw, from the left.
+
+  Raises:
+    InputError: there is nothing to draw.
+  """
+  if not gains:
+    raise InputError("no languages to draw")
+  rows = [gains[i : i + _LANGUAGES] for i in range(0, len(gains), _LANGUAGES)]
+  size = (max(0.19 * max(map(len, rows)) + 1, 5), 2.9 * len(rows))
+  with matplotlib.rc_context(_STYLE):
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(rows), 1, squeeze=False, sharey=True).ravel()
+    for axes, row in zip(panels, rows, strict=True):
+      for at, gain in enumerate(row):
+        sure = gain.p_value < 0.05
+        axes.plot([at, at], [gain.low, gain.high], color="0.45", lw=1.2)
+        axes.plot(at, gain.delta, "ko", mfc="k" if sure else "w", ms=5)
+      axes.axhline(0, color="k", lw=0.8)
+      axes.set_xticks(
+        range(len(row)), [gain.label for gain in row], rotation=90
+      )
+      axes.set_xlim(-0.8, max(map(len, rows)) - 0.2)
+      axes.grid(axis="x", visible=False)
+      axes.set_ylabel("gain over $m_B$")
   return figure
 
 
@@ -208,6 +254,14 @@ def attention_figure(
       label="attention weight, mean of the heads",
     )
   return figure
+
+
+def svg(figure: Figure) -> bytes:
+  """The figure as an SVG file, the same for the same figure."""
+  file = io.BytesIO()
+  with matplotlib.rc_context({"svg.hashsalt": "calm_jax"}):
+    figure.savefig(file, format="svg", metadata={"Date": None})
+  return file.getvalue()
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:

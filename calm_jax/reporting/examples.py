@@ -1,0 +1,103 @@
+"""Examples of Table 8's kinds, picked by a rule rather than by hand."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from calm_jax.errors import InputError
+from calm_jax.reporting.predictions import RIGHT, is_right, read_rows
+from calm_jax.reporting.runs import MODELS, Run
+
+# By whether m_A, m_B and the composed model are right: Appendix B's three
+# kinds, the second of them in two, and what it does not speak of.
+KINDS = {
+  (False, False, True): "1. Neither m_A nor m_B is right, the composed is",
+  (True, False, True): "2a. Only m_A is right, and the composed too",
+  (False, True, True): "2b. Only m_B is right, and the composed too",
+  (True, True, True): "3. Both are right, and the composed too",
+  (True, False, False): "Lost: m_A is right, the composed is not",
+  (False, True, False): "Lost: m_B is right, the composed is not",
+  (True, True, False): "Lost: both are right, the composed is not",
+  (False, False, False): "None of the three is right",
+}
+# No example is shown of these, only how many there are.
+UNSHOWN = ((False, False, False),)
+RULE = (
+  "Shown is the first example of each kind in the order of the files, not the "
+  "best; the paper's Table 8 is cherry-picked. Right means an exact answer, a "
+  f"program that passes its tests, or a chrF1 of the sentence of {RIGHT:.0f} "
+  "or more."
+)
+SEPARATOR = "\n\n"  # before the question, behind the examples of a prompt
+
+
+class Example(NamedTuple):
+  """One question and what the three models made of it."""
+
+  source: str
+  prompt: str
+  wanted: str | None
+  rows: dict[str, dict[str, Any]]
+
+  @property
+  def question(self) -> str:
+    """The last part of the prompt, which is not of the exemplars."""
+    return self.prompt.rstrip().rpartition(SEPARATOR)[2]
+
+
+class Chosen(NamedTuple):
+  """Of one group: how many examples are of each kind, and the first of it."""
+
+  title: str
+  counts: dict[str, int]
+  first: dict[str, Example]
+
+
+def choose(run: Run) -> list[Chosen]:
+  """Examples of each group of evaluations that all three models answered.
+
+  Raises:
+    InputError: the models' files are not of the same examples.
+  """
+  sets = {
+    "KV-MATH, all keys held-out": ["kv_math_held_out"],
+    "NUM-MATH": ["num_math"],
+    "KV-SUBS": ["kv_subs"],
+  }
+  for name, one in run.results.get("evals", {}).items():
+    sets.setdefault(one["group"], []).append(name)
+  found = []
+  for title, names in sets.items():
+    counts = dict.fromkeys(KINDS.values(), 0)
+    first: dict[str, Example] = {}
+    for name in names:
+      for example in _examples(run, name):
+        kind = KINDS[tuple(is_right(example.rows[m]) for m in MODELS)]
+        counts[kind] += 1
+        first.setdefault(kind, example)
+    if any(counts.values()):
+      for kind in UNSHOWN:
+        first.pop(KINDS[kind], None)
+      shown = {kind: first[kind] for kind in counts if kind in first}
+      found.append(Chosen(title, counts, shown))
+  return found
+
+
+def _examples(run: Run, name: str) -> list[Example]:
+  paths = {model: run.path(name, model) for model in MODELS}
+  if not all(path.exists() for path in paths.values()):
+    return []
+  rows = {model: read_rows(path) for model, path in paths.items()}
+  wanted = {m: [row.get("completion") for row in rows[m]] for m in MODELS}
+  if any(wanted[m] != wanted["composed"] for m in MODELS):
+    raise InputError(
+      f"{', '.join(map(str, paths.values()))} are not of the same examples: "
+      "evaluate the models together"
+    )
+  return [
+    Example(
+      f"{name}, {at + 1}", row["prompt"], row.get("completion"),
+      {model: rows[model][at] for model in MODELS},
+    )
+    for at, row in enumerate(rows["composed"])
+  ]  # fmt: skip

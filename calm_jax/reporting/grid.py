@@ -1,0 +1,109 @@
+"""A table of numbers from rows and columns that say how they are found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from calm_jax.errors import InputError
+from calm_jax.reporting import paper
+from calm_jax.reporting.costs import ours
+from calm_jax.reporting.runs import LABELS, Column, Experiment, Run, number
+from calm_jax.reporting.table import Cell, Table
+
+_INTERVALS = (
+  "A cell is paper / ours, or ours alone in a column that the paper lacks. In "
+  "brackets: 95% interval over the examples, or lowest and highest of several "
+  "trials. p: two-sided, of a paired permutation test against m_B on the same "
+  "examples. An average is over the rows that were evaluated, which are not the "
+  "paper's."
+)
+Measure = Callable[[Run, str], Cell | None]
+
+
+class Row(NamedTuple):
+  """A row to be: its label, the paper's numbers, and how ours are found."""
+
+  label: str
+  paper: Mapping[str, float]
+  columns: Mapping[str, Column]
+  measure: Measure
+
+
+def grid(
+  name: str,
+  title: str,
+  rows: Sequence[Row],
+  notes: Iterable[str],
+  experiment: Experiment | None,
+  keys: Iterable[str] = (),
+  best: Callable | None = None,
+) -> Table:
+  """A table of rows, with the columns that any of them has."""
+  beside = dict.fromkeys(key for row in rows for key in row.paper)
+  keys = [*keys] or [*beside, *(k for row in rows for k in row.columns)]
+  keys = [*dict.fromkeys(keys)]
+  made = []
+  for row in rows:
+    cells = []
+    for key in keys:
+      column = row.columns.get(key)
+      cell = spread(column, row.measure) if column else None
+      cell = cell or Cell()
+      known = {"paper": row.paper.get(key), "beside": key in beside}
+      cells.append(Cell(**(vars(cell) | known)))
+    made.append((row.label, *cells))
+  # Columns that have nothing at all.
+  full = [
+    at
+    for at in range(1, len(keys) + 1)
+    if keys[at - 1] in beside or any(r[at].ours is not None for r in made)
+  ]
+  made = [(row[0], *(row[at] for at in full)) for row in made]
+  labels = {k: c.label for row in rows for k, c in row.columns.items()}
+  header = [labels.get(keys[at - 1], LABELS.get(keys[at - 1])) for at in full]
+  notes = [*notes]
+  if name.startswith("table-"):
+    title = f"Table {name[-1]}: {title} (paper / ours)"
+    notes.insert(0, _INTERVALS)
+    notes.append(paper.MODELS.get(name, paper.MODELS["others"]))
+  table = Table(name, title, ("", *header), made)
+  if table.empty:
+    notes = ["No run that was given has any of these numbers."]
+  elif experiment:
+    notes.append(ours(experiment))
+  bold = frozenset()
+  if best:
+    bold = frozenset(_best(made, best))
+  elif name == "table-1":
+    at = [*dict.fromkeys(header)].index(LABELS["composed"]) + 1
+    bold = frozenset({(2, at)})
+  return Table(name, title, ("", *header), made, tuple(notes), bold)
+
+
+def _best(rows: Sequence[tuple], best: Callable) -> Iterable[tuple[int, int]]:
+  for number_, (_, *cells) in enumerate(rows):
+    finite = [c.ours for c in cells if c.ours is not None]
+    finite = [x for x in finite if math.isfinite(x)]
+    for at, cell in enumerate(cells, start=1):
+      if finite and cell.ours == best(finite):
+        yield number_, at
+
+
+def spread(column: Column, measure: Measure) -> Cell | None:
+  """What is measured of a column: of trials the mean and the range."""
+  cells = [measure(run, column.model) for run in column.runs]
+  cells = [cell for cell in cells if cell is not None]
+  if len(cells) < 2:
+    return cells[0] if cells else None
+  values = [cell.ours for cell in cells]
+  mean = sum(values) / len(values)
+  return Cell(mean, low=min(values), high=max(values), digits=cells[0].digits)
+
+
+def percent(value: Any) -> float | None:
+  value = number(value)
+  if value is not None and not 0 <= value <= 100:
+    raise InputError(f"{value} is not in percent, from 0 to 100")
+  return value

@@ -1,0 +1,165 @@
+"""Which figures an experiment's folders have data for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from calm_jax.errors import InputError
+from calm_jax.metrics import read_metrics
+from calm_jax.reporting import figures
+from calm_jax.reporting.predictions import count_by_terms
+from calm_jax.reporting.runs import Experiment, Run
+
+
+class Picture(NamedTuple):
+  """A figure, its title, and what it shows in words."""
+
+  figure: Figure
+  title: str
+  caption: str
+
+
+def pictures(experiment: Experiment) -> list[Picture]:
+  """Figure 2, accuracy by length, loss and attention, where there is data.
+
+  Raises:
+    InputError: attention.npz or a file of predictions is not what a run
+      writes.
+    ValueError: a metrics.jsonl holds a line that is not JSON.
+  """
+  first = experiment.runs[0]
+  made = [
+    *(_gains(group, first) for group in first.results.get("groups", {})),
+    _accuracy(first),
+    _loss(experiment),
+    *(_attention(run) for run in _looked(experiment)),
+  ]
+  return [picture for picture in made if picture]
+
+
+def stages(
+  folders: Iterable[Path], order: Iterable[str]
+) -> dict[str, list[dict]]:
+  """Metrics of each stage that has a loss, in the order they were run."""
+  found = {
+    path.parent.name: path.parent
+    for folder in folders
+    for path in sorted(folder.glob("*/metrics.jsonl"))
+  }
+  known = [name for name in order if name in found]
+  names = [*known, *sorted(found.keys() - set(known))]
+  metrics = {name: read_metrics(found[name]) for name in names}
+  return {
+    name: lines
+    for name, lines in metrics.items()
+    if any(_drawable(line.get("loss")) for line in lines)
+  }
+
+
+def language_order(results: Mapping[str, Any]) -> tuple[list[str], str]:
+  """Languages from low to high resource as far as is known, and how that is.
+
+  Returns:
+    (codes, what the order is, for a caption); no codes if nothing is known.
+  """
+  listed = results.get("config", {}).get("task", {}).get("languages")
+  if listed:
+    return list(listed), "in the order of the config's task.languages"
+  sizes = results.get("trained_bytes")
+  if sizes:
+    ordered = sorted(sizes, key=lambda code: (float(sizes[code]), code))
+    return ordered, "from little to much text in m_A's training"
+  return [], "by name: how much text there is of each is not known"
+
+
+def _gains(group: str, run: Run) -> Picture | None:
+  deltas = {
+    one["subset"]: one["against_anchor"]["composed"]
+    for one in run.results["evals"].values()
+    if one["group"] == group and "composed" in one.get("against_anchor", {})
+  }
+  if len(deltas) < 2:
+    return None
+  order, how = language_order(run.results)
+  # What is not listed comes last, and is told.
+  rest = sorted(deltas.keys() - set(order))
+  if order and rest:
+    how += f", those not listed at the right ({', '.join(rest)})"
+  gains = [
+    figures.Gain(name, *(deltas[name][k] for k in figures.Gain._fields[1:]))
+    for name in [*(code for code in order if code in deltas), *rest]
+  ]
+  better = sum(gain.delta > 0 for gain in gains)
+  return Picture(
+    figures.gains_figure(gains),
+    f"Figure 2: gains of the composed model over m_B, {group}",
+    f"Languages {how}. Above the line for {better} of {len(gains)} (the paper: "
+    "175 of 192 on FLORES-200). Bars: 95% intervals, paired over the examples; "
+    "filled where p < 0.05.",
+  )
+
+
+def _accuracy(run: Run) -> Picture | None:
+  counts = count_by_terms(run)
+  if not counts:
+    return None
+  return Picture(
+    figures.accuracy_figure(counts),
+    "Accuracy by number of terms",
+    "Each point is the share of right answers among the expressions of that "
+    "many terms; bars: 95% Wilson intervals.",
+  )
+
+
+def _loss(experiment: Experiment) -> Picture | None:
+  run = experiment.runs[0]
+  order = run.results.get("seconds", {})
+  curves = stages(dict.fromkeys((run.root, run.folder.absolute())), order)
+  if not curves:
+    return None
+  return Picture(
+    figures.loss_figure(curves),
+    "Training loss",
+    "Cross-entropy of each stage on a log axis; the thick line is a moving "
+    "average, the dashed one the loss on examples that are not trained on.",
+  )
+
+
+def _looked(experiment: Experiment) -> list[Run]:
+  runs = [r for r in experiment.runs if (r.folder / "attention.npz").exists()]
+  return runs[:1]
+
+
+def _attention(run: Run) -> Picture:
+  path = run.folder / "attention.npz"
+  with np.load(path, allow_pickle=False) as arrays:
+    needed = {"weights", "tokens", "connections", "prompt_length"}
+    if not needed <= set(arrays.files):
+      raise InputError(f"{path} needs {sorted(needed)}, has {arrays.files}")
+    own = None
+    if "augmenting_tokens" in arrays.files:
+      own = arrays["augmenting_tokens"].tolist()
+    figure = figures.attention_figure(
+      arrays["weights"],
+      arrays["tokens"].tolist(),
+      arrays["connections"].tolist(),
+      int(arrays["prompt_length"]),
+      own,
+    )
+  return Picture(
+    figure,
+    "Where the composed model looks",
+    "Cross-attention of one example, mean of the heads. A row is a token of "
+    "the answer, a column a token that the augmenting model has read; the "
+    "dashed line is the end of the prompt, hatched is not yet visible.",
+  )
+
+
+def _drawable(loss: float | None) -> bool:
+  return loss is not None and math.isfinite(loss) and loss > 0

@@ -1,0 +1,158 @@
+"""A table, made once and shown as Markdown, CSV or on the terminal."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Iterable
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table as RichTable
+from rich.text import Text
+
+NOTHING = "–"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """A number of ours, and the paper's where its table has the column.
+
+  Attributes:
+    ours, paper: None where there is none.
+    beside: whether the column has the paper's numbers, if not this one.
+    low, high: of ours, an interval or a range.
+    p_value: of ours being no better or worse than m_B's.
+    digits: after the point.
+  """
+
+  ours: float | None = None
+  paper: float | None = None
+  beside: bool = False
+  low: float | None = None
+  high: float | None = None
+  p_value: float | None = None
+  digits: int = 1
+
+  @property
+  def number(self) -> str:
+    """As "paper / ours", or ours alone."""
+    ours, paper = (
+      NOTHING if x is None else f"{x:.{self.digits}f}"
+      for x in (self.ours, self.paper)
+    )
+    return f"{paper} / {ours}" if self.beside else ours
+
+  @property
+  def doubt(self) -> str:
+    """The interval and p; empty if neither is known."""
+    parts = []
+    if self.low is not None and self.high is not None:
+      low, high = f"{self.low:.{self.digits}f}", f"{self.high:.{self.digits}f}"
+      parts.append(f"[{low} to {high}]")
+    if self.p_value is not None:
+      p = self.p_value
+      parts.append("p<0.001" if p < 0.001 else f"p={p:.3f}")
+    return " ".join(parts)
+
+  def __str__(self) -> str:
+    return f"{self.number} {self.doubt}".rstrip()
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """The first column names the row; the other cells are text or numbers.
+
+  Attributes:
+    name: of its files.
+    title: of its heading.
+    header, rows: each row as long as the header.
+    notes: full sentences that say what the numbers mean.
+    bold: (row, column) of cells to stress.
+    empty: whether there is no number of ours.
+  """
+
+  name: str
+  title: str
+  header: tuple[str, ...]
+  rows: list[tuple[str | Cell, ...]]
+  notes: tuple[str, ...] = ()
+  bold: frozenset[tuple[int, int]] = frozenset()
+
+  @property
+  def empty(self) -> bool:
+    cells = [cell for row in self.rows for cell in row[1:]]
+    return not any(isinstance(c, str) or c.ours is not None for c in cells)
+
+
+def as_markdown(table: Table) -> str:
+  """Its title as a heading, its notes as a list below."""
+  lines = [f"## {_escape(table.title)}", "", _row(map(_escape, table.header))]
+  lines.append(_row([":--", *["--:"] * (len(table.header) - 1)]))
+  for row, cells in enumerate(table.rows):
+    texts = [_escape(str(cell)) for cell in cells]
+    for column, text in enumerate(texts):
+      if (row, column) in table.bold:
+        texts[column] = f"**{text}**"
+    lines.append(_row(texts))
+  if table.notes:
+    lines += ["", *(f"- {_escape(note)}" for note in table.notes)]
+  return "\n".join(lines)
+
+
+def as_csv(table: Table) -> str:
+  """A column for each number of a cell: the paper's, ours, its interval, p."""
+  fields = ("paper", "ours", "low", "high", "p_value")
+  columns: list[list[str]] = []
+  for at, head in enumerate(table.header):
+    cells = [row[at] for row in table.rows]
+    if not any(isinstance(cell, Cell) for cell in cells):
+      columns.append([head, *map(str, cells)])
+      continue
+    for field in fields:
+      values = [
+        getattr(cell, field) if isinstance(cell, Cell) else None
+        for cell in cells
+      ]
+      if field == "ours" or any(value is not None for value in values):
+        texts = ["" if value is None else f"{value:g}" for value in values]
+        columns.append([f"{head} ({field})", *texts])
+  file = io.StringIO()
+  csv.writer(file, lineterminator="\n").writerows(zip(*columns, strict=True))
+  return file.getvalue()
+
+
+def print_tables(
+  shown: Iterable[Table], console: Console | None = None
+) -> None:
+  """Prints tables to the console; standard output if None."""
+  console = console or Console()
+  for table in shown:
+    grid = RichTable(
+      title=Text(table.title), box=box.SIMPLE_HEAD, title_justify="left"
+    )
+    for number, name in enumerate(table.header):
+      # Text: square brackets in a name must not be read as rich's markup.
+      grid.add_column(Text(name), justify="right" if number else "left")
+    for row, cells in enumerate(table.rows):
+      grid.add_row(
+        *(
+          Text(str(cell), style="bold" if (row, column) in table.bold else "")
+          for column, cell in enumerate(cells)
+        )
+      )
+    console.print(grid)
+    for note in table.notes:
+      console.print(Padding(Text(note, style="dim"), (0, 2)))
+    console.print()
+
+
+def _row(cells: Iterable[str]) -> str:
+  return "| " + " | ".join(cells) + " |"
+
+
+def _escape(text: str) -> str:
+  # "_" inside a word is literal in Markdown: m_A and kv_math stay as they are.
+  return " ".join(text.split()).replace("|", "\\|").replace("*", "\\*")

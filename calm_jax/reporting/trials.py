@@ -1,0 +1,58 @@
+"""The table of ablations.json: several trials of several kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from calm_jax.reporting.table import Cell, Table
+
+LOSS = "held-out loss"
+
+
+def trials_table(summary: Mapping[str, Any]) -> Table:
+  """A row for each kind, a column for each number.
+
+  Args:
+    summary: by kind the "runs", and the "mean", "lowest" and "highest" of
+      their "scores"; see `calm_jax.ablations.summarise`.
+  """
+  # The last row is of a kind, which has all of them; m_B has not.
+  labels = list(
+    dict.fromkeys(
+      label for row in [*summary.values()][::-1] for label in row["scores"]
+    )
+  )
+  rows = []
+  for name, row in summary.items():
+    one = row["runs"][0]
+    trained = f"{one['parameters']:,}"
+    if one["difference"]:
+      trained += f" ({one['difference']:+,})"
+    cells = [_cell(row["scores"].get(label), label) for label in labels]
+    rows.append((name, trained, *cells))
+  counts = sorted({len(row["runs"]) for row in summary.values()})
+  return Table(
+    "ablations",
+    "Ablations, baselines and controls",
+    ("", "trained (against Θ_C)", *labels),
+    rows,
+    (
+      f"Mean [lowest to highest] of {counts[-1]} runs from other fresh "
+      "parameters and in another order of the data; m_A and m_B are the same "
+      "in all, and so are steps and the kind of data.",
+      "Accuracy in %, exact match of the whole answer, unless a column says "
+      f"otherwise. The {LOSS} is measured with the right answer as input, "
+      "which an unmasked composition reads off.",
+    ),
+  )
+
+
+def _cell(spread: Mapping[str, float] | None, label: str) -> Cell:
+  digits = 3 if label == LOSS or label.startswith("bits") else 1
+  if spread is None:
+    return Cell(digits=digits)
+  mean, low, high = (spread[k] for k in ("mean", "lowest", "highest"))
+  if low == high:
+    return Cell(mean, digits=digits)
+  return Cell(mean, low=low, high=high, digits=digits)
