@@ -29,6 +29,7 @@ from rich.console import Console
 from calm_jax import cli
 from calm_jax.reporting import runs, tables
 from calm_jax.reporting.files import write_results, write_text
+from calm_jax.reporting.grid import HOW_TO_READ
 from calm_jax.reporting.page import page
 from calm_jax.reporting.table import as_csv, as_markdown, print_tables
 
@@ -60,7 +61,9 @@ def write(folders: Iterable[str | os.PathLike], out: str | os.PathLike) -> Path:
   html = page(found, made)
   for table in made:
     write_text(out / "tables" / f"{table.name}.csv", as_csv(table))
-  text = "\n\n".join(["# Report", *map(as_markdown, made)])
+  # What no run has numbers for comes last, as on the page.
+  made = sorted(made, key=lambda table: table.empty)
+  text = "\n\n".join(["# Report", HOW_TO_READ, *map(as_markdown, made)])
   write_text(out / "report.md", text + "\n")
   write_text(out / "report.html", html)
   return out / "report.html"

@@ -14,8 +14,7 @@ def overhead(found: Sequence[Experiment]) -> Table:
   """Parameters, FLOPs and seconds; the paper's example beside each of ours."""
   columns = [_paper(), *(_column(one) for one in found)]
   labels = [*dict.fromkeys(label for column in columns for label in column)]
-  # The stages' times last.
-  labels.sort(key=lambda label: label.startswith("time"))
+  labels.sort(key=lambda label: _ORDER.index(label.split(" ")[0].strip(",:")))
   rows = [
     (label, *(column.get(label, NOTHING) for column in columns))
     for label in labels
@@ -26,15 +25,17 @@ def overhead(found: Sequence[Experiment]) -> Table:
     ("", "the paper's example", *(one.name for one in found)),
     rows,
     (
+      "In brackets: the share of m_B's parameters or FLOPs.",
       "Appendix C.1 counts D_A D_B + 3 D_B² parameters a connection and "
       "forgets W^O: it is D_A D_B + 4 D_B² (and the norms, if any). It also "
       "counts the vocabulary's embedding once in every layer of m_B, which "
       "makes the share look smaller. The true numbers of its example, "
       "BERT-small in BERT-large, are worked out here.",
-      "Appendix C.2 takes training to cost the share of the data, 2 % for 2 %, "
+      "Appendix C.2 takes training to cost the share of the data, 2% for 2%, "
       "and no more. FLOPs are what the compiler says that one training step "
       "of the same batch takes; a dash where it was not measured.",
     ),
+    beside="parameters, FLOPs and time",
   )
 
 
@@ -64,6 +65,7 @@ def _model(run: Run, side: str) -> str:
 _THETA_PAPER = "Θ_C, counted as in C.1"
 _THETA = "Θ_C, all of it"
 _FLOPS = "FLOPs of a training step"
+_ORDER = ("m_A", "m_B", "Θ_C", "trained", "FLOPs", "time")
 
 
 def _paper() -> dict[str, str]:
@@ -117,14 +119,14 @@ def _flops(flops: Mapping[str, Any]) -> dict[str, str]:
   alone = flops.get("anchor_step")
   made = {_FLOPS: NOTHING} if not flops else {}
   for key, value in flops.items():
-    ratio = f" ({value / alone:.2f} of m_B's)" if alone else ""
+    ratio = f" ({100 * value / alone:.0f}%)" if alone else ""
     name = key.removesuffix("_step").replace("_", " ")
     made[f"{_FLOPS}: {name}"] = f"{value:.3g}{ratio}"
   return made
 
 
 def _share(count: int, anchor: int | None) -> str:
-  share = f" ({100 * count / anchor:.1f} % of m_B)" if anchor else ""
+  share = f" ({100 * count / anchor:.1f}%)" if anchor else ""
   return f"{count:,}{share}"
 
 

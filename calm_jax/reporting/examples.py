@@ -15,9 +15,9 @@ KINDS = {
   (True, False, True): "2a. Only m_A is right, and the composed too",
   (False, True, True): "2b. Only m_B is right, and the composed too",
   (True, True, True): "3. Both are right, and the composed too",
-  (True, False, False): "Lost: m_A is right, the composed is not",
-  (False, True, False): "Lost: m_B is right, the composed is not",
-  (True, True, False): "Lost: both are right, the composed is not",
+  (True, False, False): "Lost: m_A or m_B is right, the composed is not",
+  (False, True, False): "Lost: m_A or m_B is right, the composed is not",
+  (True, True, False): "Lost: m_A or m_B is right, the composed is not",
   (False, False, False): "None of the three is right",
 }
 # No example is shown of these, only how many there are.

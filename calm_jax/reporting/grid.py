@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,12 +13,12 @@ from calm_jax.reporting.costs import ours
 from calm_jax.reporting.runs import LABELS, Column, Experiment, Run, number
 from calm_jax.reporting.table import Cell, Table
 
-_INTERVALS = (
-  "A cell is paper / ours, or ours alone in a column that the paper lacks. In "
-  "brackets: 95% interval over the examples, or lowest and highest of several "
-  "trials. p: two-sided, of a paired permutation test against m_B on the same "
-  "examples. An average is over the rows that were evaluated, which are not the "
-  "paper's."
+HOW_TO_READ = (
+  "A cell of Tables 1 to 6 is paper / ours, or ours alone in a column that the "
+  "paper lacks; a dash is nothing. In brackets: 95% interval over the "
+  "examples, or lowest and highest of several trials. p: two-sided, of a "
+  "paired permutation test against m_B on the same examples. An average is "
+  "over the rows that were evaluated, which need not be the paper's."
 )
 Measure = Callable[[Run, str], Cell | None]
 
@@ -29,6 +30,7 @@ class Row(NamedTuple):
   paper: Mapping[str, float]
   columns: Mapping[str, Column]
   measure: Measure
+  digits: int = 1
 
 
 def grid(
@@ -39,8 +41,20 @@ def grid(
   experiment: Experiment | None,
   keys: Iterable[str] = (),
   best: Callable | None = None,
+  stressed: Iterable[tuple[int, int]] = (),
 ) -> Table:
-  """A table of rows, with the columns that any of them has."""
+  """A table of rows, with the columns that any of them has.
+
+  Args:
+    name: of its files; "table-1" to "table-6" are the paper's.
+    title: without the number of the table.
+    rows: what is in it.
+    notes: what must be said of the numbers.
+    experiment: whose models are named below; None for none.
+    keys: of the columns in their order; by default the paper's come first.
+    best: min or max, to stress the best number of each row.
+    stressed: (row, column) of cells to stress.
+  """
   beside = dict.fromkeys(key for row in rows for key in row.paper)
   keys = [*keys] or [*beside, *(k for row in rows for k in row.columns)]
   keys = [*dict.fromkeys(keys)]
@@ -50,7 +64,7 @@ def grid(
     for key in keys:
       column = row.columns.get(key)
       cell = spread(column, row.measure) if column else None
-      cell = cell or Cell()
+      cell = cell or Cell(digits=row.digits)
       known = {"paper": row.paper.get(key), "beside": key in beside}
       cells.append(Cell(**(vars(cell) | known)))
     made.append((row.label, *cells))
@@ -63,23 +77,19 @@ def grid(
   made = [(row[0], *(row[at] for at in full)) for row in made]
   labels = {k: c.label for row in rows for k, c in row.columns.items()}
   header = [labels.get(keys[at - 1], LABELS.get(keys[at - 1])) for at in full]
-  notes = [*notes]
-  if name.startswith("table-"):
-    title = f"Table {name[-1]}: {title} (paper / ours)"
-    notes.insert(0, _INTERVALS)
-    notes.append(paper.MODELS.get(name, paper.MODELS["others"]))
+  numbered = name.startswith("table-")
+  title = f"Table {name[-1]}: {title}" if numbered else title
   table = Table(name, title, ("", *header), made)
+  said = [*notes]
+  if numbered:
+    said.append(paper.MODELS.get(name, paper.MODELS["others"]))
+  if experiment:
+    said.append(ours(experiment))
   if table.empty:
-    notes = ["No run that was given has any of these numbers."]
-  elif experiment:
-    notes.append(ours(experiment))
-  bold = frozenset()
-  if best:
-    bold = frozenset(_best(made, best))
-  elif name == "table-1":
-    at = [*dict.fromkeys(header)].index(LABELS["composed"]) + 1
-    bold = frozenset({(2, at)})
-  return Table(name, title, ("", *header), made, tuple(notes), bold)
+    said = ["No run that was given has any of these numbers."]
+  bold = frozenset(_best(made, best) if best else stressed)
+  beside = "paper / ours" if numbered else ""
+  return dataclasses.replace(table, notes=tuple(said), bold=bold, beside=beside)
 
 
 def _best(rows: Sequence[tuple], best: Callable) -> Iterable[tuple[int, int]]:
@@ -99,7 +109,8 @@ def spread(column: Column, measure: Measure) -> Cell | None:
     return cells[0] if cells else None
   values = [cell.ours for cell in cells]
   mean = sum(values) / len(values)
-  return Cell(mean, low=min(values), high=max(values), digits=cells[0].digits)
+  ends = {"low": min(values), "high": max(values), "trials": len(values)}
+  return Cell(mean, digits=cells[0].digits, **ends)
 
 
 def percent(value: Any) -> float | None:

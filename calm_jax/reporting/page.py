@@ -12,6 +12,7 @@ from typing import Any
 
 from calm_jax.reporting import examples, figures
 from calm_jax.reporting.files import plain
+from calm_jax.reporting.grid import HOW_TO_READ
 from calm_jax.reporting.pictures import Picture, pictures
 from calm_jax.reporting.predictions import is_right
 from calm_jax.reporting.runs import LABELS, MODELS, Experiment
@@ -61,7 +62,7 @@ def page(found: Sequence[Experiment], made: Iterable[Table]) -> str:
     for key, (title, _) in sections.items()
   )
   body = [
-    f"<p>{escape(_INTRODUCTION)}</p>",
+    f"<p>{escape(_INTRODUCTION)}</p><p>{escape(HOW_TO_READ)}</p>",
     *(_said(one) for one in found),
     f'<nav aria-label="contents"><ul>{links}</ul></nav>',
     *(
@@ -92,11 +93,7 @@ def _of_experiment(
     parts["figures"] = "Figures", "".join(map(_figure, drawn))
   chosen = examples.choose(experiment.runs[0])
   if chosen:
-    rule = f"<p>{escape(examples.RULE)}</p>"
-    parts["examples"] = (
-      "Examples of Table 8's kinds",
-      rule + "".join(map(_chosen, chosen)),
-    )
+    parts["examples"] = "Examples of Table 8's kinds", _chosen(chosen)
   parts["files"] = "Runs, files and settings", _files(experiment)
   name = experiment.name
   return {
@@ -121,17 +118,17 @@ def _table(table: Table) -> str:
   title = escape(table.title)
   return (
     f'<div class="scroll" role="region" tabindex="0" aria-label="{title}">'
-    f"<table><caption>{escape(table.title.partition(':')[0])}</caption>"
+    f"<table><caption>{escape(table.beside or table.title)}</caption>"
     f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     f'</div><ul class="notes">{notes}</ul>'
   )
 
 
 def _cell(cell: str | Cell, best: bool) -> str:
-  start = '<td class="best">' if best else "<td>"
   if isinstance(cell, str):
-    return f"{start}{escape(cell)}</td>"
-  doubt = f"<small>{escape(cell.doubt)}</small>" if cell.doubt else ""
+    return f'<td class="text">{escape(cell)}</td>'
+  start = '<td class="best">' if best else "<td>"
+  doubt = "".join(f"<small>{escape(part)}</small> " for part in cell.doubts)
   return f"{start}{escape(cell.number)}{doubt}</td>"
 
 
@@ -148,23 +145,26 @@ def _figure(picture: Picture) -> str:
   )
 
 
-def _chosen(chosen: examples.Chosen) -> str:
-  counts = "".join(
-    f'<tr><th scope="row">{escape(kind)}</th><td>{count}</td></tr>'
-    for kind, count in chosen.counts.items()
+def _chosen(chosen: Sequence[examples.Chosen]) -> str:
+  counts = Table(
+    "examples",
+    "How many examples are of each kind",
+    ("", *(one.title for one in chosen)),
+    [
+      (kind, *(str(one.counts[kind]) for one in chosen))
+      for kind in chosen[0].counts
+    ],
+    (examples.RULE,),
   )
   shown = "".join(
-    f"<h4>{escape(kind)}</h4>{_example(example)}"
-    for kind, example in chosen.first.items()
+    f"<h3>{escape(one.title)}</h3>"
+    + "".join(_example(kind, example) for kind, example in one.first.items())
+    for one in chosen
   )
-  return (
-    f'<h3>{escape(chosen.title)}</h3><div class="scroll"><table>'
-    f"<caption>How many examples are of each kind</caption><tbody>{counts}"
-    f"</tbody></table></div>{shown}"
-  )
+  return _table(counts) + shown
 
 
-def _example(example: examples.Example) -> str:
+def _example(kind: str, example: examples.Example) -> str:
   said = [("asked", example.question)]
   if example.wanted is not None:
     said.append(("wanted", example.wanted))
@@ -186,8 +186,8 @@ def _example(example: examples.Example) -> str:
       "<details><summary>the whole prompt</summary>"
       f"<pre>{_text(example.prompt)}</pre></details>"
     )
-  source = f"<p><small>{escape(example.source)}</small></p>"
-  return f'<div class="example">{source}<dl>{items}</dl>{whole}</div>'
+  head = f"<h4>{escape(kind)} <small>({escape(example.source)})</small></h4>"
+  return f'<div class="example">{head}<dl>{items}</dl>{whole}</div>'
 
 
 def _text(text: str) -> str:

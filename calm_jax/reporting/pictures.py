@@ -62,20 +62,29 @@ def stages(
   }
 
 
-def language_order(results: Mapping[str, Any]) -> tuple[list[str], str]:
-  """Languages from low to high resource as far as is known, and how that is.
+def language_order(
+  results: Mapping[str, Any], codes: Iterable[str]
+) -> tuple[list[str], str]:
+  """Languages from low to high resource, as far as that is known.
 
   Returns:
-    (codes, what the order is, for a caption); no codes if nothing is known.
+    (the codes, what their order is).
   """
-  listed = results.get("config", {}).get("task", {}).get("languages")
-  if listed:
-    return list(listed), "in the order of the config's task.languages"
-  sizes = results.get("trained_bytes")
-  if sizes:
-    ordered = sorted(sizes, key=lambda code: (float(sizes[code]), code))
-    return ordered, "from little to much text in m_A's training"
-  return [], "by name: how much text there is of each is not known"
+  codes = sorted(codes)
+  listed = results.get("config", {}).get("task", {}).get("languages") or ()
+  sizes = results.get("trained_bytes") or {}
+  if set(codes) & set(listed):
+    rank = {code: at for at, code in enumerate(listed)}
+    how = "in the order of the config's task.languages"
+  elif set(codes) & set(sizes):
+    rank = {code: float(size) for code, size in sizes.items()}
+    how = "from little to much text in training"
+  else:
+    return codes, "by name, for how much text there is of each is not known"
+  rest = [code for code in codes if code not in rank]
+  if rest:
+    how += f", then those without a place in it ({', '.join(rest)})"
+  return sorted(codes, key=lambda code: rank.get(code, math.inf)), how
 
 
 def _gains(group: str, run: Run) -> Picture | None:
@@ -86,22 +95,19 @@ def _gains(group: str, run: Run) -> Picture | None:
   }
   if len(deltas) < 2:
     return None
-  order, how = language_order(run.results)
-  # What is not listed comes last, and is told.
-  rest = sorted(deltas.keys() - set(order))
-  if order and rest:
-    how += f", those not listed at the right ({', '.join(rest)})"
+  order, how = language_order(run.results, deltas)
   gains = [
     figures.Gain(name, *(deltas[name][k] for k in figures.Gain._fields[1:]))
-    for name in [*(code for code in order if code in deltas), *rest]
+    for name in order
   ]
   better = sum(gain.delta > 0 for gain in gains)
+  figure_2 = group == "FLORES-200"
+  theirs = " (the paper: 175 of 192)" if figure_2 else ""
   return Picture(
     figures.gains_figure(gains),
-    f"Figure 2: gains of the composed model over m_B, {group}",
-    f"Languages {how}. Above the line for {better} of {len(gains)} (the paper: "
-    "175 of 192 on FLORES-200). Bars: 95% intervals, paired over the examples; "
-    "filled where p < 0.05.",
+    f"{'Figure 2: g' if figure_2 else 'G'}ains of the composed model, {group}",
+    f"From the left {how}. Above 0 for {better} of {len(gains)}{theirs}. "
+    "Bars: 95% intervals, paired over the examples; filled where p < 0.05.",
   )
 
 

@@ -23,9 +23,10 @@ class Cell:
   Attributes:
     ours, paper: None where there is none.
     beside: whether the column has the paper's numbers, if not this one.
-    low, high: of ours, an interval or a range.
+    low, high: of ours: its interval, or the range of several trials.
     p_value: of ours being no better or worse than m_B's.
     digits: after the point.
+    trials: that ours is the mean of.
   """
 
   ours: float | None = None
@@ -35,6 +36,7 @@ class Cell:
   high: float | None = None
   p_value: float | None = None
   digits: int = 1
+  trials: int = 1
 
   @property
   def number(self) -> str:
@@ -46,16 +48,21 @@ class Cell:
     return f"{paper} / {ours}" if self.beside else ours
 
   @property
-  def doubt(self) -> str:
-    """The interval and p; empty if neither is known."""
+  def doubts(self) -> list[str]:
+    """The interval and p, as far as they are known."""
     parts = []
     if self.low is not None and self.high is not None:
       low, high = f"{self.low:.{self.digits}f}", f"{self.high:.{self.digits}f}"
-      parts.append(f"[{low} to {high}]")
+      interval, several = f"{low} to {high}", f", {self.trials} trials"
+      parts.append(f"[{interval}{several if self.trials > 1 else ''}]")
     if self.p_value is not None:
       p = self.p_value
       parts.append("p<0.001" if p < 0.001 else f"p={p:.3f}")
-    return " ".join(parts)
+    return parts
+
+  @property
+  def doubt(self) -> str:
+    return " ".join(self.doubts)
 
   def __str__(self) -> str:
     return f"{self.number} {self.doubt}".rstrip()
@@ -71,7 +78,7 @@ class Table:
     header, rows: each row as long as the header.
     notes: full sentences that say what the numbers mean.
     bold: (row, column) of cells to stress.
-    empty: whether there is no number of ours.
+    beside: what the two numbers of a cell are, if they have two.
   """
 
   name: str
@@ -80,16 +87,26 @@ class Table:
   rows: list[tuple[str | Cell, ...]]
   notes: tuple[str, ...] = ()
   bold: frozenset[tuple[int, int]] = frozenset()
+  beside: str = ""
+
+  @property
+  def full_title(self) -> str:
+    return f"{self.title} ({self.beside})" if self.beside else self.title
 
   @property
   def empty(self) -> bool:
+    """Whether there is no number of ours."""
     cells = [cell for row in self.rows for cell in row[1:]]
     return not any(isinstance(c, str) or c.ours is not None for c in cells)
 
 
 def as_markdown(table: Table) -> str:
   """Its title as a heading, its notes as a list below."""
-  lines = [f"## {_escape(table.title)}", "", _row(map(_escape, table.header))]
+  lines = [
+    f"## {_escape(table.full_title)}",
+    "",
+    _row(map(_escape, table.header)),
+  ]
   lines.append(_row([":--", *["--:"] * (len(table.header) - 1)]))
   for row, cells in enumerate(table.rows):
     texts = [_escape(str(cell)) for cell in cells]
@@ -104,7 +121,7 @@ def as_markdown(table: Table) -> str:
 
 def as_csv(table: Table) -> str:
   """A column for each number of a cell: the paper's, ours, its interval, p."""
-  fields = ("paper", "ours", "low", "high", "p_value")
+  fields = ("paper", "ours", "low", "high", "p_value", "trials")
   columns: list[list[str]] = []
   for at, head in enumerate(table.header):
     cells = [row[at] for row in table.rows]
@@ -116,6 +133,8 @@ def as_csv(table: Table) -> str:
         getattr(cell, field) if isinstance(cell, Cell) else None
         for cell in cells
       ]
+      if field == "trials":
+        values = [v if v and v > 1 else None for v in values]
       if field == "ours" or any(value is not None for value in values):
         texts = ["" if value is None else f"{value:g}" for value in values]
         columns.append([f"{head} ({field})", *texts])
@@ -131,7 +150,7 @@ def print_tables(
   console = console or Console()
   for table in shown:
     grid = RichTable(
-      title=Text(table.title), box=box.SIMPLE_HEAD, title_justify="left"
+      title=Text(table.full_title), box=box.SIMPLE_HEAD, title_justify="left"
     )
     for number, name in enumerate(table.header):
       # Text: square brackets in a name must not be read as rich's markup.

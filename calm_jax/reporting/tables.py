@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -79,37 +80,30 @@ def accuracies(
 
 
 def headlines(experiment: Experiment) -> list[str]:
-  """The results in a sentence or two."""
+  """What the composed model came to, a sentence for each group."""
+  columns = experiment.columns
+  if "composed" not in columns:
+    return []
   said = []
-  for key, column in experiment.columns.items():
-    if column.model != "composed" or "/" in key:
-      continue
-    cell = spread(column, lambda run, m: _table1_cell(run, m, HEADLINE))
-    name = "the composed model" if key == "composed" else column.label
-    if cell and key == "composed":
-      said.append(
-        f"KV-MATH over keys never seen in training the composition: {name} "
-        f"has {cell} % right (the paper: {paper.TABLE1['kv_math'][key]:.1f} %)."
-      )
-    for group in _groups(experiment):
-      names = _subsets(experiment, group)
-      mine = spread(column, _average(group, names))
-      anchor = experiment.columns.get("anchor")
-      base = anchor and spread(anchor, _average(group, names))
-      if mine and base:
-        said.append(
-          f"{group}: {name} {mine} against m_B's {base.number}"
-          f"{_counted(column, group)}."
-        )
+  cell = spread(columns["composed"], _of_table1(HEADLINE))
+  if cell:
+    of_paper = paper.TABLE1["kv_math"]["composed"]
+    doubt = f", {cell.doubt}" if cell.doubt else ""
+    said.append(
+      "KV-MATH over keys never seen in training the composition: "
+      f"{cell.number}% right{doubt} (the paper: {of_paper:.1f}%)."
+    )
+  for group in _groups(experiment):
+    measure = _average(group, _subsets(experiment, group))
+    mine = spread(columns["composed"], measure)
+    base = spread(columns["anchor"], measure) if "anchor" in columns else None
+    if mine and base:
+      counts = columns["composed"].runs[0].results["groups"][group]
+      better = counts["better"].get("composed", (0, 0))[0]
+      often = f", better on {better} of {counts['subsets']}"
+      often *= counts["subsets"] > 1
+      said.append(f"{group}: composed {mine}, m_B {base.number}{often}.")
   return said
-
-
-def _counted(column: Column, group: str) -> str:
-  found = column.runs[0].results["groups"][group]
-  if column.model not in found["better"] or found["subsets"] < 2:
-    return ""
-  strict, _ = found["better"][column.model]
-  return f", better on {strict} of {found['subsets']}"
 
 
 def _table1(experiment: Experiment | None) -> Table:
@@ -121,7 +115,7 @@ def _table1(experiment: Experiment | None) -> Table:
     if numbers or (experiment and _any_accuracy(experiment, row)):
       rows.append(Row(label, numbers, _columns(experiment), _of_table1(row)))
   notes = [
-    "Accuracy in %, exact match of the whole answer. KV-SUBS: keys replaced by "
+    "Exact match of the whole answer. KV-SUBS: keys replaced by "
     "their values. NUM-MATH: arithmetic on numbers. KV-MATH: arithmetic on "
     "keys, which takes both models. Held-out: keys never seen in training the "
     "composition; mixed: held-in and held-out keys in one expression.",
@@ -135,7 +129,8 @@ def _table1(experiment: Experiment | None) -> Table:
       notes.append(f"Answer format {answer}: {_ANSWERS.get(answer, answer)}.")
     if examples is not None:
       notes.append(f"Examples evaluated: {examples} of each row.")
-  return grid("table-1", "key-value arithmetic", rows, notes, experiment)
+  title, stressed = "key-value arithmetic, accuracy in %", [(2, 3)]
+  return grid("table-1", title, rows, notes, experiment, stressed=stressed)
 
 
 def _any_accuracy(experiment: Experiment, row: str) -> bool:
@@ -222,7 +217,7 @@ def _table6(experiment: Experiment | None) -> Table:
 
 
 def _table5(found: Sequence[Experiment]) -> Table:
-  rows, notes = [], []
+  rows = []
   for group, numbers in paper.TABLE5.items():
     having = [one for one in found if group in _groups(one)]
     for one in having or [None]:
@@ -233,27 +228,29 @@ def _table5(found: Sequence[Experiment]) -> Table:
         better = paper.TABLE5_BETTER.get(group, {})
         of = f", of {paper.TABLE5_OF.get(group, NOTHING)} / {len(names)}"
         rows += [
-          Row(f"{label} #(> m_B){of}", better, columns, _better(group, 0)),
-          Row(f"{label} #(≥ m_B){of}", {}, columns, _better(group, 1)),
+          Row(f"{label} #(> m_B){of}", better, columns, _better(group, 0), 0),
+          Row(f"{label} #(≥ m_B){of}", {}, columns, _better(group, 1), 0),
         ]
-      if one:
-        notes.append(f"{label}: {ours(one)}")
-  notes.insert(
-    0,
+  notes = [
     "#(> m_B): for how many of the languages the model is better than m_B; the "
     "paper does not say how it counts ties, so they are left out (>) and "
-    "counted (≥). m_B on all of the domain is the paper's m_B^NTL or m_B^Code.",
-  )
+    "counted (≥). m_B fine-tuned is the paper's m_B^NTL or m_B^Code.",
+    *(f"{one.name}: {ours(one)}" for one in found if _groups(one)),
+  ]
   kept = [*dict.fromkeys(k for one in found for k in one.columns)]
   ours_only = [
     k for k in kept if "/" not in k and k not in ("base", "augmenting")
   ]
   keys = ["anchor", *paper.TABLE5["MBPP"], *ours_only]
-  return grid("table-5", "ablations", rows, notes, None, keys)
+  return grid(
+    "table-5", "ablations, baselines and controls", rows, notes, None, keys
+  )
 
 
 def _better(group: str, ties: int) -> Measure:
   def measure(run: Run, model: str) -> Cell | None:
+    if model == "anchor":
+      return None
     counts = run.results.get("groups", {}).get(group, {}).get("better", {})
     return Cell(counts[model][ties], digits=0) if model in counts else None
 
@@ -386,10 +383,10 @@ def _scores(experiment: Experiment, name: str) -> Table:
     for text in experiment.first(name)
   ]
   title, note = _SCORES[name]
-  note += " Lower is better; bold is the best of the row."
+  note += " Bold is the best of the row."
   slug = name.replace("_", "-")
-  table = grid(slug, title, rows, [note], experiment, best=min)
-  return table
+  made = grid(slug, title, rows, [note], experiment, best=min)
+  return dataclasses.replace(made, beside="lower is better")
 
 
 def _named(table: Table, experiment: Experiment, of: int) -> Table:
@@ -398,11 +395,4 @@ def _named(table: Table, experiment: Experiment, of: int) -> Table:
     return table
   name = "-".join(experiment.name.replace("(", "").replace(")", "").split())
   title = f"{table.title}, {experiment.name}"
-  return Table(
-    f"{table.name}-{name}",
-    title,
-    table.header,
-    table.rows,
-    table.notes,
-    table.bold,
-  )
+  return dataclasses.replace(table, name=f"{table.name}-{name}", title=title)

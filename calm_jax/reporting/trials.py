@@ -29,30 +29,31 @@ def trials_table(summary: Mapping[str, Any]) -> Table:
     trained = f"{one['parameters']:,}"
     if one["difference"]:
       trained += f" ({one['difference']:+,})"
-    cells = [_cell(row["scores"].get(label), label) for label in labels]
+    count = len(row["runs"])
+    cells = [_cell(row["scores"].get(label), label, count) for label in labels]
     rows.append((name, trained, *cells))
-  counts = sorted({len(row["runs"]) for row in summary.values()})
   return Table(
     "ablations",
-    "Ablations, baselines and controls",
+    "All numbers of the ablations",
     ("", "trained (against Θ_C)", *labels),
     rows,
     (
-      f"Mean [lowest to highest] of {counts[-1]} runs from other fresh "
-      "parameters and in another order of the data; m_A and m_B are the same "
-      "in all, and so are steps and the kind of data.",
+      "Trials start from other fresh parameters and see the data in another "
+      "order; m_A and m_B are the same in all, and so are steps and the kind "
+      "of data.",
       "Accuracy in %, exact match of the whole answer, unless a column says "
       f"otherwise. The {LOSS} is measured with the right answer as input, "
       "which an unmasked composition reads off.",
     ),
+    beside="mean [lowest to highest]",
   )
 
 
-def _cell(spread: Mapping[str, float] | None, label: str) -> Cell:
+def _cell(spread: Mapping[str, float] | None, label: str, trials: int) -> Cell:
   digits = 3 if label == LOSS or label.startswith("bits") else 1
   if spread is None:
     return Cell(digits=digits)
-  mean, low, high = (spread[k] for k in ("mean", "lowest", "highest"))
-  if low == high:
-    return Cell(mean, digits=digits)
-  return Cell(mean, low=low, high=high, digits=digits)
+  if trials == 1:
+    return Cell(spread["mean"], digits=digits)
+  ends = {"low": spread["lowest"], "high": spread["highest"]}
+  return Cell(spread["mean"], digits=digits, trials=trials, **ends)
