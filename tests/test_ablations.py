@@ -13,8 +13,9 @@ from rich.console import Console
 from test_train import small
 
 import calm_jax
-from calm_jax import ablations, checkpoint, tables, train, trainer, tree
+from calm_jax import ablations, checkpoint, train, trainer, tree
 from calm_jax.errors import InputError
+from calm_jax.reporting import table, trials
 from configs import common
 
 KINDS = ("composed", "lora")
@@ -107,20 +108,22 @@ def test_the_table(finished):
   workdir, summary = finished
   on_disk = json.loads((workdir / "ablations/ablations.json").read_text())
   assert on_disk == json.loads(json.dumps(summary))
-  made = ablations.table(summary)
+  made = trials.trials_table(summary)
   assert len(made.rows) == 4
   assert made.header[2] == "KV-MATH, all keys held-out"
   assert {len(row) for row in made.rows} == {len(made.header)}
   console = Console(file=io.StringIO(), width=300)
-  tables.print_tables([made], console)
+  table.print_tables([made], console)
   assert "m_B with LoRA" in console.file.getvalue()
 
 
 def test_a_cell_is_the_mean_and_the_range():
   spread = ablations._spread([{"a": 1.0}, {"a": 4.0}, {"a": 1.0}])
-  assert ablations._cell(spread["a"], "a") == "2.0 (1.0 to 4.0)"
-  assert ablations._cell(ablations._spread([{"a": 3.0}])["a"], "a") == "3.0"
-  assert ablations._cell(None, "a") == "–"
+  cell = trials._cell(spread["a"], "a", 3)
+  assert str(cell) == "2.0 [1.0 to 4.0, 3 trials]"
+  alone = ablations._spread([{"a": 3.0}])["a"]
+  assert str(trials._cell(alone, "a", 1)) == "3.0"
+  assert str(trials._cell(None, "a", 1)) == "–"
 
 
 def test_started_again_it_makes_what_is_missing_only(finished, monkeypatch):
@@ -160,7 +163,7 @@ def test_lora_by_the_training_command(finished):
   report = (workdir / "lora" / "report.md").read_text()
   difference = results["parameters"]["trained_minus_composition"]
   assert "| m_B with LoRA |" in report
-  assert f"trained here, {difference:+,} against Θ_C" in report
+  assert f"{difference:+,} against Θ_C" in report
   # What it writes has LoRA in its kernels, and answers the same.
   model = calm_jax.load_model(str(workdir / "lora" / "model"))
   file = workdir / "lora/predictions/kv_subs.composed.jsonl"

@@ -116,6 +116,13 @@ def test_evals_import_neither_training_nor_models(file):
   assert all(m.startswith(allowed) for m in modules(file))
 
 
+@pytest.mark.parametrize("file", under("reporting/"))
+def test_reporting_imports_neither_training_nor_models(file):
+  allowed = ("errors", "evals/statistics", "kinds", "metrics", "reporting")
+  assert all(m.startswith(allowed) for m in modules(file))
+  assert not tops(file) & {"jax", "flax"}
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_no_torch(file):
   assert not tops(file) & {"torch", "pickle", "dill", "joblib"}

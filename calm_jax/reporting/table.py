@@ -41,6 +41,8 @@ class Cell:
   @property
   def number(self) -> str:
     """As "paper / ours", or ours alone."""
+    if self.ours is None and self.paper is None:
+      return NOTHING
     ours, paper = (
       NOTHING if x is None else f"{x:.{self.digits}f}"
       for x in (self.ours, self.paper)

@@ -1,0 +1,88 @@
+import json
+
+import made_runs
+import numpy as np
+import pytest
+
+from calm_jax.errors import InputError
+from calm_jax.reporting import pictures, runs
+
+
+def drawn(folder):
+  [one] = runs.experiments([folder])
+  return {p.title: p for p in pictures.pictures(one)}
+
+
+def test_what_there_is_data_for(tmp_path):
+  assert list(drawn(made_runs.key_values(tmp_path / "kv"))) == [
+    "Accuracy by number of terms",
+    "Training loss",
+    "Where the composed model looks",
+  ]
+  found = drawn(made_runs.languages(tmp_path / "ntl"))
+  assert list(found) == [
+    "Figure 2: gains of the composed model, FLORES-200",
+    "Gains of the composed model, MGSM",
+    "Gains of the composed model, GSM8K",
+    "Training loss",
+    "Where the composed model looks",
+  ]
+  caption = found["Figure 2: gains of the composed model, FLORES-200"].caption
+  assert "in the order of the config's task.languages" in caption
+  assert "Above 0 for 5 of 5 (the paper: 175 of 192)" in caption
+  assert "by name" in found["Gains of the composed model, MGSM"].caption
+  first, *_ = drawn(made_runs.code(tmp_path / "code"))
+  assert first.endswith("CodeXGLUE")
+
+
+def test_languages_go_from_low_to_high_resource():
+  listed = {"config": {"task": {"languages": ["c", "a", "x"]}}}
+  codes, how = pictures.language_order(listed, ["a", "b", "c"])
+  assert codes == ["c", "a", "b"]
+  assert "config" in how and "without a place in it (b)" in how
+  sizes = {"trained_bytes": {"a": 10, "b": 9, "c": 2}}
+  codes, how = pictures.language_order(sizes, ["a", "b", "c"])
+  assert codes == ["c", "b", "a"] and "little to much" in how
+  codes, how = pictures.language_order({}, ["b", "a"])
+  assert codes == ["a", "b"] and "not known" in how
+
+
+def test_stages_are_in_the_order_they_were_run(tmp_path):
+  for name in ("compose", "augmenting", "aside"):
+    made_runs.stage(tmp_path, name)
+  made_runs.write_lines(tmp_path / "quiet" / "metrics.jsonl", [{"step": 1}])
+  stages = pictures.stages([tmp_path], ["compose", "augmenting", "absent"])
+  assert list(stages) == ["compose", "augmenting", "aside"]
+
+
+def test_stages_that_all_kinds_share_are_drawn(tmp_path):
+  folder = made_runs.ablations(tmp_path / "sweep")
+  made_runs.stage(folder, "augmenting")
+  figure = drawn(folder)["Training loss"].figure
+  titles = {axes.get_title() for axes in figure.axes}
+  assert titles == {"anchor", "compose", "augmenting"}
+
+
+def test_attention_that_is_not_of_a_run(tmp_path):
+  folder = made_runs.key_values(tmp_path / "kv")
+  np.savez(folder / "attention.npz", weights=np.zeros(3))
+  with pytest.raises(InputError, match="prompt_length"):
+    drawn(folder)
+
+
+def test_attention_of_two_tokenizers(tmp_path):
+  folder = made_runs.key_values(tmp_path / "kv")
+  with np.load(folder / "attention.npz") as arrays:
+    look = dict(arrays)
+  look |= {"augmenting_tokens": np.array([*"abcdefghi"])}
+  np.savez(folder / "attention.npz", **look)
+  figure = drawn(folder)["Where the composed model looks"].figure
+  assert figure.axes[0].images[0].get_array().shape == (3, 9)
+
+
+def test_a_broken_metrics_file(tmp_path):
+  folder = made_runs.key_values(tmp_path / "kv")
+  (folder / "compose" / "metrics.jsonl").write_text("{\n{}\n")
+  with pytest.raises(ValueError, match="line 1"):
+    drawn(folder)
+  assert json.loads((folder / "results.json").read_text())
