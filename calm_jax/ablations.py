@@ -21,8 +21,9 @@ from rich.console import Console
 from calm_jax import cli, kinds, train
 from calm_jax.errors import InputError
 from calm_jax.metrics import read_metrics
-from calm_jax.reporting import files, table, tables
+from calm_jax.reporting import files, table
 from calm_jax.reporting.runs import LABELS, RESULTS
+from calm_jax.reporting.table1 import accuracies
 from calm_jax.reporting.trials import LOSS, trials_table
 from configs import common
 
@@ -131,7 +132,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
 
 def scores(results: dict[str, Any], model: str) -> dict[str, float]:
   """The numbers that a table shows of a model, the headline first."""
-  found = tables.accuracies(results, model)
+  found = accuracies(results, model)
   for name in ("perplexity", "bits_per_byte"):
     for text, values in results.get(name, {}).items():
       found[f"{name.replace('_', ' ')}, {text}"] = values.get(model)

@@ -13,7 +13,8 @@ from calm_jax.reporting.table import NOTHING, Table
 def overhead(found: Sequence[Experiment]) -> Table:
   """Parameters, FLOPs and seconds; the paper's example beside each of ours."""
   columns = [_paper(), *(_column(one) for one in found)]
-  labels = [*dict.fromkeys(label for column in columns for label in column)]
+  named = [label for column in columns for label in column]
+  labels = [*dict.fromkeys([*named, _TRAINING])]
   labels.sort(key=lambda label: _ORDER.index(label.split(" ")[0].strip(",:")))
   rows = [
     (label, *(column.get(label, NOTHING) for column in columns))
@@ -31,9 +32,10 @@ def overhead(found: Sequence[Experiment]) -> Table:
       "counts the vocabulary's embedding once in every layer of m_B, which "
       "makes the share look smaller. The true numbers of its example, "
       "BERT-small in BERT-large, are worked out here.",
-      "Appendix C.2 takes training to cost the share of the data, 2% for 2%, "
-      "and no more. FLOPs are what the compiler says that one training step "
-      "of the same batch takes; a dash where it was not measured.",
+      "Appendix C.2 takes a token of training Θ_C to cost what one of training "
+      "m_B does, 2% for 2% of the data, and C has nothing on inference. FLOPs "
+      "are those of the program's matrix products, of one step or forward "
+      "pass on the same batch; a dash where they were not counted.",
     ),
     beside="parameters, FLOPs and time",
   )
@@ -64,7 +66,11 @@ def _model(run: Run, side: str) -> str:
 
 _THETA_PAPER = "Θ_C, counted as in C.1"
 _THETA = "Θ_C, all of it"
-_FLOPS = "FLOPs of a training step"
+_TRAINING = "FLOPs of a step, training Θ_C"
+_FORWARD = {
+  "anchor": "m_B forward", "composed": "composed forward",
+  "augmenting": "m_A forward",
+}  # fmt: skip
 _ORDER = ("m_A", "m_B", "Θ_C", "trained", "FLOPs", "time")
 
 
@@ -116,12 +122,18 @@ def _of_run(run: Run) -> dict[str, str]:
 
 
 def _flops(flops: Mapping[str, Any]) -> dict[str, str]:
-  alone = flops.get("anchor_step")
-  made = {_FLOPS: NOTHING} if not flops else {}
-  for key, value in flops.items():
-    ratio = f" ({100 * value / alone:.0f}%)" if alone else ""
-    name = key.removesuffix("_step").replace("_", " ")
-    made[f"{_FLOPS}: {name}"] = f"{value:.3g}{ratio}"
+  """Of what is trained or run, with its share of the same of all of m_B."""
+  made = {}
+  for part, name in (
+    ("anchor", "all of m_B"), ("composed", "Θ_C"),
+    ("lora", "a LoRA of m_B"), ("augmenting", "all of m_A"),
+  ):  # fmt: skip
+    for kind in ("step", "forward"):
+      count, alone = (flops.get(f"{p}_{kind}") for p in (part, "anchor"))
+      if count is not None:
+        what = f"training {name}" if kind == "step" else _FORWARD[part]
+        share = f" ({100 * count / alone:.0f}%)" if alone else ""
+        made[f"FLOPs of a step, {what}"] = f"{count:.3g}{share}"
   return made
 
 

@@ -6,33 +6,14 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from calm_jax.evals import statistics
 from calm_jax.reporting import paper
 from calm_jax.reporting.costs import ours, overhead
 from calm_jax.reporting.grid import Measure, Row, grid, percent, spread
-from calm_jax.reporting.predictions import read_rows, wilson_interval
 from calm_jax.reporting.runs import Column, Experiment, Run, number
 from calm_jax.reporting.table import NOTHING, Cell, Table
+from calm_jax.reporting.table1 import HEADLINE, of_table1, table1
 from calm_jax.reporting.trials import trials_table
 
-# Rows of Table 1 by their sets of predictions.
-KEY_VALUES = {
-  "kv_subs": "KV-SUBS",
-  "num_math": "NUM-MATH",
-  "kv_math_held_out": "KV-MATH, all keys held-out",
-  "kv_math_mixed": "KV-MATH, mixed",
-  "kv_math_held_in": "KV-MATH, all keys held-in",
-}
-HEADLINE = "kv_math_held_out"
-
-_ANSWERS = {
-  "steps": "the composition is trained to write the expression in numbers, "
-  "then the result",
-  "direct": "the composition is trained to write the result alone, as in the "
-  "paper",
-}
 _SCORES = {
   "perplexity": (
     "Perplexity",
@@ -55,7 +36,7 @@ def tables(found: Sequence[Experiment]) -> list[Table]:
   """
   made = []
   for make, table5 in (
-    (_table1, False), (_table2, False), (_table3, False), (_table4, False),
+    (table1, False), (_table2, False), (_table3, False), (_table4, False),
     (_table5, True), (_table6, False),
   ):  # fmt: skip
     if table5:
@@ -65,18 +46,11 @@ def tables(found: Sequence[Experiment]) -> list[Table]:
     each = [(table, one) for table, one in each if not table.empty]
     made += [_named(*pair, len(each)) for pair in each] or [make(None)]
   for one in found:
-    more = [_scores(one, name) for name in _SCORES if one.first(name)]
+    more = [_others(one)] if {*_groups(one)} - {*paper.TABLE5} else []
+    more += [_scores(one, name) for name in _SCORES if one.first(name)]
     more += [trials_table(one.trials)] if one.trials else []
     made += [_named(table, one, len(found)) for table in more]
   return [*made, overhead(found)]
-
-
-def accuracies(
-  results: Mapping[str, Any], model: str
-) -> dict[str, float | None]:
-  """A model's accuracies of Table 1 by the rows' labels, the headline first."""
-  rows = sorted(KEY_VALUES, key=lambda row: not row.startswith("kv_math"))
-  return {KEY_VALUES[row]: _accuracy(results, model, row) for row in rows}
 
 
 def headlines(experiment: Experiment) -> list[str]:
@@ -85,7 +59,7 @@ def headlines(experiment: Experiment) -> list[str]:
   if "composed" not in columns:
     return []
   said = []
-  cell = spread(columns["composed"], _of_table1(HEADLINE))
+  cell = spread(columns["composed"], of_table1(HEADLINE))
   if cell:
     of_paper = paper.TABLE1["kv_math"]["composed"]
     doubt = f", {cell.doubt}" if cell.doubt else ""
@@ -104,73 +78,6 @@ def headlines(experiment: Experiment) -> list[str]:
       often *= counts["subsets"] > 1
       said.append(f"{group}: composed {mine}, m_B {base.number}{often}.")
   return said
-
-
-def _table1(experiment: Experiment | None) -> Table:
-  rows = []
-  for row, label in KEY_VALUES.items():
-    # The paper does not say which keys; it is set beside the strictest.
-    name = "kv_math" if row == HEADLINE else row
-    numbers = paper.TABLE1.get(name, {})
-    if numbers or (experiment and _any_accuracy(experiment, row)):
-      rows.append(Row(label, numbers, _columns(experiment), _of_table1(row)))
-  notes = [
-    "Exact match of the whole answer. KV-SUBS: keys replaced by "
-    "their values. NUM-MATH: arithmetic on numbers. KV-MATH: arithmetic on "
-    "keys, which takes both models. Held-out: keys never seen in training the "
-    "composition; mixed: held-in and held-out keys in one expression.",
-    "The paper has one KV-MATH number and does not say which keys; it is set "
-    "beside the strictest.",
-  ]
-  if experiment and experiment.first("table1"):
-    first = next(r for r in experiment.runs if "table1" in r.results).results
-    answer, examples = first.get("answer"), first.get("examples")
-    if answer is not None:
-      notes.append(f"Answer format {answer}: {_ANSWERS.get(answer, answer)}.")
-    if examples is not None:
-      notes.append(f"Examples evaluated: {examples} of each row.")
-  title, stressed = "key-value arithmetic, accuracy in %", [(2, 3)]
-  return grid("table-1", title, rows, notes, experiment, stressed=stressed)
-
-
-def _any_accuracy(experiment: Experiment, row: str) -> bool:
-  return any(
-    _accuracy(run.results, column.model, row) is not None
-    for column in experiment.columns.values()
-    for run in column.runs
-  )
-
-
-def _accuracy(results: Mapping[str, Any], model: str, row: str) -> float | None:
-  table = results.get("table1", {})
-  if not row.startswith("kv_math"):
-    return table.get(row, {}).get(model)
-  ours = table.get("kv_math", {})
-  value = ours.get(f"{model}{row.removeprefix('kv_math')}")
-  # Of models that were asked one kind only, it is the headline's.
-  return ours.get(model) if value is None and row == HEADLINE else value
-
-
-def _of_table1(row: str) -> Measure:
-  return lambda run, model: _table1_cell(run, model, row)
-
-
-def _table1_cell(run: Run, model: str, row: str) -> Cell | None:
-  value = percent(_accuracy(run.results, model, row))
-  if value is None:
-    return None
-  right = [bool(r["correct"]) for r in read_rows(run.path(row, model))]
-  # A file that holds only some of the examples says nothing of the number.
-  if not right or abs(100 * sum(right) / len(right) - value) >= 0.01:
-    return Cell(value)
-  low, high = wilson_interval(sum(right), len(right))
-  base = [bool(r["correct"]) for r in read_rows(run.path(row, "anchor"))]
-  p_value = None
-  if model != "anchor" and len(base) == len(right):
-    parts = (np.array(x, float)[:, None] for x in (right, base))
-    mean = statistics.mean_of(len(right))
-    p_value = statistics.compare(*parts, mean).p_value
-  return Cell(value, low=100 * low, high=100 * high, p_value=p_value)
 
 
 def _table2(experiment: Experiment | None) -> Table:
@@ -214,6 +121,16 @@ def _table6(experiment: Experiment | None) -> Table:
   title = "GSM8K in all low-resource languages, accuracy in %"
   notes = [*_group_notes(experiment, "GSM8K")]
   return grid("table-6", title, rows, notes, experiment)
+
+
+def _others(experiment: Experiment) -> Table:
+  rows, notes = [], []
+  for group in _groups(experiment):
+    if group not in paper.TABLE5:
+      rows += _block(experiment, group, {}, f"{group} ")
+      notes += _group_notes(experiment, group)
+  title = "Evaluations that the paper lacks"
+  return grid("evaluations", title, rows, notes, experiment)
 
 
 def _table5(found: Sequence[Experiment]) -> Table:
@@ -329,10 +246,13 @@ def _group_notes(experiment: Experiment | None, group: str) -> list[str]:
     return []
   every = {k: v for run in experiment.runs for k, v in _evals(run).items()}
   having = [every[name] for name in names.values()]
-  parts = [f"{_range(one['examples'] for one in having)} examples each"]
+  parts = [*dict.fromkeys(one["metric"] for one in having)]
+  parts += [f"{_range(one['examples'] for one in having)} examples each"]
   asked = _range(one["asked_shots"] for one in having)
   fitted = _range(round(one["shots"], 1) for one in having)
   parts.append(f"{asked} shots asked for, {fitted} fitted on average")
+  if cut := sum(one.get("prompts_cut", 0) for one in having):
+    parts.append(f"{cut:,} prompts cut at their beginning, too long even so")
   parts += dict.fromkeys(one["note"] for one in having if one["note"])
   what = f"{len(names)} subsets, " if len(names) > 1 else ""
   return [f"Ours on {group}: {what}{'; '.join(parts)}."]

@@ -41,8 +41,10 @@ def trials_table(summary: Mapping[str, Any]) -> Table:
       "Trials start from other fresh parameters and see the data in another "
       "order; m_A and m_B are the same in all, and so are steps and the kind "
       "of data.",
-      "Accuracy in %, exact match of the whole answer, unless a column says "
-      f"otherwise. The {LOSS} is measured with the right answer as input, "
+      "In % and the higher the better, unless a column says otherwise: exact "
+      "match of the whole answer, pass@1, or chrF1 of translations and "
+      "descriptions, averaged over the languages. "
+      f"The {LOSS} is measured with the right answer as input, "
       "which an unmasked composition reads off.",
     ),
     beside="mean [lowest to highest]",

@@ -186,8 +186,28 @@ def test_scores_of_text_stress_the_best(tmp_path):
   assert "code [py]" in console.file.getvalue()
 
 
+def test_other_groups_have_a_table_of_their_own(tmp_path):
+  evals = [
+    ("NLLB-Seed", "vec_Latn", "chrf1"),
+    ("NLLB-Seed", "fur_Latn", "chrf1"),
+  ]
+  folder = made_runs.text(tmp_path / "text", evals=evals)
+  results = json.loads((folder / "results.json").read_text())
+  results["evals"]["nllb-seed-vec_latn"]["prompts_cut"] = 3
+  one = made(change(folder, evals=results["evals"]))["evaluations"]
+  assert cells(one, "NLLB-Seed fur_Latn") == {
+    "m_A": "13.0 [11.0 to 15.5] p<0.001", "m_B": "21.0 [19.0 to 23.5]",
+    "composed": "26.0 [24.0 to 28.5] p<0.001",
+  }  # fmt: skip
+  assert cells(one, "NLLB-Seed average")["m_B"] == "20.5"
+  assert "3 prompts cut" in one.notes[0] and "chrf1" in one.notes[0]
+
+
 def test_the_overhead_by_the_papers_count_and_the_true_one(tmp_path):
-  flops = {"anchor_step": 2e9, "composed_step": 2.5e9}
+  flops = {
+    "anchor_step": 2e9, "composed_step": 2.5e9, "lora_step": None,
+    "composed_forward": 1e9, "anchor_forward": 0.5e9, "batch": 8,
+  }  # fmt: skip
   folder = made_runs.code(tmp_path / "code", flops=flops)
   kv = made_runs.key_values(tmp_path / "kv")
   one = made(folder, kv)["overhead"]
@@ -200,10 +220,16 @@ def test_the_overhead_by_the_papers_count_and_the_true_one(tmp_path):
   assert cells(one, "Θ_C, all of it")["the paper's example"] == (
     "18,874,368 (5.7%)"
   )
-  assert cells(one, "FLOPs of a training step: composed") == {
+  assert cells(one, "FLOPs of a step, training Θ_C") == {
     "the paper's example": "–", "code": "2.5e+09 (125%)", "kv": "–"
   }  # fmt: skip
-  assert cells(one, "FLOPs of a training step")["kv"] == "–"
+  names = [row[0] for row in one.rows if row[0].startswith("FLOPs")]
+  assert names == [
+    "FLOPs of a step, training all of m_B", "FLOPs of a step, m_B forward",
+    "FLOPs of a step, training Θ_C", "FLOPs of a step, composed forward",
+  ]  # fmt: skip
+  [without] = [row for row in made(kv)["overhead"].rows if "FLOPs" in row[0]]
+  assert without == ("FLOPs of a step, training Θ_C", "–", "–")
   assert cells(one, "time of compose")["kv"] == "1 h 02 min"
 
 

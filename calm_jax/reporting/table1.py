@@ -1,0 +1,107 @@
+"""Table 1: the key-value task (§4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from calm_jax.evals import statistics
+from calm_jax.reporting import paper
+from calm_jax.reporting.grid import Measure, Row, grid, percent
+from calm_jax.reporting.predictions import read_rows, wilson_interval
+from calm_jax.reporting.runs import Experiment, Run
+from calm_jax.reporting.table import Cell, Table
+
+# Rows of Table 1 by their sets of predictions.
+KEY_VALUES = {
+  "kv_subs": "KV-SUBS",
+  "num_math": "NUM-MATH",
+  "kv_math_held_out": "KV-MATH, all keys held-out",
+  "kv_math_mixed": "KV-MATH, mixed",
+  "kv_math_held_in": "KV-MATH, all keys held-in",
+}
+HEADLINE = "kv_math_held_out"
+
+_ANSWERS = {
+  "steps": "the composition is trained to write the expression in numbers, "
+  "then the result",
+  "direct": "the composition is trained to write the result alone, as in the "
+  "paper",
+}
+
+
+def accuracies(
+  results: Mapping[str, Any], model: str
+) -> dict[str, float | None]:
+  """A model's accuracies of Table 1 by the rows' labels, the headline first."""
+  rows = sorted(KEY_VALUES, key=lambda row: not row.startswith("kv_math"))
+  return {KEY_VALUES[row]: _accuracy(results, model, row) for row in rows}
+
+
+def table1(experiment: Experiment | None) -> Table:
+  rows, columns = [], experiment.columns if experiment else {}
+  for row, label in KEY_VALUES.items():
+    # The paper does not say which keys; it is set beside the strictest.
+    name = "kv_math" if row == HEADLINE else row
+    numbers = paper.TABLE1.get(name, {})
+    if numbers or (experiment and _any_accuracy(experiment, row)):
+      rows.append(Row(label, numbers, columns, of_table1(row)))
+  notes = [
+    "Exact match of the whole answer. KV-SUBS: keys replaced by "
+    "their values. NUM-MATH: arithmetic on numbers. KV-MATH: arithmetic on "
+    "keys, which takes both models. Held-out: keys never seen in training the "
+    "composition; mixed: held-in and held-out keys in one expression.",
+    "The paper has one KV-MATH number and does not say which keys; it is set "
+    "beside the strictest.",
+  ]
+  if experiment and experiment.first("table1"):
+    first = next(r for r in experiment.runs if "table1" in r.results).results
+    answer, examples = first.get("answer"), first.get("examples")
+    if answer is not None:
+      notes.append(f"Answer format {answer}: {_ANSWERS.get(answer, answer)}.")
+    if examples is not None:
+      notes.append(f"Examples evaluated: {examples} of each row.")
+  title, stressed = "key-value arithmetic, accuracy in %", [(2, 3)]
+  return grid("table-1", title, rows, notes, experiment, stressed=stressed)
+
+
+def _any_accuracy(experiment: Experiment, row: str) -> bool:
+  return any(
+    _accuracy(run.results, column.model, row) is not None
+    for column in experiment.columns.values()
+    for run in column.runs
+  )
+
+
+def _accuracy(results: Mapping[str, Any], model: str, row: str) -> float | None:
+  table = results.get("table1", {})
+  if not row.startswith("kv_math"):
+    return table.get(row, {}).get(model)
+  ours = table.get("kv_math", {})
+  value = ours.get(f"{model}{row.removeprefix('kv_math')}")
+  # Of models that were asked one kind only, it is the headline's.
+  return ours.get(model) if value is None and row == HEADLINE else value
+
+
+def of_table1(row: str) -> Measure:
+  return lambda run, model: _table1_cell(run, model, row)
+
+
+def _table1_cell(run: Run, model: str, row: str) -> Cell | None:
+  value = percent(_accuracy(run.results, model, row))
+  if value is None:
+    return None
+  right = [bool(r["correct"]) for r in read_rows(run.path(row, model))]
+  # A file that holds only some of the examples says nothing of the number.
+  if not right or abs(100 * sum(right) / len(right) - value) >= 0.01:
+    return Cell(value)
+  low, high = wilson_interval(sum(right), len(right))
+  base = [bool(r["correct"]) for r in read_rows(run.path(row, "anchor"))]
+  p_value = None
+  if model != "anchor" and len(base) == len(right):
+    parts = (np.array(x, float)[:, None] for x in (right, base))
+    mean = statistics.mean_of(len(right))
+    p_value = statistics.compare(*parts, mean).p_value
+  return Cell(value, low=100 * low, high=100 * high, p_value=p_value)
