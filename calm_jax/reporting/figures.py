@@ -46,7 +46,7 @@ _STYLE = {
 # Okabe and Ito's colours, told apart with any colour vision.
 _LINES = {
   "augmenting": {"color": "#0072B2", "linestyle": ":", "marker": "s"},
-  "anchor": {"color": "#E69F00", "linestyle": "--", "marker": "^"},
+  "anchor": {"color": "#D55E00", "linestyle": "--", "marker": "^"},
   "composed": {"color": "#000000", "linestyle": "-", "marker": "o"},
 }
 _LABELS = {

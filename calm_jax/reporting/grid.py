@@ -93,12 +93,12 @@ def grid(
 
 
 def _best(rows: Sequence[tuple], best: Callable) -> Iterable[tuple[int, int]]:
-  for number_, (_, *cells) in enumerate(rows):
+  for row, (_, *cells) in enumerate(rows):
     finite = [c.ours for c in cells if c.ours is not None]
     finite = [x for x in finite if math.isfinite(x)]
     for at, cell in enumerate(cells, start=1):
       if finite and cell.ours == best(finite):
-        yield number_, at
+        yield row, at
 
 
 def spread(column: Column, measure: Measure) -> Cell | None:
@@ -114,6 +114,7 @@ def spread(column: Column, measure: Measure) -> Cell | None:
 
 
 def percent(value: Any) -> float | None:
+  """A number of results.json; InputError if it is not from 0 to 100."""
   value = number(value)
   if value is not None and not 0 <= value <= 100:
     raise InputError(f"{value} is not in percent, from 0 to 100")

@@ -97,7 +97,7 @@ def _of_experiment(
   parts["files"] = "Runs, files and settings", _files(experiment)
   name = experiment.name
   return {
-    f"{key}-{'-'.join(name.split())}": (
+    f"{key}-{experiment.slug}": (
       f"{title}, {name}" if named else title,
       text,
     )

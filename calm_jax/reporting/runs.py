@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ LABELS = {
   "augmenting": "m_A",
   "anchor": "m_B",
 } | kinds.NAMES
+
+# Kinds whose m_A has not been trained on its domain.
+_OTHER_MA = ("vanilla", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +101,11 @@ class Experiment:
   columns: dict[str, Column]
   runs: tuple[Run, ...]
   trials: Mapping[str, Any]
+
+  @property
+  def slug(self) -> str:
+    """The name, as a part of names of files and of links."""
+    return re.sub(r"[^\w-]+", "-", self.name).strip("-")
 
   def first(self, section: str) -> Mapping[str, Any]:
     """A section of the first run that has it; else empty."""
@@ -176,7 +185,7 @@ def columns(runs: list[Run]) -> dict[str, Column]:
   made = {}
   for key, model, having in (
     ("base", "augmenting", by_kind.get("vanilla", [])),
-    ("augmenting", "augmenting", [r for r in runs if r.kind != "vanilla"]),
+    ("augmenting", "augmenting", [r for r in runs if r.kind not in _OTHER_MA]),
     ("anchor", "anchor", runs),
   ):
     # The same in all trials, so one says it.

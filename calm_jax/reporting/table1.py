@@ -41,6 +41,12 @@ def accuracies(
 
 
 def table1(experiment: Experiment | None) -> Table:
+  """Table 1; without an experiment the paper's numbers alone.
+
+  Raises:
+    InputError: an accuracy is not from 0 to 100, or a file of predictions is
+      not what a run writes.
+  """
   rows, columns = [], experiment.columns if experiment else {}
   for row, label in KEY_VALUES.items():
     # The paper does not say which keys; it is set beside the strictest.
@@ -86,10 +92,11 @@ def _accuracy(results: Mapping[str, Any], model: str, row: str) -> float | None:
 
 
 def of_table1(row: str) -> Measure:
-  return lambda run, model: _table1_cell(run, model, row)
+  """Measures an accuracy, its Wilson interval, and p against m_B."""
+  return lambda run, model: _cell(run, model, row)
 
 
-def _table1_cell(run: Run, model: str, row: str) -> Cell | None:
+def _cell(run: Run, model: str, row: str) -> Cell | None:
   value = percent(_accuracy(run.results, model, row))
   if value is None:
     return None

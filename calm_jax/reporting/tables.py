@@ -34,17 +34,12 @@ def tables(found: Sequence[Experiment]) -> list[Table]:
   Raises:
     InputError: an accuracy or a chrF1 is not from 0 to 100.
   """
-  made = []
-  for make, table5 in (
-    (table1, False), (_table2, False), (_table3, False), (_table4, False),
-    (_table5, True), (_table6, False),
-  ):  # fmt: skip
-    if table5:
-      made.append(_table5(found))
-      continue
+  made = [_table5(found)]
+  for make in (table1, _table2, _table3, _table4, _table6):
     each = [(make(one), one) for one in found]
     each = [(table, one) for table, one in each if not table.empty]
     made += [_named(*pair, len(each)) for pair in each] or [make(None)]
+  made.sort(key=lambda table: table.name[: len("table-1")])
   for one in found:
     more = [_others(one)] if {*_groups(one)} - {*paper.TABLE5} else []
     more += [_scores(one, name) for name in _SCORES if one.first(name)]
@@ -73,17 +68,18 @@ def headlines(experiment: Experiment) -> list[str]:
     base = spread(columns["anchor"], measure) if "anchor" in columns else None
     if mine and base:
       counts = columns["composed"].runs[0].results["groups"][group]
-      better = counts["better"].get("composed", (0, 0))[0]
-      often = f", better on {better} of {counts['subsets']}"
-      often *= counts["subsets"] > 1
-      said.append(f"{group}: composed {mine}, m_B {base.number}{often}.")
+      text = f"{group}: composed {mine}, m_B {base.number}"
+      if counts["subsets"] > 1:
+        better, _ = counts["better"]["composed"]
+        text += f", better on {better} of {counts['subsets']}"
+      said.append(f"{text}.")
   return said
 
 
 def _table2(experiment: Experiment | None) -> Table:
   rows = _block(experiment, "FLORES-200", paper.TABLE2)
   title = "translation into English, FLORES-200, chrF1"
-  notes = [*_group_notes(experiment, "FLORES-200")]
+  notes = _group_notes(experiment, "FLORES-200")
   return grid("table-2", title, rows, notes, experiment)
 
 
@@ -119,7 +115,7 @@ def _table4(experiment: Experiment | None) -> Table:
 def _table6(experiment: Experiment | None) -> Table:
   rows = _block(experiment, "GSM8K", paper.TABLE6, only=True)
   title = "GSM8K in all low-resource languages, accuracy in %"
-  notes = [*_group_notes(experiment, "GSM8K")]
+  notes = _group_notes(experiment, "GSM8K")
   return grid("table-6", title, rows, notes, experiment)
 
 
@@ -154,11 +150,10 @@ def _table5(found: Sequence[Experiment]) -> Table:
     "counted (≥). m_B fine-tuned is the paper's m_B^NTL or m_B^Code.",
     *(f"{one.name}: {ours(one)}" for one in found if _groups(one)),
   ]
-  kept = [*dict.fromkeys(k for one in found for k in one.columns)]
-  ours_only = [
-    k for k in kept if "/" not in k and k not in ("base", "augmenting")
-  ]
-  keys = ["anchor", *paper.TABLE5["MBPP"], *ours_only]
+  # Neither m_A alone nor other last stages.
+  more = [k for one in found for k in one.columns if "/" not in k]
+  more = [k for k in more if k not in ("base", "augmenting")]
+  keys = ["anchor", *paper.TABLE5["MBPP"], *more]
   return grid(
     "table-5", "ablations, baselines and controls", rows, notes, None, keys
   )
@@ -313,6 +308,6 @@ def _named(table: Table, experiment: Experiment, of: int) -> Table:
   """Told apart from the same table of another experiment."""
   if of < 2:
     return table
-  name = "-".join(experiment.name.replace("(", "").replace(")", "").split())
   title = f"{table.title}, {experiment.name}"
-  return dataclasses.replace(table, name=f"{table.name}-{name}", title=title)
+  name = f"{table.name}-{experiment.slug}"
+  return dataclasses.replace(table, name=name, title=title)

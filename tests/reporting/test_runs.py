@@ -66,6 +66,17 @@ def test_ablations(tmp_path, inside):
   assert set(one.trials) == {"composed", "lora"}
 
 
+def test_an_m_a_that_is_another_is_not_called_m_a(tmp_path):
+  for kind in ("random", "vanilla"):
+    made_runs.text(tmp_path / kind, "vanilla", evals=[("MBPP", "", "pass@1")])
+    path = tmp_path / kind / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"kind": kind}))
+  columns = found(tmp_path / "random", tmp_path / "vanilla").values()
+  assert [list(one) for one in columns] == [
+    ["base", "anchor", "vanilla", "random"]
+  ]
+
+
 def test_alternatives_are_columns(tmp_path):
   other = {"direct": {"table1": {"kv_subs": {"composed": 5.0}}}}
   folder = made_runs.key_values(tmp_path / "kv", other_runs=other)
