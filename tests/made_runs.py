@@ -116,22 +116,6 @@ def evaluation(folder, group, subset, metric, values, *, kind="composed"):
   }  # fmt: skip
 
 
-def groups(evals):
-  made = {}
-  for group in dict.fromkeys(one["group"] for one in evals.values()):
-    having = [one["scores"] for one in evals.values() if one["group"] == group]
-    made[group] = {"subsets": len(having), "average": {}, "better": {}}
-    for model in having[0]:
-      values = [one[model]["value"] for one in having]
-      base = [one["anchor"]["value"] for one in having]
-      made[group]["average"][model] = sum(values) / len(values)
-      pairs = [*zip(values, base, strict=True)]
-      made[group]["better"][model] = [
-        sum(a > b for a, b in pairs), sum(a >= b for a, b in pairs)
-      ]  # fmt: skip
-  return made
-
-
 def text(folder, kind="composed", *, evals=(), task=None, **changes):
   """A run of `evals`: (group, subset, metric) each."""
   models = MODELS if kind in ("composed", "vanilla") else MODELS[1:]
@@ -148,7 +132,7 @@ def text(folder, kind="composed", *, evals=(), task=None, **changes):
     attention(folder)
   bits = {m: 1.5 - 0.1 * at for at, m in enumerate(models)}
   results = {
-    "evals": made, "groups": groups(made),
+    "evals": made,
     "bits_per_byte": {"lij_Latn": bits, "eng_Latn": bits},
     "config": {"experiment": "text", "task": task or {}},
   }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from calm_jax.reporting.paper import C1
@@ -61,15 +62,17 @@ def _model(run: Run, side: str) -> str:
       f"trained here from scratch, {shape['num_layers']} layers of width "
       f"{shape['width']}"
     )
+  # Of a folder its name is enough, a hub's id stays whole.
+  name = Path(name).name if name and Path(name).is_absolute() else name
   return f"{name or 'not told'}{size}"
 
 
 _THETA_PAPER = "Θ_C, counted as in C.1"
 _THETA = "Θ_C, all of it"
-_TRAINING = "FLOPs of a step, training Θ_C"
+_TRAINING = "FLOPs, training Θ_C"
 _FORWARD = {
-  "anchor": "m_B forward", "composed": "composed forward",
-  "augmenting": "m_A forward",
+  "anchor": "forward pass of m_B", "composed": "forward pass, composed",
+  "augmenting": "forward pass of m_A",
 }  # fmt: skip
 _ORDER = ("m_A", "m_B", "Θ_C", "trained", "FLOPs", "time")
 
@@ -133,7 +136,7 @@ def _flops(flops: Mapping[str, Any]) -> dict[str, str]:
       if count is not None:
         what = f"training {name}" if kind == "step" else _FORWARD[part]
         share = f" ({100 * count / alone:.0f}%)" if alone else ""
-        made[f"FLOPs of a step, {what}"] = f"{count:.3g}{share}"
+        made[f"FLOPs, {what}"] = f"{count:.3g}{share}"
   return made
 
 

@@ -17,8 +17,9 @@ HOW_TO_READ = (
   "A cell of Tables 1 to 6 is paper / ours, or ours alone in a column that the "
   "paper lacks; a dash is nothing. In brackets: 95% interval over the "
   "examples, or lowest and highest of several trials. p: two-sided, of a "
-  "paired permutation test against m_B on the same examples. An average is "
-  "over the rows that were evaluated, which need not be the paper's."
+  "paired permutation test against m_B on the same examples. An interval "
+  "without width says that all examples came out alike. An average of ours is "
+  "over those of the paper's rows that were evaluated."
 )
 Measure = Callable[[Run, str], Cell | None]
 

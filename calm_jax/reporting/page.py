@@ -26,7 +26,7 @@ _INTRODUCTION = (
   "most of them far smaller, trained on other data: what can be compared is "
   "how the columns of one side relate, not a cell with its neighbour."
 )
-# A cell of text is cut there, in characters; an example's in the same way.
+# Characters of an example that are shown; a model may write without an end.
 _LONGEST = 2000
 
 
@@ -184,7 +184,7 @@ def _example(kind: str, example: examples.Example) -> str:
   if example.question != example.prompt.rstrip():
     whole = (
       "<details><summary>the whole prompt</summary>"
-      f"<pre>{_text(example.prompt)}</pre></details>"
+      f"<pre>{escape(example.prompt)}</pre></details>"
     )
   head = f"<h4>{escape(kind)} <small>({escape(example.source)})</small></h4>"
   return f'<div class="example">{head}<dl>{items}</dl>{whole}</div>'
@@ -218,10 +218,10 @@ def _files(experiment: Experiment) -> str:
       f"{settings}</tbody></table></div></details>"
     )
   rule = (
-    "Every number of a table is worked out from a file of predictions of that "
-    "row and model, an example a line."
+    "Every number of a table is worked out from the file of that row and model "
+    "in its run's folder, predictions/<row>.<model>.jsonl, an example a line."
   )
-  return f"<p>{rule}</p>{''.join(parts)}"
+  return f"<p>{escape(rule)}</p>{''.join(parts)}"
 
 
 def _flat(

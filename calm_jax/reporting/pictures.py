@@ -35,7 +35,7 @@ def pictures(experiment: Experiment) -> list[Picture]:
   """
   first = experiment.runs[0]
   made = [
-    *(_gains(group, first) for group in first.results.get("groups", {})),
+    *(_gains(group, first) for group in _groups(first)),
     _accuracy(first),
     _loss(experiment),
     *(_attention(run) for run in _looked(experiment)),
@@ -85,6 +85,11 @@ def language_order(
   if rest:
     how += f", then those without a place in it ({', '.join(rest)})"
   return sorted(codes, key=lambda code: rank.get(code, math.inf)), how
+
+
+def _groups(run: Run) -> list[str]:
+  evals = run.results.get("evals", {}).values()
+  return [*dict.fromkeys(one["group"] for one in evals)]
 
 
 def _gains(group: str, run: Run) -> Picture | None:

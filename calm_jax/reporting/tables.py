@@ -63,15 +63,16 @@ def headlines(experiment: Experiment) -> list[str]:
       f"{cell.number}% right{doubt} (the paper: {of_paper:.1f}%)."
     )
   for group in _groups(experiment):
-    measure = _average(group, _subsets(experiment, group))
-    mine = spread(columns["composed"], measure)
-    base = spread(columns["anchor"], measure) if "anchor" in columns else None
-    if mine and base:
-      counts = columns["composed"].runs[0].results["groups"][group]
+    names = [*_subsets(experiment, group).values()]
+    mine, better = (
+      spread(columns["composed"], measure)
+      for measure in (_average(names), _better(names, columns, False))
+    )
+    if mine and better and "anchor" in columns:
+      base = spread(columns["anchor"], _average(names))
       text = f"{group}: composed {mine}, m_B {base.number}"
-      if counts["subsets"] > 1:
-        better, _ = counts["better"]["composed"]
-        text += f", better on {better} of {counts['subsets']}"
+      if len(names) > 1:
+        text += f", better on {better.number} of {len(names)}"
       said.append(f"{text}.")
   return said
 
@@ -126,24 +127,28 @@ def _others(experiment: Experiment) -> Table:
       rows += _block(experiment, group, {}, f"{group} ")
       notes += _group_notes(experiment, group)
   title = "Evaluations that the paper lacks"
-  return grid("evaluations", title, rows, notes, experiment)
+  made = grid("evaluations", title, rows, notes, experiment)
+  return dataclasses.replace(made, beside="in %, higher is better")
 
 
 def _table5(found: Sequence[Experiment]) -> Table:
   rows = []
-  for group, numbers in paper.TABLE5.items():
+  for group, averages in paper.TABLE5.items():
     having = [one for one in found if group in _groups(one)]
     for one in having or [None]:
       names, columns = _subsets(one, group), _columns(one)
+      if group == "GSM8K":
+        names.pop("", None)  # English; the paper's are low-resource languages.
+      names = [*names.values()]
       label = group if len(having) < 2 else f"{group}, {one.name}"
-      rows.append(Row(label, numbers, columns, _average(group, names)))
+      rows.append(Row(label, averages, columns, _average(names)))
       if group in paper.TABLE5_OF or len(names) > 1:
         better = paper.TABLE5_BETTER.get(group, {})
         of = f", of {paper.TABLE5_OF.get(group, NOTHING)} / {len(names)}"
-        rows += [
-          Row(f"{label} #(> m_B){of}", better, columns, _better(group, 0), 0),
-          Row(f"{label} #(≥ m_B){of}", {}, columns, _better(group, 1), 0),
-        ]
+        for sign, numbers, ties in ((">", better, False), ("≥", {}, True)):
+          measure = _better(names, columns, ties)
+          name = f"{label} #({sign} m_B){of}"
+          rows.append(Row(name, numbers, columns, measure, 0))
   notes = [
     "#(> m_B): for how many of the languages the model is better than m_B; the "
     "paper does not say how it counts ties, so they are left out (>) and "
@@ -159,25 +164,34 @@ def _table5(found: Sequence[Experiment]) -> Table:
   )
 
 
-def _better(group: str, ties: int) -> Measure:
+def _better(
+  names: Iterable[str], columns: Mapping[str, Column], ties: bool
+) -> Measure:
+  """Table 5's #(> m_B), ties left out or counted."""
+
   def measure(run: Run, model: str) -> Cell | None:
-    if model == "anchor":
+    if model == "anchor" or "anchor" not in columns:
       return None
-    counts = run.results.get("groups", {}).get(group, {}).get("better", {})
-    return Cell(counts[model][ties], digits=0) if model in counts else None
+    # Not every trial has measured m_B, which is the same for all.
+    alone = columns["anchor"].runs[0]
+    mine = [_of_eval(name)(run, model) for name in names]
+    base = [_of_eval(name)(alone, "anchor") for name in names]
+    if not mine or None in (*mine, *base):
+      return None
+    pairs = [(a.ours, b.ours) for a, b in zip(mine, base, strict=True)]
+    return Cell(sum(a > b or (ties and a == b) for a, b in pairs), digits=0)
 
   return measure
 
 
-def _average(group: str, names: Mapping[str, str]) -> Measure:
-  """Of a group's subsets; with its interval if there is one only."""
-  if len(names) == 1:
-    return _of_eval(next(iter(names.values())))
+def _average(names: Iterable[str]) -> Measure:
+  """Of several evaluations; of a single one with its interval."""
 
   def measure(run: Run, model: str) -> Cell | None:
-    found = run.results.get("groups", {}).get(group, {}).get("average", {})
-    value = percent(found.get(model))
-    return None if value is None else Cell(value)
+    cells = [_of_eval(name)(run, model) for name in names]
+    if len(cells) < 2 or None in cells:
+      return cells[0] if len(cells) == 1 else None
+    return Cell(sum(cell.ours for cell in cells) / len(cells))
 
   return measure
 
@@ -228,10 +242,11 @@ def _block(
     )
     for s in shown
   ]
-  if paper.AVERAGE in numbers or len(names) > 1:
-    label = f"{prefix}average"
+  # Beside the paper's average, that of the paper's rows.
+  own = [n for s, n in names.items() if not numbers or s in numbers]
+  if paper.AVERAGE in numbers or len(own) > 1:
     average = numbers.get(paper.AVERAGE, {})
-    rows.append(Row(label, average, columns, _average(group, names)))
+    rows.append(Row(f"{prefix}average", average, columns, _average(own)))
   return rows
 
 
