@@ -9,7 +9,7 @@ from calm_jax.reporting.predictions import RIGHT, is_right, read_rows
 from calm_jax.reporting.runs import MODELS, Run
 
 # By whether m_A, m_B and the composed model are right: Appendix B's three
-# kinds, the second of them in two, and what it does not speak of.
+# kinds, the second of them in two, and the two that it does not speak of.
 KINDS = {
   (False, False, True): "1. Neither m_A nor m_B is right, the composed is",
   (True, False, True): "2a. Only m_A is right, and the composed too",
@@ -20,8 +20,6 @@ KINDS = {
   (True, True, False): "Lost: m_A or m_B is right, the composed is not",
   (False, False, False): "None of the three is right",
 }
-# No example is shown of these, only how many there are.
-UNSHOWN = ((False, False, False),)
 RULE = (
   "Shown is the first example of each kind in the order of the files, not the "
   "best; the paper's Table 8 is cherry-picked. Right means an exact answer, a "
@@ -76,8 +74,6 @@ def choose(run: Run) -> list[Chosen]:
         counts[kind] += 1
         first.setdefault(kind, example)
     if any(counts.values()):
-      for kind in UNSHOWN:
-        first.pop(KINDS[kind], None)
       shown = {kind: first[kind] for kind in counts if kind in first}
       found.append(Chosen(title, counts, shown))
   return found

@@ -151,7 +151,7 @@ def _chosen(chosen: Sequence[examples.Chosen]) -> str:
     "How many examples are of each kind",
     ("", *(one.title for one in chosen)),
     [
-      (kind, *(str(one.counts[kind]) for one in chosen))
+      (kind, *(Cell(one.counts[kind], digits=0) for one in chosen))
       for kind in chosen[0].counts
     ],
     (examples.RULE,),

@@ -144,7 +144,8 @@ def _table5(found: Sequence[Experiment]) -> Table:
       rows.append(Row(label, averages, columns, _average(names)))
       if group in paper.TABLE5_OF or len(names) > 1:
         better = paper.TABLE5_BETTER.get(group, {})
-        of = f", of {paper.TABLE5_OF.get(group, NOTHING)} / {len(names)}"
+        theirs, own = paper.TABLE5_OF.get(group), len(names)
+        of = f", of {theirs or NOTHING} / {own or NOTHING}"
         for sign, numbers, ties in ((">", better, False), ("≥", {}, True)):
           measure = _better(names, columns, ties)
           name = f"{label} #({sign} m_B){of}"

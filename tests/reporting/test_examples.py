@@ -26,6 +26,7 @@ def test_each_kind_is_counted_and_the_first_of_it_shown(tmp_path):
     ONLY_B: "flores-200-lij_latn, 7",
     BOTH: "flores-200-lij_latn, 8",
     LOST: "flores-200-lij_latn, 2",
+    NONE: "flores-200-lij_latn, 1",
   }
   example = one.first[NEITHER]
   assert example.question == "Question 4 of flores-200-lij_latn?\nAnswer:"
