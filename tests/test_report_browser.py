@@ -11,7 +11,8 @@ import pytest
 from calm_jax import report
 
 playwright = pytest.importorskip(
-  "playwright.sync_api", reason="playwright is not installed"
+  "playwright.sync_api",
+  reason="playwright is not installed: pip install -e .[browser]",
 )
 CHROMIUM = os.environ.get("CHROMIUM") or next(
   filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), ""
