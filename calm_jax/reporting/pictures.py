@@ -67,22 +67,25 @@ def language_order(
 ) -> tuple[list[str], str]:
   """Languages from low to high resource, as far as that is known.
 
+  As the config lists them, unless that is by name; else by how badly m_B
+  predicts held-out text of them; else by name.
+
   Returns:
     (the codes, what their order is).
   """
   codes = sorted(codes)
-  listed = results.get("config", {}).get("task", {}).get("languages") or ()
-  sizes = results.get("trained_bytes") or {}
-  if set(codes) & set(listed):
-    rank = {code: at for at, code in enumerate(listed)}
-    how = "in the order of the config's task.languages"
-  elif set(codes) & set(sizes):
-    rank = {code: float(size) for code, size in sizes.items()}
-    how = "from little to much text in training"
-  else:
+  listed = [*(results.get("config", {}).get("task", {}).get("languages") or ())]
+  if listed == sorted(listed):
+    listed = []
+  rank = {code: at for at, code in enumerate(listed)}
+  how = "in the order of the config's task.languages"
+  if not set(codes) & set(rank):
+    bits = results.get("bits_per_byte", {})
+    rank = {c: -float(x["anchor"]) for c, x in bits.items() if "anchor" in x}
+    how = "from many to few bits per byte that m_B needs for held-out text"
+  if not set(codes) & set(rank):
     return codes, "by name, for how much text there is of each is not known"
-  rest = [code for code in codes if code not in rank]
-  if rest:
+  if rest := [code for code in codes if code not in rank]:
     how += f", then those without a place in it ({', '.join(rest)})"
   return sorted(codes, key=lambda code: rank.get(code, math.inf)), how
 

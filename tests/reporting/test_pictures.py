@@ -36,13 +36,19 @@ def test_what_there_is_data_for(tmp_path):
 
 
 def test_languages_go_from_low_to_high_resource():
-  listed = {"config": {"task": {"languages": ["c", "a", "x"]}}}
-  codes, how = pictures.language_order(listed, ["a", "b", "c"])
+  results = {
+    "config": {"task": {"languages": ["c", "a", "x"]}},
+    "bits_per_byte": {
+      "a": {"anchor": 1.0}, "b": {"anchor": 3.0}, "c": {"anchor": 2.0}
+    },
+  }  # fmt: skip
+  codes, how = pictures.language_order(results, ["a", "b", "c"])
   assert codes == ["c", "a", "b"]
   assert "config" in how and "without a place in it (b)" in how
-  sizes = {"trained_bytes": {"a": 10, "b": 9, "c": 2}}
-  codes, how = pictures.language_order(sizes, ["a", "b", "c"])
-  assert codes == ["c", "b", "a"] and "little to much" in how
+  # A list by name says nothing of resources.
+  results["config"]["task"]["languages"].sort()
+  codes, how = pictures.language_order(results, ["a", "b", "c"])
+  assert codes == ["b", "c", "a"] and "many to few bits per byte" in how
   codes, how = pictures.language_order({}, ["b", "a"])
   assert codes == ["a", "b"] and "not known" in how
 
