@@ -7,6 +7,7 @@ many shots, how long an answer may be. Everything is read before a model is run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -291,31 +292,27 @@ RUN_CODE = ("mbpp", "humaneval")
 def run(
   evaluation: Evaluation,
   models: Mapping[str, Model],
-  shorten: Callable[[str], str],
+  fits: Fits,
 ) -> tuple[dict[str, Any], dict[str, Rows]]:
   """Evaluates models on the same prompts.
 
   Args:
     evaluation: of `make`.
     models: by column of the results; the others are compared to "anchor".
-    shorten: a prompt without what is too long of its beginning. Exemplars are
-      left out before anything of a prompt is cut.
+    fits: whether a prompt is short enough. Where it is not, exemplars are left
+      out, and then the beginning of the prompt.
 
   Returns:
     What results.json holds of an evaluation, and the predictions by column,
     each with its "score" in percent.
   """
-  cut = 0
-
-  def fits(prompt: str) -> bool:
-    return shorten(prompt) == prompt
-
+  cut, fits = 0, functools.cache(fits)  # The prompts are the same for all.
   outcomes: dict[str, Outcome] = {}
   for column, model in models.items():
 
     def generate(prompts: list[str], model=model) -> list[str]:
       nonlocal cut
-      shown = [shorten(prompt) for prompt in prompts]
+      shown = [_end_of(prompt, fits) for prompt in prompts]
       cut = sum(a != b for a, b in zip(shown, prompts, strict=True))
       return model.generate(
         shown, evaluation.max_new_tokens, stop=evaluation.stop
@@ -381,6 +378,17 @@ def groups(evals: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
       },
     }
   return found
+
+
+def _end_of(prompt: str, fits: Fits) -> str:
+  """The longest end of a prompt that fits."""
+  if fits(prompt):
+    return prompt
+  low, high = 0, len(prompt)  # The end from `high` fits, from `low` it doesn't.
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (low, middle) if fits(prompt[middle:]) else (middle, high)
+  return prompt[high:]
 
 
 def _first(items: list, limit: int) -> list:

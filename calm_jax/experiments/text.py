@@ -201,7 +201,7 @@ class Text:
     entries = {}
     for name, evaluation in self.evals.items():
       print(f"evaluating {name}", flush=True)
-      entries[name], rows = suite.run(evaluation, models, self._shorten)
+      entries[name], rows = suite.run(evaluation, models, self._fits)
       for column, predictions in rows.items():
         file = f"{prefix}{name}.{column}.jsonl"
         write_rows(self.workdir / "predictions" / file, predictions)
@@ -242,20 +242,9 @@ class Text:
       if text
     ]
 
-  def _shorten(self, prompt: str) -> str:
-    """The end of a prompt, as much of it as `prompt_tokens` hold."""
-    limit = self.task.prompt_tokens
-
-    def fits(start: int) -> bool:
-      return len(self.tokenizer.encode(prompt[start:])) < limit  # and BOS
-
-    low, high = 0, len(prompt)
-    if fits(low):
-      return prompt
-    while high - low > 1:
-      middle = (low + high) // 2
-      low, high = (low, middle) if fits(middle) else (middle, high)
-    return prompt[high:]
+  def _fits(self, prompt: str) -> bool:
+    # BOS comes before it.
+    return len(self.tokenizer.encode(prompt)) < self.task.prompt_tokens
 
   def _score(self, model: LanguageModel, examples) -> list[tuple]:
     """What `evals.perplexity` asks for; long texts go on in a next window."""

@@ -226,10 +226,10 @@ def test_evaluations_of_the_config(tmp_path, model):
     make(tmp_path, model, evals={"mbpp": code})
 
 
-def test_prompts_are_shortened_at_their_beginning(tmp_path, model):
+def test_which_prompts_fit(tmp_path, model):
   experiment = make(tmp_path, model, prompt_tokens=5)
-  assert experiment._shorten("abcd") == "abcd"
-  assert experiment._shorten("abcdefg") == "defg"
+  assert experiment._fits("abcd")  # and BOS
+  assert not experiment._fits("abcde")
 
 
 def test_an_anchor_that_is_trained_here_reads_the_tokens_of_m_a(
