@@ -24,6 +24,7 @@ def compose(
   *,
   visibility: str = "causal",
   norm: bool = True,
+  positions: str = "none",
   output_init: str = "zeros",
   control: str = "none",
   control_seed: int = 0,
@@ -38,6 +39,7 @@ def compose(
       from 1; every fourth layer of the augmenting model if None (§4).
     visibility: see `Augmenting`.
     norm: see `Augmenting`.
+    positions: see `Augmenting`.
     output_init: see `Augmenting`.
     control: see `Augmenting`.
     control_seed: see `Augmenting`.
@@ -55,8 +57,8 @@ def compose(
     augmenting = {"augmenting": augmenting}
   model = untrained(
     anchor, augmenting, connections,
-    visibility=visibility, norm=norm, output_init=output_init,
-    control=control, control_seed=control_seed,
+    visibility=visibility, norm=norm, positions=positions,
+    output_init=output_init, control=control, control_seed=control_seed,
   )  # fmt: skip
   theta = composition.init(jax.random.key(seed), model.spec)
   return dataclasses.replace(

@@ -54,7 +54,11 @@ def _cross(
   spec: Composition, augmenting: Augmenting, folded: bool = False
 ) -> CrossAttention:
   return CrossAttention(
-    spec.anchor, augmenting.norm, augmenting.output_init, folded
+    spec.anchor,
+    augmenting.norm,
+    augmenting.output_init,
+    augmenting.positions,
+    folded,
   )
 
 
@@ -215,7 +219,8 @@ def read_on(
   for connection in joined.connections:
     layer = connection.augmenting
     kv = _bound(params, spec, name, connection).keys_values(
-      controlled(joined, taps[layer], sequence.positions, layer)
+      controlled(joined, taps[layer], sequence.positions, layer),
+      sequence.positions,
     )
     if cache is not None:
       kv = cache_lib.extend(cache["cross"][connection.name], kv, 0, index)

@@ -9,6 +9,7 @@ from calm_jax.errors import InputError
 from calm_jax.models.config import ModelConfig
 
 VISIBILITIES = ("causal", "encoder", "unmasked")
+POSITIONS = ("none", "rope")
 CONTROLS = ("none", "zeroed", "shuffled", "noise")
 
 
@@ -35,6 +36,9 @@ class Augmenting:
       ablation of §4.4), "unmasked" (all; leaks the targets in training).
     norm: RMS norm before the query and before the projection; the paper has
       none.
+    positions: what the cross-attention knows of them: "none", as in the paper,
+      or "rope": queries and keys turn by how many tokens of the augmenting
+      model lie between a key and the newest that the query sees.
     output_init: W^O at the start: "zeros" (the composed model starts as the
       anchor exactly) or "normal".
     control: what is done to its states before the anchor attends to them, in
@@ -50,6 +54,7 @@ class Augmenting:
   connections: tuple[Connection, ...]
   visibility: str = "causal"
   norm: bool = True
+  positions: str = "none"
   output_init: str = "zeros"
   control: str = "none"
   control_seed: int = 0
@@ -59,6 +64,8 @@ class Augmenting:
       raise InputError(
         f"visibility={self.visibility!r} is none of {VISIBILITIES}"
       )
+    if self.positions not in POSITIONS:
+      raise InputError(f"positions={self.positions!r} is none of {POSITIONS}")
     if self.output_init not in ("zeros", "normal"):
       raise InputError(
         f"output_init={self.output_init!r} is neither 'zeros' nor 'normal'"
@@ -109,6 +116,12 @@ def default_connections(
 
 def check_connections(name: str, augmenting: Augmenting, anchor: ModelConfig):
   """Raises InputError unless every connection joins two layers that exist."""
+  if augmenting.positions == "rope" and anchor.width // anchor.num_heads % 2:
+    raise InputError(
+      f"positions='rope' of {name!r} needs heads of an even width; the "
+      f"anchor's {anchor.width} / {anchor.num_heads} heads have "
+      f"{anchor.width // anchor.num_heads}"
+    )
   layers = augmenting.config.num_layers, anchor.num_layers
   if not augmenting.connections:
     raise InputError(f"augmenting model {name!r} has no connection")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from calm_jax.errors import InputError
+from calm_jax.models import rope
 from calm_jax.models.cache import blocks
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.layers import Linear, RMSNorm, at_least_float32, attend
@@ -28,6 +29,7 @@ class CrossAttention(nn.Module):
   anchor: ModelConfig
   norm: bool
   output_init: str
+  positions: str = "none"
   folded: bool = False  # f_proj is in W_K and W_V already; see `fold`
 
   def setup(self):
@@ -49,21 +51,34 @@ class CrossAttention(nn.Module):
   def _heads(self, x: Array) -> Array:
     return x.reshape(*x.shape[:-1], self.anchor.num_heads, -1)
 
-  def keys_values(self, h_BME: Array) -> dict[str, Array]:
+  def _turned(self, x_BLNH: Array, positions_BL: Array) -> Array:
+    """Queries or keys by their positions, if the composition knows of them."""
+    if self.positions == "none":
+      return x_BLNH
+    tables = rope.tables(
+      rope.Rope(x_BLNH.shape[-1]), positions_BL, x_BLNH.dtype
+    )
+    return rope.rotate(x_BLNH, tables)
+
+  def keys_values(self, h_BME: Array, positions_BM: Array) -> dict[str, Array]:
     """Keys and values, each [B, N, M, H], as a `cache` holds them."""
     if self.norm:
       h_BME = self.projection_norm(h_BME)
     if not self.folded:
       h_BME = self.projection(h_BME)
     return {
-      "key": self._heads(self.key(h_BME)).swapaxes(1, 2),
+      "key": self._turned(self._heads(self.key(h_BME)), positions_BM).swapaxes(
+        1, 2
+      ),
       "value": self._heads(self.value(h_BME)).swapaxes(1, 2),
     }
 
-  def _query(self, x_BLD: Array) -> Array:
-    return self._heads(
+  def _query(self, x_BLD: Array, mask_BLM: Array) -> Array:
+    q_BLNH = self._heads(
       self.query(self.query_norm(x_BLD) if self.norm else x_BLD)
     )
+    # A position stands where the newest token that it sees does.
+    return self._turned(q_BLNH, jnp.maximum(mask_BLM.sum(-1) - 1, 0))
 
   def attend(self, x_BLD: Array, keys_values: dict, mask_BLM: Array) -> Array:
     """What is added to the residual stream, [B, L, D].
@@ -75,7 +90,7 @@ class CrossAttention(nn.Module):
       found = blocks(keys_values, 0, mask_B1LM)
     else:
       found = [(keys_values["key"], keys_values["value"], mask_B1LM)]
-    out_BLNH = attend(self._query(x_BLD), found)
+    out_BLNH = attend(self._query(x_BLD, mask_BLM), found)
     # A position that sees nothing gets nothing; the softmax of an empty row
     # would average over what it must not see.
     sees_BL = mask_BLM.any(-1)
@@ -86,7 +101,7 @@ class CrossAttention(nn.Module):
     self, x_BLD: Array, keys_values: dict, mask_BLM: Array
   ) -> Array:
     """Where each head looks, float32 [B, N, L, M]; for pictures."""
-    q_BLNH = self._query(x_BLD)
+    q_BLNH = self._query(x_BLD, mask_BLM)
     scores = jnp.einsum("blnh,bnmh->bnlm", q_BLNH, keys_values["key"])
     scores = scores.astype(at_least_float32(scores.dtype))
     scores = scores / q_BLNH.shape[-1] ** 0.5
@@ -94,7 +109,9 @@ class CrossAttention(nn.Module):
     return jax.nn.softmax(jnp.where(mask_BLM[:, None], scores, lowest))
 
   def __call__(self, x_BLD: Array, h_BME: Array, mask_BLM: Array) -> Array:
-    return self.attend(x_BLD, self.keys_values(h_BME), mask_BLM)
+    """Both halves, of rows that are one sequence each."""
+    positions_BM = jnp.broadcast_to(jnp.arange(h_BME.shape[1]), h_BME.shape[:2])
+    return self.attend(x_BLD, self.keys_values(h_BME, positions_BM), mask_BLM)
 
 
 def fold(params: dict) -> dict:

@@ -301,6 +301,7 @@ def _models(settings, tokenizer, loaded) -> LanguageModel:
     joint["connections"] or joint["num_connections"] or None,
     visibility=joint["visibility"],
     norm=joint["norm"],
+    positions=joint["positions"],
     output_init=joint["output_init"],
     control=joint["control"],
     # One program for all trials of the others.

@@ -146,6 +146,8 @@ def get_config() -> ConfigDict:
       "num_connections": 0,
       "visibility": "causal",
       "norm": True,
+      # "rope": the cross-attention knows how far back a token is.
+      "positions": "none",
       "output_init": "zeros",
       # What is done to m_A's states on their way; see connections.Augmenting.
       "control": "none",

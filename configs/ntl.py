@@ -82,9 +82,13 @@ def get_config(variant: str = "full") -> ConfigDict:
     prompt_tokens=2048,
   )
   learnt = {"{language}": 0.5, "{language}-eng": 0.5}
-  # The share of high-resource text in D_C is that of "eng" and "gsm8k".
-  composed = {"{language}": 0.4, "{language}-eng": 0.4, "eng": 0.1}
-  composed["gsm8k"] = 0.1
+  # D_C: 5% of D_NTL, and high-resource text.
+  composed = common.mixture(
+    {"{language}": 0.5, "{language}-eng": 0.15, "eng": 0.3, "gsm8k": 0.05},
+    fraction=0.05,
+  )
+  for name in ("eng", "gsm8k"):
+    composed.mixture[name].fraction = 1.0
   config.recipe = ("augmenting", "compose")
   config.stages = ConfigDict(
     {
@@ -97,7 +101,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         length=512,
       ),
       "compose": common.stage(
-        data=common.mixture(composed, fraction=0.05),
+        data=composed,
         steps=2000,
         learning_rate=3e-4,
         length=512,
@@ -154,10 +158,13 @@ def _tiny(config: ConfigDict) -> None:
   # The anchor is trained here, on English, and reads the tokens of m_A.
   config.anchor = ""
   config.augmenting = f"{shared}/models/stories260k"
-  config.anchor_model.num_layers = 6
-  config.composition.num_connections = 5
+  config.anchor_model.update(num_layers=6, num_kv_heads=2)
+  # So small a composition does not find m_A's state of the same token by its
+  # content alone.
+  config.composition.positions = "rope"
+  config.composition.connections = tuple((5, j) for j in range(1, 7))
   config.task.languages = ("lij_Latn", "vec_Latn", "fur_Latn")
-  config.task.prompt_tokens = 384
+  config.task.prompt_tokens = 256
   # In windows: most problems are longer than a row.
   config.task.sources.gsm8k.update(
     prompt="", completion="Question: {question}\nAnswer: {answer}"
@@ -168,21 +175,22 @@ def _tiny(config: ConfigDict) -> None:
     model="anchor",
     trainable=("anchor/.*",),
     data=common.mixture({"eng": 0.7, "gsm8k": 0.3}, watch=("eng_Latn",)),
-    steps=450,
   )
-  config.stages.augmenting.update(steps=400)
-  config.stages.compose.update(steps=250)
-  for stage in config.stages.values():
+  for name, steps in (("augmenting", 250), ("anchor", 450), ("compose", 1000)):
+    stage = config.stages[name]
     stage.data.too_long = "drop"
-    stage.update(batch_size=8, length=256, learning_rate=2e-3)
-    stage.update(eval_every=150, checkpoint_every=150)
+    stage.update(steps=steps, batch_size=8, length=256, learning_rate=2e-3)
+    stage.update(eval_every=250, checkpoint_every=250)
+  config.stages.compose.update(
+    batch_size=10, length=192, learning_rate=8e-3, weight_decay=0.1
+  )
 
 
 def _tiny_evals(config: ConfigDict) -> None:
   """FLORES-200 of Ligurian; the others are not in the folder."""
   data, evals = config.get_ref("data_dir"), config.task.evals
   flores = evals["flores-{language}"]
-  flores.update(max_new_tokens=96, limit=200)
+  flores.update(max_new_tokens=64, limit=100)
   new = {"flores-lij_Latn": flores.copy_and_resolve_references()}
   new["flores-lij_Latn"].language = "lij_Latn"
   new["flores-lij_Latn"].path = data + "/flores200"
@@ -201,7 +209,7 @@ def _tiny_evals(config: ConfigDict) -> None:
         "limit": 0,
       }
     )
-  evals["gsm8k"].update(max_new_tokens=128, limit=100)
+  evals["gsm8k"].update(max_new_tokens=96, limit=50)
   config.task.evals = ConfigDict(new | {"gsm8k": evals["gsm8k"]})
 
 

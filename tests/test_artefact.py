@@ -176,7 +176,8 @@ def test_what_the_config_says(composed, saved, bases):
   assert anchor["sha256"].keys() == {"config.json", "model.safetensors"}
   assert config["augmenting"] == [{
     "name": "kv", "connections": [[4, 4]], "visibility": "causal",
-    "norm": True, "output_init": "zeros", "control": "none", "control_seed": 0,
+    "norm": True, "positions": "none", "output_init": "zeros",
+    "control": "none", "control_seed": 0,
   }]  # fmt: skip
 
 
