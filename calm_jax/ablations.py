@@ -35,6 +35,11 @@ Runs = dict[str, list[dict[str, Any]]]
 def main(config: ConfigDict) -> dict[str, Any]:
   """Runs what config.ablations asks for; returns ablations.json."""
   asked, trials = config.ablations.kinds, config.ablations.trials
+  if config.distributed:
+    raise InputError(
+      "ablations are runs of one process: leave config.distributed, or start "
+      "each run by calm_jax.train"
+    )
   unknown = [kind for kind in asked if kind not in common.KINDS]
   if unknown or not asked or trials < 1:
     raise InputError(

@@ -230,8 +230,8 @@ def restore_trainable(
   Args:
     directory: of `Checkpoints`.
     step: a step, "best", or None for the latest.
-    abstract: nested dict of `jax.ShapeDtypeStruct` with shardings to restore
-      into. None gives numpy arrays.
+    abstract: nested dict of `jax.ShapeDtypeStruct` with shardings, or of
+      arrays, to restore into. None gives numpy arrays.
     best_metric: what "best" means; lower is better.
 
   Returns:

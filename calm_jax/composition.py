@@ -113,13 +113,15 @@ def empty_cache(
       1, batch, heads, slots[name], width, spec.anchor.dtype
     )
 
-  return {
+  cache = {
     "anchor": one("anchor", spec.anchor),
     "augmenting": {n: one(n, a.config) for n, a in spec.augmenting},
     "cross": {
       n: {c.name: cross(n) for c in a.connections} for n, a in spec.augmenting
     },
   }
+  place = spec.anchor.place
+  return cache if place is None else place.cache(cache)
 
 
 class _Run(NamedTuple):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm_jax import batching, composition, cross_attention
+from calm_jax import batching, composition, cross_attention, processes
 from calm_jax.batching import Batch, Reader
 from calm_jax.composition import Sequence
 from calm_jax.connections import Composition
@@ -85,7 +85,7 @@ def start(
   params: dict,
   spec: Composition,
   batch: Batch,
-  keys_B: Array,
+  seeds_B: Array,
   stop_S: Array,
   lengths: dict[str, Array],
   *,
@@ -98,13 +98,14 @@ def start(
     params: from `prepare`.
     spec: what they are.
     batch: from `lay_out`.
-    keys_B: a random key for each row.
+    seeds_B: int32, of the random key of each row.
     stop_S: token ids that end a row.
     lengths: see `State`.
     slots: (model, slots of its cache), for all models.
     sampler: how the next token is picked.
   """
   B, P = batch.anchor.tokens.shape
+  keys_B = jax.vmap(jax.random.key)(seeds_B)
   stacked = not isinstance(params["anchor"]["layers"], tuple)
   with jax.named_scope("prefill"):
     x_BLD, cache = composition.states(
@@ -278,7 +279,7 @@ def stream(
   if not prompts or not max_new_tokens:
     return
   params = prepare(params)
-  stop_S = jnp.array(list(stop_ids) or [-1], jnp.int32)
+  stop_S = np.array(list(stop_ids) or [-1], np.int32)
   seeds = [0] * len(prompts) if seeds is None else seeds
   longest = batching.round_up(max(map(len, prompts)))
   # `advance` settles whole chunks, the last one too.
@@ -296,9 +297,7 @@ def stream(
     ]
     sizes = {n: batch.augmenting[n].tokens.shape[1] for n in own}
     sizes |= {"anchor": slots} | {f.name: f.slots for f in followers}
-    keys_B = jax.vmap(jax.random.key)(
-      jnp.array([seeds[i] for i in chosen] + [0] * (rows - len(ids)))
-    )
+    seeds_B = jnp.array([seeds[i] for i in chosen] + [0] * (rows - len(ids)))
     longest_B = np.full(rows, max_new_tokens, np.int32)
     longest_B[: len(ids)] += [len(p) for p in ids]
     lengths = {
@@ -308,7 +307,7 @@ def stream(
       params,
       spec,
       batch,
-      keys_B,
+      np.asarray(seeds_B),
       stop_S,
       lengths,
       slots=tuple(
@@ -319,9 +318,9 @@ def stream(
     size = 1 if followers else min(CHUNK, max_new_tokens)
     left = max_new_tokens - 1
     made: list[list[int]] = [[] for _ in ids]
-    new_BT = np.asarray(state.token_B)[:, None]
+    new_BT = processes.fetch(state.token_B)[:, None]
     while True:
-      done_B = np.array(state.done_B)
+      done_B = np.array(processes.fetch(state.done_B))
       if new_BT.shape[1] == 1:
         new_BT = np.where(done_B[:, None], -1, new_BT)
       for row, i in enumerate(chosen):
@@ -333,7 +332,7 @@ def stream(
             done_B[row] = True
       if not left or done_B.all():
         break
-      state = state._replace(done_B=jnp.asarray(done_B))
+      state = state._replace(done_B=done_B)
       for follower in followers:
         newest_B = np.where(done_B, -1, new_BT[:, -1])
         cache = follower.follow(params, spec, state.cache, newest_B)
@@ -344,12 +343,12 @@ def stream(
         spec,
         state,
         stop_S,
-        jnp.int32(steps),
+        np.int32(steps),
         along=along,
         sampler=sampler,
         size=size,
       )
-      new_BT, left = np.asarray(new_BT), left - steps
+      new_BT, left = processes.fetch(new_BT), left - steps
 
 
 def generate(params, spec, prompts, **options) -> list[list[int]]:

@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from calm_jax import batching, composition
 from calm_jax.batching import Reader
@@ -53,7 +54,7 @@ class Follower:
       spec,
       cache,
       sequence,
-      jnp.int32(self._slot),
+      np.int32(self._slot),
       name=self.name,
     )
     self._slot += size

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from calm_jax import composition, tree
+from calm_jax import composition, processes, tree
 from calm_jax.errors import InputError
 
 
@@ -33,7 +33,7 @@ def describe(stage, spec, params, frozen, origins, seed, source) -> dict:
     if leaves and stage.model in ("composed", name):
       models[name] = {
         "origin": origins.get(name, "trained by this run"),
-        "sha256": tree.fingerprint(leaves),
+        "sha256": tree.fingerprint(leaves, processes.fetch),
       }
   return {"frozen": models, "settings": settings}
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from calm_jax import batching, beside, composition, generation, looking, tree
@@ -105,7 +104,7 @@ class LanguageModel:
         f"rows of {tokens_BL.shape[1]} tokens exceed the models' length "
         f"limit of {limit}"
       )
-    sequence = composition.plain_sequence(jnp.asarray(tokens_BL, jnp.int32))
+    sequence = composition.plain_sequence(tokens_BL.astype(np.int32))
     if any(a.visibility == "encoder" for _, a in self.spec.augmenting):
       raise InputError(
         "logits(tokens) cannot tell where the prompts end, which "

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm_jax import composition
+from calm_jax import composition, processes
 from calm_jax.errors import InputError
 
 
@@ -31,11 +34,21 @@ def cross_attention(model, ids: list[int], prompt_length: int) -> dict:
     [(name, row)] = rows.items()
     pieces = model.tokenizers[name].pieces
     own["augmenting_tokens"] = np.array([pieces[i] for i in row.tokens[0]])
-  look: dict = {}
-  composition.states(model.tree, model.spec, sequence, rows, visible, look=look)
+  sequence, rows, visible = jax.tree.map(np.asarray, (sequence, rows, visible))
+  look = _look(model.tree, model.spec, sequence, rows, visible)
+  # In the order in which `states` comes to them.
+  found = [(n, c) for n, a in model.spec.augmenting for c in a.connections]
+  found.sort(key=lambda pair: pair[1].anchor)
   pieces = model.tokenizer.pieces if model.tokenizer else range(max(ids) + 1)
   return own | {
-    "weights": np.stack([np.asarray(w)[0] for w in look.values()]),
+    "weights": np.stack([w[0] for w in processes.fetch(look)]),
     "tokens": np.array([str(pieces[i]) for i in ids]),
-    "connections": np.array([f"{n}/{c.name}" for n, c in look]),
+    "connections": np.array([f"{n}/{c.name}" for n, c in found]),
   }
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _look(params, spec, sequence, rows, visible) -> list[jax.Array]:
+  look: dict = {}
+  composition.states(params, spec, sequence, rows, visible, look=look)
+  return list(look.values())

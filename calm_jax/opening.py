@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 
 import jax
 
 from calm_jax.connections import Composition
 from calm_jax.language_model import LanguageModel
-from calm_jax.models import folders, loading
+from calm_jax.models import decoder, folders, loading
 from calm_jax.tokenizer import Tokenizer, load_tokenizer
 
 
 def load_model(
-  path_or_hub_id: str, dtype: str = "float32", *, revision: str | None = None
+  path_or_hub_id: str,
+  dtype: str = "float32",
+  *,
+  revision: str | None = None,
+  shardings: Callable[[dict], dict] | None = None,
 ) -> LanguageModel:
   """Loads a Hugging Face checkpoint: safetensors only, never pickle.
 
@@ -22,19 +27,27 @@ def load_model(
     path_or_hub_id: a folder, or an id on the Hugging Face hub.
     dtype: of the parameters and the computation.
     revision: a branch, tag or commit on the hub; its main branch if None.
+    shardings: the model's tree of shapes to a tree of `jax.sharding.Sharding`:
+      each process then reads what its devices hold. None for one device.
 
   Raises:
     InputError: a missing folder, a family or option that is not supported, or
       tensors that are unknown, missing, duplicate, misshapen or truncated.
   """
-  return from_source(folders.locate(path_or_hub_id, revision), dtype)
+  source = folders.locate(path_or_hub_id, revision)
+  return from_source(source, dtype, shardings)
 
 
-def from_source(source: folders.Source, dtype: str) -> LanguageModel:
+def from_source(
+  source: folders.Source,
+  dtype: str,
+  shardings: Callable[[dict], dict] | None = None,
+) -> LanguageModel:
   """`load_model` of a checkpoint that was located."""
   folder = source.folder
   config = dataclasses.replace(loading.load_config(folder), dtype=dtype)
-  params = loading.load_params(folder, config, dtype=dtype)
+  places = shardings and shardings(decoder.param_shapes(config))
+  params = loading.load_params(folder, config, dtype, places)
   source = source._replace(config=folders.read_json(folder / folders.CONFIG))
   return LanguageModel(
     Composition(config),

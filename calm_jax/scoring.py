@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm_jax import batching, composition
+from calm_jax import batching, composition, processes
 from calm_jax.batching import Batch, Reader
 from calm_jax.connections import Composition
 
@@ -83,7 +83,7 @@ def score(
     targets_BL = np.roll(batch.anchor.tokens, -1, axis=1)
     for row, i in enumerate(chosen):
       targets_BL[row, -1:] = completions[i][-1:] or 0
-    logprob_BL, likeliest_BL = jax.device_get(
+    logprob_BL, likeliest_BL = processes.fetch(
       _token_scores(params, spec, batch, targets_BL)
     )
     for row, i in enumerate(chosen):

@@ -3,6 +3,10 @@
   python -m calm_jax.train --config=configs/kv.py --config.seed=1
 
 Started again by the same command, it goes on where it stopped.
+
+With --config.mesh.fsdp=-1 it runs on all devices of this machine; with
+--config.distributed too, on those of all processes, each of which is started
+by the same command and of which the first writes; see calm_jax.processes.
 """
 
 from __future__ import annotations
@@ -20,9 +24,13 @@ from calm_jax import (
   cli,
   composing,
   composition,
+  mesh,
   opening,
   overhead,
+  placing,
+  processes,
   report,
+  sharding,
   trainer,
   tree,
 )
@@ -46,7 +54,8 @@ class Fitted(NamedTuple):
 
   Attributes:
     experiment: its data and evaluation.
-    folder: of the last stage and the results.
+    folder: of the results; for a process that is not the first, one that is
+      thrown away.
     whole: the frozen models and a fresh composition, as before that stage.
     params: the whole tree after the last stage and after each alternative.
     models: what those made, by the name of the stage.
@@ -68,6 +77,13 @@ class Fitted(NamedTuple):
 def main(config: ConfigDict) -> dict[str, Any]:
   """Runs everything that a config asks for; returns results.json."""
   settings = plain(config)
+  if settings["distributed"]:
+    processes.start()
+  with processes.quiet_but_first():
+    return _main(settings)
+
+
+def _main(settings: dict[str, Any]) -> dict[str, Any]:
   fitted = fit(settings)
   experiment, stages = fitted.experiment, settings["stages"]
   last, *others = fitted.models
@@ -92,8 +108,9 @@ def main(config: ConfigDict) -> dict[str, Any]:
   if final.is_composed and settings["composition"]["control"] != "shuffled":
     look = experiment.look(final, stages[last]["data"])
     np.savez(fitted.folder / "attention.npz", **look)
-  report.write_report(fitted.folder, results)
-  report.print_results(fitted.folder)
+  if jax.process_index() == 0:
+    report.write_report(fitted.folder, results)
+    report.print_results(fitted.folder)
   _keep(fitted, settings)
   return results
 
@@ -107,20 +124,27 @@ def fit(settings: dict[str, Any]) -> Fitted:
   """
   _check(settings)
   workdir = Path(settings["workdir"])
-  folder = workdir / settings["output"]
-  folder.mkdir(parents=True, exist_ok=True)
+  shared = workdir / settings["output"]
+  layout = _layout(settings)
+  folder = processes.own_folder(shared)
+  augmenting = f"augmenting/{settings['augmenting_name']}"
   loaded = {
-    side: opening.load_model(settings[side], settings["dtype"])
-    for side in ("anchor", "augmenting")
+    side: opening.load_model(
+      settings[side],
+      settings["dtype"],
+      shardings=placing.shardings(layout, part),
+    )
+    for side, part in (("anchor", "anchor"), ("augmenting", augmenting))
     if settings[side]
   }
   make, task = EXPERIMENTS[settings["experiment"]]
   experiment = make(
     task(**settings["task"], seed=settings["seed"]), folder, loaded
   )
-  whole = _models(settings, experiment.tokenizer, loaded)
+  whole = placing.place(_models(settings, experiment.tokenizer, loaded), layout)
   spec, params = whole.spec, whole.params
-  augmenting = f"augmenting/{settings['augmenting_name']}"
+  if layout is not None:
+    print(layout.describe(params), flush=True)
   origins = {"anchor": settings["anchor"], augmenting: settings["augmenting"]}
   if settings["random_augmenting"]:
     origins[augmenting] = "random weights"
@@ -133,7 +157,10 @@ def fit(settings: dict[str, Any]) -> Fitted:
   sources, eval_batches = {}, {}
   for name, stage in stages.items():
     trained = _part(whole, stage.model, params)
-    sources[name] = experiment.source(stage, trained, seeds[name])
+    share = 0, 1
+    if layout is not None:
+      share = layout.share(stage.batch_size, stage.accumulate)
+    sources[name] = experiment.source(stage, trained, seeds[name], share)
     eval_batches[name] = experiment.eval_batches(stage, trained)
   seconds: dict[str, float] = {}
 
@@ -145,9 +172,10 @@ def fit(settings: dict[str, Any]) -> Fitted:
       params,
       sources[name],
       eval_batches[name],
-      (workdir if name in before else folder) / name,
+      (workdir if name in before else shared) / name,
       origins={k: v for k, v in origins.items() if v},
       seed=seeds[name],
+      layout=layout,
     )
     return trained
 
@@ -177,6 +205,20 @@ def fit(settings: dict[str, Any]) -> Fitted:
   return Fitted(
     experiment, folder, whole, finals, models, alone, parameters, seconds
   )
+
+
+def _layout(settings: dict[str, Any]) -> sharding.Layout | None:
+  """Of all arrays of a run; None for one device."""
+  axes = mesh.make_mesh(settings["mesh"])
+  if axes is None:
+    if jax.device_count() > 1:
+      print(
+        f"one of {jax.device_count()} devices is used; --config.mesh.fsdp=-1 "
+        "takes all"
+      )
+    return None
+  replicated = tuple((pattern, ()) for pattern in settings["replicated"])
+  return sharding.Layout(axes, (*replicated, *settings["sharding"]))
 
 
 def _check(settings: dict[str, Any]) -> None:
@@ -229,6 +271,10 @@ def _keep(fitted: Fitted, settings: dict[str, Any]) -> None:
   """
   *_, last = settings["recipe"]
   trained = fitted.params[last]
+  if jax.process_count() > 1:
+    trained = processes.fetch(trained)
+  if jax.process_index() != 0:
+    return
   params = trained | {"anchor": lora.merge(trained["anchor"])}
   model = dataclasses.replace(fitted.whole, params=params)
   if not fitted.models[last].is_composed:
@@ -308,8 +354,9 @@ def _models(settings, tokenizer, loaded) -> LanguageModel:
     control_seed=_trial_seed(settings) if joint["control"] == "noise" else 0,
     seed=_trial_seed(settings),
   )
+  unroll = {"unroll": settings["unroll"]}
   return dataclasses.replace(
-    composed, spec=_unrolled(composed.spec, settings["unroll"])
+    composed, spec=placing.configure(composed.spec, lambda part: unroll)
   )
 
 
@@ -318,19 +365,6 @@ def _random(model: LanguageModel, key) -> LanguageModel:
   fresh = decoder.init(key, model.spec.anchor)
   params = jax.tree.map(lambda x, p: x.astype(p.dtype), fresh, model.params)
   return dataclasses.replace(model, params=params)
-
-
-def _unrolled(spec: Composition, unroll: int) -> Composition:
-  def one(config):
-    return dataclasses.replace(config, unroll=unroll)
-
-  return Composition(
-    one(spec.anchor),
-    tuple(
-      (name, dataclasses.replace(joined, config=one(joined.config)))
-      for name, joined in spec.augmenting
-    ),
-  )
 
 
 def plain(value: Any) -> Any:

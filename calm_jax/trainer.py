@@ -18,13 +18,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from calm_jax import checkpoint, composition, identity, losses, optim, tree
+from calm_jax import (
+  checkpoint,
+  composition,
+  identity,
+  losses,
+  optim,
+  processes,
+  tree,
+)
 from calm_jax.composition import Sequence
 from calm_jax.connections import Composition
 from calm_jax.cross_attention import limit_visible
 from calm_jax.data import pipeline
 from calm_jax.errors import InputError
 from calm_jax.metrics import MetricWriter, Progress
+from calm_jax.sharding import Layout
 
 Array = jax.Array
 
@@ -116,7 +125,12 @@ def _sequence(batch: dict[str, Array], part: str = "") -> Sequence:
 
 
 def make_step(
-  spec: Composition, model: str, tx, learning_rate, accumulate: int
+  spec: Composition,
+  model: str,
+  tx,
+  learning_rate,
+  accumulate: int,
+  layout: Layout | None = None,
 ) -> Callable:
   """The jitted update: (state, frozen, batch) -> (state, metrics).
 
@@ -136,6 +150,8 @@ def make_step(
     pieces = jax.tree.map(
       lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch
     )
+    if layout is not None:
+      pieces = layout.pieces(pieces)
 
     def add(carry, piece):
       new = value_and_grad(trainable, frozen, piece, total)
@@ -163,6 +179,9 @@ def make_step(
       "step": state["step"] + 1,
       "rng": state["rng"],
     }
+    if layout is not None:
+      places = layout.following(state)
+      state = jax.lax.with_sharding_constraint(state, places)
     return state, metrics
 
   return step
@@ -191,6 +210,7 @@ def run_stage(
   *,
   origins: dict[str, str],
   seed: int,
+  layout: Layout | None = None,
 ) -> tuple[dict, float]:
   """Runs a stage to its end, from wherever an earlier process left it.
 
@@ -199,11 +219,14 @@ def run_stage(
     stage: what to do.
     spec: the whole composition.
     params: its whole tree.
-    source: random access to global batches, with `describe(index)`.
+    source: random access to batches, with `describe(index)`: all of their rows,
+      or this process's `layout.share`.
     eval_batches: held-out batches, measured every `eval_every` steps.
     directory: where checkpoints and metrics go.
     origins: where each frozen model came from, for the checkpoint.
     seed: of the run.
+    layout: of all arrays, on several devices; all processes call this together
+      and the first one writes.
 
   Returns:
     (the whole tree with the trained leaves, seconds of training).
@@ -217,6 +240,8 @@ def run_stage(
       f"stage {name!r}: batch_size={stage.batch_size} cannot be cut into "
       f"accumulate={stage.accumulate} equal pieces"
     )
+  if layout is not None:
+    params = layout.place(params)
   mask = tree.mask(params, stage.trainable)
   trainable, frozen = tree.partition(params, mask)
   # A step of Adam is lost in the rounding of bfloat16. A copy, because the
@@ -230,7 +255,7 @@ def run_stage(
   if done:
     identity.check(done["meta"], meta, directory)
     trained, _ = checkpoint.restore_trainable(
-      checkpoints_dir, done["step"], abstract=_abstract(trainable)
+      checkpoints_dir, done["step"], abstract=trainable
     )
     return tree.merge(trained, frozen), done["seconds"]
 
@@ -241,12 +266,7 @@ def run_stage(
     mask, rate, b1=stage.b1, b2=stage.b2, eps=stage.eps,
     weight_decay=stage.weight_decay, decay=stage.decay, clip=stage.clip,
   )  # fmt: skip
-  state = {
-    "trainable": trainable,
-    "opt_state": tx.init(tree.merge(trainable, frozen)),
-    "step": jnp.int32(0),
-    "rng": jax.random.key(seed),
-  }
+  state = _fresh(tx, trainable, frozen, seed, layout)
   with checkpoint.Checkpoints(
     checkpoints_dir,
     keep_last=stage.keep_last,
@@ -262,9 +282,9 @@ def run_stage(
     if data["iterator"] is not None:
       iterator.set_state(data["iterator"])
     loop = _Loop(
-      name, stage, source, eval_batches, checkpoints, meta, directory
+      name, stage, source, eval_batches, checkpoints, meta, directory, layout
     )
-    step = make_step(spec, stage.model, tx, rate, stage.accumulate)
+    step = make_step(spec, stage.model, tx, rate, stage.accumulate, layout)
     evaluate = make_eval(spec, stage.model)
     state, seconds = loop.run(
       step, evaluate, state, frozen, iterator, first, seconds
@@ -273,6 +293,25 @@ def run_stage(
     directory, {"step": stage.steps, "seconds": seconds, "meta": meta}
   )
   return tree.merge(state["trainable"], frozen), seconds
+
+
+def _fresh(tx, trainable, frozen, seed: int, layout: Layout | None) -> dict:
+  """The state before the first step."""
+
+  def rest(trainable, frozen):
+    return {
+      "opt_state": tx.init(tree.merge(trainable, frozen)),
+      "step": jnp.int32(0),
+      "rng": jax.random.key(seed),
+    }
+
+  state = {"trainable": trainable}
+  if layout is None:
+    return state | rest(trainable, frozen)
+  shapes = state | jax.eval_shape(rest, trainable, frozen)
+  places = layout.following(shapes)
+  del places["trainable"]
+  return state | jax.jit(rest, out_shardings=places)(trainable, frozen)
 
 
 @dataclasses.dataclass
@@ -286,18 +325,21 @@ class _Loop:
   checkpoints: checkpoint.Checkpoints
   meta: dict
   directory: Path
+  layout: Layout | None
 
   def run(self, step, evaluate, state, frozen, iterator, first, seconds):
     stage = self.stage
     began = time.monotonic() - seconds
+    writes = jax.process_index() == 0
     with (
-      MetricWriter(self.directory, resume_step=first) as writer,
-      Progress(stage.steps, first, self.name) as progress,
+      MetricWriter(self.directory, resume_step=first, active=writes) as writer,
+      Progress(stage.steps, first, self.name, active=writes) as progress,
     ):
       self._last_log, self._tokens = time.monotonic(), 0
       pending = None
       for number in range(first + 1, stage.steps + 1):
-        state, metrics = step(state, frozen, next(iterator))
+        batch = self._placed(next(iterator))
+        state, metrics = step(state, frozen, batch)
         if pending is not None:
           self._read(*pending, writer, progress)
         pending = number, metrics
@@ -327,7 +369,7 @@ class _Loop:
 
   def _read(self, number, metrics, writer, progress):
     """Fetches the metrics of a step, which waits until it is done."""
-    values = {k: v.item() for k, v in jax.device_get(metrics).items()}
+    values = {k: v.item() for k, v in processes.fetch(metrics).items()}
     if not all(math.isfinite(values[k]) for k in ("loss", "grad_norm")):
       self.checkpoints.wait()
       raise TrainingDiverged(
@@ -344,14 +386,14 @@ class _Loop:
       writer.write(number, values | {"tokens_per_second": speed})
       progress.update(number, loss=values["loss"], tokens_per_second=speed)
 
+  def _placed(self, batch):
+    if self.layout is None:
+      return batch
+    return self.layout.batch(batch, self.stage.batch_size)
+
   def _evaluate(self, evaluate, trainable, frozen) -> float:
-    sums = [evaluate(trainable, frozen, b) for b in self.eval_batches]
-    loss, weight = map(sum, zip(*jax.device_get(sums), strict=True))
+    sums = [
+      evaluate(trainable, frozen, self._placed(b)) for b in self.eval_batches
+    ]
+    loss, weight = map(sum, zip(*processes.fetch(sums), strict=True))
     return float(loss / weight)
-
-
-def _abstract(params):
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-    params,
-  )

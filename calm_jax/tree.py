@@ -8,7 +8,7 @@ anything else with a shape and a dtype. A leaf's name is its path joined by
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,16 +117,21 @@ def count(tree: Tree) -> int:
   return sum(math.prod(x.shape) for x in flatten(tree).values())
 
 
-def fingerprint(tree: Tree) -> str:
+def fingerprint(tree: Tree, fetch: Callable = np.asarray) -> str:
   """Returns the sha256 (hex) of names, shapes, dtypes and bytes.
 
   Independent of the order of keys and of where the arrays live. Leaves are
   fetched to the host one at a time, so that a tree larger than the host's
-  memory can be hashed; each must be addressable by this process.
+  memory can be hashed.
+
+  Args:
+    tree: nested dict of arrays.
+    fetch: gives the whole of a leaf as a numpy array; one that this process
+      does not hold all of needs another than the default.
   """
   digest = hashlib.sha256()
   for name, leaf in sorted(flatten(tree).items()):
-    array = np.ascontiguousarray(np.asarray(leaf))
+    array = np.ascontiguousarray(fetch(leaf))
     # Not dtype.str: it is "<V2" for bfloat16 and for any 2-byte record.
     header = f"{name}\0{leaf.shape}\0{array.dtype.name}\0"
     digest.update(header.encode())

@@ -4,6 +4,30 @@ from ml_collections import ConfigDict
 
 from calm_jax.errors import InputError
 
+_ROWS = ("data", "fsdp")
+# Regexes over names to axes of the last dimensions; the first that matches
+# holds. What writes into a wide state is cut along it by `tensor`, what reads
+# it along its input, so that the two meet without communication.
+SHARDING = (
+  (r"states", (_ROWS, "sequence", None)),
+  (r"batch/.*", (_ROWS, "sequence")),
+  (r"cache/.*/(key|value)", (_ROWS, "tensor", None, None)),
+  (r"cache/.*/segments", (_ROWS, None)),
+  (r".*norm/\w+|.*/bias", ()),
+  (r".*/embedding", ("tensor", "fsdp")),
+  (r".*/position_embedding", (None, "fsdp")),
+  (r".*/router/kernel", ("fsdp", None)),
+  (r".*/projection/kernel", ("fsdp", None)),
+  # Queries, keys, values and the wide side of MLPs, each expert's too; of
+  # connections; the head.
+  (r".*/(query|key|value|gate|up|head)/kernel", ("fsdp", "tensor")),
+  (r".*/(output|down)/kernel", ("tensor", "fsdp")),
+  (r".*/(query|key|value|gate|up)/lora_a", ("fsdp", None)),
+  (r".*/(query|key|value|gate|up)/lora_b", (None, "tensor")),
+  (r".*/(output|down)/lora_a", ("tensor", None)),
+  (r".*/(output|down)/lora_b", (None, "fsdp")),
+)
+
 
 def model(**changes) -> ConfigDict:
   """A decoder trained from scratch; see calm_jax.models.config."""
@@ -132,6 +156,15 @@ def get_config() -> ConfigDict:
   # Layers compiled out per step of the scan; more is faster on a CPU for
   # small models, and compiles for longer.
   config.unroll = 1
+  # Devices along each axis of the mesh; -1, on one axis, for what is left. All
+  # 1: one device, without a mesh. See calm_jax.sharding.
+  config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1})
+  config.sharding = SHARDING
+  # Regexes of leaves that every device holds whole, whatever the rules above
+  # say, such as "augmenting/.*".
+  config.replicated = ()
+  # Whether this is one of several processes; see calm_jax.processes.
+  config.distributed = False
   # Folders or hub ids; empty: trained from scratch in a stage.
   config.anchor = ""
   config.augmenting = ""

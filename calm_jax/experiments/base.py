@@ -14,14 +14,21 @@ class Experiment(Protocol):
 
   tokenizer: Tokenizer
 
-  def source(self, stage: Stage, model: LanguageModel, seed: int):
+  def source(
+    self,
+    stage: Stage,
+    model: LanguageModel,
+    seed: int,
+    share: tuple[int, int] = (0, 1),
+  ):
     """Random access to the training batches of a stage.
 
-    `model` is what the stage trains, for its tokenizers.
+    `model` is what the stage trains, for its tokenizers; `share` is what this
+    process takes of each batch's rows: (index, of how many).
     """
 
   def eval_batches(self, stage: Stage, model: LanguageModel) -> list:
-    """Held-out batches of a stage; may be empty."""
+    """Held-out batches of a stage, all of their rows; may be empty."""
 
   def evaluate(
     self, models: dict[str, LanguageModel], data: dict, prefix: str = ""

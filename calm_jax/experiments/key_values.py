@@ -73,7 +73,13 @@ class KeyValues:
     for split in SPLITS:
       self._expressions(split)  # Raises now what it would after training.
 
-  def source(self, stage: Stage, model: LanguageModel, seed: int):
+  def source(
+    self,
+    stage: Stage,
+    model: LanguageModel,
+    seed: int,
+    share: tuple[int, int] = (0, 1),
+  ):
     """An endless mixture of the stage's tasks; see ArithmeticSource."""
     del model
     settings = {
@@ -88,6 +94,8 @@ class KeyValues:
       seed=seed,
       batch_size=stage.batch_size,
       length=stage.length,
+      process_index=share[0],
+      process_count=share[1],
       **settings,
     )
 

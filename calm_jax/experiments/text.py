@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from calm_jax import trainer
+from calm_jax import processes, trainer
 from calm_jax.alignment import ChunkEncoder
 from calm_jax.data import pipeline
 from calm_jax.data.sources import (
@@ -142,7 +142,13 @@ class Text:
       self._examples[name] = read_source(self.sources[name], print)
     return self._examples[name]
 
-  def source(self, stage: trainer.Stage, model: LanguageModel, seed: int):
+  def source(
+    self,
+    stage: trainer.Stage,
+    model: LanguageModel,
+    seed: int,
+    share: tuple[int, int] = (0, 1),
+  ):
     """Shuffled rows of the stage's "mixture": {source: weight, fraction}.
 
     Languages share the weight of an entry that is of each language.
@@ -158,6 +164,8 @@ class Text:
       pack=data["pack"],
       too_long=data["too_long"],
       seed=seed,
+      process_index=share[0],
+      process_count=share[1],
       **self._reading(model),
       **_shape(stage),
     )
@@ -259,7 +267,7 @@ class Text:
     )
     sums: dict[str, np.ndarray] = {}
     for i in range(len(source)):
-      nats_B, tokens_B = jax.device_get(
+      nats_B, tokens_B = processes.fetch(
         score(model.tree, model.spec, source[i])
       )
       rows = zip(source.row_origins(i), nats_B, tokens_B, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from calm_jax.errors import InputError
 from calm_jax.models.rope import Rope
@@ -70,6 +71,9 @@ class ModelConfig:
       at least.
     unroll: layers compiled out per step of the scan over layers; more is
       faster for small models on a CPU, and compiles for longer.
+    place: says where arrays lie while several devices compute: `weight(name,
+      array)` of a layer, `states(array)` [B, L, D] between layers and
+      `cache(tree)`, each of which returns what it is given. None on one device.
 
   Raises:
     InputError: values that contradict each other.
@@ -113,6 +117,8 @@ class ModelConfig:
   tie_embeddings: bool = False
   dtype: str = "float32"
   unroll: int = 1
+  # Changes no number, so it is no part of what a run is told by.
+  place: Any = dataclasses.field(default=None, repr=False)
 
   def __post_init__(self):
     for field in dataclasses.fields(self):

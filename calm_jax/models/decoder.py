@@ -174,7 +174,7 @@ def embed(
   if config.learned_positions:
     table_PD = embed["position_embedding"].astype(config.dtype)
     x_BLD = x_BLD + jnp.take(table_PD, positions_BL, axis=0, mode="fill")
-  return x_BLD
+  return x_BLD if config.place is None else config.place.states(x_BLD)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -223,8 +223,12 @@ def run_layers(
     x, cache = carry
     layer, weights = scanned
     if weights is None:
-      weights = _of_layer(params["layers"], layer)
+      weights = _of_layer(config, params["layers"], layer)
+    else:
+      weights = _placed(config, weights)
     y = Block(config).apply({"params": weights}, x, context, cache, layer)
+    if config.place is not None:
+      y = config.place.states(y[0]), y[1]
     return y, None
 
   if whole:
@@ -249,13 +253,28 @@ def run_layers(
   return x_BLD, cache
 
 
-def _of_layer(layers: dict, layer: Array) -> dict:
+def _of_layer(config: ModelConfig, layers: dict, layer: Array) -> dict:
   """A layer's weights; experts stay stacked, `MoE` picks those it needs."""
 
   def one(path, p):
-    return p if any(key.key == "experts" for key in path) else p[layer]
+    if any(key.key == "experts" for key in path):
+      return p
+    return _placed_weight(config, path, p[layer])
 
   return jax.tree_util.tree_map_with_path(one, layers)
+
+
+def _placed(config: ModelConfig, weights: dict) -> dict:
+  return jax.tree_util.tree_map_with_path(
+    lambda path, p: _placed_weight(config, path, p), weights
+  )
+
+
+def _placed_weight(config: ModelConfig, path, weight: Array) -> Array:
+  if config.place is None:
+    return weight
+  name = jax.tree_util.keystr(path, simple=True, separator="/")
+  return config.place.weight(f"layers/{name}", weight)
 
 
 def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:

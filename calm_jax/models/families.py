@@ -141,7 +141,9 @@ def to_hf(config: ModelConfig, dtype: str) -> Json:
     "pad_token_id": None,
   }
   back = from_hf(hf)
-  kept = dataclasses.replace(config, dtype=back.dtype, unroll=back.unroll)
+  kept = dataclasses.replace(
+    config, dtype=back.dtype, unroll=back.unroll, place=back.place
+  )
   if back != kept:
     differ = [
       f"{f.name}={getattr(kept, f.name)!r}"

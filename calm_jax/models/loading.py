@@ -297,7 +297,7 @@ def save_params(
 
   Args:
     folder: is created; must not hold a checkpoint yet.
-    config: the architecture; `dtype` and `unroll` are not kept.
+    config: the architecture; `dtype`, `unroll` and `place` are not kept.
     params: the tree of `decoder.param_shapes(config)`, of one dtype.
     config_json: the config.json to write, whose family says how the tensors
       are called; a Llama's made from `config` if None.
@@ -353,6 +353,7 @@ def _check_same_config(
     families.from_hf(dict(config_json)),
     dtype=config.dtype,
     unroll=config.unroll,
+    place=config.place,
   )
   if says != config:
     raise InputError(

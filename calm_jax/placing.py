@@ -1,0 +1,59 @@
+"""Models on a mesh: the parts of the tree, and what each is told of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from calm_jax import tree
+from calm_jax.connections import Composition
+from calm_jax.language_model import LanguageModel
+from calm_jax.sharding import Layout
+
+
+def place(model: LanguageModel, layout: Layout | None) -> LanguageModel:
+  """The model with its parameters where a layout says; as it is for None.
+
+  A single model is placed as an anchor. It generates and scores as before; on
+  several processes all of them call it together, and with the same arguments.
+  """
+  if layout is None:
+    return model
+  spec = configure(model.spec, lambda part: {"place": layout.at(f"{part}/")})
+  params = layout.place(model.tree)
+  if not model.is_composed:
+    params = params["anchor"]
+  return dataclasses.replace(model, spec=spec, params=params)
+
+
+def shardings(layout: Layout | None, part: str) -> Callable | None:
+  """What `opening.load_model` is told of a model; None without a layout.
+
+  Args:
+    layout: of the whole tree.
+    part: which the model is, "anchor" or "augmenting/<name>".
+  """
+  if layout is None:
+    return None
+
+  def of_shapes(shapes):
+    whole = {f"{part}/{n}": leaf for n, leaf in tree.flatten(shapes).items()}
+    placed = tree.flatten(layout.shardings(tree.unflatten(whole)))
+    return tree.unflatten({n[len(part) + 1 :]: s for n, s in placed.items()})
+
+  return of_shapes
+
+
+def configure(spec: Composition, changes: Callable[[str], dict]) -> Composition:
+  """The composition with the fields of changes(part) in each model's config."""
+
+  def one(part, config):
+    return dataclasses.replace(config, **changes(part))
+
+  return Composition(
+    one("anchor", spec.anchor),
+    tuple(
+      (n, dataclasses.replace(a, config=one(f"augmenting/{n}", a.config)))
+      for n, a in spec.augmenting
+    ),
+  )

@@ -1,0 +1,265 @@
+"""Trains and generates on meshes of simulated devices, for test_mesh.
+
+  python tests/mesh_driver.py FOLDER '{"name": ["run", {"axes": ...}], ...}'
+
+FOLDER gets, by name, a folder with what `run` and the like leave.
+The devices are those of XLA_FLAGS; with JAX_COORDINATOR_ADDRESS and its like,
+of several processes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from calm_jax import (
+  composing,
+  decode,
+  mesh,
+  opening,
+  optim,
+  placing,
+  processes,
+  sharding,
+  train,
+  trainer,
+  tree,
+)
+from calm_jax.connections import Composition
+from calm_jax.data import packing
+from calm_jax.language_model import LanguageModel
+from calm_jax.metrics import read_metrics
+from calm_jax.models import decoder, loading
+from calm_jax.sampling import Sampler
+from configs import common, kv
+
+STEPS, ROWS, LENGTH, VOCABULARY = 20, 16, 12, 61
+PROMPTS = [[7], [3, 1, 4, 1, 5, 9, 2, 6], [60, 2], [5, 5, 5, 8, 9]]
+
+
+class Source:
+  """Packed random rows, of which `share` are this process's."""
+
+  fingerprint = "mesh"
+
+  def __init__(self, share=(0, 1), broken: int | None = None):
+    self.rows, self.broken = packing.host_rows(ROWS, *share), broken
+
+  def __len__(self) -> int:
+    return 1000
+
+  def __getitem__(self, index: int) -> packing.Batch:
+    if index == self.broken:
+      raise OSError(f"no batch {index}")
+    random = np.random.default_rng(index)
+    lengths = random.integers(2, LENGTH // 2 + 1, 2 * ROWS)
+    rows = np.repeat(np.arange(ROWS), 2)
+    batch = packing.assemble(
+      random.integers(0, VOCABULARY, lengths.sum()),
+      lengths,
+      random.integers(1, lengths),
+      rows,
+      packing.row_offsets(lengths, rows),
+      batch_size=ROWS,
+      length=LENGTH,
+    )
+    return {name: array[self.rows] for name, array in batch.items()}
+
+  def describe(self, index: int) -> str:
+    return f"batch {index}"
+
+
+def stage(**changes) -> trainer.Stage:
+  return trainer.Stage(
+    **common.stage(
+      data={}, steps=STEPS, batch_size=ROWS, length=LENGTH, warmup=2,
+      log_every=1, eval_every=20, checkpoint_every=20, learning_rate=1e-2,
+      # Adam makes steps of full size of rounding errors, where eps lets it.
+      eps=1e-4,
+    ).to_dict()
+    | changes
+  )  # fmt: skip
+
+
+def layout_of(axes: dict) -> sharding.Layout | None:
+  made = mesh.make_mesh(common.get_config().mesh.to_dict() | axes)
+  return made and sharding.Layout(made, common.SHARDING)
+
+
+def compose() -> tuple[Composition, dict]:
+  """Widths of 32 and 24, MLPs of 40, 61 tokens, three heads or four."""
+  return helpers.compose(connections=((2, 2),))
+
+
+def run(
+  folder: Path, axes: dict, broken=None, generates=False, **changes
+) -> None:
+  """A stage, and a few texts: metrics, "trained.npz" and "texts.json"."""
+  layout = layout_of(axes)
+  model = placing.place(LanguageModel(*compose()), layout)
+  asked = stage(**changes)
+  share = layout.share(ROWS, asked.accumulate) if layout else (0, 1)
+  try:
+    params, _ = trainer.run_stage(
+      "compose", asked, model.spec, model.params, Source(share, broken),
+      [Source()[900]], folder, origins={}, seed=0, layout=layout,
+    )  # fmt: skip
+  except OSError:
+    return
+  trained, _ = tree.partition(params, tree.mask(params, asked.trainable))
+  trained = processes.fetch(tree.flatten(trained))
+  if jax.process_index() == 0:
+    np.savez(folder / "trained.npz", **trained)
+  if generates:
+    texts = decode.generate(
+      params, model.spec, PROMPTS, max_new_tokens=24,
+      sampler=Sampler(temperature=1.0), seeds=range(len(PROMPTS)),
+    )  # fmt: skip
+    if jax.process_index() == 0:
+      (folder / "texts.json").write_text(json.dumps(texts))
+
+
+def memory(folder: Path, axes: dict) -> None:
+  """What a compiled step is given and gathers: "memory.json"."""
+  layout = layout_of(axes)
+  shape = {"width": 64, "mlp_width": 136, "tie_embeddings": True}
+  anchor = helpers.model(1, num_layers=7, **shape)[0]
+  other = helpers.model(2, num_layers=5, **shape)[0]
+  model = composing.untrained(
+    LanguageModel(Composition(anchor), decoder.param_shapes(anchor)),
+    {"kv": LanguageModel(Composition(other), decoder.param_shapes(other))},
+    ((2, 3), (5, 5)),
+  )
+  spec = placing.configure(
+    model.spec, lambda part: {"place": layout.at(f"{part}/")}
+  )
+  asked = stage()
+  mask = tree.mask(model.params, asked.trainable)
+  rate = optim.schedule("constant", 1e-3, 10, 0, 0.0)
+  tx = optim.optimizer(
+    mask, rate, b1=0.9, b2=0.9, eps=1e-8, weight_decay=0.1, decay="kernel",
+    clip=1.0,
+  )  # fmt: skip
+  trainable, frozen = tree.partition(model.params, mask)
+  state = {
+    "trainable": trainable,
+    "opt_state": jax.eval_shape(tx.init, model.params),
+    "step": jax.ShapeDtypeStruct((), jnp.int32),
+    "rng": jax.eval_shape(lambda: jax.random.key(0)),
+  }
+
+  def at(shapes, places):
+    return jax.tree.map(
+      lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p),
+      shapes,
+      places,
+    )
+
+  state = at(state, layout.following(state))
+  frozen = at(frozen, layout.shardings(frozen))
+  batch = layout.batch(Source()[0], ROWS)
+  step = trainer.make_step(spec, "composed", tx, rate, 1, layout)
+  compiled = step.lower(state, frozen, batch).compile()
+  # No step needs m_A's last norm, nor this one where prompts end: they are no
+  # arguments of the program.
+  del batch["prompt_ends"]
+  used = {
+    name: leaf
+    for name, leaf in tree.flatten(frozen).items()
+    if name != "augmenting/kv/final_norm/scale"
+  }
+  found = {
+    "arguments": compiled.memory_analysis().argument_size_in_bytes,
+    "beside": sum(map(_bytes_here, jax.tree.leaves((state, batch)))),
+    "frozen": sum(leaf.size * 4 for leaf in used.values()),
+    "stacks": {
+      name: list(leaf.shape)
+      for name, leaf in used.items()
+      if "/layers/" in name
+    },
+    "gathered": [
+      [int(n) for n in shape.split(",")]
+      for line in compiled.as_text().splitlines()
+      if " all-gather" in line
+      for shape in re.findall(r"\w\[([\d,]+)\]", line.split(" all-gather")[0])
+    ],
+  }
+  (folder / "memory.json").write_text(json.dumps(found))
+
+
+def _bytes_here(leaf) -> int:
+  """Of one device; a typed key is two numbers."""
+  size = math.prod(leaf.sharding.shard_shape(leaf.shape))
+  is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  return size * (8 if is_key else leaf.dtype.itemsize)
+
+
+def load(folder: Path, axes: dict) -> None:
+  """A checkpoint is read in pieces, and is the same model."""
+  layout = layout_of(axes)
+  config, params = helpers.model(1, num_layers=2)
+  loading.save_params(folder / "model", config, params)
+  whole, cut = (
+    opening.load_model(
+      str(folder / "model"), shardings=placing.shardings(of, "anchor")
+    )
+    for of in (None, layout)
+  )
+  places = layout.shardings({"anchor": cut.params})["anchor"]
+  placed = placing.place(cut, layout)
+  for name, leaf in tree.flatten(cut.params).items():
+    assert leaf.sharding == tree.flatten(places)[name], name
+    assert tree.flatten(placed.params)[name] is leaf
+  tokens = np.arange(12).reshape(2, 6)
+  np.testing.assert_allclose(
+    processes.fetch(placed.logits(tokens)), whole.logits(tokens), atol=1e-5
+  )
+
+
+def command(folder: Path, axes: dict) -> None:
+  """The whole training command: one stage of two steps, and its report."""
+  config = kv.get_config("tiny")
+  config.workdir = str(folder)
+  config.recipe, config.alternatives = ("compose",), ()
+  config.distributed = jax.distributed.is_initialized()
+  config.mesh.update(axes)
+  config.task.update(num_keys=80, num_examples=8)
+  for side in ("anchor", "augmenting"):
+    config[f"{side}_model"].update(
+      width=8, num_heads=2, num_kv_heads=1, mlp_width=8
+    )
+  config.stages.compose.update(
+    steps=2, warmup=1, log_every=1, eval_every=2, checkpoint_every=2
+  )
+  train.main(config)
+
+
+def results(folder: Path) -> tuple[list[float], dict]:
+  """(losses, what was trained) of a run."""
+  lines = read_metrics(folder)
+  losses = [r[k] for k in ("loss", "eval_loss") for r in lines if k in r]
+  with np.load(folder / "trained.npz") as trained:
+    return losses, dict(trained)
+
+
+def main() -> None:
+  folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
+  if "JAX_COORDINATOR_ADDRESS" in os.environ:
+    processes.start()
+  for name, (kind, asked) in jobs.items():
+    (folder / name).mkdir(exist_ok=True)
+    kinds = {"run": run, "memory": memory, "load": load, "command": command}
+    kinds[kind](folder / name, **asked)
+
+
+if __name__ == "__main__":
+  main()
