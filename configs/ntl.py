@@ -176,7 +176,7 @@ def _tiny(config: ConfigDict) -> None:
     trainable=("anchor/.*",),
     data=common.mixture({"eng": 0.7, "gsm8k": 0.3}, watch=("eng_Latn",)),
   )
-  for name, steps in (("augmenting", 250), ("anchor", 450), ("compose", 1000)):
+  for name, steps in (("augmenting", 160), ("anchor", 450), ("compose", 1000)):
     stage = config.stages[name]
     stage.data.too_long = "drop"
     stage.update(steps=steps, batch_size=8, length=256, learning_rate=2e-3)

@@ -93,6 +93,8 @@ CASES = {
   "causal": {"names": ("kv",)},
   "encoder": {"names": ("kv",), "visibility": "encoder"},
   "noise": {"names": ("kv",), "control": "noise"},
+  "positions": {"names": ("kv",), "positions": "rope"},
+  "own and positions": {"names": ("kv",), "own": ("kv",), "positions": "rope"},
   "two models": {"names": ("kv", "code")},
   "own tokenizer": {"names": ("kv",), "own": ("kv",)},
   "own and encoder": {
