@@ -93,7 +93,7 @@ def _loaded(config):
 
 
 def _allow_code_execution(config) -> None:
-  if "allow_code_execution" not in config.task:
+  if "task" not in config or "allow_code_execution" not in config.task:
     raise InputError("--allow_code_execution: this experiment runs no code")
   config.task.allow_code_execution = True
 

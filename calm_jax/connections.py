@@ -38,7 +38,8 @@ class Augmenting:
       none.
     positions: what the cross-attention knows of them: "none", as in the paper,
       or "rope": queries and keys turn by how many tokens of the augmenting
-      model lie between a key and the newest that the query sees.
+      model lie between a key and the newest that the query sees (if unmasked,
+      in training, the last of the text).
     output_init: W^O at the start: "zeros" (the composed model starts as the
       anchor exactly) or "normal".
     control: what is done to its states before the anchor attends to them, in

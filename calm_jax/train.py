@@ -234,6 +234,25 @@ def _check(settings: dict[str, Any]) -> None:
         f"there is no stage {name!r}; there are {list(settings['stages'])}"
       )
 
+  _check_models(settings)
+
+
+def _check_models(settings: dict[str, Any]) -> None:
+  """A model is loaded or trained; one that was forgotten is not made up."""
+  trained = {settings["stages"][n]["model"] for n in settings["recipe"]}
+  if settings["random_augmenting"]:
+    trained.add(f"augmenting/{settings['augmenting_name']}")
+  for side, part in (
+    ("anchor", "anchor"),
+    ("augmenting", f"augmenting/{settings['augmenting_name']}"),
+  ):
+    composed = settings["stages"][settings["recipe"][-1]]["model"] == "composed"
+    needed = composed or side == "anchor"
+    if needed and not settings[side] and part not in trained:
+      raise InputError(
+        f"no {side} model: give --config.{side}= a folder or a hub id"
+      )
+
 
 def _with_lora(params: dict, settings) -> tuple[dict, int]:
   """The tree with LoRA on the anchor if asked for, and its rank."""

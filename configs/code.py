@@ -1,6 +1,6 @@
 """Code (§4.3, Table 4): D_Code, HumanEval, MBPP, CodeXGLUE code-to-text.
 
-configs/code.py        a 7 B anchor and a 0.5 B code model of its family from
+configs/code.py        a 1.5 B anchor and a 0.5 B code model of its family from
                        the hub, for a v5e-8 or one GPU of 80 GB
 configs/code.py:tiny   the same recipe with two tiny models on two CPU cores, on
                        the material in the folder CALM_SHARED
@@ -8,7 +8,8 @@ configs/code.py:lora   and every other name of configs/common.py's KINDS; also
                        with a size: configs/code.py:tiny,lora
 
 Runs what the models write, in a sandbox: say --allow_code_execution, or leave
-those evaluations out with --config.task.skip_evals="('mbpp','humaneval')".
+those evaluations out with --config.task.skip_evals="('mbpp','humaneval')", of
+:tiny "('mbpp',)".
 
 --config.data_dir is a folder with
 
@@ -36,8 +37,9 @@ def get_config(variant: str = "full") -> ConfigDict:
   config.experiment = "text"
   config.workdir = "runs/code"
   config.dtype = "bfloat16"
-  # Apache 2.0, one tokenizer.
-  config.anchor = "Qwen/Qwen2.5-7B"
+  # Apache 2.0, of one tokenizer and one vocabulary size; the 7 B model's
+  # differs, and its tokens would be aligned by the text.
+  config.anchor = "Qwen/Qwen2.5-1.5B"
   config.augmenting = "Qwen/Qwen2.5-Coder-0.5B"
   config.augmenting_name = "code"
   config.data_dir = "data"

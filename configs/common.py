@@ -90,7 +90,8 @@ def text_task(**changes) -> ConfigDict:
       "num_samples": 0,
       "sample_tokens": 200,
       "prompt_tokens": 1024,
-      "eval_batch_size": 16,
+      # Rows of a batch, in generation too.
+      "eval_batch_size": 32,
       "eval_length": 256,
     }
     | changes

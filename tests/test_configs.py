@@ -17,7 +17,7 @@ from calm_jax.connections import CONTROLS, Composition
 from calm_jax.data import arithmetic
 from calm_jax.data.sources import Source
 from calm_jax.errors import InputError
-from calm_jax.evals import suite
+from calm_jax.evals import tasks
 from calm_jax.experiments.key_values import KeyValueTask
 from calm_jax.experiments.text import TextTask
 from calm_jax.language_model import LanguageModel
@@ -50,7 +50,9 @@ def shapes(settings) -> tuple[Composition, dict]:
   tokenizer = types.SimpleNamespace(vocab_size=26_000, fingerprint="")
   loaded = {}
   if settings["experiment"] == "text":
-    layers = max(4, settings["composition"]["num_connections"])
+    joint = settings["composition"]
+    ends = [layer for pair in joint["connections"] for layer in pair[:1]]
+    layers = max(4, joint["num_connections"], *ends)
     config, params = helpers.model(1, num_layers=layers)
     tokenizer.vocab_size = config.vocab_size
     model = LanguageModel(Composition(config), params, tokenizer)
@@ -184,9 +186,9 @@ def test_the_folder_of_the_data_is_named_once(file):
     Source(**entry)
   for entry in task.evals.values():
     given = {k: v for k, v in entry.items() if k != "kind"}
-    if entry["kind"] in suite.RUN_CODE:
+    if entry["kind"] in tasks.RUN_CODE:
       given["allow_code_execution"] = True
-    inspect.signature(suite.KINDS[entry["kind"]]).bind(**given)
+    inspect.signature(tasks.KINDS[entry["kind"]]).bind(**given)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,11 @@ def test_stages_learn_from_sources_that_are_there(file, variant):
     assert {*data["watch"]} <= task["held_out"].keys()
   fraction = {"ntl": 0.05, "code": 0.07}[file]  # the paper's
   composed = settings["stages"]["compose"]["data"]["mixture"]
-  assert {part["fraction"] for part in composed.values()} == {fraction}
+  assert {
+    part["fraction"]
+    for name, part in composed.items()
+    if name not in ("eng", "gsm8k")  # high-resource text
+  } == {fraction}
 
 
 @pytest.mark.parametrize("kind", common.KINDS)

@@ -69,6 +69,7 @@ def mbpp(
   *,
   allow_code_execution: bool,
   task_ids: Sequence[int] = MBPP_TEST,
+  fits: Callable[[str], bool] | None = None,
   **options,
 ) -> Outcome:
   """pass@1 on MBPP, with task_ids 2, 3 and 4 as the three shots.
@@ -78,6 +79,8 @@ def mbpp(
     generate: the model, greedy; it may stop at `MBPP_STOP`.
     allow_code_execution: see `sandbox.run`.
     task_ids: the problems to solve; by default the 500 of the test split.
+    fits: whether a prompt is short enough; while it is not, the first of its
+      shots is left out.
     **options: `limits` and `workers` of `sandbox.run`.
 
   Raises:
@@ -87,16 +90,27 @@ def mbpp(
   if missing:
     raise InputError(f"MBPP problems are missing: {sorted(missing)[:5]}")
   chosen = [problems[task_id] for task_id in task_ids]
-  prompts = mbpp_prompts(chosen, [problems[shot] for shot in MBPP_SHOTS])
+  shots = [problems[shot] for shot in MBPP_SHOTS]
+  # Of each problem with all shots, with one less, and so on to none.
+  fewer = [mbpp_prompts(chosen, shots[n:]) for n in range(len(shots) + 1)]
+  prompts, used = [], []
+  for several in zip(*fewer, strict=True):
+    left_out = 0
+    while fits and left_out < len(shots) and not fits(several[left_out]):
+      left_out += 1
+    prompts.append(several[left_out])
+    used.append(len(shots) - left_out)
 
   def program(problem: dict[str, Any], completion: str) -> Program:
     # The set-up uses names of the program: it comes after it.
     tests = [problem["test_setup_code"], *problem["test_list"]]
     return Program(extract_code(completion), "\n".join(tests))
 
-  return _pass_at_1(
+  outcome = _pass_at_1(
     chosen, prompts, generate, program, allow_code_execution, options
   )
+  mean = sum(used) / len(used)
+  return Outcome(outcome.metrics | {"shots": mean}, outcome.rows)
 
 
 def humaneval(

@@ -43,6 +43,8 @@ def expand(
 def _fill(value: Any, code: str) -> Any:
   if isinstance(value, Mapping):
     return {k: _fill(v, code) for k, v in value.items()}
+  if isinstance(value, (tuple, list)):
+    return type(value)(_fill(v, code) for v in value)
   if not isinstance(value, str):
     return value
   value = value.replace(LANGUAGE, code)

@@ -24,7 +24,7 @@ from calm_jax.data.sources import (
   take_fraction,
 )
 from calm_jax.errors import InputError
-from calm_jax.evals import suite
+from calm_jax.evals import suite, tasks
 from calm_jax.evals.base import write_rows
 from calm_jax.evals.perplexity import perplexity
 from calm_jax.experiments.languages import expand
@@ -47,7 +47,7 @@ class TextTask:
     sources: by name, arguments of `data.sources.Source`.
     held_out: the same, of text to measure. A source with an empty path is
       left out.
-    evals: by name, see `evals.suite.make`.
+    evals: by name, see `evals.tasks.make`.
     skip_evals: names or patterns, such as mgsm_*, of those to leave out.
     allow_code_execution: whether what models write is run, in a sandbox.
     num_samples: texts to sample from an anchor that is loaded, for held-out
@@ -107,9 +107,14 @@ class Text:
         "an anchor that is trained here cannot be sampled before: give "
         f"held_out.{ANCHOR_DOMAIN} a path, or num_samples=0"
       )
+    if sampled and self.tokenizer.bos_id is None:
+      raise InputError(
+        "the anchor has no BOS token to sample texts from: give held_out."
+        f"{ANCHOR_DOMAIN} a path (--config.anchor_eval_data=), or num_samples=0"
+      )
     self.evals = self._evaluations()
 
-  def _evaluations(self) -> dict[str, suite.Evaluation]:
+  def _evaluations(self) -> dict[str, tasks.Evaluation]:
     task = self.task
     wanted = expand(task.evals, task.languages)
     left_out = {
@@ -122,10 +127,10 @@ class Text:
       if any(name in names for names in left_out.values()):
         print(f"evaluation {name} is left out, as skip_evals asks", flush=True)
         continue
-      if settings["kind"] in suite.RUN_CODE:
+      if settings.get("kind") in tasks.RUN_CODE:
         allowed = {"allow_code_execution": task.allow_code_execution}
         settings = settings | allowed
-      found[name] = suite.make(settings)
+      found[name] = tasks.make(settings)
     return found
 
   def _read(self, name: str) -> list[TextExample]:
@@ -157,6 +162,8 @@ class Text:
     for entry, part in data["mixture"].items():
       names = list(expand({entry: None}, task.languages))
       for name in names:
+        if name in parts:
+          raise InputError(f"source {name!r} is in the mixture twice")
         examples = take_fraction(self._read(name), part["fraction"], task.seed)
         parts[name] = examples, part["weight"] / len(names)
     source = pipeline.mix(
@@ -174,12 +181,15 @@ class Text:
 
   def eval_batches(self, stage: trainer.Stage, model: LanguageModel) -> list:
     """The held-out sets that the stage's data "watch"; all if it names none."""
-    names = stage.data["watch"] or tuple(self.held_out)
-    examples = [
-      example
-      for name in expand(dict.fromkeys(names), self.task.languages)
-      for example in self.held_out[name]
-    ]
+    watched = stage.data["watch"] or tuple(self.held_out)
+    names = expand(dict.fromkeys(watched), self.task.languages)
+    if missing := [name for name in names if name not in self.held_out]:
+      raise InputError(
+        f"watch has {missing}, which are no held-out sets with a path; there "
+        f"are {list(self.held_out)}; for configs/compose.py, "
+        "--config.eval_data= a jsonl or txt file"
+      )
+    examples = [e for name in names for e in self.held_out[name]]
     return list(
       pipeline.eval_batches(
         examples, pack=True, **self._reading(model), **_shape(stage)
@@ -209,7 +219,9 @@ class Text:
     entries = {}
     for name, evaluation in self.evals.items():
       print(f"evaluating {name}", flush=True)
-      entries[name], rows = suite.run(evaluation, models, self._fits)
+      entries[name], rows = suite.run(
+        evaluation, models, self._fits, self.task.eval_batch_size
+      )
       for column, predictions in rows.items():
         file = f"{prefix}{name}.{column}.jsonl"
         write_rows(self.workdir / "predictions" / file, predictions)

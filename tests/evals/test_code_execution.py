@@ -118,7 +118,7 @@ def test_mbpp_counts_the_programs_that_pass():
     PROBLEMS, generate, allow_code_execution=True, task_ids=[12, 11]
   )
   assert asked[0] == PROMPT
-  assert outcome.metrics == {"pass@1": 50.0}
+  assert outcome.metrics == {"pass@1": 50.0, "shots": 3.0}
   good, bad = outcome.rows
   assert (good["task_id"], good["correct"], good["verdict"]) == (
     12, True, "passed",
@@ -128,6 +128,26 @@ def test_mbpp_counts_the_programs_that_pass():
   assert (bad["correct"], bad["verdict"], bad["detail"]) == (
     False, "failed", "AssertionError in: assert eleven() == 11",
   )  # fmt: skip
+
+
+def test_shots_that_do_not_fit_are_left_out():
+  asked = []
+
+  def generate(prompts):
+    asked.extend(prompts)
+    return [""] * len(prompts)
+
+  outcome = mbpp(
+    PROBLEMS,
+    generate,
+    allow_code_execution=True,
+    task_ids=[12, 11],
+    fits=lambda prompt: prompt.count("[BEGIN]") <= 2,
+  )
+  assert outcome.metrics["shots"] == 1.0
+  # The last shot and the question.
+  assert PROMPT.endswith(asked[0])
+  assert [prompt.count("[DONE]") for prompt in asked] == [1, 1]
 
 
 def test_nothing_is_generated_where_nothing_may_be_run():

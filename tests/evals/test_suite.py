@@ -8,7 +8,7 @@ import pytest
 from eval_data import folder
 
 from calm_jax.errors import InputError
-from calm_jax.evals import chrf, suite
+from calm_jax.evals import chrf, suite, tasks
 from calm_jax.evals.statistics import count_better
 
 ENGLISH = ["A house.", "We sing.", "Two cats.", "The sea is blue.", "Come in."]
@@ -21,8 +21,8 @@ class Writer:
   def __init__(self, answers):
     self.answers, self.prompts, self.stop = answers, [], None
 
-  def generate(self, prompts, max_new_tokens, *, stop):
-    assert max_new_tokens == 20
+  def generate(self, prompts, max_new_tokens, *, stop, batch_size):
+    assert (max_new_tokens, batch_size) == (20, 64)
     self.prompts, self.stop = prompts, stop
     return [
       f" {self.answers[p.rsplit(': ', 1)[-1].split(chr(10))[0]]}\nLigurian: x"
@@ -55,7 +55,7 @@ def models():
 
 
 def test_models_are_scored_and_compared_on_the_same_prompts(pairs):
-  evaluation, writers = suite.make(pairs), models()
+  evaluation, writers = tasks.make(pairs), models()
   assert evaluation.name == "seed-lij_latn"
   entry, rows = suite.run(evaluation, writers, whole)
   assert writers["anchor"].prompts == writers["composed"].prompts
@@ -86,21 +86,23 @@ def test_exemplars_are_left_out_before_a_prompt_is_cut(pairs):
   def short(prompt):
     return len(prompt) <= 80
 
-  evaluation = suite.make(pairs)
+  evaluation = tasks.make(pairs)
   entry, rows = suite.run(evaluation, models(), short)
   assert entry["prompts_cut"] == 0
   assert 0 < entry["shots"] < 2
   assert all(short(r["prompt"]) for r in rows["anchor"])
 
   class Any:
-    def generate(self, prompts, *_, stop):
-      del stop
+    def generate(self, prompts, *_, stop, batch_size):
+      del stop, batch_size
       assert prompts == [
         f"{o}\nEnglish:"[-15:] for o in OTHER[2:]
       ]  # the last characters that fit
       return prompts
 
-  entry, _ = suite.run(evaluation, {"anchor": Any()}, lambda p: len(p) <= 15)
+  entry, rows = suite.run(evaluation, {"anchor": Any()}, lambda p: len(p) <= 15)
+  # What the model was shown is kept.
+  assert {len(row["prompt"]) for row in rows["anchor"]} == {15}
   assert entry["prompts_cut"] == 3
   assert entry["shots"] == 0
   assert entry["against_anchor"] == {}
@@ -138,20 +140,20 @@ def test_averages_and_how_many_languages_are_better():
 )
 def test_what_is_wrong_with_an_evaluation(pairs, changes, said):
   with pytest.raises(InputError, match=said):
-    suite.make(pairs | changes)
+    tasks.make(pairs | changes)
 
 
 def test_files_that_do_not_pair(pairs, tmp_path):
   (tmp_path / "eng").write_text("One line.\n")
   with pytest.raises(InputError, match=r"5 lines and .* has 1"):
-    suite.make(pairs)
+    tasks.make(pairs)
 
 
-@pytest.mark.parametrize("kind", suite.RUN_CODE)
+@pytest.mark.parametrize("kind", tasks.RUN_CODE)
 def test_no_code_is_run_unless_it_is_allowed(kind):
   settings = {"kind": kind, "group": "x", "path": "nowhere"}
   with pytest.raises(InputError, match="--allow_code_execution"):
-    suite.make(settings | {"allow_code_execution": False})
+    tasks.make(settings | {"allow_code_execution": False})
 
 
 def test_references_are_all_right():
@@ -162,19 +164,19 @@ def test_references_are_all_right():
     "pool": str(folder("codexglue") / "code_to_text_ruby/test.jsonl"),
     "pool_rows": ":61", "rows": "61:", "limit": 100,
   }  # fmt: skip
-  evaluation = suite.make(settings)
+  evaluation = tasks.make(settings)
   outcome = evaluation.run(lambda prompts: [""] * len(prompts), lambda _: True)
   wanted = [row["completion"] for row in outcome.rows]
 
   class Perfect:
-    def generate(self, prompts, max_new_tokens, *, stop):
-      del prompts, max_new_tokens, stop
+    def generate(self, prompts, max_new_tokens, *, stop, batch_size):
+      del prompts, max_new_tokens, stop, batch_size
       return wanted
 
   entry, _ = suite.run(evaluation, {"anchor": Perfect()}, whole)
   assert entry["scores"]["anchor"]["value"] == pytest.approx(100.0)
   gsm8k = folder("gsm8k")
-  evaluation = suite.make({
+  evaluation = tasks.make({
     "kind": "maths", "group": "GSM8K", "path": str(gsm8k / "test.jsonl"),
     "pool": str(gsm8k / "train.jsonl"), "limit": 50,
   })  # fmt: skip
