@@ -157,6 +157,7 @@ def test_the_command_says_what_is_wrong_and_exits_with_2(tmp_path):
   done = run(
     "-m", "calm_jax.train", "--config=configs/compose.py",
     f"--config.workdir={tmp_path}", "--config.anchor=./nowhere",
+    "--config.augmenting=./nowhere",
   )  # fmt: skip
   assert done.returncode == 2
   assert done.stdout == ""
