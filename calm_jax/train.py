@@ -234,7 +234,8 @@ def _check(settings: dict[str, Any]) -> None:
         f"there is no stage {name!r}; there are {list(settings['stages'])}"
       )
 
-  _check_models(settings)
+  if settings["experiment"] == "text":
+    _check_models(settings)
 
 
 def _check_models(settings: dict[str, Any]) -> None:

@@ -80,10 +80,14 @@ def finished(tmp_path_factory):
     )
     for i in range(2)
   ]  # fmt: skip
-  mesh_driver.run(folder / "one", {}, generates=True)
-  mesh_driver.run(folder / "finetuned_on_one", {}, accumulate=2, **FINETUNED)
-  mesh_driver.command(folder / "command_on_one", {})
-  said = [child.communicate()[0] for child in children]
+  try:
+    mesh_driver.run(folder / "one", {}, generates=True)
+    mesh_driver.run(folder / "finetuned_on_one", {}, accumulate=2, **FINETUNED)
+    mesh_driver.command(folder / "command_on_one", {})
+    said = [child.communicate()[0] for child in children]
+  finally:
+    for child in children:
+      child.kill()  # Of those that have ended it does nothing.
   for child, text in zip(children, said, strict=True):
     assert child.returncode == 0, text[-5000:]
   return folder, said
