@@ -236,7 +236,7 @@ def test_all_reference_solutions_of_mbpp_pass():
     task_ids=tuple(problems),
   )
   assert [row for row in outcome.rows if not row["correct"]] == []
-  assert outcome.metrics == {"pass@1": 100.0}
+  assert outcome.metrics == {"pass@1": 100.0, "shots": 3.0}
 
 
 def test_the_test_split_has_500_problems_with_three_shots():
@@ -260,4 +260,4 @@ def test_an_answer_to_nothing_passes_nowhere():
     task_ids=range(11, 31),
   )
   assert [row["task_id"] for row in outcome.rows] == list(range(11, 31))
-  assert outcome.metrics == {"pass@1": 0.0}
+  assert outcome.metrics == {"pass@1": 0.0, "shots": 3.0}
