@@ -32,7 +32,7 @@ def run(
   evaluation: Evaluation,
   models: Mapping[str, Model],
   fits: Fits,
-  batch_size: int = 64,
+  batch_size: int,
 ) -> tuple[dict[str, Any], dict[str, Rows]]:
   """Evaluates models on the same prompts.
 

@@ -79,26 +79,66 @@ def make(settings: Mapping[str, Any]) -> Evaluation:
   if kind not in KINDS:
     raise InputError(f"evaluation kind {kind!r} is none of {list(KINDS)}")
   given = {k: v for k, v in settings.items() if k != "kind"}
-  try:
-    inspect.signature(KINDS[kind]).bind(**given)
-  except TypeError as error:
-    raise InputError(f"an evaluation of kind {kind!r}: {error}") from error
+  takes = _keywords(KINDS[kind])
+  unknown = sorted(given.keys() - takes.keys())
+  missing = [k for k, p in takes.items() if p.default is p.empty]
+  missing = [k for k in missing if k not in given]
+  if unknown or missing:
+    raise InputError(
+      f"an evaluation of kind {kind!r}: it does not take {unknown}, and lacks "
+      f"{missing}; it takes {list(takes)}"
+    )
   return KINDS[kind](**given)
+
+
+def _keywords(function: Callable) -> dict[str, inspect.Parameter]:
+  """What a kind takes; **options are those of `_few_shot`."""
+  own = inspect.signature(function).parameters
+  found = {k: p for k, p in own.items() if p.kind == p.KEYWORD_ONLY}
+  return _keywords(_few_shot) | found if "options" in own else found
+
+
+def _few_shot(
+  task: str,
+  evaluator: Callable[..., Outcome],
+  metric: str,
+  items: list,
+  pool: list,
+  *,
+  group: str,
+  shots: int,
+  max_new_tokens: int,
+  language: str = "",
+  limit: int = 0,
+  seed: int = 0,
+  prompt: str = "",
+) -> Evaluation:
+  """Of an evaluator that draws exemplars; its own prompt file if none."""
+  items, prompt = _first(items, limit), prompt or task
+  return Evaluation(
+    task,
+    group,
+    language,
+    metric,
+    len(items),
+    shots,
+    max_new_tokens,
+    (fewshot.load_template(prompt).stop,),
+    lambda generate, fits: evaluator(
+      items, pool, generate, shots=shots, seed=seed, prompt=prompt, fits=fits
+    ),
+    _by_counts if metric == "chrf1" else _by_share,
+  )
 
 
 def _translation(
   *,
-  group: str,
   language: str,
   path: str,
   target: str = "",
   rows: str = "",
   pool_rows: str = "",
-  limit: int = 0,
-  shots: int = translation.SHOTS,
-  max_new_tokens: int = 192,
-  seed: int = 0,
-  prompt: str = "translation",
+  **options,
 ) -> Evaluation:
   """Into English: FLORES-200 at `path`; with `target` two aligned files.
 
@@ -115,98 +155,28 @@ def _translation(
       translation.read_flores(path, language, split)
       for split in ("devtest", "dev")
     )
-  items = _first(items, limit)
-  return Evaluation(
-    "translation",
-    group,
-    language,
-    "chrf1",
-    len(items),
-    shots,
-    max_new_tokens,
-    (fewshot.load_template(prompt).stop,),
-    lambda generate, fits: translation.translation(
-      items, pool, generate, shots=shots, seed=seed, prompt=prompt, fits=fits
-    ),
-    _by_counts,
-  )
+  run = translation.translation
+  options["language"] = language
+  return _few_shot("translation", run, "chrf1", items, pool, **options)
 
 
-def _maths(
-  *,
-  group: str,
-  path: str,
-  pool: str,
-  language: str = "",
-  limit: int = 0,
-  shots: int = maths.SHOTS,
-  max_new_tokens: int = 256,
-  seed: int = 0,
-  prompt: str = "maths",
-) -> Evaluation:
+def _maths(*, path: str, pool: str, **options) -> Evaluation:
   """GSM8K or MGSM; exemplars are drawn from the file `pool`."""
-  items, exemplars = _first(maths.read_gsm(path), limit), maths.read_gsm(pool)
-  return Evaluation(
-    "maths",
-    group,
-    language,
-    "accuracy",
-    len(items),
-    shots,
-    max_new_tokens,
-    (fewshot.load_template(prompt).stop,),
-    lambda generate, fits: maths.maths(
-      items,
-      exemplars,
-      generate,
-      shots=shots,
-      seed=seed,
-      prompt=prompt,
-      fits=fits,
-    ),
-    _by_share,
-  )
+  items, exemplars = maths.read_gsm(path), maths.read_gsm(pool)
+  run = maths.maths
+  return _few_shot("maths", run, "accuracy", items, exemplars, **options)
 
 
 def _code_to_text(
-  *,
-  group: str,
-  path: str,
-  pool: str,
-  language: str,
-  pool_rows: str = "",
-  rows: str = "",
-  limit: int = 0,
-  shots: int = code_to_text.SHOTS,
-  max_new_tokens: int = 96,
-  seed: int = 0,
-  prompt: str = "code_to_text",
+  *, path: str, pool: str, rows: str = "", pool_rows: str = "", **options
 ) -> Evaluation:
   """CodeXGLUE code-to-text; exemplars are drawn from the file `pool`."""
-  items = _first(
-    fewshot.take_rows(code_to_text.read_codexglue(path), rows), limit
+  items, exemplars = (
+    fewshot.take_rows(code_to_text.read_codexglue(file), part)
+    for file, part in ((path, rows), (pool, pool_rows))
   )
-  exemplars = fewshot.take_rows(code_to_text.read_codexglue(pool), pool_rows)
-  return Evaluation(
-    "code_to_text",
-    group,
-    language,
-    "chrf1",
-    len(items),
-    shots,
-    max_new_tokens,
-    (fewshot.load_template(prompt).stop,),
-    lambda generate, fits: code_to_text.code_to_text(
-      items,
-      exemplars,
-      generate,
-      shots=shots,
-      seed=seed,
-      prompt=prompt,
-      fits=fits,
-    ),
-    _by_counts,
-  )
+  run = code_to_text.code_to_text
+  return _few_shot("code_to_text", run, "chrf1", items, exemplars, **options)
 
 
 def _mbpp(
@@ -214,8 +184,8 @@ def _mbpp(
   group: str,
   path: str,
   allow_code_execution: bool,
+  max_new_tokens: int,
   limit: int = 0,
-  max_new_tokens: int = 384,
 ) -> Evaluation:
   """MBPP's test split, 3-shot, pass@1."""
   sandbox.require(allow_code_execution)
@@ -246,8 +216,8 @@ def _humaneval(
   group: str,
   path: str,
   allow_code_execution: bool,
+  max_new_tokens: int,
   limit: int = 0,
-  max_new_tokens: int = 384,
 ) -> Evaluation:
   """HumanEval, zero-shot, pass@1."""
   sandbox.require(allow_code_execution)

@@ -57,7 +57,7 @@ def models():
 def test_models_are_scored_and_compared_on_the_same_prompts(pairs):
   evaluation, writers = tasks.make(pairs), models()
   assert evaluation.name == "seed-lij_latn"
-  entry, rows = suite.run(evaluation, writers, whole)
+  entry, rows = suite.run(evaluation, writers, whole, 64)
   assert writers["anchor"].prompts == writers["composed"].prompts
   assert writers["anchor"].stop == ("\n",)
   assert writers["anchor"].prompts[0].count("English:") == 3
@@ -87,7 +87,7 @@ def test_exemplars_are_left_out_before_a_prompt_is_cut(pairs):
     return len(prompt) <= 80
 
   evaluation = tasks.make(pairs)
-  entry, rows = suite.run(evaluation, models(), short)
+  entry, rows = suite.run(evaluation, models(), short, 64)
   assert entry["prompts_cut"] == 0
   assert 0 < entry["shots"] < 2
   assert all(short(r["prompt"]) for r in rows["anchor"])
@@ -100,7 +100,9 @@ def test_exemplars_are_left_out_before_a_prompt_is_cut(pairs):
       ]  # the last characters that fit
       return prompts
 
-  entry, rows = suite.run(evaluation, {"anchor": Any()}, lambda p: len(p) <= 15)
+  entry, rows = suite.run(
+    evaluation, {"anchor": Any()}, lambda p: len(p) <= 15, 64
+  )
   # What the model was shown is kept.
   assert {len(row["prompt"]) for row in rows["anchor"]} == {15}
   assert entry["prompts_cut"] == 3
@@ -151,7 +153,9 @@ def test_files_that_do_not_pair(pairs, tmp_path):
 
 @pytest.mark.parametrize("kind", tasks.RUN_CODE)
 def test_no_code_is_run_unless_it_is_allowed(kind):
-  settings = {"kind": kind, "group": "x", "path": "nowhere"}
+  settings = {
+    "kind": kind, "group": "x", "path": "nowhere", "max_new_tokens": 9
+  }  # fmt: skip
   with pytest.raises(InputError, match="--allow_code_execution"):
     tasks.make(settings | {"allow_code_execution": False})
 
@@ -163,6 +167,7 @@ def test_references_are_all_right():
     "path": str(folder("codexglue") / "code_to_text_ruby/test.jsonl"),
     "pool": str(folder("codexglue") / "code_to_text_ruby/test.jsonl"),
     "pool_rows": ":61", "rows": "61:", "limit": 100,
+    "shots": 3, "max_new_tokens": 96,
   }  # fmt: skip
   evaluation = tasks.make(settings)
   outcome = evaluation.run(lambda prompts: [""] * len(prompts), lambda _: True)
@@ -173,15 +178,16 @@ def test_references_are_all_right():
       del prompts, max_new_tokens, stop, batch_size
       return wanted
 
-  entry, _ = suite.run(evaluation, {"anchor": Perfect()}, whole)
+  entry, _ = suite.run(evaluation, {"anchor": Perfect()}, whole, 64)
   assert entry["scores"]["anchor"]["value"] == pytest.approx(100.0)
   gsm8k = folder("gsm8k")
   evaluation = tasks.make({
     "kind": "maths", "group": "GSM8K", "path": str(gsm8k / "test.jsonl"),
     "pool": str(gsm8k / "train.jsonl"), "limit": 50,
+    "shots": 8, "max_new_tokens": 256,
   })  # fmt: skip
   outcome = evaluation.run(lambda prompts: [""] * len(prompts), lambda _: True)
   wanted = [row["completion"] for row in outcome.rows]
-  entry, rows = suite.run(evaluation, {"anchor": Perfect()}, whole)
+  entry, rows = suite.run(evaluation, {"anchor": Perfect()}, whole, 64)
   assert entry["scores"]["anchor"]["value"] == 100.0
   assert {row["score"] for row in rows["anchor"]} == {100.0}

@@ -221,7 +221,7 @@ def test_evaluations_of_the_config(tmp_path, model):
   assert "evals" not in skipped.evaluate(models, {})
   with pytest.raises(InputError, match=r"\['x\*'\] are none of \['seed'\]"):
     make(tmp_path, model, evals={"seed": settings}, skip_evals=("x*",))
-  code = {"kind": "mbpp", "group": "MBPP", "path": "nowhere"}
+  code = {"kind": "mbpp", "group": "M", "path": "x", "max_new_tokens": 9}
   with pytest.raises(InputError, match="--allow_code_execution"):
     make(tmp_path, model, evals={"mbpp": code})
 
