@@ -151,17 +151,6 @@ class Tokenizer:
       parts[first] = parts[first].removeprefix(b" ")
     return parts
 
-  def text_ends(self, ids: Sequence[int]) -> tuple[bytes, np.ndarray]:
-    """The bytes that `ids` spell, and how many of them up to each id.
-
-    Equal to `byte_ends` of the text, where its tokens spell it unchanged.
-
-    Raises:
-      InputError: as `spell`.
-    """
-    parts = self.spell(ids)
-    return b"".join(parts), np.cumsum([len(p) for p in parts], dtype=np.int64)
-
   def decode_continuation(
     self, prompt_ids: Sequence[int], new_ids: Sequence[int]
   ) -> str:

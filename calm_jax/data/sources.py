@@ -132,28 +132,6 @@ def read_source(
   return examples[part]
 
 
-def read_examples(
-  path: str | Path,
-  *,
-  text_field: str = "text",
-  prompt_field: str = "prompt",
-  completion_field: str = "completion",
-) -> list[TextExample]:
-  """Reads a file, none of whose lines may be bad; see `Source`.
-
-  Raises:
-    InputError: as `read_source`.
-  """
-  return read_source(
-    Source(
-      str(path),
-      text_field=text_field,
-      prompt_field=prompt_field,
-      completion_field=completion_field,
-    )
-  )
-
-
 def read_prompts(path: str | Path) -> list[str]:
   """The "prompt" of each line of a .jsonl file.
 

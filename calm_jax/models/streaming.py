@@ -222,13 +222,6 @@ def read_bytes(path: pathlib.Path, start: int, into: np.ndarray) -> None:
     )
 
 
-def read_tensor(tensor: Tensor) -> np.ndarray:
-  """A whole tensor in its own dtype, for what is small."""
-  array = empty(tensor.shape, FLOATS[tensor.dtype])
-  read_all([Read(tensor, lambda x: x, (), array)])
-  return array
-
-
 def same(a: Tensor, b: Tensor) -> bool:
   """Whether two tensors hold the same bits; neither is kept in memory."""
   if (a.shape, a.dtype) != (b.shape, b.dtype):

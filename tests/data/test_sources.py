@@ -8,7 +8,6 @@ import pytest
 from calm_jax.data.sources import (
   Source,
   TextExample,
-  read_examples,
   read_prompts,
   read_source,
   take_fraction,
@@ -19,6 +18,10 @@ from calm_jax.errors import InputError
 def write(path, *lines):
   path.write_bytes(b"\n".join(lines) + b"\n")
   return path
+
+
+def read_examples(path, **fields):
+  return read_source(Source(str(path), **fields))
 
 
 def test_jsonl(tmp_path):
