@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.generate import V, model
-from calm_jax import composition, optim, trainer, tree
+from calm_jax import composition, optim, training_step, tree
 from calm_jax.alignment import ChunkEncoder
 from calm_jax.connections import Augmenting, Composition, default_connections
 from calm_jax.data import pipeline
@@ -74,7 +74,7 @@ def make_step(spec: Composition) -> Callable:
   tx = optim.optimizer(
     mask, rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, decay="", clip=1.0
   )
-  step = trainer.make_step(spec, "composed", tx, rate, accumulate=1)
+  step = training_step.make_step(spec, "composed", tx, rate, accumulate=1)
   state = {
     "trainable": trainable,
     "opt_state": tx.init(params),

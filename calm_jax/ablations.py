@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from calm_jax import cli, kinds, train
+from calm_jax import cli, fitting, kinds, train
 from calm_jax.errors import InputError
 from calm_jax.metrics import read_metrics
 from calm_jax.reporting import files, table
@@ -113,7 +113,7 @@ def _finished(settings: dict[str, Any]) -> dict[str, Any] | None:
 
 def run(settings: dict[str, Any]) -> dict[str, Any]:
   """One run: its stages, its evaluation, its results.json."""
-  fitted = train.fit(settings)
+  fitted = fitting.fit(settings)
   [(last, final)] = fitted.models.items()
   models = {"composed": final}
   if settings["kind"] == "composed" and not settings["trial"]:

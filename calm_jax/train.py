@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,56 +22,14 @@ from ml_collections import ConfigDict
 
 from calm_jax import (
   cli,
-  composing,
-  composition,
-  mesh,
-  opening,
+  fitting,
   overhead,
-  placing,
   processes,
   report,
-  sharding,
-  trainer,
   tree,
 )
-from calm_jax.connections import Composition, paper_count
-from calm_jax.errors import InputError
-from calm_jax.experiments.base import Experiment
-from calm_jax.experiments.key_values import KeyValues, KeyValueTask
-from calm_jax.experiments.text import Text, TextTask
 from calm_jax.language_model import LanguageModel
-from calm_jax.models import decoder, folders, lora
-from calm_jax.models.config import ModelConfig
-
-EXPERIMENTS = {
-  "key_values": (KeyValues, KeyValueTask),
-  "text": (Text, TextTask),
-}
-
-
-class Fitted(NamedTuple):
-  """A run after its last stage.
-
-  Attributes:
-    experiment: its data and evaluation.
-    folder: of the results; for a process that is not the first, one that is
-      thrown away.
-    whole: the frozen models and a fresh composition, as before that stage.
-    params: the whole tree after the last stage and after each alternative.
-    models: what those made, by the name of the stage.
-    alone: the frozen models by themselves, "augmenting" only if it is used.
-    parameters: counts, for results.json.
-    seconds: of each stage.
-  """
-
-  experiment: Experiment
-  folder: Path
-  whole: LanguageModel
-  params: dict[str, dict]
-  models: dict[str, LanguageModel]
-  alone: dict[str, LanguageModel]
-  parameters: dict[str, int]
-  seconds: dict[str, float]
+from calm_jax.models import folders, lora
 
 
 def main(config: ConfigDict) -> dict[str, Any]:
@@ -84,7 +42,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
 
 
 def _main(settings: dict[str, Any]) -> dict[str, Any]:
-  fitted = fit(settings)
+  fitted = fitting.fit(settings)
   experiment, stages = fitted.experiment, settings["stages"]
   last, *others = fitted.models
   final = fitted.models[last]
@@ -115,158 +73,7 @@ def _main(settings: dict[str, Any]) -> dict[str, Any]:
   return results
 
 
-def fit(settings: dict[str, Any]) -> Fitted:
-  """Runs all stages, from wherever an earlier process left them.
-
-  Raises:
-    InputError: the settings ask for what is not there, or the folder holds a
-      run of other settings.
-  """
-  _check(settings)
-  workdir = Path(settings["workdir"])
-  shared = workdir / settings["output"]
-  layout = _layout(settings)
-  folder = processes.own_folder(shared)
-  augmenting = f"augmenting/{settings['augmenting_name']}"
-  loaded = {
-    side: opening.load_model(
-      settings[side],
-      settings["dtype"],
-      shardings=placing.shardings(layout, part),
-    )
-    for side, part in (("anchor", "anchor"), ("augmenting", augmenting))
-    if settings[side]
-  }
-  make, task = EXPERIMENTS[settings["experiment"]]
-  experiment = make(
-    task(**settings["task"], seed=settings["seed"]), folder, loaded
-  )
-  whole = placing.place(_models(settings, experiment.tokenizer, loaded), layout)
-  spec, params = whole.spec, whole.params
-  if layout is not None:
-    print(layout.describe(params), flush=True)
-  origins = {"anchor": settings["anchor"], augmenting: settings["augmenting"]}
-  if settings["random_augmenting"]:
-    origins[augmenting] = "random weights"
-  *before, last = settings["recipe"]
-  ends = [last, *settings["alternatives"]]
-  stages = {n: trainer.Stage(**settings["stages"][n]) for n in [*before, *ends]}
-  seeds = dict.fromkeys(before, settings["seed"])
-  seeds |= dict.fromkeys(ends, _trial_seed(settings))
-  # Of all stages: what is wrong with the last is known before the first.
-  sources, eval_batches = {}, {}
-  for name, stage in stages.items():
-    trained = _part(whole, stage.model, params)
-    share = 0, 1
-    if layout is not None:
-      share = layout.share(stage.batch_size, stage.accumulate)
-    sources[name] = experiment.source(stage, trained, seeds[name], share)
-    eval_batches[name] = experiment.eval_batches(stage, trained)
-  seconds: dict[str, float] = {}
-
-  def run(name, params):
-    trained, seconds[name] = trainer.run_stage(
-      name,
-      stages[name],
-      spec,
-      params,
-      sources[name],
-      eval_batches[name],
-      (workdir if name in before else shared) / name,
-      origins={k: v for k, v in origins.items() if v},
-      seed=seeds[name],
-      layout=layout,
-    )
-    return trained
-
-  for name in before:
-    params = run(name, params)
-  whole = dataclasses.replace(whole, params=params)
-  alone = {"anchor": _part(whole, "anchor", params)}
-  of_augmenting = _part(whole, augmenting, params)
-  if stages[last].model == "composed":
-    alone = {"augmenting": of_augmenting} | alone
-  params, rank = _with_lora(params, settings)
-  parameters = {
-    "anchor": alone["anchor"].num_params,
-    "augmenting": of_augmenting.num_params,
-    "composition": tree.count(params["composition"]),
-    "composition_paper_count": paper_count(spec),
-    "trained": _num_trained(params, stages[last].trainable),
-    "lora_rank": rank,
-  }
-  parameters["trained_minus_composition"] = (
-    parameters["trained"] - parameters["composition"]
-  )
-  finals = {name: run(name, params) for name in ends}
-  models = {
-    name: _part(whole, stages[name].model, finals[name]) for name in ends
-  }
-  return Fitted(
-    experiment, folder, whole, finals, models, alone, parameters, seconds
-  )
-
-
-def _layout(settings: dict[str, Any]) -> sharding.Layout | None:
-  """Of all arrays of a run; None for one device."""
-  axes = mesh.make_mesh(settings["mesh"])
-  if axes is None:
-    if jax.device_count() > 1:
-      print(
-        f"one of {jax.device_count()} devices is used; --config.mesh.fsdp=-1 "
-        "takes all"
-      )
-    return None
-  replicated = tuple((pattern, ()) for pattern in settings["replicated"])
-  return sharding.Layout(axes, (*replicated, *settings["sharding"]))
-
-
-def _check(settings: dict[str, Any]) -> None:
-  if settings["experiment"] not in EXPERIMENTS:
-    raise InputError(
-      f"experiment={settings['experiment']!r} is none of {list(EXPERIMENTS)}"
-    )
-  if not settings["recipe"]:
-    raise InputError("the recipe has no stage: it ends with the composition")
-  for name in [*settings["recipe"], *settings["alternatives"]]:
-    if name not in settings["stages"]:
-      raise InputError(
-        f"there is no stage {name!r}; there are {list(settings['stages'])}"
-      )
-
-  if settings["experiment"] == "text":
-    _check_models(settings)
-
-
-def _check_models(settings: dict[str, Any]) -> None:
-  """A model is loaded or trained; one that was forgotten is not made up."""
-  trained = {settings["stages"][n]["model"] for n in settings["recipe"]}
-  if settings["random_augmenting"]:
-    trained.add(f"augmenting/{settings['augmenting_name']}")
-  for side, part in (
-    ("anchor", "anchor"),
-    ("augmenting", f"augmenting/{settings['augmenting_name']}"),
-  ):
-    composed = settings["stages"][settings["recipe"][-1]]["model"] == "composed"
-    needed = composed or side == "anchor"
-    if needed and not settings[side] and part not in trained:
-      raise InputError(
-        f"no {side} model: give --config.{side}= a folder or a hub id"
-      )
-
-
-def _with_lora(params: dict, settings) -> tuple[dict, int]:
-  """The tree with LoRA on the anchor if asked for, and its rank."""
-  rank, anchor = settings["lora_rank"], params["anchor"]
-  if not rank:
-    return params, 0
-  if rank == -1:
-    rank = lora.closest_rank(anchor, tree.count(params["composition"]))
-  key = jax.random.fold_in(jax.random.key(_trial_seed(settings)), 1)
-  return params | {"anchor": lora.add(anchor, rank, key)}, rank
-
-
-def _flops(fitted: Fitted, stage: dict[str, Any]) -> dict[str, Any]:
+def _flops(fitted: fitting.Fitted, stage: dict[str, Any]) -> dict[str, Any]:
   """Of a step of the last stage, and of what it could have been (C.2)."""
   return overhead.training_flops(
     fitted.whole.spec,
@@ -276,15 +83,7 @@ def _flops(fitted: Fitted, stage: dict[str, Any]) -> dict[str, Any]:
   )
 
 
-def _num_trained(params: dict, trainable) -> int:
-  return tree.count(tree.partition(params, tree.mask(params, trainable))[0])
-
-
-def _trial_seed(settings: dict[str, Any]) -> int:
-  return settings["seed"] + settings["trial"]
-
-
-def _keep(fitted: Fitted, settings: dict[str, Any]) -> None:
+def _keep(fitted: fitting.Fitted, settings: dict[str, Any]) -> None:
   """Writes the composition, and the models that this run trained itself.
 
   A run that adapted m_B instead writes that, LoRA merged into its kernels.
@@ -325,66 +124,6 @@ def _export(model: LanguageModel, part: str, folder: Path) -> folders.Source:
   shutil.rmtree(folder, ignore_errors=True)  # of an earlier call
   model.part(part).export_hf(folder)
   return folders.locate(folder)
-
-
-def _part(whole: LanguageModel, name: str, params: dict) -> LanguageModel:
-  """A part of the composition, or all of it, with the given parameters."""
-  spec, params = composition.alone(whole.spec, params, name)
-  tokenizer, tokenizers = whole.tokenizer, whole.tokenizers
-  if not spec.augmenting:
-    params = params["anchor"]
-    # The anchor's, where an augmenting model reads the same tokens.
-    own = {f"augmenting/{n}": t for n, t in tokenizers.items()}
-    tokenizer, tokenizers = own.get(name, tokenizer), {}
-  return LanguageModel(spec, params, tokenizer, tokenizers=tokenizers)
-
-
-def _models(settings, tokenizer, loaded) -> LanguageModel:
-  """The composition with every model loaded or freshly initialised."""
-  keys = jax.random.split(jax.random.key(settings["seed"]), 3)
-  models = {}
-  for side, key in zip(("anchor", "augmenting"), keys, strict=False):
-    if side in loaded:
-      models[side] = loaded[side]
-      continue
-    shape = settings[f"{side}_model"]
-    config = ModelConfig(
-      vocab_size=tokenizer.vocab_size,
-      head_dim=shape["width"] // shape["num_heads"],
-      dtype=settings["dtype"],
-      **shape,
-    )
-    models[side] = LanguageModel(
-      Composition(config), decoder.init(key, config), tokenizer
-    )
-  if settings["random_augmenting"]:
-    key = jax.random.fold_in(keys[2], settings["trial"])
-    models["augmenting"] = _random(models["augmenting"], key)
-  name, joint = settings["augmenting_name"], settings["composition"]
-  composed = composing.compose(
-    models["anchor"],
-    {name: models["augmenting"]},
-    joint["connections"] or joint["num_connections"] or None,
-    visibility=joint["visibility"],
-    norm=joint["norm"],
-    positions=joint["positions"],
-    output_init=joint["output_init"],
-    control=joint["control"],
-    # One program for all trials of the others.
-    control_seed=_trial_seed(settings) if joint["control"] == "noise" else 0,
-    seed=_trial_seed(settings),
-  )
-  unroll = {"unroll": settings["unroll"]}
-  return dataclasses.replace(
-    composed, spec=placing.configure(composed.spec, lambda part: unroll)
-  )
-
-
-def _random(model: LanguageModel, key) -> LanguageModel:
-  """The same architecture before any training."""
-  fresh = decoder.init(key, model.spec.anchor)
-  params = jax.tree.map(lambda x, p: x.astype(p.dtype), fresh, model.params)
-  return dataclasses.replace(model, params=params)
 
 
 def plain(value: Any) -> Any:

@@ -7,29 +7,23 @@ bit-equal to a run that was never interrupted, and is skipped once complete.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from calm_jax import (
   checkpoint,
-  composition,
   identity,
-  losses,
   optim,
   processes,
+  training_step,
   tree,
 )
-from calm_jax.composition import Sequence
 from calm_jax.connections import Composition
-from calm_jax.cross_attention import limit_visible
 from calm_jax.data import pipeline
 from calm_jax.errors import InputError
 from calm_jax.metrics import MetricWriter, Progress
@@ -87,116 +81,6 @@ class Stage:
   checkpoint_every: int
   keep_last: int
   keep_best: int
-
-
-def row_losses(params: dict, spec: Composition, batch: dict[str, Array]):
-  """Cross-entropy in nats and weights of each row of a batch, [B] each.
-
-  Args:
-    params: tree of the composition, or {"anchor": ...} of one model.
-    spec: what they are.
-    batch: see `data.packing`.
-  """
-  logits_BLV = batch_logits(params, spec, batch)
-  return losses.cross_entropy(logits_BLV, batch["targets"], batch["weights"])
-
-
-def batch_logits(params: dict, spec: Composition, batch: dict[str, Array]):
-  """The logits of a batch [B, L, V]; arguments as `row_losses`."""
-  sequence = _sequence(batch)
-  augmenting, visible = {}, {}
-  for name, joined in spec.augmenting:
-    part = f"augmenting/{name}/"
-    if f"{part}visible" in batch:
-      augmenting[name] = _sequence(batch, part)
-      visible[name] = limit_visible(
-        joined.visibility, batch[f"{part}visible"], batch["prompt_ends"]
-      )
-    else:
-      augmenting[name] = sequence
-      visible[name] = composition.visible_tokens(
-        joined.visibility, batch["tokens"].shape, batch["prompt_ends"]
-      )
-  return composition.forward(params, spec, sequence, augmenting, visible)[0]
-
-
-def _sequence(batch: dict[str, Array], part: str = "") -> Sequence:
-  return Sequence(*(batch[part + field] for field in Sequence._fields))
-
-
-def make_step(
-  spec: Composition,
-  model: str,
-  tx,
-  learning_rate,
-  accumulate: int,
-  layout: Layout | None = None,
-) -> Callable:
-  """The jitted update: (state, frozen, batch) -> (state, metrics).
-
-  `state` is {"trainable", "opt_state", "step", "rng"} and is donated;
-  gradients are taken of the trainable leaves only.
-  """
-
-  def piece_loss(trainable, frozen, piece, total):
-    part, params = composition.alone(spec, tree.merge(trainable, frozen), model)
-    return row_losses(params, part, piece)[0].sum() / total
-
-  def gradients(trainable, frozen, batch):
-    total = jnp.maximum(batch["weights"].sum(), 1)
-    value_and_grad = jax.value_and_grad(piece_loss)
-    if accumulate == 1:
-      return value_and_grad(trainable, frozen, batch, total)
-    pieces = jax.tree.map(
-      lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch
-    )
-    if layout is not None:
-      pieces = layout.pieces(pieces)
-
-    def add(carry, piece):
-      new = value_and_grad(trainable, frozen, piece, total)
-      return jax.tree.map(jnp.add, carry, new), None
-
-    zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable)
-    return jax.lax.scan(add, zeros, pieces)[0]
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def step(state, frozen, batch):
-    trainable = state["trainable"]
-    loss, grads = gradients(trainable, frozen, batch)
-    new, opt_state = optim.update(
-      tx, grads, state["opt_state"], trainable, frozen
-    )
-    metrics = {
-      "loss": loss,
-      "grad_norm": optax.tree.norm(grads),
-      "learning_rate": learning_rate(state["step"]),
-      "tokens": (batch["segments"] > 0).sum(),
-    }
-    state = {
-      "trainable": new,
-      "opt_state": opt_state,
-      "step": state["step"] + 1,
-      "rng": state["rng"],
-    }
-    if layout is not None:
-      places = layout.following(state)
-      state = jax.lax.with_sharding_constraint(state, places)
-    return state, metrics
-
-  return step
-
-
-def make_eval(spec: Composition, model: str) -> Callable:
-  """Jitted (trainable, frozen, batch) -> (summed loss, weights)."""
-
-  @jax.jit
-  def evaluate(trainable, frozen, batch):
-    part, params = composition.alone(spec, tree.merge(trainable, frozen), model)
-    loss_B, weight_B = row_losses(params, part, batch)
-    return loss_B.sum(), weight_B.sum()
-
-  return evaluate
 
 
 def run_stage(
@@ -284,8 +168,10 @@ def run_stage(
     loop = _Loop(
       name, stage, source, eval_batches, checkpoints, meta, directory, layout
     )
-    step = make_step(spec, stage.model, tx, rate, stage.accumulate, layout)
-    evaluate = make_eval(spec, stage.model)
+    step = training_step.make_step(
+      spec, stage.model, tx, rate, stage.accumulate, layout
+    )
+    evaluate = training_step.make_eval(spec, stage.model)
     state, seconds = loop.run(
       step, evaluate, state, frozen, iterator, first, seconds
     )

@@ -32,6 +32,7 @@ from calm_jax import (
   sharding,
   train,
   trainer,
+  training_step,
   tree,
 )
 from calm_jax.connections import Composition
@@ -167,7 +168,7 @@ def memory(folder: Path, axes: dict) -> None:
   state = at(state, layout.following(state))
   frozen = at(frozen, layout.shardings(frozen))
   batch = layout.batch(Source()[0], ROWS)
-  step = trainer.make_step(spec, "composed", tx, rate, 1, layout)
+  step = training_step.make_step(spec, "composed", tx, rate, 1, layout)
   compiled = step.lower(state, frozen, batch).compile()
   # No step needs m_A's last norm, nor this one where prompts end: they are no
   # arguments of the program.

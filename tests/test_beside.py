@@ -11,7 +11,7 @@ import pytest
 import real_tokenizers
 
 import calm_jax
-from calm_jax import composing, composition, cross_attention, trainer
+from calm_jax import composing, composition, cross_attention, training_step
 from calm_jax.alignment import ChunkEncoder, align, prompt_ends
 from calm_jax.connections import Composition
 from calm_jax.data import pipeline
@@ -87,7 +87,7 @@ def batches(model, examples=EXAMPLES, **options):
   )
 
 
-run = jax.jit(trainer.batch_logits, static_argnums=1)
+run = jax.jit(training_step.batch_logits, static_argnums=1)
 
 
 def logits_of(model, batch):

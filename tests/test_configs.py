@@ -11,7 +11,7 @@ import helpers
 import jax
 import pytest
 
-from calm_jax import composition, optim, train, trainer, tree
+from calm_jax import composition, fitting, optim, train, trainer, tree
 from calm_jax.connections import CONTROLS, Composition
 from calm_jax.data import arithmetic
 from calm_jax.data.sources import Source
@@ -62,7 +62,7 @@ def shapes(settings) -> tuple[Composition, dict]:
   found = []
 
   def make():
-    whole = train._models(settings, tokenizer, loaded)
+    whole = fitting.build_models(settings, tokenizer, loaded)
     found.append(whole.spec)
     return whole.params
 
@@ -216,7 +216,7 @@ def test_every_kind_of_every_config(file, kind):
     train.plain(load(file, first(file) + more)) for more in ("", f",{kind}")
   )
   spec, params = shapes(settings)
-  params = jax.eval_shape(lambda p: train._with_lora(p, settings)[0], params)
+  params = jax.eval_shape(lambda p: fitting.with_lora(p, settings)[0], params)
   last, old = settings["recipe"][-1], plain["recipe"][-1]
   assert last == old
   stage = trainer.Stage(**settings["stages"][last])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from calm_jax import composition, flops, optim, overhead, trainer, tree
+from calm_jax import composition, flops, optim, overhead, training_step, tree
 from calm_jax.connections import Augmenting, Composition, Connection
 from calm_jax.errors import InputError
 from calm_jax.models import decoder, lora
@@ -159,7 +159,11 @@ def traced(spec: Composition, run: str, rank: int):
   names = "tokens", "segments", "positions", "targets", "prompt_ends"
   batch = dict.fromkeys(names, jax.ShapeDtypeStruct((B, L), jnp.int32))
   batch["weights"] = jax.ShapeDtypeStruct((B, L), jnp.float32)
-  return trainer.make_step(spec, model, tx, rate, 1), (state, frozen, batch)
+  return training_step.make_step(spec, model, tx, rate, 1), (
+    state,
+    frozen,
+    batch,
+  )
 
 
 @pytest.mark.parametrize("run", ["composed", "anchor", "lora"])

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from calm_jax import checkpoint, optim, trainer, tree
+from calm_jax import checkpoint, optim, trainer, training_step, tree
 from calm_jax.errors import InputError
 from calm_jax.metrics import read_metrics
 
@@ -129,7 +129,9 @@ def one_step(run, batch, accumulate: int):
     "step": jnp.int32(0),
     "rng": jax.random.key(0),
   }
-  step = trainer.make_step(run.spec, run.stage.model, tx, rate, accumulate)
+  step = training_step.make_step(
+    run.spec, run.stage.model, tx, rate, accumulate
+  )
   return step(state, frozen, batch)
 
 
@@ -246,7 +248,7 @@ def test_a_run_killed_after_its_last_save_needs_no_step(
 ):
   shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
   (tmp_path / "complete.json").unlink()
-  monkeypatch.setattr(trainer, "make_step", lambda *_: None)
+  monkeypatch.setattr(training_step, "make_step", lambda *_: None)
   assert_bit_equal(tiny.Run(tmp_path)(), finished[1])
   assert checkpoint.is_complete(tmp_path)
 
@@ -255,7 +257,7 @@ def test_a_complete_stage_is_skipped(finished, monkeypatch):
   def never(*_):
     raise AssertionError("a finished stage ran")
 
-  monkeypatch.setattr(trainer, "make_step", never)
+  monkeypatch.setattr(training_step, "make_step", never)
   assert_bit_equal(tiny.Run(finished[0])(), finished[1])
 
 
@@ -320,7 +322,7 @@ def test_the_held_out_loss_is_per_target(tmp_path):
   batches[0]["weights"][2:] = 0
   run = tiny.Run(tmp_path, tiny.stage(steps=2), eval_batches=tuple(batches))
   trained = run()
-  score = jax.jit(trainer.row_losses, static_argnums=1)
+  score = jax.jit(training_step.row_losses, static_argnums=1)
   sums = [score(trained, run.spec, b) for b in batches]
   total = sum(float(loss.sum()) for loss, _ in sums)
   weight = sum(float(weight.sum()) for _, weight in sums)
@@ -359,7 +361,7 @@ def test_a_step_is_dispatched_before_the_metrics_of_the_last(
     events.append(f"save {step}")
     return save(self, step, *args)
 
-  monkeypatch.setattr(trainer, "make_step", lambda *_: fake_step)
+  monkeypatch.setattr(training_step, "make_step", lambda *_: fake_step)
   monkeypatch.setattr(checkpoint.Checkpoints, "save", watched_save)
   tiny.Run(tmp_path, tiny.stage(steps=5, checkpoint_every=3))()
   assert events == [

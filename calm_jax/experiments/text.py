@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from calm_jax import processes, trainer
+from calm_jax import processes, trainer, training_step
 from calm_jax.alignment import ChunkEncoder
 from calm_jax.data import pipeline
 from calm_jax.data.sources import (
@@ -268,7 +268,7 @@ class Text:
 
   def _score(self, model: LanguageModel, examples) -> list[tuple]:
     """What `evals.perplexity` asks for; long texts go on in a next window."""
-    score = jax.jit(trainer.row_losses, static_argnums=1)
+    score = jax.jit(training_step.row_losses, static_argnums=1)
     source = pipeline.text_source(
       examples,
       batch_size=self.task.eval_batch_size,
