@@ -140,7 +140,9 @@ def _tiny(config: ConfigDict) -> None:
   config.anchor = ""
   config.augmenting = f"{shared}/models/stories260k"
   config.anchor_model.num_layers = 6
-  config.composition.num_connections = 5
+  # As in configs/ntl.py: m_A's whole answer, to every layer of the anchor.
+  config.composition.positions = "rope"
+  config.composition.connections = tuple((5, layer) for layer in range(1, 7))
   # D_Code are MBPP's training problems, lines 601 to 974.
   mbpp, gsm8k = data + "/mbpp/mbpp.jsonl", data + "/gsm8k"
   config.task.sources = ConfigDict(
@@ -177,7 +179,8 @@ def _tiny(config: ConfigDict) -> None:
   config.recipe = ("augmenting", "anchor", "compose")
   both = {"mbpp": 0.5, "python": 0.5}
   config.stages.augmenting.data = common.mixture(both, watch=("python",))
-  config.stages.compose.data = common.mixture(both, fraction=0.07)
+  # All of it: 7% would be 26 problems.
+  config.stages.compose.data = common.mixture(both)
   config.stages.anchor = common.stage(
     model="anchor",
     trainable=("anchor/.*",),
@@ -185,11 +188,12 @@ def _tiny(config: ConfigDict) -> None:
     steps=400,
   )
   config.stages.augmenting.update(steps=200)
-  config.stages.compose.update(steps=60)
+  config.stages.compose.update(steps=130)
   for stage in config.stages.values():
     stage.data.too_long = "cut"
     stage.update(batch_size=8, length=256, learning_rate=2e-3)
     stage.update(eval_every=100, checkpoint_every=100)
+  config.stages.compose.update(learning_rate=8e-3, weight_decay=0.1)
 
 
 VARIANTS = {"full": _full, "tiny": _tiny}
