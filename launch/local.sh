@@ -30,8 +30,15 @@ stop() {
 trap stop TERM INT
 
 train() {
-  local code
-  run "${opt[python]}" -m calm_jax.train "${trainer[@]}" &
+  local code command=("${opt[python]}" -m calm_jax.train "${trainer[@]}")
+  if [[ ${opt[dry-run]} == yes ]]; then
+    run "${command[@]}"
+    return
+  fi
+  # Told to stop while it waited to go on.
+  [[ $stopped == no ]] || return 143
+  # Not `run`, whose process the signals would end in the trainer's stead.
+  "${command[@]}" &
   child=$!
   while true; do
     code=0 interrupted=no
