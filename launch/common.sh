@@ -80,7 +80,8 @@ parse() {
     fi
   done
   for name in retries backoff poll wait grace; do
-    [[ ${opt[$name]:-0} =~ ^[0-9]+$ ]] || wrong "--$name=${opt[$name]} is no number"
+    [[ ${opt[$name]:-0} =~ ^[0-9]+$ ]] ||
+      wrong "--$name=${opt[$name]} is no number"
   done
   [[ " ${trainer[*]}" == *" --config="* ]] ||
     wrong "the trainer needs at least --config=FILE, after --"
@@ -152,7 +153,8 @@ install_text() {
 # where configs/ is: of a release, that is where it was installed.
 # shellcheck disable=SC2016 # Another shell expands it.
 at_text() {
-  local configs="import configs, os; print(os.path.dirname(configs.__path__[0]))"
+  local configs="import configs, os;"
+  configs+=" print(os.path.dirname(configs.__path__[0]))"
   if [[ -n $archive ]]; then
     echo 'at=$PWD'
   else
@@ -186,7 +188,8 @@ retrying() {
     fi
     seconds=$((opt[backoff] << (tries < 5 ? tries : 5)))
     tries=$((tries + 1))
-    say "ended with exit code $code; retry $tries of ${opt[retries]} in ${seconds} s"
+    say "ended with exit code $code;" \
+      "retry $tries of ${opt[retries]} in $seconds s"
     sleep "$seconds"
   done
 }
@@ -214,7 +217,8 @@ begin_tpu() {
   fi
   for_all "$workdir"
   folder=calm_jax-$pinned
-  created=0
+  # Machines made so far, and whether there ever were any.
+  created=0 met=no
 }
 
 # Waits for machines that are ready; rents them if there are none.
@@ -223,7 +227,10 @@ ready() {
   while true; do
     now=$(state) || return
     case $now in
-      ready) return 0 ;;
+      ready)
+        met=yes
+        return 0
+        ;;
       absent)
         ((++created <= opt[retries] + 1)) || {
           say "error: preempted $created times before it was of use"
@@ -316,13 +323,22 @@ worker_text() {
 
 attempt() { ready && install && on_workers "$(worker_text)"; }
 
-# 255: the connection was lost. Any other failure may be that of a machine that
-# is no longer there.
+# Whether to go on: if a machine is no longer there, the connection was lost
+# (255), or every worker has ended in a way that it can go on from. One worker's
+# own fault ends the others too, with codes that by themselves could go on.
 again() {
-  local now
-  can_resume "$1" || [[ $1 == 255 ]] || {
-    [[ $1 != 2 ]] && now=$(state) && [[ $now != ready ]]
-  }
+  local now codes code
+  [[ $1 != 2 ]] || return 1
+  now=$(state) || { [[ $met == yes ]]; return; }
+  [[ $now == ready ]] || return 0
+  can_resume "$1" || [[ $1 == 255 ]] || return
+  codes=$(on_workers "cat ~/calm_jax.exit") || return 0
+  for code in $codes; do
+    [[ ! $code =~ ^[1-9][0-9]*$ ]] || can_resume "$code" || {
+      say "one worker ended with exit code $code"
+      return 1
+    }
+  done
 }
 
 # Deletes what it rented, after a failure too, if asked.

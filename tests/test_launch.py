@@ -57,6 +57,7 @@ QUEUE = "*queued-resources list*\t0\t"
 VM = "*tpu-vm list*\t0\t"
 POD_UP = [QUEUE, QUEUE + "ACTIVE", VM + "READY"]
 VM_UP = [VM, VM + "READY"]
+HERE = [QUEUE + "ACTIVE", VM + "READY"]
 TRAINS = "*--command=*calm_jax.train*\t"
 JOBSETS = "*get jobsets*\t0\t"
 SCRIPTS = {
@@ -150,7 +151,8 @@ def verbs(calls: list[list[str]]) -> list[str]:
   for call in calls:
     if call[0] == "gcloud":
       (text,) = [x for x in call if x.startswith("--command=")] or [""]
-      what = "train" if "calm_jax.train" in text else "install"
+      what = "codes" if "calm_jax.exit" in text else "install"
+      what = "train" if "calm_jax.train" in text else what
       names.append(what if text else " ".join(call[3:5]))
   return names
 
@@ -228,42 +230,36 @@ def test_a_preempted_pod_is_queued_for_again_and_goes_on(place):
   # The trainer has saved; the slice is gone; then gcloud cannot reach the next
   # one, of which the request still says that it is there; the third one holds.
   place.play(
-    *POD_UP, TRAINS + "75",
-    QUEUE + "SUSPENDING", QUEUE + "SUSPENDED", *POD_UP, TRAINS + "1",
+    *POD_UP, TRAINS + "75", QUEUE + "SUSPENDING",
+    QUEUE + "SUSPENDED", *POD_UP, TRAINS + "1",
     QUEUE + "ACTIVE", VM + "PREEMPTED", QUEUE + "ACTIVE", VM + "PREEMPTED",
     QUEUE, QUEUE + "WAITING_FOR_RESOURCES", QUEUE + "ACTIVE", VM + "CREATING",
-    QUEUE + "ACTIVE", VM + "READY", TRAINS + "255",
-    QUEUE + "ACTIVE", VM + "READY",
+    *HERE, TRAINS + "255", *HERE, *HERE,
   )  # fmt: skip
   done = place.launch("tpu_pod.sh", *TPU, *TRAIN)
   assert done.returncode == 0, done.stderr
   create, delete = "queued-resources create", "queued-resources delete"
   assert verbs(place.calls()) == [
-    look, create, look, vm, *install,
-    look, look, delete, look, create, look, vm, *install,
-    look, vm,
+    look, create, look, vm, *install, look,
+    look, delete, look, create, look, vm, *install, look, vm,
     look, vm, delete, look, create, look, look, vm, look, vm, *install,
+    look, vm, "codes",
     look, vm, *install,
   ]  # fmt: skip
-  assert place.calls(of="sleep") == [
-    ["10"],
-    ["30"],
-    ["20"],
-    ["30"],
-    ["30"],
-    ["40"],
-  ]
+  pauses = [["10"], ["20"], ["30"], ["30"], ["40"]]
+  assert place.calls(of="sleep") == pauses
   texts = [x for call in place.calls() for x in call if "calm_jax.train" in x]
   assert len(set(texts)) == 1, "the same command each time"
 
 
 def test_a_preempted_vm_is_made_again(place):
-  place.play(*VM_UP, TRAINS + "143", VM + "PREEMPTED", *VM_UP)
+  gone = VM + "PREEMPTED"
+  place.play(*VM_UP, TRAINS + "143", gone, gone, *VM_UP)
   done = place.launch("tpu_vm.sh", *TPU, *TRAIN)
   assert done.returncode == 0, done.stderr
   rest = ["tpu-vm list", "tpu-vm scp", "install", "train"]
   assert verbs(place.calls()) == [
-    "tpu-vm list", "tpu-vm create", *rest,
+    "tpu-vm list", "tpu-vm create", *rest, "tpu-vm list",
     "tpu-vm list", "tpu-vm delete", "tpu-vm list", "tpu-vm create", *rest,
   ]  # fmt: skip
   text = next(x for c in place.calls() for x in c if "calm_jax.train" in x)
@@ -273,7 +269,7 @@ def test_a_preempted_vm_is_made_again(place):
 
 @pytest.mark.parametrize("code", [1, 2, 65, 74])
 def test_other_failures_stop_and_what_was_rented_is_deleted(place, code):
-  looks = [] if code == 2 else [QUEUE + "ACTIVE", VM + "READY"]
+  looks = [] if code == 2 else HERE
   place.play(*POD_UP, f"{TRAINS}{code}", *looks)
   done = place.launch("tpu_pod.sh", *TPU, "--delete", *TRAIN)
   assert done.returncode == code
@@ -282,7 +278,7 @@ def test_other_failures_stop_and_what_was_rented_is_deleted(place, code):
 
 
 def test_what_was_there_is_reused_and_stays(place):
-  place.play(QUEUE + "ACTIVE", VM + "READY")
+  place.play(*HERE)
   done = place.launch("tpu_pod.sh", *TPU, *TRAIN)
   assert done.returncode == 0 and "goes on costing" in done.stderr
   assert not {"queued-resources create", "queued-resources delete"} & set(
@@ -309,11 +305,27 @@ def test_a_pod_that_cannot_be_had(place, answers, message):
 
 
 def test_retries_are_bounded(place):
-  up = [QUEUE + "ACTIVE", VM + "READY"]
-  place.play(*[x for _ in range(3) for x in (*up, TRAINS + "76")])
+  place.play(*[x for _ in range(3) for x in (*HERE, TRAINS + "76", *HERE)])
   done = place.launch("tpu_pod.sh", *TPU, "--retries=2", "--backoff=7", *TRAIN)
   assert done.returncode == 76 and "given up after 2 retries" in done.stderr
   assert place.calls(of="sleep") == [["7"], ["14"]]
+
+
+def test_one_workers_own_fault_stops_the_others(place):
+  codes = "*--command=cat*calm_jax.exit*\t0\t"
+  place.play(*HERE, TRAINS + "76", *HERE, codes + "76 65 134")
+  done = place.launch("tpu_pod.sh", *TPU, *TRAIN)
+  assert done.returncode == 76 and "one worker ended with exit code 65" in (
+    done.stderr
+  )
+  assert verbs(place.calls()).count("train") == 1
+
+
+def test_it_goes_on_after_its_own_network_was_gone(place):
+  fails = "*queued-resources list*\t1\t"
+  place.play(*HERE, TRAINS + "255", fails, fails, fails, *HERE)
+  assert place.launch("tpu_pod.sh", *TPU, *TRAIN).returncode == 0
+  assert verbs(place.calls()).count("train") == 2
 
 
 def test_a_worker_trains_apart_from_its_connection(place):
