@@ -149,8 +149,8 @@ install_text() {
     "$(quoted "$source")"
 }
 
-# Shell text that leaves the folder where install_text installed in $at, and goes
-# where configs/ is: of a release, that is where it was installed.
+# Shell text that leaves the folder where install_text installed in $at, and
+# goes where configs/ is: of a release, that is where it was installed.
 # shellcheck disable=SC2016 # Another shell expands it.
 at_text() {
   local configs="import configs, os;"
@@ -307,8 +307,8 @@ install() {
   on_workers "$text"
 }
 
-# What a worker does: start the trainer, free of this connection, or find the one
-# that a lost connection has left; show its log; end with its exit code.
+# What a worker does: start the trainer, free of this connection, or find the
+# one that a lost connection has left; show its log; end with its exit code.
 # shellcheck disable=SC2016
 worker_text() {
   local keep='"$@" >~/calm_jax.log 2>&1; echo $? >~/calm_jax.exit'

@@ -64,7 +64,8 @@ sources() {
 create() {
   # xpk's SIGTERM reaches the text's last process, which is the trainer then.
   local text
-  text="pip install uv==$uv && $(install_text) && $(at_text) && exec $(train_text tpu)"
+  text="pip install uv==$uv && $(install_text) && $(at_text)"
+  text+=" && exec $(train_text tpu)"
   sources
   run xpk workload create --workload="${opt[name]}" "${place[@]}" \
     --tpu-type="${opt[tpu-type]}" --storage="${opt[storage]}" \
@@ -79,7 +80,8 @@ create() {
 follow() {
   local now since=()
   while true; do
-    run kubectl wait --for=condition=Ready pod "${pods[@]}" --timeout=60s || true
+    run kubectl wait --for=condition=Ready pod "${pods[@]}" --timeout=60s ||
+      true
     run kubectl logs --follow --prefix --all-containers \
       --max-log-requests=1024 "${pods[@]}" "${since[@]}" || true
     since=(--since-time="$(date -u +%FT%TZ)")

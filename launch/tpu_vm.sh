@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Trains on a TPU VM of one host (such as v5litepod-8, v6e-8), which is created if
-# there is none of the name.
+# Trains on a TPU VM of one host (such as v5litepod-8, v6e-8), which is created
+# if there is none of the name.
 #
 #   launch/tpu_vm.sh --project=P --zone=us-east5-a --name=calm \
 #     --accelerator-type=v6e-8 --workdir=gs://BUCKET/kv --spot --delete \
 #     -- --config=configs/kv.py:paper
 #
-# After preemption it is created again, and the run goes on. The trainer does not
-# depend on this script: started again, the script follows the run.
+# After preemption it is created again, and the run goes on. The trainer does
+# not depend on this script: started again, the script follows the run.
 #
 #   --project= --zone= --name= --accelerator-type=   as gcloud calls them
 #   --workdir=       gs://BUCKET/FOLDER, or a folder that outlives the VM
