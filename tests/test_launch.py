@@ -2,64 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
+from stand_ins import (
+  COMMIT,
+  GKE,
+  HERE,
+  JOBSETS,
+  LAUNCH,
+  LOCAL,
+  POD_UP,
+  QUEUE,
+  SLURM,
+  STAND_IN,
+  TPU,
+  TRAIN,
+  TRAINS,
+  VM,
+  VM_UP,
+  verbs,
+)  # fmt: skip
 
-LAUNCH = Path(__file__).parents[1] / "launch"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-# It writes its arguments down. The first line of PLAY that fits the call is
-# what it does then, once; otherwise it succeeds and says nothing.
-STAND_IN = r"""#!/usr/bin/env bash
-printf '%s\0' "${0##*/}" "$@" >>"$CALLS"
-printf '\036' >>"$CALLS"
-number=0
-while IFS=$'\t' read -r pattern code answer; do
-  number=$((number + 1))
-  [[ "${0##*/} $*" == $pattern ]] || continue
-  sed -i "${number}d" "$PLAY"
-  [[ -z $answer ]] || echo "$answer"
-  exit "$code"
-done <"$PLAY"
-"""
-TOOLS = (
-  "bash", "env", "dirname", "basename", "sed", "cat", "mkdir", "date", "rm",
-  "setsid", "tail", "flock", "touch",
-)  # fmt: skip
-STAND_INS = (
-  "gcloud", "kubectl", "xpk", "sbatch", "srun", "scontrol", "ssh", "git", "uv",
-  "tar", "sleep", "trainer",
-)  # fmt: skip
 AWKWARD = [
   "--config=configs/kv.py:paper",
   "--config.x=('a','b')",
   '--config.name=two words, "quotes" $HOME `x` \\ * ~',
   "--config.text=two\nlines",
 ]
-TPU = [
-  "--project=P", "--zone=us-z1-a", "--name=calm", "--accelerator-type=v6e-16",
-  "--workdir=gs://bucket/kv",
-]  # fmt: skip
-GKE = [
-  "--project=P", "--zone=us-z1-a", "--name=calm", "--tpu-type=v6e-16",
-  "--cluster=C", "--storage=runs", "--workdir=/runs/kv",
-]  # fmt: skip
-SLURM = ["--workdir=/shared/kv", "--nodes=2"]
-LOCAL = ["--python=trainer"]
-TRAIN = ["--", "--config=configs/kv.py"]
-# What gcloud answers while a slice, or a VM, is made and is then there.
-QUEUE = "*queued-resources list*\t0\t"
-VM = "*tpu-vm list*\t0\t"
-POD_UP = [QUEUE, QUEUE + "ACTIVE", VM + "READY"]
-VM_UP = [VM, VM + "READY"]
-HERE = [QUEUE + "ACTIVE", VM + "READY"]
-TRAINS = "*--command=*calm_jax.train*\t"
-JOBSETS = "*get jobsets*\t0\t"
 SCRIPTS = {
   "local.sh": (LOCAL, []),
   "tpu_vm.sh": ([*TPU, "--spot", "--delete"], VM_UP),
@@ -67,94 +40,6 @@ SCRIPTS = {
   "gke_xpk.sh": ([*GKE, "--delete"], [JOBSETS, JOBSETS + "calm Completed"]),
   "slurm_gpu.sbatch": (SLURM, []),
 }
-
-
-@dataclasses.dataclass
-class Place:
-  """A checkout with launch/ alone, and a PATH of stand-ins."""
-
-  folder: Path
-
-  def __post_init__(self):
-    shutil.copytree(LAUNCH, self.folder / "checkout" / "launch")
-    self.bin = self.folder / "bin"
-    self.bin.mkdir()
-    for name in TOOLS:
-      (self.bin / name).symlink_to(shutil.which(name))
-    for name in STAND_INS:
-      self.stand_in(self.bin / name)
-    self.env = {
-      "PATH": str(self.bin),
-      "HOME": str(self.folder),
-      "USER": "me",
-      "CALLS": str(self.folder / "calls"),
-      "PLAY": str(self.folder / "play"),
-    }
-
-  def stand_in(self, path: Path, text: str = STAND_IN) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-
-  def play(self, *lines: str) -> None:
-    """What stand-ins do from here on; forgets the calls so far."""
-    commit = f"git*rev-parse*\t0\t{COMMIT}"
-    (self.folder / "calls").write_text("")
-    (self.folder / "play").write_text(
-      "".join(f"{x}\n" for x in [commit, *lines])
-    )
-
-  def run(self, *command: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-      ["bash", *command],
-      env=self.env | env,
-      cwd=self.folder,
-      capture_output=True,
-      text=True,
-      timeout=30,
-    )
-
-  def launch(self, name: str, *arguments: str, **env: str):
-    """Runs a script; all that was played must have been needed."""
-    done = self.run(
-      str(self.folder / "checkout/launch" / name), *arguments, **env
-    )
-    rest = (self.folder / "play").read_text().splitlines()
-    assert [x for x in rest if not x.startswith("git")] == [], done.stderr
-    return done
-
-  def calls(self, *, of: str = "", reads: bool = False) -> list[list[str]]:
-    """All calls, without those that only look or wait; or those of one name."""
-    text = (self.folder / "calls").read_text()
-    found = [call.split("\0")[:-1] for call in text.split("\x1e")[:-1]]
-    if of:
-      return [call[1:] for call in found if call[0] == of]
-    quiet = ("rev-parse", "cat-file", "status")
-    return [
-      call
-      for call in found
-      if call[0] != "sleep" and (reads or not set(quiet) & set(call))
-    ]
-
-
-@pytest.fixture
-def place(tmp_path):
-  missing = [name for name in TOOLS if not shutil.which(name)]
-  if missing:
-    pytest.skip(f"the scripts need {missing}, which this machine lacks")
-  return Place(tmp_path)
-
-
-def verbs(calls: list[list[str]]) -> list[str]:
-  """What each call of gcloud was for."""
-  names = []
-  for call in calls:
-    if call[0] == "gcloud":
-      (text,) = [x for x in call if x.startswith("--command=")] or [""]
-      what = "codes" if "calm_jax.exit" in text else "install"
-      what = "train" if "calm_jax.train" in text else what
-      names.append(what if text else " ".join(call[3:5]))
-  return names
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -359,62 +244,6 @@ def test_a_worker_trains_apart_from_its_connection(place):
     ["-m", "calm_jax.train", *AWKWARD, "--config.workdir=/mnt/bucket/kv",
      "--config.mesh.fsdp=-1"]
   ]  # fmt: skip
-
-
-def test_gke_follows_what_is_there_and_starts_anew_what_has_ended(place):
-  place.play(JOBSETS + "calm ", JOBSETS + "calm ", JOBSETS + "calm Completed")
-  done = place.launch("gke_xpk.sh", *GKE, *TRAIN)
-  assert done.returncode == 0 and place.calls(of="xpk") == []
-  first, second = [c for c in place.calls(of="kubectl") if c[0] == "logs"]
-  assert "--follow" in first and second[:-1] == first
-  assert second[-1].startswith("--since-time=20")
-
-  place.play(JOBSETS + "calm Failed", JOBSETS + "calm Completed")
-  done = place.launch("gke_xpk.sh", *GKE, *TRAIN)
-  assert done.returncode == 0
-  assert [c[:2] for c in place.calls(of="xpk")] == [
-    ["workload", "delete"],
-    ["workload", "create"],
-  ]
-
-
-def test_gke_failure_is_told_and_deleted(place):
-  place.play(JOBSETS, JOBSETS + "calm Failed")
-  done = place.launch("gke_xpk.sh", *GKE, "--delete", "--retries=3", *TRAIN)
-  assert done.returncode == 1 and "describe jobset calm" in done.stderr
-  create, delete = place.calls(of="xpk")
-  assert {
-    "--max-restarts=3",
-    "--restart-on-exit-codes=75,76,77,134,137,143",
-  } < set(create)
-  where = ["--project=P", "--zone=us-z1-a", "--cluster=C"]
-  assert delete == ["workload", "delete", "--workload=calm", *where, "--force"]
-
-
-@pytest.mark.parametrize(
-  "code, restarts, requeued",
-  [(75, "", True), (76, "19", True), (75, "20", False), (2, "", False)],
-)
-def test_slurm_queues_again(place, code, restarts, requeued):
-  place.play()
-  assert place.launch("slurm_gpu.sbatch", *SLURM, *TRAIN).returncode == 0
-  (submitted,) = place.calls(of="sbatch")
-  assert submitted[:3] == [
-    "--nodes=2", "--gpus-per-node=8", "--ntasks-per-node=8"
-  ]  # fmt: skip
-  script, *arguments = submitted[3:]
-  spooled = place.folder / "spool" / "slurm_script"
-  spooled.parent.mkdir()
-  shutil.copy(script, spooled)
-  place.play(f"srun*\t{code}\t")
-  env = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": f"{place.folder}/checkout"}
-  env |= {"SLURM_RESTART_COUNT": restarts} if restarts else {}
-  done = place.run(str(spooled), *arguments, **env)
-  assert done.returncode == code, done.stderr
-  (srun,) = place.calls(of="srun")
-  assert srun[:3] == ["--kill-on-bad-exit=0", "--wait=600", "bash"]
-  again = [["requeue", "7"]] if requeued else []
-  assert place.calls(of="scontrol") == again
 
 
 def test_local_goes_on_after_a_lost_process(place):
