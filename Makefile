@@ -29,6 +29,7 @@ lm-eval: $(VENV)/lm-eval
 lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/shellcheck -x launch/*
 
 format: $(VENV)/dev
 	$(BIN)/ruff format .

@@ -172,6 +172,11 @@ def _check(settings: dict[str, Any]) -> None:
     raise InputError(
       f"experiment={settings['experiment']!r} is none of {list(EXPERIMENTS)}"
     )
+  if "://" in settings["workdir"]:
+    raise InputError(
+      f"workdir={settings['workdir']!r} is an address, not a folder: mount the "
+      "bucket, as docs/launch.md says, and give the folder"
+    )
   if not settings["recipe"]:
     raise InputError("the recipe has no stage: it ends with the composition")
   for name in [*settings["recipe"], *settings["alternatives"]]:

@@ -1,0 +1,351 @@
+# Shared by the scripts of this folder, which source it. See docs/launch.md.
+# shellcheck shell=bash
+
+if ((BASH_VERSINFO[0] < 5)); then
+  echo "error: bash 5 or newer is needed; this is $BASH_VERSION" >&2
+  exit 2
+fi
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# What the package is installed with, by uv. Its own dependencies are at the
+# lower bounds of setup.cfg, the versions it was tested with.
+uv=0.13.9
+python=3.12
+# The trainer ended with one of these: the same command goes on from there.
+# See docs/faults.md.
+resumable=(75 76 77 134 137 143)
+# Of a script: its options and their defaults. Of the trainer: what follows --.
+declare -A opt
+trainer=()
+# What --dry-run prints its commands to, from within $(...) too.
+exec 3>&1
+
+say() { echo "$(basename "$0"): $*" >&2; }
+
+# Wrong arguments, and what to do about them.
+wrong() {
+  say "error: $*; --help says more"
+  exit 2
+}
+
+# Words for a shell to read, in one line.
+quoted() {
+  local word line=""
+  for word; do
+    [[ $word =~ ^[[:alnum:]_@%+=:,./-]+$ ]] || word=${word@Q}
+    line+=" $word"
+  done
+  echo "${line:1}"
+}
+
+# Runs a command; with --dry-run prints it.
+run() {
+  if [[ ${opt[dry-run]} == yes ]]; then
+    quoted "$@" >&3
+  else
+    "$@"
+  fi
+}
+
+# The output of a command; with --dry-run prints it and assumes an answer.
+ask() {
+  local answer=$1
+  shift
+  run "$@" && { [[ ${opt[dry-run]} == no ]] || echo "$answer"; }
+}
+
+pause() { [[ ${opt[dry-run]} == yes ]] || sleep "$1"; }
+
+# Reads --name=value, --flag and what comes after --, into `opt` and `trainer`.
+# `opt` holds all names and defaults; "no" is that of a flag.
+parse() {
+  local word name
+  while (($#)); do
+    word=$1 name=${1#--} name=${name%%=*}
+    shift
+    if [[ $word == --help ]]; then
+      sed -n '/^#SBATCH/d; 2,/^[^#]/s/^# \{0,1\}//p' "$0"
+      exit 0
+    elif [[ $word == -- ]]; then
+      trainer=("$@")
+      break
+    elif [[ ! $word =~ ^--[a-z-]+(=|$) || -z ${opt[$name]+known} ]]; then
+      wrong "no option $word; those of the trainer come after --"
+    elif [[ ${opt[$name]} == no || ${opt[$name]} == yes ]]; then
+      [[ $word != *=* ]] || wrong "--$name takes no value"
+      opt[$name]=yes
+    else
+      [[ $word == *=* ]] || wrong "--$name needs a value: --$name=VALUE"
+      opt[$name]=${word#*=}
+    fi
+  done
+  for name in retries backoff poll wait grace; do
+    [[ ${opt[$name]:-0} =~ ^[0-9]+$ ]] ||
+      wrong "--$name=${opt[$name]} is no number"
+  done
+  [[ " ${trainer[*]}" == *" --config="* ]] ||
+    wrong "the trainer needs at least --config=FILE, after --"
+}
+
+# require NAME...: options that must have been given.
+require() {
+  local name
+  for name; do
+    [[ -n ${opt[$name]} ]] || wrong "--$name= is missing"
+  done
+}
+
+# need COMMAND HOW: a program that has to be there, and where it comes from.
+need() {
+  [[ ${opt[dry-run]} == yes ]] || command -v "$1" >/dev/null || {
+    say "error: there is no $1 on PATH; $2"
+    exit 127
+  }
+}
+
+# for_all FOLDER: tells the trainer where its folder is, and to use all devices
+# unless the user has another mesh in mind.
+for_all() {
+  local own=" ${trainer[*]}"
+  [[ $own != *" --config.workdir"* ]] ||
+    wrong "--config.workdir: give --workdir= to this script instead"
+  trainer+=(--config.workdir="$1")
+  [[ $own == *" --config.mesh."* ]] || trainer+=(--config.mesh.fsdp=-1)
+}
+
+# Sets `pinned` (a short name), `archive` (the source; empty for a release) and
+# `source` (what pip installs, with an extra) from --ref.
+pin() {
+  local extra=$1 file
+  if [[ ${opt[ref]} == ==* ]]; then
+    pinned=${opt[ref]#==} archive="" source="calm_jax[$extra]${opt[ref]}"
+    return
+  fi
+  need git "install git, or give a release: --ref===VERSION"
+  commit=$(git -C "$root" rev-parse --verify --quiet \
+    "${opt[ref]:-HEAD}^{commit}") ||
+    wrong "--ref=${opt[ref]} is no commit of $root"
+  pinned=${commit:0:12} source=".[$extra]"
+  archive="$root/build/calm_jax-$pinned.tar.gz"
+  for file in "${trainer[@]}"; do
+    [[ $file == --config=* ]] || continue
+    file=${file#--config=} file=${file%%:*}
+    git -C "$root" cat-file -e "$commit:$file" 2>/dev/null ||
+      wrong "--config=$file is not in commit $pinned; commit it, or give --ref="
+  done
+  [[ -n ${opt[ref]} || -z $(git -C "$root" status --porcelain -uno) ]] ||
+    say "warning: runs commit $pinned, without the changes not yet committed"
+}
+
+make_archive() {
+  run mkdir -p "$root/build" &&
+    run git -C "$root" archive --format=tar.gz --output="$archive" "$commit"
+}
+
+# Shell text that leaves `source` installed in .venv of the present folder.
+install_text() {
+  echo "uv venv --allow-existing --python $python .venv &&" \
+    "uv pip install --python .venv/bin/python --resolution lowest-direct" \
+    "$(quoted "$source")"
+}
+
+# Shell text that leaves the folder where install_text installed in $at, and
+# goes where configs/ is: of a release, that is where it was installed.
+# shellcheck disable=SC2016 # Another shell expands it.
+at_text() {
+  local configs="import configs, os;"
+  configs+=" print(os.path.dirname(configs.__path__[0]))"
+  if [[ -n $archive ]]; then
+    echo 'at=$PWD'
+  else
+    echo "at=\$PWD && cd \"\$(.venv/bin/python -c '$configs')\""
+  fi
+}
+
+# train_text PLATFORM: shell text that trains. A process that cannot have its
+# devices must not go on without them, so it is told which they are.
+train_text() {
+  echo "env JAX_PLATFORMS=$1,cpu \"\$at/.venv/bin/python\" -m calm_jax.train" \
+    "$(quoted "${trainer[@]}")"
+}
+
+can_resume() { [[ " ${resumable[*]} " == *" $1 "* ]]; }
+
+# Runs a function again while it ends in a way that `again CODE` approves of,
+# --retries times at most, with growing pauses.
+retrying() {
+  local tries=0 code seconds
+  while true; do
+    code=0
+    "$@" || code=$?
+    ((code)) || return 0
+    if ! again "$code"; then
+      say "ended with exit code $code; starting again would not help"
+      return "$code"
+    elif ((tries >= opt[retries])); then
+      say "ended with exit code $code; given up after $tries retries"
+      return "$code"
+    fi
+    seconds=$((opt[backoff] << (tries < 5 ? tries : 5)))
+    tries=$((tries + 1))
+    say "ended with exit code $code;" \
+      "retry $tries of ${opt[retries]} in $seconds s"
+    sleep "$seconds"
+  done
+}
+
+# The rest is for TPU VMs. The scripts define `state`, `create` and `delete` of
+# what they rent, in terms of this.
+tpus() { run gcloud compute tpus "$@" "${place[@]}"; }
+
+begin_tpu() {
+  require project zone name accelerator-type workdir
+  [[ ${opt[name]} =~ ^[a-z][a-z0-9-]*$ ]] ||
+    wrong "--name=${opt[name]}: lower-case letters, digits and hyphens"
+  need gcloud "see https://cloud.google.com/sdk/docs/install"
+  pin tpu
+  place=(--project="${opt[project]}" --zone="${opt[zone]}" --quiet)
+  read -ra create_flags <<<"${opt[create-flags]}"
+  read -ra ssh_flags <<<"${opt[ssh-flags]}"
+  [[ ${opt[spot]} == no ]] || create_flags+=(--spot)
+  # Each worker sees a bucket as the same folder.
+  workdir=${opt[workdir]} bucket=""
+  if [[ $workdir == gs://* ]]; then
+    bucket=${workdir#gs://} bucket=${bucket%%/*}
+    workdir=/mnt/$bucket${workdir#gs://"$bucket"}
+    [[ $bucket =~ ^[a-z0-9._-]+$ ]] || wrong "--workdir=$workdir: no bucket"
+  fi
+  for_all "$workdir"
+  folder=calm_jax-$pinned
+  # Machines made so far, and whether there ever were any.
+  created=0 met=no
+}
+
+# Waits for machines that are ready; rents them if there are none.
+ready() {
+  local now waited=0
+  while true; do
+    now=$(state) || return
+    case $now in
+      ready)
+        met=yes
+        return 0
+        ;;
+      absent)
+        ((++created <= opt[retries] + 1)) || {
+          say "error: preempted $created times before it was of use"
+          return 1
+        }
+        create || return
+        ;;
+      gone)
+        say "${opt[name]} has been preempted; it is made anew"
+        delete || return
+        ;;
+      waiting)
+        ((waited < opt[wait])) || {
+          say "error: ${opt[name]} was not ready after $waited s (--wait)"
+          return 1
+        }
+        pause "${opt[poll]}"
+        waited=$((waited + opt[poll]))
+        ;;
+      *)
+        say "error: ${opt[name]} is in state $now, which waiting does not help"
+        return 1
+        ;;
+    esac
+  done
+}
+
+# The state of a VM or slice, in the words of `ready`.
+vm_state() {
+  local now
+  now=$(ask "$1" gcloud compute tpus tpu-vm list "${place[@]}" \
+    --filter="name~/nodes/${opt[name]}\$" --format="value(state)") || return
+  case $now in
+    "") echo absent ;;
+    READY) echo ready ;;
+    PREEMPTED | TERMINATED) echo gone ;;
+    CREATING | STARTING | RESTARTING | REPAIRING | DELETING) echo waiting ;;
+    *) echo "$now" ;;
+  esac
+}
+
+on_workers() {
+  tpus tpu-vm ssh "${opt[name]}" --worker=all "${ssh_flags[@]}" --command="$1"
+}
+
+# Shell text that shows a bucket as a folder. Other workers see at once what one
+# has written: nothing of it is remembered.
+mount_text() {
+  local list=/etc/apt/sources.list.d/gcsfuse.list
+  local keys=/usr/share/keyrings/cloud.google.asc
+  local repo=https://packages.cloud.google.com/apt
+  echo "{ command -v gcsfuse || { curl -fsSL $repo/doc/apt-key.gpg |" \
+    "sudo tee $keys >/dev/null && echo deb [signed-by=$keys] $repo" \
+    "gcsfuse-\$(lsb_release -cs) main | sudo tee $list && sudo apt-get update" \
+    "&& sudo apt-get install --yes gcsfuse; }; }" \
+    "&& { mountpoint -q /mnt/$bucket || { sudo mkdir -p /mnt/$bucket &&" \
+    "sudo chown \$USER /mnt/$bucket && gcsfuse --implicit-dirs" \
+    "--rename-dir-limit=100000 --metadata-cache-ttl-secs=0" \
+    "--metadata-cache-negative-ttl-secs=0 $bucket /mnt/$bucket; }; } && "
+}
+
+install() {
+  local text="" unpack=""
+  if [[ -n $archive ]]; then
+    make_archive || return
+    tpus tpu-vm scp "$archive" "${opt[name]}:$folder.tar.gz" --worker=all \
+      "${ssh_flags[@]}" || return
+    unpack="tar -xzf ../$folder.tar.gz && "
+  fi
+  [[ -z $bucket ]] || text=$(mount_text)
+  text+="export PATH=~/.local/bin:\$PATH && { uv --version | grep -qwF $uv ||"
+  text+=" curl -LsSf https://astral.sh/uv/$uv/install.sh | sh; }"
+  text+=" && mkdir -p $folder && cd $folder && $unpack$(install_text)"
+  on_workers "$text"
+}
+
+# What a worker does: start the trainer, free of this connection, or find the
+# one that a lost connection has left; show its log; end with its exit code.
+# shellcheck disable=SC2016
+worker_text() {
+  local keep='"$@" >~/calm_jax.log 2>&1; echo $? >~/calm_jax.exit'
+  echo "cd $folder && $(at_text) && exec 9>~/calm_jax.lock &&" \
+    'if flock -n 9; then rm -f ~/calm_jax.exit; : >~/calm_jax.log;' \
+    "setsid bash -c '$keep' - $(train_text tpu) </dev/null >/dev/null 2>&1 &" \
+    'echo $! >~/calm_jax.pid;' \
+    'else echo "a run is under way here: this follows it"; fi; exec 9>&-;' \
+    'tail -n +1 -f --pid="$(cat ~/calm_jax.pid)" ~/calm_jax.log;' \
+    'exit "$(cat ~/calm_jax.exit || echo 137)"'
+}
+
+attempt() { ready && install && on_workers "$(worker_text)"; }
+
+# Whether to go on: if a machine is no longer there, the connection was lost
+# (255), or every worker has ended in a way that it can go on from. One worker's
+# own fault ends the others too, with codes that by themselves could go on.
+again() {
+  local now codes code
+  [[ $1 != 2 ]] || return 1
+  now=$(state) || { [[ $met == yes ]]; return; }
+  [[ $now == ready ]] || return 0
+  can_resume "$1" || [[ $1 == 255 ]] || return
+  codes=$(on_workers "cat ~/calm_jax.exit") || return 0
+  for code in $codes; do
+    [[ ! $code =~ ^[1-9][0-9]*$ ]] || can_resume "$code" || {
+      say "one worker ended with exit code $code"
+      return 1
+    }
+  done
+}
+
+# Deletes what it rented, after a failure too, if asked.
+train_on_tpu() {
+  local code=0
+  [[ ${opt[delete]} == no ]] || trap 'delete || say "DELETE IT YOURSELF"' EXIT
+  retrying attempt || code=$?
+  [[ ${opt[delete]} == yes ]] || say "${opt[name]} goes on costing: --delete"
+  return "$code"
+}
