@@ -272,9 +272,9 @@ def build_models(settings, tokenizer, loaded) -> LanguageModel:
     control_seed=_trial_seed(settings) if joint["control"] == "noise" else 0,
     seed=_trial_seed(settings),
   )
-  unroll = {"unroll": settings["unroll"]}
+  how = {name: settings[name] for name in ("unroll", "remat", "loss_chunk")}
   return dataclasses.replace(
-    composed, spec=placing.configure(composed.spec, lambda part: unroll)
+    composed, spec=placing.configure(composed.spec, lambda part: how)
   )
 
 

@@ -157,6 +157,10 @@ def get_config() -> ConfigDict:
   # Layers compiled out per step of the scan; more is faster on a CPU for
   # small models, and compiles for longer.
   config.unroll = 1
+  # What the backward pass computes again, and the logits that exist at a time
+  # on each device; see calm_jax.models.config.
+  config.remat = "auto"
+  config.loss_chunk = 2**24
   # Devices along each axis of the mesh; -1, on one axis, for what is left. All
   # 1: one device, without a mesh. See calm_jax.sharding.
   config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1})

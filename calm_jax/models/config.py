@@ -12,6 +12,9 @@ NORMS = ("rms", "rms_plus_one", "layer")
 QK_NORMS = (None, "head", "full")
 _KINDS = {"int": int, "float": (int, float), "bool": bool}
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_exact")
+REMATS = ("auto", "none", "dots", "full")
+# Fields that say how a model is computed, and not which model it is.
+HOW_COMPUTED = ("dtype", "unroll", "remat", "loss_chunk", "place")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,11 @@ class ModelConfig:
       at least.
     unroll: layers compiled out per step of the scan over layers; more is
       faster for small models on a CPU, and compiles for longer.
+    remat: what of a layer the backward pass computes again: "none" of it, all
+      but its matrix products ("dots"), or the "full" layer; "auto" is "none"
+      where all layers run at once, or else "dots".
+    loss_chunk: logits that exist at a time in training, on each device; 0 for
+      all of them.
     place: says where arrays lie while several devices compute: `weight(name,
       array)` of a layer, `states(array)` [B, L, D] between layers and
       `cache(tree)`, each of which returns what it is given. None on one device.
@@ -117,7 +125,9 @@ class ModelConfig:
   tie_embeddings: bool = False
   dtype: str = "float32"
   unroll: int = 1
-  # Changes no number, so it is no part of what a run is told by.
+  # These change no number, so they are no part of what a run is told by.
+  remat: str = dataclasses.field(default="auto", repr=False)
+  loss_chunk: int = dataclasses.field(default=0, repr=False)
   place: Any = dataclasses.field(default=None, repr=False)
 
   def __post_init__(self):
@@ -135,7 +145,8 @@ class ModelConfig:
         f"num_kv_heads={self.num_kv_heads}"
       )
     for name, known in (
-      ("activation", ACTIVATIONS), ("norm", NORMS), ("qk_norm", QK_NORMS)
+      ("activation", ACTIVATIONS), ("norm", NORMS), ("qk_norm", QK_NORMS),
+      ("remat", REMATS),
     ):  # fmt: skip
       if getattr(self, name) not in known:
         raise InputError(f"{name}={getattr(self, name)!r} is none of {known}")

@@ -6,6 +6,8 @@ heads, H head width, G = N / K queries of a key-value head.
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -118,34 +120,38 @@ def attend(
 
   One softmax goes over the keys of all blocks.
   """
-  if len(blocks) == 1 and q_BLNH.dtype != jnp.float64 and cap is None:
-    [(k_BKSH, v_BKSH, mask_B1LS)] = blocks
-    return jax.nn.dot_product_attention(
-      q_BLNH,
-      k_BKSH.swapaxes(1, 2),
-      v_BKSH.swapaxes(1, 2),
-      mask=mask_B1LS,
-      scale=scale,
-    )
-  # The library has no blocks and no cap, and its softmax is never more than
-  # float32, too coarse for gradients to be checked against finite differences.
   B, L, N, H = q_BLNH.shape
+  K = blocks[0][0].shape[1]
   dtype = at_least_float32(q_BLNH.dtype)
-  q_BKGLH = q_BLNH.reshape(B, L, blocks[0][0].shape[1], -1, H)
-  q_BKGLH = q_BKGLH.transpose(0, 2, 3, 1, 4)
+  # Rows r of a key head: XLA's CPU backend fuses products, mask and softmax of
+  # four dimensions, each of which is contiguous, and not of five.
+  scale = jnp.asarray(H**-0.5 if scale is None else scale, q_BLNH.dtype)
+  q_BKGLH = (q_BLNH * scale).reshape(B, L, K, -1, H).transpose(0, 2, 3, 1, 4)
+  q_BKRH = q_BKGLH.reshape(B, K, -1, H)
   scores = []
   for k_BKSH, _, mask_B1LS in blocks:
-    scores_BKGLS = jnp.einsum(
-      "bkglh,bksh->bkgls", q_BKGLH, k_BKSH, preferred_element_type=dtype
-    ) * (H**-0.5 if scale is None else scale)
+    scores_BKRS = jnp.einsum(
+      "bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=dtype
+    )
     if cap is not None:
-      scores_BKGLS = cap * jnp.tanh(scores_BKGLS / cap)
-    lowest = jnp.finfo(dtype).min
-    scores.append(jnp.where(mask_B1LS[:, None], scores_BKGLS, lowest))
-  weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1))
-  out_BKGLH, at = 0, 0
-  for _, v_BKSH, _ in blocks:
-    here = weights[..., at : at + v_BKSH.shape[2]].astype(v_BKSH.dtype)
-    out_BKGLH += jnp.einsum("bkgls,bksh->bkglh", here, v_BKSH)
-    at += v_BKSH.shape[2]
+      scores_BKRS = cap * jnp.tanh(scores_BKRS / cap)
+    # Added, because the gradient of a choice is a pass of its own.
+    bias_B1LS = jnp.where(mask_B1LS, 0, -1e30).astype(dtype)
+    scores.append(scores_BKRS + jnp.tile(bias_B1LS, (1, 1, N // K, 1)))
+  top_BKR1 = functools.reduce(
+    jnp.maximum, [s.max(axis=-1, keepdims=True) for s in scores]
+  )
+  # Divided by the sum at the end, where there are H features and not S keys.
+  out_BKRH = sum_BKR1 = 0
+  for scores_BKRS, (_, v_BKSH, _) in zip(scores, blocks, strict=True):
+    weights_BKRS = jnp.exp(scores_BKRS - jax.lax.stop_gradient(top_BKR1))
+    sum_BKR1 += weights_BKRS.sum(axis=-1, keepdims=True)
+    out_BKRH += jnp.einsum(
+      "bkrs,bksh->bkrh",
+      weights_BKRS.astype(v_BKSH.dtype),
+      v_BKSH,
+      preferred_element_type=dtype,
+    )
+  out_BKRH = (out_BKRH / sum_BKR1).astype(q_BLNH.dtype)
+  out_BKGLH = out_BKRH.reshape(B, K, -1, L, H)
   return out_BKGLH.transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
