@@ -1,9 +1,10 @@
 """Small runs on cached states, for tests; as a program, killed ones.
 
-  python tests/cached_runs.py WORKDIR PROGRAMS KILLS
+  python tests/cached_runs.py WORKDIR PROGRAMS FILES ...
 
-runs a stage whose states are cached, KILLS times killed while these are being
-written, and then to its end. Standard output gets a JSON line for each life.
+runs a stage whose states are cached, killed for each FILES as soon as it has
+written so many files of states, and then to its end. Standard output gets a
+JSON line for each life.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def run(directory: Path, kind: str, made=None, **changes) -> dict:
 def run_in_many_files(workdir: Path) -> dict:
   """Takes long enough to be killed while the states are written."""
   state_cache.StateStore = functools.partial(StateStore, shard_bytes=300)
-  return run(workdir, "float32", source(examples=300))
+  return run(workdir, "float32")
 
 
 def _files(workdir: Path, kind: str) -> int:
@@ -139,9 +140,9 @@ def _life(workdir: Path, programs: Path, more: int) -> dict:
 
 
 def main() -> None:
-  workdir, programs, kills = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-  for more in (*(3, 17, 9, 30)[: int(kills)], 0):
-    print(json.dumps(_life(workdir, programs, more)), flush=True)
+  workdir, programs, *files = sys.argv[1:]
+  for more in (*map(int, files), 0):
+    print(json.dumps(_life(Path(workdir), Path(programs), more)), flush=True)
 
 
 if __name__ == "__main__":

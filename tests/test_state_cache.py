@@ -20,25 +20,24 @@ import tiny
 from calm_jax import (
   checkpoint,
   composition,
-  fitting,
   flops,
   optim,
   state_cache,
-  train,
   training_step,
   tree,
 )
 from calm_jax.connections import Augmenting, Composition, Connection
+from calm_jax.data.arithmetic import ArithmeticSource
 from calm_jax.errors import InputError
-from configs import kv
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cached_programs(tmp_path_factory):
-  with tiny.compilation_cache(tmp_path_factory.mktemp("programs")):
-    yield
+  folder = tmp_path_factory.mktemp("programs")
+  with tiny.compilation_cache(folder):
+    yield folder
 
 
 def theta(params) -> dict:
@@ -57,7 +56,7 @@ def runs(tmp_path_factory):
   """(folder, {what is cached: Θ_C after more than two epochs})."""
   folder = tmp_path_factory.mktemp("runs")
   found = {"fresh": theta(tiny.compose()[1])}
-  for kind in ("", *state_cache.KINDS):
+  for kind in ("", "int8"):
     found[kind] = theta(cached_runs.run(folder / (kind or "none"), kind))
   return folder, found
 
@@ -74,39 +73,26 @@ def distance(got, want, start) -> float:
   return norm(got, want) / norm(start, want)
 
 
-@pytest.mark.parametrize(
-  ("kind", "most"), [("float32", 1e-6), ("bfloat16", 5e-3), ("int8", 2e-2)]
-)
-def test_theta_is_that_of_a_run_without_a_cache(kind, most, runs):
-  source = cached_runs.source()
-  assert cached_runs.STEPS * source.batch_size > 2 * source.num_rows
+def test_int8_leads_to_about_the_same_theta(runs):
   found = runs[1]
-  off = distance(found[kind], found[""], found["fresh"])
-  print(f"{kind}: {off:.1e} of the way that training went")
-  assert off <= most
-  if kind == "float32":
-    for name, leaf in found[""].items():
-      np.testing.assert_allclose(found[kind][name], leaf, rtol=0, atol=1e-6)
+  off = distance(found["int8"], found[""], found["fresh"])
+  print(f"{off:.1e} of the way that training went")
+  assert 0 < off <= 2e-2
 
 
 @pytest.mark.parametrize(
-  ("kind", "bits"), [("float32", 24), ("bfloat16", 8), ("int8", 6)]
+  ("kind", "most"),
+  [("float32", 0), ("bfloat16", 2**-8), ("int8", 1.01 / 254)],
 )
-def test_what_is_lost_of_a_state(kind, bits):
-  h_BME = np.array(jax.random.normal(jax.random.key(0), (3, 5, 192)))
+def test_what_is_lost_of_a_state(kind, most):
+  h_BME = np.random.default_rng(0).normal(size=(3, 5, 192)).astype(np.float32)
   h_BME[0, 0, :64] = 0
   h_BME[1, 2, 70] = 1e4  # as trained models have them
   back = state_cache.decode(state_cache.encode(kind, h_BME), "float32")
-  parts = h_BME.reshape(3, 5, -1, 64 if kind == "int8" else 1)
-  largest = np.abs(parts).max(-1, keepdims=True)
-  off = np.abs(np.asarray(back) - h_BME).reshape(parts.shape)
-  # Half a step, and what the scale was rounded by.
-  assert (off <= 1.01 * 2.0**-bits * largest / 2 + 0.0).all() or (
-    kind == "int8" and (off <= 1.01 * largest / 127 / 2).all()
-  )
-
-
-OTHERS = ("two",)
+  shape = (3, 5, -1, 64 if kind == "int8" else 1)
+  off = np.abs(back - h_BME).reshape(shape)
+  largest = np.abs(h_BME).reshape(shape).max(-1, keepdims=True)
+  assert (off <= most * largest).all()
 
 
 def composed(names, **options):
@@ -127,19 +113,12 @@ def composed(names, **options):
 @pytest.mark.parametrize(
   ("names", "others", "options"),
   [
-    (("kv",), (), {"positions": "rope"}),
-    (("kv",), ("kv",), {}),
-    (("kv", "two"), ("two",), {}),
-    (("kv",), (), {"visibility": "encoder"}),
-    (("kv",), ("kv",), {"visibility": "encoder"}),
-    (("kv",), (), {"visibility": "unmasked"}),
-    # It is told of padding too.
+    (("kv", "two"), ("two",), {"visibility": "encoder"}),
+    # Some rows are given the padding of others.
     (("kv",), (), {"control": "shuffled"}),
-    (("kv",), ("kv",), {"control": "shuffled"}),
-    (("kv",), (), {"control": "noise"}),
   ],
 )
-def test_losses_of_every_way_to_compose(names, others, options, tmp_path):
+def test_losses_are_those_with_m_a(names, others, options, tmp_path):
   spec, params = composed(names, **options)
   source = cached_runs.source(names=others, examples=20)
   stage = tiny.stage(cache_states="float32", accumulate=2)
@@ -148,19 +127,21 @@ def test_losses_of_every_way_to_compose(names, others, options, tmp_path):
     "compose", stage, spec, params, source, tmp_path, frozen, None
   )
   score = jax.jit(training_step.row_losses, static_argnums=1)
-  without = jax.tree.map(jnp.zeros_like, params["augmenting"])
+  # The rest are weights of nothing: they are not looked at.
+  without = params | {
+    "augmenting": jax.tree.map(jnp.zeros_like, params["augmenting"])
+  }
   for index in range(2):
     want = score(params, spec, source[index])[0]
-    assert np.asarray(want).min() > 0
-    # With weights of nothing: they are not looked at.
-    got = score(params | {"augmenting": without}, spec, cached[index])[0]
+    got = score(without, spec, cached[index])[0]
     np.testing.assert_allclose(got, want, rtol=2e-6)
+    assert np.abs(score(without, spec, source[index])[0] - want).max() > 1e-3
 
 
 # The cost.
 
 
-def step_flops(spec, params, batch, accumulate) -> int:
+def step_flops(spec, params, batch) -> int:
   """Of a training step, from its trace."""
   mask = tree.mask(params, ["composition/.*"])
   trainable, frozen = tree.partition(params, mask)
@@ -175,12 +156,11 @@ def step_flops(spec, params, batch, accumulate) -> int:
     "step": jnp.int32(0),
     "rng": jax.random.key(0),
   }
-  step = training_step.make_step(spec, "composed", tx, rate, accumulate)
+  step = training_step.make_step(spec, "composed", tx, rate, 1)
   return flops.count(step, state, frozen, batch)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_costs_what_it_did_less_m_a(accumulate, tmp_path):
+def test_a_step_costs_what_it_did_less_m_a(tmp_path):
   spec, params = composed(("kv", "two"))
   source = cached_runs.source(names=("two",))
   stage = tiny.stage(cache_states="int8")
@@ -199,9 +179,7 @@ def test_a_step_costs_what_it_did_less_m_a(accumulate, tmp_path):
     )
     for name, joined in spec.augmenting
   )
-  whole, less = (
-    step_flops(spec, params, b, accumulate) for b in (batch, cached[3])
-  )
+  whole, less = (step_flops(spec, params, b) for b in (batch, cached[3]))
   assert m_A > 0.1 * whole
   assert less == whole - m_A
 
@@ -225,10 +203,13 @@ def states_of(directory) -> list[Path]:
   return sorted((directory / "states" / "kv").glob("0*"))
 
 
-def test_kill_9_while_the_states_are_written(tmp_path):
-  programs = tmp_path / "programs"
+def test_float32_gives_the_same_theta_after_kill_9_too(
+  runs, cached_programs, tmp_path
+):
+  source = cached_runs.source()
+  assert cached_runs.STEPS * source.batch_size > 2 * source.num_rows
   driver = subprocess.run(
-    [sys.executable, cached_runs.__file__, tmp_path / "run", programs, "3"],
+    [sys.executable, cached_runs.__file__, tmp_path, cached_programs, "3", "9"],
     env=os.environ
     | {
       "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
@@ -240,15 +221,12 @@ def test_kill_9_while_the_states_are_written(tmp_path):
   print(driver.stdout, driver.stderr)
   assert driver.returncode == 0
   lives = [json.loads(r) for r in driver.stdout.splitlines() if r[:1] == "{"]
-  *kills, last = lives
-  assert [life["exit"] for life in kills] == [-9] * 3
+  # Killed while states were written, which the next one went on with.
+  assert [life["exit"] for life in lives] == [-9, -9, 0]
   assert all(life["after"] > life["before"] for life in lives)
-  assert last["exit"] == 0 and last["half"] == 0
-  got, _ = checkpoint.restore_trainable(tmp_path / "run" / "checkpoints")
-  want = cached_runs.run(
-    tmp_path / "whole", "", cached_runs.source(examples=300)
-  )
-  for name, leaf in theta(want).items():
+  assert lives[2]["half"] == 0
+  got, _ = checkpoint.restore_trainable(tmp_path / "checkpoints")
+  for name, leaf in runs[1][""].items():
     np.testing.assert_allclose(theta(got)[name], leaf, rtol=0, atol=1e-6)
 
 
@@ -305,10 +283,9 @@ def test_a_stage_that_cannot_have_a_cache(changes, said, tmp_path):
     tiny.Run(tmp_path, stage, cached_runs.source())()
 
 
-def test_endless_data_are_refused_before_any_stage_runs(tmp_path):
-  config = kv.get_config("tiny")
-  config.workdir = str(tmp_path)
-  config.task.update(num_keys=80, num_examples=8)
-  config.stages.compose.cache_states = "int8"
+def test_endless_data_are_refused():
+  stage, endless = tiny.stage(cache_states="int8"), tiny.Source()
   with pytest.raises(InputError, match="made afresh for every batch"):
-    fitting.fit(train.plain(config))
+    state_cache.check("compose", stage, endless)
+  state_cache.check("compose", tiny.stage(), endless)
+  assert not hasattr(ArithmeticSource, "once")
