@@ -169,10 +169,8 @@ def cached(
       the folder holds the states of another model, is damaged, or too small.
   """
   check(name, stage, source)
-  if (
-    "augmenting"
-    in tree.partition(params, tree.mask(params, stage.trainable))[0]
-  ):
+  trained, _ = tree.partition(params, tree.mask(params, stage.trainable))
+  if "augmenting" in trained:
     raise InputError(
       f"stage {name!r}: cache_states is for frozen augmenting models, and it "
       f"trains {stage.trainable}"
@@ -193,8 +191,10 @@ def cached(
         },
         writes=writes,
       )
-      _fill(model, joined, params["augmenting"][model], batches,
-            stores[model], stage, layout)  # fmt: skip
+      _fill(
+        model, joined, params["augmenting"][model], batches, stores[model],
+        stage, layout,
+      )  # fmt: skip
       _together("close")
   return CachedSource(source, stores)
 
@@ -236,11 +236,12 @@ def _fill(model, joined, params, batches, store, stage, layout) -> None:
       new |= lacks
   tokens, size = sum(new.values()), store.record.itemsize
   often = stage.steps * stage.batch_size / (len(batches) * batches.batch_size)
+  free = store.check_space(tokens)
   print(
     f"states of {model} as {stage.cache_states}, {size:,} bytes a token: "
     f"{tokens:,} tokens of {len(new):,} examples to compute, "
-    f"{tokens * size:,} bytes in {store.folder} with "
-    f"{store.check_space(tokens):,} free; a row is read {often:.1f} times",
+    f"{tokens * size:,} bytes in {store.folder} with {free:,} free; "
+    f"a row is read {often:.1f} times",
     flush=True,
   )
 
