@@ -16,6 +16,7 @@ from calm_jax import (
   placing,
   processes,
   sharding,
+  state_cache,
   trainer,
   tree,
 )
@@ -107,6 +108,7 @@ def fit(settings: dict[str, Any]) -> Fitted:
     if layout is not None:
       share = layout.share(stage.batch_size, stage.accumulate)
     sources[name] = experiment.source(stage, trained, seeds[name], share)
+    state_cache.check(name, stage, sources[name])
     eval_batches[name] = experiment.eval_batches(stage, trained)
   seconds: dict[str, float] = {}
 

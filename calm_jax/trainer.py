@@ -20,6 +20,7 @@ from calm_jax import (
   identity,
   optim,
   processes,
+  state_cache,
   training_step,
   tree,
 )
@@ -56,6 +57,9 @@ class Stage:
     eval_every: steps between two measurements of the held-out loss.
     checkpoint_every: steps between two checkpoints.
     keep_last, keep_best: checkpoints kept.
+    cache_states: whether the frozen augmenting models are run once, and their
+      states kept on disk: "" or one of `state_cache.KINDS`.
+    cache_folder: where to; in the folder of the stage if empty.
   """
 
   model: str
@@ -81,6 +85,8 @@ class Stage:
   checkpoint_every: int
   keep_last: int
   keep_best: int
+  cache_states: str
+  cache_folder: str
 
 
 def run_stage(
@@ -150,6 +156,10 @@ def run_stage(
     mask, rate, b1=stage.b1, b2=stage.b2, eps=stage.eps,
     weight_decay=stage.weight_decay, decay=stage.decay, clip=stage.clip,
   )  # fmt: skip
+  if stage.cache_states:
+    source = state_cache.cached(
+      name, stage, spec, params, source, directory, meta["frozen"], layout
+    )
   state = _fresh(tx, trainable, frozen, seed, layout)
   with checkpoint.Checkpoints(
     checkpoints_dir,

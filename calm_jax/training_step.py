@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from calm_jax import composition, losses, optim, tree
+from calm_jax import composition, losses, optim, state_cache, tree
 from calm_jax.composition import Sequence
 from calm_jax.connections import Composition
 from calm_jax.cross_attention import limit_visible
@@ -76,7 +76,14 @@ def batch_states(params: dict, spec: Composition, batch: dict[str, Array]):
       visible[name] = composition.visible_tokens(
         joined.visibility, batch["tokens"].shape, batch["prompt_ends"]
       )
-  return composition.states(params, spec, sequence, augmenting, visible)[0]
+  return composition.states(
+    params,
+    spec,
+    sequence,
+    augmenting,
+    visible,
+    taps=state_cache.taps(spec, batch),
+  )[0]
 
 
 def _sequence(batch: dict[str, Array], part: str = "") -> Sequence:

@@ -9,7 +9,7 @@ _ROWS = ("data", "fsdp")
 # holds. What writes into a wide state is cut along it by `tensor`, what reads
 # it along its input, so that the two meet without communication.
 SHARDING = (
-  (r"states", (_ROWS, "sequence", None)),
+  (r"states|batch/.*/states/.*", (_ROWS, "sequence", None)),
   (r"batch/.*", (_ROWS, "sequence")),
   (r"cache/.*/(key|value)", (_ROWS, "tensor", None, None)),
   (r"cache/.*/segments", (_ROWS, None)),
@@ -72,6 +72,10 @@ def stage(**changes) -> ConfigDict:
       "checkpoint_every": 500,
       "keep_last": 2,
       "keep_best": 1,
+      # "float32", "bfloat16" or "int8": m_A runs once over the data, before
+      # the first step, and its states are on disk. See docs/cached_states.md.
+      "cache_states": "",
+      "cache_folder": "",
     }
     | changes
   )
@@ -297,12 +301,13 @@ def _lora(config: ConfigDict) -> None:
     # As a composition's kernels do.
     decay = f"{stage.decay}|lora_a|lora_b"
     stage.update(model="anchor", trainable=("anchor/.*/lora_.",), decay=decay)
+    stage.cache_states = ""
 
 
 def _finetune(config: ConfigDict) -> None:
   _in_place_of_its_own(config, ())
   for stage in _last(config):
-    stage.update(model="anchor", trainable=("anchor/.*",))
+    stage.update(model="anchor", trainable=("anchor/.*",), cache_states="")
 
 
 # Of every experiment: the ablations and baselines of §4.4 and Table 5, and

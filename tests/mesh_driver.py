@@ -16,6 +16,7 @@ import re
 import sys
 from pathlib import Path
 
+import cached_runs
 import helpers
 import jax
 import jax.numpy as jnp
@@ -104,16 +105,24 @@ def compose() -> tuple[Composition, dict]:
 
 
 def run(
-  folder: Path, axes: dict, broken=None, generates=False, **changes
+  folder: Path,
+  axes: dict,
+  broken=None,
+  generates=False,
+  epochs=False,
+  **changes,
 ) -> None:
   """A stage, and a few texts: metrics, "trained.npz" and "texts.json"."""
   layout = layout_of(axes)
   model = placing.place(LanguageModel(*compose()), layout)
   asked = stage(**changes)
   share = layout.share(ROWS, asked.accumulate) if layout else (0, 1)
+  source = Source(share, broken)
+  if epochs:
+    source = cached_runs.source(examples=90, batch_size=ROWS, share=share)
   try:
     params, _ = trainer.run_stage(
-      "compose", asked, model.spec, model.params, Source(share, broken),
+      "compose", asked, model.spec, model.params, source,
       [Source()[900]], folder, origins={}, seed=0, layout=layout,
     )  # fmt: skip
   except OSError:
