@@ -15,10 +15,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
 from calm_jax import (
@@ -52,6 +50,9 @@ class Checkpoints:
   ):
     """Opens a directory for writing and cleans what a killed process left.
 
+    The newest step is a good one from then on: one that is damaged is renamed
+    to `<step>.corrupt`, which is told on standard error.
+
     Args:
       directory: made if absent; one run at a time may write to it.
       keep_last: how many of the newest checkpoints to keep, at least 1.
@@ -61,6 +62,7 @@ class Checkpoints:
 
     Raises:
       InputError: keep_last or keep_best is out of range.
+      StorageError: each step that there is is damaged.
     """
     if keep_last < 1 or keep_best < 0:
       raise InputError(
@@ -68,6 +70,7 @@ class Checkpoints:
         f" {keep_last} and {keep_best}"
       )
     self._directory = epath.Path(directory).absolute()
+    checkpoint_steps.recover(self._directory)
     self._best_metric = best_metric
     best = managers.BestN(
       get_metric_fn=self._rank,
@@ -187,8 +190,7 @@ class Checkpoints:
       abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings, or of
         arrays. A leaf without a sharding goes to the default device; numpy
         arrays are restored as such.
-      step: the latest good one if None: later ones that are damaged are
-        renamed to `<step>.corrupt`, which is told on standard error.
+      step: the latest if None.
 
     Returns:
       (state, data, meta).
@@ -196,10 +198,13 @@ class Checkpoints:
     Raises:
       InputError: there is no such step, or its leaves are not those of
         `abstract_state`.
-      StorageError: the step, or each that there is, is damaged.
+      StorageError: the step is damaged.
     """
     self.wait()
-    step = self._good(step)
+    if step is None:
+      step = checkpoint_steps.find_step(self._manager, None)
+    else:
+      step = checkpoint_steps.good_step(self._manager, step)
     want = checkpoint_leaves.by_name(abstract_state)
     saved = self._manager.item_metadata(step).state.tree
     nested = tree.unflatten(want)
@@ -228,31 +233,6 @@ class Checkpoints:
       return  # The others may be gone, and a save ends with theirs only.
     self.close()
 
-  def _good(self, step: int | None) -> int:
-    """The step to restore, the same on all processes; see `restore`."""
-    asked = checkpoint_steps.find_step(self._manager, step)
-    found, why = None, {asked: "damaged; the first process says more"}
-    if jax.process_index() == 0:
-      found, why = checkpoint_steps.newest_good(self._manager, step)
-    if jax.process_count() > 1:
-      number = np.int32(-1 if found is None else found)
-      number = int(multihost_utils.broadcast_one_to_all(number))
-      found = None if number < 0 else number
-    # Not one is touched while there is no other to go on from.
-    if found is None:
-      raise checkpoint_steps.damaged(self._directory, why)
-    if jax.process_index() == 0:
-      for bad, what in why.items():
-        aside = checkpoint_files.move_aside(self._directory / str(bad))
-        checkpoint_steps.warn(
-          f"{what}; it is now in {aside.name}, and step {found} is used"
-        )
-    if found != asked:
-      if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("moved aside")
-      self._manager.reload()
-    return found
-
   @contextlib.contextmanager
   def _storing(self) -> Iterator[None]:
     """Tells of a failure to write which step is still good."""
@@ -267,9 +247,7 @@ class Checkpoints:
       ) from error
     except Exception as error:
       # Tensorstore raises ValueError where the disk is full.
-      kept = [
-        int(p.name) for p in self._directory.iterdir() if p.name.isdigit()
-      ]
+      kept = ocp.utils.checkpoint_steps(self._directory)
       raise StorageError(
         f"step {self._saving} was not saved in {self._directory}: {error}\n"
         f"the last good checkpoint there is step {max(kept, default=None)}; "
@@ -332,11 +310,7 @@ def restore_trainable(
       step = checkpoint_steps.best(manager, best_metric)
       if step is None:
         raise InputError(f"no checkpoint in {path} has {best_metric!r}")
-    step, why = checkpoint_steps.newest_good(manager, step)
-    if step is None:
-      raise checkpoint_steps.damaged(path, why)
-    for what in why.values():
-      checkpoint_steps.warn(f"{what}; step {step} is used")
+    step = checkpoint_steps.good_step(manager, step)
     saved = manager.item_metadata(step).state.tree.get("trainable", {})
     want = saved if abstract is None else abstract
     tree.check_same_structure(saved, want, f"the checkpoint {path / str(step)}")
@@ -380,9 +354,20 @@ def mark_complete(
 
 
 def is_complete(directory: str | os.PathLike) -> dict[str, Any] | None:
-  """Returns what `mark_complete` recorded, None if the run is unfinished."""
+  """Returns what `mark_complete` recorded, None if the run is unfinished.
+
+  Raises:
+    StorageError: the mark is damaged.
+  """
   path = epath.Path(directory) / _COMPLETE
-  return json.loads(path.read_text()) if path.exists() else None
+  if not path.exists():
+    return None
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise StorageError(
+      f"{path} is damaged: {error}; remove it, and the stage is looked at again"
+    ) from error
 
 
 def _json_copy(value: Any) -> Any:

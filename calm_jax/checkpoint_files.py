@@ -30,8 +30,10 @@ def seal(step: epath.Path) -> None:
   (step / _NAME).write_text(json.dumps(sealed, indent=1) + "\n")
 
 
-def problem(step: epath.Path) -> str | None:
+def problem(step: epath.Path, prefix: str = "") -> str | None:
   """What is wrong with the files of a complete step; None if nothing is.
+
+  Only files whose names, within the step, start with the prefix are read.
 
   A step without checksums, of an earlier version, is said to be good.
   """
@@ -47,6 +49,8 @@ def problem(step: epath.Path) -> str | None:
   if not intact:
     return f"{path} is damaged"
   for name, want in files.items():
+    if not name.startswith(prefix):
+      continue
     file = step / name
     try:
       size = file.stat().length

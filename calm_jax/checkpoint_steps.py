@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from calm_jax import checkpoint_files
 from calm_jax.errors import InputError, StorageError
@@ -43,51 +46,100 @@ def find_step(manager: ocp.CheckpointManager, step: int | None) -> int:
   return step
 
 
-def newest_good(
-  manager: ocp.CheckpointManager, step: int | None
-) -> tuple[int | None, dict[int, str]]:
-  """A step whose files are as they were written, and what is wrong with others.
+def recover(directory: epath.Path) -> None:
+  """Moves aside damaged steps, if there is a good one to go on from.
 
-  Args:
-    manager: of the directory.
-    step: the one to look at; None for the newest that is good.
+  All processes call this together, and the first one does it.
+
+  Raises:
+    StorageError: there are steps and none is good.
+  """
+  error = None
+  if jax.process_index() == 0 and directory.exists():
+    try:
+      _move_damaged(directory)
+    except StorageError as none:
+      error = none
+  if jax.process_count() > 1:
+    good = multihost_utils.broadcast_one_to_all(np.int32(error is None))
+    if not int(good) and error is None:
+      error = StorageError(f"no good checkpoint in {directory}")
+  if error:
+    raise error
+
+
+def _move_damaged(directory: epath.Path) -> None:
+  steps = sorted(ocp.utils.checkpoint_steps(directory))
+  good, why = newest_good(directory, steps)
+  for step in steps:
+    # Orbax reads the metrics of all steps.
+    if step not in why and (
+      what := checkpoint_files.problem(directory / str(step), "metrics/")
+    ):
+      why[step] = what
+  for step, what in why.items():
+    aside = checkpoint_files.move_aside(directory / str(step))
+    used = f", and step {good} is used" if step > good else ""
+    _warn(f"{what}; the step is now in {aside}{used}")
+
+
+def good_step(manager: ocp.CheckpointManager, step: int | None) -> int:
+  """A step to read; the newest that is good if None.
+
+  Raises:
+    InputError: there is no such step.
+    StorageError: it is damaged, or each is.
   """
   newest = find_step(manager, step)
-  steps = [s for s in sorted(manager.all_steps()) if s <= newest]
+  steps = sorted(manager.all_steps()) if step is None else [newest]
+  good, why = newest_good(epath.Path(manager.directory), steps)
+  for what in why.values():
+    _warn(f"{what}; step {good} is used")
+  return good
+
+
+def newest_good(
+  directory: epath.Path, steps: Sequence[int]
+) -> tuple[int | None, dict[int, str]]:
+  """The last of the steps that is good, and what is wrong with those after it.
+
+  None if there are no steps.
+
+  Raises:
+    StorageError: none is good.
+  """
   why: dict[int, str] = {}
-  for one in reversed(steps) if step is None else [step]:
-    path = epath.Path(manager.directory) / str(one)
+  for step in reversed(steps):
+    path = directory / str(step)
     found = checkpoint_files.problem(path)
     if found is None:
       if not checkpoint_files.is_sealed(path):
-        warn(f"{path} has no checksums: whether it is damaged is not known")
-      return one, why
-    why[one] = found
-  return None, why
-
-
-def damaged(directory: epath.Path, why: Mapping[int, str]) -> StorageError:
-  return StorageError(
-    "\n".join(
-      [
-        f"no good checkpoint in {directory}:",
-        *(f"  step {step}: {what}" for step, what in why.items()),
-        "bring the files back, or remove the folder above it to start anew",
-      ]
-    )
+        _warn(f"{path} has no checksums: whether it is damaged is not known")
+      return step, why
+    why[step] = found
+  if not steps:
+    return None, why
+  raise StorageError(
+    "\n  ".join([f"no good checkpoint in {directory}:", *why.values()])
+    + "\nbring the files back, or remove the folder above it to start anew"
   )
 
 
-def warn(text: str) -> None:
+def _warn(text: str) -> None:
   print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def best(manager: ocp.CheckpointManager, name: str) -> int | None:
-  ranked = [
-    (finite_or_worst(metrics[name]), -step)
-    for step in manager.all_steps()
-    if name in (metrics := manager.metrics(step) or {})
-  ]
+  try:
+    ranked = [
+      (finite_or_worst(metrics[name]), -step)
+      for step in manager.all_steps()
+      if name in (metrics := manager.metrics(step) or {})
+    ]
+  except ValueError as error:
+    raise StorageError(
+      f"the metrics of a step in {manager.directory} are damaged: {error}"
+    ) from error
   return -min(ranked)[1] if ranked else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -141,10 +142,18 @@ def run_stage(
   checkpoints_dir = directory / "checkpoints"
   if done:
     identity.check(done["meta"], meta, directory)
-    trained, _ = checkpoint.restore_trainable(
-      checkpoints_dir, done["step"], abstract=trainable
-    )
-    return tree.merge(trained, frozen), done["seconds"]
+    try:
+      trained, _ = checkpoint.restore_trainable(
+        checkpoints_dir, done["step"], abstract=trainable
+      )
+      return tree.merge(trained, frozen), done["seconds"]
+    except StorageError as error:
+      print(
+        f"warning: stage {name!r} was complete: {error}\nit goes on from an "
+        "earlier checkpoint",
+        file=sys.stderr,
+        flush=True,
+      )
 
   rate = optim.schedule(
     stage.schedule, stage.learning_rate, stage.steps, stage.warmup, stage.final
