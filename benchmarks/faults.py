@@ -13,9 +13,11 @@ full disk need the right to mount a tmpfs, and are skipped without it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -164,7 +166,8 @@ def _damage(change: Callable[[Path, Choose], None]):
     _moment(choose, life)
     os.kill(life.pids[0], signal.SIGTERM)
     codes, seconds = life.wait()
-    step = folder / "checkpoints" / str(life.newest())
+    newest, made = life.newest(), life.logged()
+    step = folder / "checkpoints" / str(newest)
     sealed = json.loads((step / "checksums.json").read_text())["files"]
     name = choose.choice(sorted(n for n in sealed if sealed[n]["bytes"]))
     change(step / name, choose)
@@ -173,8 +176,8 @@ def _damage(change: Callable[[Path, Choose], None]):
     assert f"{step / name} " in found["said"], found["said"]
     aside = step.with_name(f"{step.name}.corrupt")
     assert aside.is_dir() and str(aside) in found["said"]
-    previous = (life.newest() - 1) // EVERY * EVERY
-    return found | {"lost": int(step.name) - previous if previous else 0}
+    [used] = re.findall(r"step (\d+) is used", found["said"])
+    return found | {"lost": made - int(used)}
 
   return row
 
@@ -199,25 +202,23 @@ def disk_full(runs: Runs, folder: Path, choose: Choose) -> Row:
   done = subprocess.run(mount, capture_output=True, text=True)
   if done.returncode:
     return {"skipped": done.stderr.strip()}
+  life = runs.start(folder)
   try:
-    life = runs.start(folder / "run")
     _moment(choose, life)
     ballast = folder / "ballast"
-    with ballast.open("wb") as file:
-      try:
-        while True:
-          file.write(bytes(4096))
-          file.flush()
-      except OSError:
-        # Some room, so that a save fails anywhere in its course.
-        room = choose.randrange(0, 12) * 4096
-        os.truncate(ballast, max(0, ballast.stat().st_size - room))
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+      while True:
+        file.write(bytes(4096))
+    # Some room, so that it is a save that fails, anywhere in its course.
+    room = choose.randrange(0, 12) * 4096
+    os.truncate(ballast, max(0, ballast.stat().st_size - room))
     codes, seconds = life.wait()
     assert "No space left" in life.said(), life.said()
     ballast.unlink()
     found = {"code": codes[0], "seconds": seconds}
-    return found | _finish(runs, folder / "run", life)
+    return found | _finish(runs, folder, life)
   finally:
+    life.end()
     subprocess.run(["umount", str(folder)], check=True)
 
 

@@ -155,6 +155,11 @@ class Checkpoints:
     with self._storing():
       return self._manager.save(step, args=args, metrics=metrics, force=True)
 
+  def check(self) -> None:
+    """Raises the error of a save that has failed by now; does not wait."""
+    if not self._manager.is_saving_in_progress():
+      self.wait()
+
   def wait(self) -> None:
     """Blocks until the save in flight is complete; raises as `save`."""
     with self._storing():

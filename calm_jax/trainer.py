@@ -246,6 +246,7 @@ class _Loop:
         if pending is not None:
           self._read(*pending, writer, progress)
         pending = number, metrics
+        self.checkpoints.check()
         last = number == stage.steps
         stops = poll(request.signal is not None)
         evaluates = self.eval_batches and (

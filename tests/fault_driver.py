@@ -38,7 +38,7 @@ class Source(tiny.Source):
     self.share, self.hangs = packing.host_rows(BATCH, *share), hangs
 
   def __getitem__(self, index: int) -> packing.Batch:
-    time.sleep(0.02)  # Long enough to be hit.
+    time.sleep(0.05)  # Long enough to be hit.
     if index == self.hangs:
       time.sleep(1000)
     batch = super().__getitem__(index)
@@ -77,12 +77,14 @@ class Life:
     folder: of the run.
     pids: of its processes.
     logs: what each prints.
-    began: when, for `wait`.
   """
 
   folder: Path
   pids: list[int]
   logs: list[Path]
+
+  def __post_init__(self):
+    self._codes: dict[int, int] = {}  # Of those that have ended.
 
   def newest(self) -> int:
     """The last step with a checkpoint; 0 without one."""
@@ -116,7 +118,7 @@ class Life:
 
   def wait(self, timeout: float = 240) -> tuple[list[int], float]:
     """(exit codes, seconds until the last process was gone)."""
-    began, codes = time.monotonic(), {}
+    began, codes = time.monotonic(), self._codes
     while len(codes) < len(self.pids):
       for pid in self.pids:
         if pid not in codes:
@@ -124,11 +126,17 @@ class Life:
           if done:
             codes[pid] = os.waitstatus_to_exitcode(status)
       if time.monotonic() - began > timeout:
-        for pid in self.pids:
-          if pid not in codes:
-            os.kill(pid, signal.SIGKILL)
+        self.end()
       time.sleep(0.005)
     return [codes[pid] for pid in self.pids], time.monotonic() - began
+
+  def end(self) -> None:
+    """Kills what is left."""
+    for pid in self.pids:
+      if pid not in self._codes:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        self._codes[pid] = -signal.SIGKILL
 
   def said(self, process: int = 0) -> str:
     """What a process has printed."""
