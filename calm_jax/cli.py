@@ -79,12 +79,12 @@ def _parse(argv: list[str]) -> list[str]:
     first = cause = error
     while cause := cause.__context__:
       first = cause if isinstance(cause, InputError) else first
-    _stop(first)
+    _stop(InputError(first))
   except AttributeError as error:
     frames = traceback.walk_tb(error.__traceback__)
     if any(frame.f_code.co_name == "get_config" for frame, _ in frames):
       raise  # A mistake inside the file, which the traceback shows.
-    _stop(f"--config has no option {error}")
+    _stop(InputError(f"--config has no option {error}"))
 
 
 def _loaded(config):
