@@ -77,6 +77,8 @@ def raised(grace: float, kept: Callable[[], str]) -> Iterator[None]:
   """
 
   def stop(number, frame):
+    if number == signal.SIGTERM:  # Some send it twice; the first one holds.
+      signal.signal(number, signal.SIG_IGN)
     raise SIGNALS[number](f"{signal.Signals(number).name}: {kept()}")
 
   end, told = os.pipe()

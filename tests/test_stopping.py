@@ -44,6 +44,17 @@ def test_a_signal_is_raised_outside_of_a_loop(number, kind):
   assert handlers() == before
 
 
+def test_a_second_sigterm_does_not_hinder_the_end():
+  ended = []
+  with pytest.raises(Preempted), stopping.raised(60, kept):
+    try:
+      send(signal.SIGTERM)
+    finally:
+      send(signal.SIGTERM)
+      ended.append(True)
+  assert ended
+
+
 def test_a_signal_is_noted_within_a_loop():
   with stopping.raised(60, kept):
     before = handlers()
