@@ -4,23 +4,28 @@ A step on disk holds three items: `state` (a pytree of arrays), `data` (the
 data iterator's state, JSON) and `meta` (what the run depends on, JSON). The
 state is stored as nested dicts under the names of its leaves, so that what is
 on disk does not depend on optax's NamedTuples, and a mismatch can be told by
-name.
+name. All files have checksums, which are verified before they are read.
 """
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
-from calm_jax import tree
-from calm_jax.errors import InputError
+from calm_jax import (
+  checkpoint_files,
+  checkpoint_leaves,
+  checkpoint_steps,
+  tree,
+)
+from calm_jax.errors import InputError, LostProcess, Preempted, StorageError
 
 PyTree = Any
 
@@ -45,6 +50,9 @@ class Checkpoints:
   ):
     """Opens a directory for writing and cleans what a killed process left.
 
+    The newest step is a good one from then on: one that is damaged is renamed
+    to `<step>.corrupt`, which is told on standard error.
+
     Args:
       directory: made if absent; one run at a time may write to it.
       keep_last: how many of the newest checkpoints to keep, at least 1.
@@ -54,6 +62,7 @@ class Checkpoints:
 
     Raises:
       InputError: keep_last or keep_best is out of range.
+      StorageError: each step that there is is damaged.
     """
     if keep_last < 1 or keep_best < 0:
       raise InputError(
@@ -61,6 +70,7 @@ class Checkpoints:
         f" {keep_last} and {keep_best}"
       )
     self._directory = epath.Path(directory).absolute()
+    checkpoint_steps.recover(self._directory)
     self._best_metric = best_metric
     best = managers.BestN(
       get_metric_fn=self._rank,
@@ -68,7 +78,7 @@ class Checkpoints:
       n=keep_best,
       keep_checkpoints_without_metrics=False,
     )
-    self._manager = _manager(
+    self._manager = checkpoint_steps.manager(
       self._directory,
       cleanup_tmp_directories=True,
       # Orbax stores the metrics only if it is told how to rank them.
@@ -80,7 +90,10 @@ class Checkpoints:
       # A step is renamed away before its files go, so that a kill in the
       # middle of a deletion does not leave a step that looks complete.
       todelete_subdir=_DELETED,
+      # Called before the rename that makes a step complete.
+      async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
     )
+    self._saving: int | None = None
     self._sweep()
 
   def save(
@@ -112,6 +125,8 @@ class Checkpoints:
     Raises:
       InputError: a later step is saved already, or `metrics` lacks the metric
         that checkpoints are ranked by.
+      StorageError: this save or the one before failed; earlier ones are kept.
+      LostProcess: other processes do not take part.
     """
     latest = self.latest()
     if latest == step:
@@ -127,25 +142,33 @@ class Checkpoints:
         " best checkpoint is chosen"
       )
     self._sweep()
-    return self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(tree.unflatten(_leaves(state))),
-        data=ocp.args.JsonSave(_json_copy(data)),
-        meta=ocp.args.JsonSave(_json_copy(meta)),
+    args = ocp.args.Composite(
+      state=ocp.args.PyTreeSave(
+        tree.unflatten(checkpoint_leaves.by_name(state))
       ),
-      # Empty ranks last; None would make Orbax warn at every save.
-      metrics={k: float(v) for k, v in (metrics or {}).items()},
-      force=True,
+      data=ocp.args.JsonSave(_json_copy(data)),
+      meta=ocp.args.JsonSave(_json_copy(meta)),
     )
+    # Empty ranks last; None would make Orbax warn at every save.
+    metrics = {k: float(v) for k, v in (metrics or {}).items()}
+    self._saving = step
+    with self._storing():
+      return self._manager.save(step, args=args, metrics=metrics, force=True)
+
+  def check(self) -> None:
+    """Raises the error of a save that has failed by now; does not wait."""
+    if not self._manager.is_saving_in_progress():
+      self.wait()
 
   def wait(self) -> None:
-    """Blocks until the save in flight is complete; raises its error."""
-    self._manager.wait_until_finished()
+    """Blocks until the save in flight is complete; raises as `save`."""
+    with self._storing():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits for the save in flight and releases the threads."""
-    self._manager.close()
+    with self._storing():
+      self._manager.close()
     self._sweep()
 
   def latest(self) -> int | None:
@@ -156,7 +179,7 @@ class Checkpoints:
   def best(self) -> int | None:
     """Returns the complete step with the lowest metric, None without one."""
     self.wait()
-    return _best(self._manager, self._best_metric)
+    return checkpoint_steps.best(self._manager, self._best_metric)
 
   def steps(self) -> list[int]:
     """Returns the complete steps on disk, ascending."""
@@ -180,10 +203,14 @@ class Checkpoints:
     Raises:
       InputError: there is no such step, or its leaves are not those of
         `abstract_state`.
+      StorageError: the step is damaged.
     """
     self.wait()
-    step = _find_step(self._manager, step)
-    want = _leaves(abstract_state)
+    if step is None:
+      step = checkpoint_steps.find_step(self._manager, None)
+    else:
+      step = checkpoint_steps.good_step(self._manager, step)
+    want = checkpoint_leaves.by_name(abstract_state)
     saved = self._manager.item_metadata(step).state.tree
     nested = tree.unflatten(want)
     tree.check_same_structure(
@@ -193,23 +220,60 @@ class Checkpoints:
       step,
       args=ocp.args.Composite(
         state=ocp.args.PyTreeRestore(
-          nested, restore_args=jax.tree.map(_restore_args, nested)
+          nested,
+          restore_args=jax.tree.map(checkpoint_leaves.restore_args, nested),
         ),
         data=ocp.args.JsonRestore(),
         meta=ocp.args.JsonRestore(),
       ),
     )
-    state = _like(abstract_state, tree.flatten(restored.state))
+    state = checkpoint_leaves.like(abstract_state, tree.flatten(restored.state))
     return state, restored.data, restored.meta
 
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *exc_info) -> None:
+  def __exit__(self, kind, *_) -> None:
+    if jax.process_count() > 1 and kind and not issubclass(kind, Preempted):
+      return  # The others may be gone, and a save ends with theirs only.
     self.close()
 
+  @contextlib.contextmanager
+  def _storing(self) -> Iterator[None]:
+    """Tells of a failure to write which step is still good."""
+    try:
+      yield
+    except jax.errors.JaxRuntimeError:
+      raise
+    except TimeoutError as error:
+      raise LostProcess(
+        f"step {self._saving} in {self._directory} was not saved, since other "
+        f"processes did not take part: {error}"
+      ) from error
+    except Exception as error:
+      # Tensorstore raises ValueError where the disk is full.
+      kept = ocp.utils.checkpoint_steps(self._directory)
+      raise StorageError(
+        f"step {self._saving} was not saved in {self._directory}: {error}\n"
+        f"the last good checkpoint there is step {max(kept, default=None)}; "
+        "see that there is space and that it can be written to, and start "
+        "again by the same command"
+      ) from error
+
+  def _seal(self) -> None:
+    # Orbax does not say which folder it is about to rename.
+    name = str(self._saving)
+    [step] = [
+      path
+      for path in self._directory.iterdir()
+      if path.name == name or path.name.startswith(f"{name}.orbax-checkpoint")
+    ]
+    checkpoint_files.seal(step)
+
   def _rank(self, metrics: Mapping[str, float]) -> float:
-    return _finite_or_worst(metrics.get(self._best_metric, math.inf))
+    return checkpoint_steps.finite_or_worst(
+      metrics.get(self._best_metric, math.inf)
+    )
 
   def _sweep(self) -> None:
     if jax.process_index() == 0:
@@ -229,7 +293,7 @@ def restore_trainable(
 
   Args:
     directory: of `Checkpoints`.
-    step: a step, "best", or None for the latest.
+    step: a step, "best", or None for the latest that is not damaged.
     abstract: nested dict of `jax.ShapeDtypeStruct` with shardings, or of
       arrays, to restore into. None gives numpy arrays.
     best_metric: what "best" means; lower is better.
@@ -240,17 +304,18 @@ def restore_trainable(
   Raises:
     InputError: the directory holds no such step, or its trainable leaves are
       not those of `abstract`.
+    StorageError: the step, or each that there is, is damaged.
   """
   path = epath.Path(directory).absolute()
   if not path.exists():
     raise InputError(f"no checkpoint directory at {path}")
-  manager = _manager(path, create=False)
+  manager = checkpoint_steps.manager(path, create=False)
   try:
     if step == "best":
-      step = _best(manager, best_metric)
+      step = checkpoint_steps.best(manager, best_metric)
       if step is None:
         raise InputError(f"no checkpoint in {path} has {best_metric!r}")
-    step = _find_step(manager, step)
+    step = checkpoint_steps.good_step(manager, step)
     saved = manager.item_metadata(step).state.tree.get("trainable", {})
     want = saved if abstract is None else abstract
     tree.check_same_structure(saved, want, f"the checkpoint {path / str(step)}")
@@ -259,7 +324,9 @@ def restore_trainable(
       args=ocp.args.Composite(
         state=ocp.args.PyTreeRestore(
           {"trainable": want},
-          restore_args={"trainable": jax.tree.map(_restore_args, want)},
+          restore_args={
+            "trainable": jax.tree.map(checkpoint_leaves.restore_args, want)
+          },
           partial_restore=True,
         ),
         meta=ocp.args.JsonRestore(),
@@ -292,107 +359,23 @@ def mark_complete(
 
 
 def is_complete(directory: str | os.PathLike) -> dict[str, Any] | None:
-  """Returns what `mark_complete` recorded, None if the run is unfinished."""
+  """Returns what `mark_complete` recorded, None if the run is unfinished.
+
+  Raises:
+    StorageError: the mark is damaged.
+  """
   path = epath.Path(directory) / _COMPLETE
-  return json.loads(path.read_text()) if path.exists() else None
-
-
-def _manager(directory: epath.Path, **options) -> ocp.CheckpointManager:
-  registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-  arrays = ocp.handlers.PyTreeCheckpointHandler()
-  registry.add("state", ocp.args.PyTreeSave, arrays)
-  registry.add("state", ocp.args.PyTreeRestore, arrays)
-  for item in ("data", "meta"):
-    handler = ocp.handlers.JsonCheckpointHandler()
-    registry.add(item, ocp.args.JsonSave, handler)
-    registry.add(item, ocp.args.JsonRestore, handler)
-  return ocp.CheckpointManager(
-    directory,
-    options=ocp.CheckpointManagerOptions(**options),
-    handler_registry=registry,
-  )
-
-
-def _find_step(manager: ocp.CheckpointManager, step: int | None) -> int:
-  steps = sorted(manager.all_steps())
-  if not steps:
-    raise InputError(f"no complete checkpoint in {manager.directory}")
-  if step is None:
-    return steps[-1]
-  if step not in steps:
-    raise InputError(
-      f"no complete checkpoint of step {step} in {manager.directory}; there"
-      f" are {steps}"
-    )
-  return step
-
-
-def _best(manager: ocp.CheckpointManager, name: str) -> int | None:
-  ranked = [
-    (_finite_or_worst(metrics[name]), -step)
-    for step in manager.all_steps()
-    if name in (metrics := manager.metrics(step) or {})
-  ]
-  return -min(ranked)[1] if ranked else None
-
-
-def _finite_or_worst(value: float) -> float:
-  # NaN compares false with everything and would make the order arbitrary.
-  return value if math.isfinite(value) else math.inf
+  if not path.exists():
+    return None
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise StorageError(
+      f"{path} is damaged: {error}; remove it, and the stage is looked at again"
+    ) from error
 
 
 def _json_copy(value: Any) -> Any:
   # A copy because the caller's iterator moves on while the save runs, and
   # here rather than in the background so that what JSON cannot hold fails now.
   return json.loads(json.dumps(value))
-
-
-def _leaves(state: PyTree) -> dict[str, Any]:
-  """Names the leaves of any pytree; typed PRNG keys become their data."""
-  named: dict[str, Any] = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    if name in named:
-      raise ValueError(f"two leaves are called {name!r}")
-    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-      raise TypeError(f"leaf {name!r} is a {type(leaf).__name__}, not an array")
-    named[name] = _key_data(leaf) if _is_key(leaf) else leaf
-  return named
-
-
-def _like(abstract_state: PyTree, restored: Mapping[str, Any]) -> PyTree:
-  """Puts named leaves back into the structure they were named from."""
-
-  def pick(path, want):
-    leaf = restored[jax.tree_util.keystr(path, simple=True, separator="/")]
-    if _is_key(want):
-      return jax.random.wrap_key_data(leaf, impl=_key_impl(want))
-    return leaf
-
-  return jax.tree_util.tree_map_with_path(pick, abstract_state)
-
-
-def _is_key(leaf: Any) -> bool:
-  return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _key_data(key: Any) -> Any:
-  if isinstance(key, jax.Array):
-    return jax.random.key_data(key)
-  data = jax.eval_shape(jax.random.key_data, key)
-  return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=key.sharding)
-
-
-def _key_impl(key: Any) -> Any:
-  # `key_impl` takes a key or a tracer of one, but no ShapeDtypeStruct.
-  found = []
-  jax.eval_shape(lambda k: found.append(jax.random.key_impl(k)), key)
-  return found[0]
-
-
-def _restore_args(leaf: Any) -> ocp.RestoreArgs:
-  if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-    return ocp.RestoreArgs(restore_type=np.ndarray)
-  default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  sharding = leaf.sharding or default
-  return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape)

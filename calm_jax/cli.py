@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,15 +16,17 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from calm_jax.errors import InputError
+from calm_jax import stopping
+from calm_jax.errors import EXIT_CODES, InputError, LostProcess, StorageError
 
-_USAGE = 2
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run_with_config(main: Callable) -> None:
   """Runs main(config) with the file named by --config.
 
-  Wrong input ends with its message and exit code 2, without a traceback.
+  What is no fault of the program ends with a message, without a traceback, and
+  with the exit code that `errors` gives it.
   """
   config = config_flags.DEFINE_config_file(
     "config", None, "a file of configs/, with :variant", lock_config=True
@@ -31,29 +37,27 @@ def run_with_config(main: Callable) -> None:
     "evaluate by running, in a sandbox, programs that models write",
   )
 
-  def guarded(argv):
+  def run(argv):
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
-    try:
+    with _told():
       if len(argv) > 1:
         raise InputError(f"unexpected arguments: {argv[1:]}")
       loaded = _loaded(config)
       if allowed.value:
         _allow_code_execution(loaded)
-      main(loaded)
-    except InputError as error:
-      _stop(error)
+      workdir = Path(loaded.workdir)
+      with stopping.raised(loaded.grace, lambda: _kept(workdir)):
+        main(loaded)
 
   flags.mark_flag_as_required("config")
-  app.run(guarded, flags_parser=_parse)
+  app.run(run, flags_parser=_parse)
 
 
 def guarded(main: Callable[[], None]) -> None:
-  """Runs main(); wrong input ends as for `run_with_config`."""
-  try:
+  """Runs main(); errors end as for `run_with_config`."""
+  with _told():
     main()
-  except InputError as error:
-    _stop(error)
 
 
 def keep_compiled_programs() -> None:
@@ -75,12 +79,12 @@ def _parse(argv: list[str]) -> list[str]:
     first = cause = error
     while cause := cause.__context__:
       first = cause if isinstance(cause, InputError) else first
-    _stop(first)
+    _stop(InputError(first))
   except AttributeError as error:
     frames = traceback.walk_tb(error.__traceback__)
     if any(frame.f_code.co_name == "get_config" for frame, _ in frames):
       raise  # A mistake inside the file, which the traceback shows.
-    _stop(f"--config has no option {error}")
+    _stop(InputError(f"--config has no option {error}"))
 
 
 def _loaded(config):
@@ -98,6 +102,73 @@ def _allow_code_execution(config) -> None:
   config.task.allow_code_execution = True
 
 
-def _stop(error) -> NoReturn:
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+  """Ends the process on an error: with its message if it has an exit code.
+
+  One of several processes ends at once. An orderly end waits for the others,
+  who wait for this one; that it is gone is what they can learn.
+  """
+  try:
+    yield
+  except tuple(EXIT_CODES) as error:
+    _stop(error)
+  except OSError as error:
+    if error.errno in _NO_SPACE:
+      _stop(StorageError(f"{error}; make room and start again"))
+    _leave_others()
+    raise
+  except jax.errors.JaxRuntimeError as error:
+    if _several():
+      _stop(
+        LostProcess(
+          f"{error}\nMost likely, another process of this run is gone: the "
+          "first one that ended says why. Start all processes again by the "
+          "same command; the run goes on from its last checkpoint."
+        )
+      )
+    raise
+  except Exception:
+    _leave_others()
+    raise
+
+
+def _several() -> bool:
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _leave_others() -> None:
+  if _several():
+    traceback.print_exc()
+    _exit(1)
+
+
+def _kept(workdir: Path) -> str:
+  """What a signal's message says of the checkpoints in a folder."""
+  steps = {
+    folder.parent.relative_to(workdir).as_posix(): max(
+      (int(step.name) for step in folder.iterdir() if step.name.isdigit()),
+      default=0,
+    )
+    for folder in sorted(workdir.glob("**/checkpoints"))
+  }
+  named = ", ".join(f"{name} step {step}" for name, step in steps.items())
+  return (
+    f"{workdir} keeps {named or 'no checkpoint yet'}; started again by the "
+    "same command, it goes on from there"
+  )
+
+
+def _stop(error: BaseException) -> NoReturn:
   print(f"error: {error}", file=sys.stderr)
-  sys.exit(_USAGE)
+  _exit(EXIT_CODES[type(error)])
+
+
+def _exit(code: int) -> NoReturn:
+  if _several():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:
+      time.sleep(1)  # All are connected to it: it leaves last.
+    os._exit(code)
+  sys.exit(code)

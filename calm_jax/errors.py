@@ -1,8 +1,46 @@
-"""The one error that means: the input is wrong, not the program."""
+"""What can go wrong outside of the program, and the exit code of each.
+
+The command lines print the message of such an error without a traceback;
+docs/faults.md has the whole table.
+"""
+
+from __future__ import annotations
 
 
 class InputError(ValueError):
-  """Bad input: says what was wrong, where, and what to do about it.
+  """Bad input: says what was wrong, where, and what to do about it."""
 
-  The command lines print its message without a traceback and exit with 2.
+
+class TrainingDiverged(RuntimeError):
+  """The loss or the gradient is not finite; names the step and its batch."""
+
+
+class StorageError(OSError):
+  """What was to be saved or read is not: names it, and what is still good."""
+
+
+class LostProcess(RuntimeError):
+  """Another process of the run is gone or does not answer."""
+
+
+class Preempted(BaseException):
+  """SIGTERM; says what is kept.
+
+  No `Exception`, as KeyboardInterrupt is none: a signal may come anywhere, and
+  nothing may take it for a failure of its own.
   """
+
+
+class Interrupted(Preempted):
+  """SIGINT; says what is kept."""
+
+
+EXIT_CODES = {
+  InputError: 2,
+  TrainingDiverged: 65,
+  StorageError: 74,
+  Preempted: 75,
+  LostProcess: 76,
+  Interrupted: 130,
+}
+HUNG = 77  # The watchdog cannot raise: the main thread hangs.

@@ -124,6 +124,7 @@ def fit(settings: dict[str, Any]) -> Fitted:
       origins={k: v for k, v in origins.items() if v},
       seed=seeds[name],
       layout=layout,
+      watchdog=settings["watchdog"],
     )
     return trained
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from calm_jax.errors import InputError
+from calm_jax.errors import InputError, LostProcess
 
 PyTree = Any
 
@@ -23,15 +24,20 @@ _COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 _NUMBERS = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def start() -> None:
+def start(heartbeat: int = 100) -> None:
   """Joins the other processes; before anything else is asked of JAX.
 
   TPU pods, Slurm, Open MPI and Kubernetes tell each process what it is. Where
   nothing does, the environment has to: JAX_COORDINATOR_ADDRESS (host:port of
   the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID, from 0.
 
+  Args:
+    heartbeat: seconds after which a process that is silent counts as gone;
+      JAX then ends the others.
+
   Raises:
     InputError: the environment gives some of them only, or no number.
+    LostProcess: not all processes came.
   """
   if jax.distributed.is_initialized():
     return
@@ -47,7 +53,40 @@ def start() -> None:
           f"both of {_NUMBERS}"
         )
       numbers[argument] = int(value)
-  jax.distributed.initialize(**numbers)
+  # It would take SIGTERM for itself, from before the training to after it.
+  jax.config.update("jax_enable_preemption_service", False)
+  try:
+    jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat, **numbers)
+  except jax.errors.JaxRuntimeError as error:
+    raise LostProcess(f"not all processes came together: {error}") from error
+
+
+class Poll:
+  """Whether any process says yes: the same answer on all, call by call.
+
+  It answers the call before, so that no device waits for the question.
+  """
+
+  def __init__(self):
+    """All processes make one and call it equally often."""
+    if jax.process_count() > 1:
+      mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
+      spec = jax.sharding.PartitionSpec
+      self._cut = jax.sharding.NamedSharding(mesh, spec("all"))
+      whole = jax.sharding.NamedSharding(mesh, spec())
+      self._any = jax.jit(jnp.any, out_shardings=whole)
+    self._last: jax.Array | None = None
+
+  def __call__(self, mine: bool) -> bool:
+    """Asks, and returns what the call before was told; alone, says `mine`."""
+    if jax.process_count() == 1:
+      return mine
+    before = self._last
+    votes = jax.make_array_from_callback(
+      (jax.device_count(),), self._cut, lambda _: np.array([mine])
+    )
+    self._last = self._any(votes)
+    return before is not None and bool(before)
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
   """Runs everything that a config asks for; returns results.json."""
   settings = plain(config)
   if settings["distributed"]:
-    processes.start()
+    processes.start(settings["heartbeat"])
   with processes.quiet_but_first():
     return _main(settings)
 

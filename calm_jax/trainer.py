@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,18 @@ from calm_jax import (
   optim,
   processes,
   state_cache,
+  stopping,
   training_step,
   tree,
 )
 from calm_jax.connections import Composition
 from calm_jax.data import pipeline
-from calm_jax.errors import InputError
+from calm_jax.errors import InputError, StorageError, TrainingDiverged
 from calm_jax.metrics import MetricWriter, Progress
 from calm_jax.sharding import Layout
+from calm_jax.watchdog import Watchdog
 
 Array = jax.Array
-
-
-class TrainingDiverged(RuntimeError):
-  """The loss or the gradient is not finite; names the step and its batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +100,7 @@ def run_stage(
   origins: dict[str, str],
   seed: int,
   layout: Layout | None = None,
+  watchdog: float = 0,
 ) -> tuple[dict, float]:
   """Runs a stage to its end, from wherever an earlier process left it.
 
@@ -117,6 +117,7 @@ def run_stage(
     seed: of the run.
     layout: of all arrays, on several devices; all processes call this together
       and the first one writes.
+    watchdog: seconds after which a step counts as hung; 0 for never.
 
   Returns:
     (the whole tree with the trained leaves, seconds of training).
@@ -124,6 +125,9 @@ def run_stage(
   Raises:
     InputError: the directory holds a run of other settings or other models.
     TrainingDiverged: the loss is not finite.
+    StorageError: a batch cannot be read, or a checkpoint not be written or,
+      where no other is left, read.
+    Preempted: a signal came, and what was done is saved.
   """
   if stage.batch_size % stage.accumulate:
     raise InputError(
@@ -144,10 +148,18 @@ def run_stage(
   checkpoints_dir = directory / "checkpoints"
   if done:
     identity.check(done["meta"], meta, directory)
-    trained, _ = checkpoint.restore_trainable(
-      checkpoints_dir, done["step"], abstract=trainable
-    )
-    return tree.merge(trained, frozen), done["seconds"]
+    try:
+      trained, _ = checkpoint.restore_trainable(
+        checkpoints_dir, done["step"], abstract=trainable
+      )
+      return tree.merge(trained, frozen), done["seconds"]
+    except StorageError as error:
+      print(
+        f"warning: stage {name!r} was complete: {error}\nit goes on from an "
+        "earlier checkpoint",
+        file=sys.stderr,
+        flush=True,
+      )
 
   rate = optim.schedule(
     stage.schedule, stage.learning_rate, stage.steps, stage.warmup, stage.final
@@ -176,8 +188,9 @@ def run_stage(
     if data["iterator"] is not None:
       iterator.set_state(data["iterator"])
     loop = _Loop(
-      name, stage, source, eval_batches, checkpoints, meta, directory, layout
-    )
+      name, stage, source, eval_batches, checkpoints, meta, directory, layout,
+      watchdog,
+    )  # fmt: skip
     step = training_step.make_step(
       spec, stage.model, tx, rate, stage.accumulate, layout
     )
@@ -222,6 +235,7 @@ class _Loop:
   meta: dict
   directory: Path
   layout: Layout | None
+  watchdog: float
 
   def run(self, step, evaluate, state, frozen, iterator, first, seconds):
     stage = self.stage
@@ -230,49 +244,79 @@ class _Loop:
     with (
       MetricWriter(self.directory, resume_step=first, active=writes) as writer,
       Progress(stage.steps, first, self.name, active=writes) as progress,
+      stopping.deferred() as request,
+      Watchdog(self.watchdog) as watch,
     ):
       self._last_log, self._tokens = time.monotonic(), 0
-      pending = None
+      pending, poll = None, processes.Poll()
       for number in range(first + 1, stage.steps + 1):
-        batch = self._placed(next(iterator))
+        watch.expect(f"step {number}", compiles=number == first + 1)
+        batch = self._placed(self._next(iterator, number))
         state, metrics = step(state, frozen, batch)
         if pending is not None:
           self._read(*pending, writer, progress)
         pending = number, metrics
+        self.checkpoints.check()
         last = number == stage.steps
+        stops = poll(request.signal is not None)
         evaluates = self.eval_batches and (
           last or number % stage.eval_every == 0
         )
-        saves = last or number % stage.checkpoint_every == 0
+        saves = last or stops or number % stage.checkpoint_every == 0
         if not (evaluates or saves):
           continue
         # Nothing may be saved before its loss is known to be finite.
         self._read(*pending, writer, progress)
         pending, scores = None, None
         if evaluates:
+          watch.expect(f"the evaluation after step {number}", compiles=True)
           scores = {
             "eval_loss": self._evaluate(evaluate, state["trainable"], frozen)
           }
           writer.write(number, scores)
         if saves:
+          watch.expect(f"the save of step {number}")
           data = {
             "iterator": iterator.get_state(),
             "seconds": time.monotonic() - began,
           }
           self.checkpoints.save(number, state, data, self.meta, scores)
-    self.checkpoints.wait()
+        if stops:
+          self.checkpoints.wait()
+          raise request.error(f"{self._here(number)} is saved")
+      watch.expect("the last save")
+      self.checkpoints.wait()
     return state, time.monotonic() - began
+
+  def _here(self, number: int) -> str:
+    return f"stage {self.name!r}, step {number}"
+
+  def _kept(self) -> str:
+    self.checkpoints.wait()
+    return (
+      f"the last good checkpoint is step {self.checkpoints.latest()} in "
+      f"{self.directory}/checkpoints"
+    )
+
+  def _next(self, iterator, number):
+    try:
+      return next(iterator)
+    except OSError as error:
+      raise StorageError(
+        f"{self._here(number)}: its batch, {self.source.describe(number - 1)}, "
+        f"cannot be read: {error}; {self._kept()}: bring the file back and "
+        "start again by the same command"
+      ) from error
 
   def _read(self, number, metrics, writer, progress):
     """Fetches the metrics of a step, which waits until it is done."""
     values = {k: v.item() for k, v in processes.fetch(metrics).items()}
     if not all(math.isfinite(values[k]) for k in ("loss", "grad_norm")):
-      self.checkpoints.wait()
       raise TrainingDiverged(
-        f"stage {self.name!r}, step {number}: loss {values['loss']}, gradient "
-        f"norm {values['grad_norm']}; the batch was "
-        f"{self.source.describe(number - 1)}; the last good checkpoint is "
-        f"step {self.checkpoints.latest()} in {self.directory}/checkpoints"
+        f"{self._here(number)}: loss {values['loss']}, gradient norm "
+        f"{values['grad_norm']}; the batch was "
+        f"{self.source.describe(number - 1)}; {self._kept()}. Started again, "
+        "it comes to the same: lower the learning rate, or look at the batch"
       )
     self._tokens += values.pop("tokens")
     if number % self.stage.log_every == 0 or number == self.stage.steps:

@@ -174,6 +174,14 @@ def get_config() -> ConfigDict:
   config.replicated = ()
   # Whether this is one of several processes; see calm_jax.processes.
   config.distributed = False
+  # Faults, in seconds; see docs/faults.md. What a process has to save and end
+  # after a signal, before it is ended; spot machines are gone after 30.
+  config.grace = 25.0
+  # What a step may take before it counts as hung, 0 for any; ten times that
+  # where programs are compiled.
+  config.watchdog = 1800.0
+  # After which a process that is silent counts as gone.
+  config.heartbeat = 100
   # Folders or hub ids; empty: trained from scratch in a stage.
   config.anchor = ""
   config.augmenting = ""

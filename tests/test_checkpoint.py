@@ -11,7 +11,7 @@ import pytest
 
 from calm_jax import checkpoint, tree
 from calm_jax.checkpoint import Checkpoints
-from calm_jax.errors import InputError
+from calm_jax.errors import InputError, StorageError
 
 
 def example_params():
@@ -254,8 +254,12 @@ def test_a_failure_in_the_background_is_raised(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", fail)
     checkpoints.save(2, small_state(2), {}, {})
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError) as error:
       checkpoints.wait()
+  assert "step 2 was not saved" in str(error.value)
+  assert "disk full\nthe last good checkpoint there is step 1" in str(
+    error.value
+  )
   with Checkpoints(tmp_path) as reopened:
     assert reopened.steps() == [1]
 

@@ -169,9 +169,17 @@ def test_the_command_says_what_is_wrong_and_exits_with_2(tmp_path):
 RUN_CODE = "--allow_code_execution"
 # Of the command line alone: starts no JAX, and so is quick.
 COMMAND = """
-from calm_jax import cli
+import os, signal
+from calm_jax import cli, errors
 from calm_jax.errors import InputError
 def main(config):
+  if config.seed in errors.EXIT_CODES.values():
+    [kind] = [k for k, code in errors.EXIT_CODES.items() if code == config.seed]
+    raise kind("too bad")
+  if config.seed == 9:
+    os.kill(os.getpid(), signal.SIGTERM)
+  if config.seed == 10:
+    raise OSError(28, "No space left on device", "report.html")
   if config.seed == 7:
     raise InputError("seven is too many\\nuse six")
   if config.seed == 8:
@@ -191,6 +199,17 @@ cli.run_with_config(main)
     (["--config=configs/kv.py", "--config.seed=8"], 1, "ValueError: a bug"),
     (["--config=configs/kv.py", "--config.seed=a"], 2, "--config.seed=a"),
     (["--config=configs/kv.py", "--config.sed=1"], 2, 'instead of "sed"'),
+    (["--config=configs/kv.py", "--config.seed=65"], 65, "error: too bad"),
+    (["--config=configs/kv.py", "--config.seed=74"], 74, "error: too bad"),
+    (["--config=configs/kv.py", "--config.seed=75"], 75, "error: too bad"),
+    (["--config=configs/kv.py", "--config.seed=76"], 76, "error: too bad"),
+    (["--config=configs/kv.py", "--config.seed=130"], 130, "error: too bad"),
+    (
+      ["--config=configs/kv.py", "--config.seed=9"],
+      75,
+      "error: SIGTERM: runs/",
+    ),
+    (["--config=configs/kv.py", "--config.seed=10"], 74, "report.html"),
     (["--config=configs/kv.py:nope"], 2, "'nope' is none of"),
     (["--config=configs/nope.py"], 2, "configs/nope.py"),
     (["--config=configs/kv.py", "more"], 2, "unexpected arguments: ['more']"),

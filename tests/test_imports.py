@@ -145,9 +145,7 @@ def test_only_hf_knows_names_of_tensors(file):
     assert not [s for s in strings(file) if theirs.search(s)]
 
 
-@pytest.mark.parametrize(
-  "file", under("optim.py", "sharding.py", "checkpoint.py")
-)
+@pytest.mark.parametrize("file", under("optim.py", "sharding.py", "checkpoint"))
 def test_trees_have_no_anchor_below_the_config(file):
   text = ast.unparse(FILES[file])
   code = [line for line in text.splitlines() if "anchor" in line]

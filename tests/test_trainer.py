@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 from calm_jax import checkpoint, optim, trainer, training_step, tree
-from calm_jax.errors import InputError
+from calm_jax.errors import InputError, StorageError
 from calm_jax.metrics import read_metrics
 
 
@@ -231,8 +231,10 @@ def test_a_resumed_run_ends_bit_equal(finished, tmp_path):
   directory, want = finished
   # Between two checkpoints, so that a step is done twice.
   broken = tiny.Run(tmp_path, source=tiny.Source(broken=(5,)))
-  with pytest.raises(OSError, match="no batch 5"):
+  with pytest.raises(StorageError, match="no batch 5") as caught:
     broken()
+  assert "step 6: its batch, rows 5.0 to 5.7 of tests" in str(caught.value)
+  assert "checkpoint is step 4" in str(caught.value)
   assert checkpoint.is_complete(tmp_path) is None
   assert [r["step"] for r in read_metrics(tmp_path)][-1] >= 4
   got = tiny.Run(tmp_path)()
@@ -251,6 +253,24 @@ def test_a_run_killed_after_its_last_save_needs_no_step(
   monkeypatch.setattr(training_step, "make_step", lambda *_: None)
   assert_bit_equal(tiny.Run(tmp_path)(), finished[1])
   assert checkpoint.is_complete(tmp_path)
+
+
+def test_a_complete_stage_with_a_damaged_checkpoint(finished, tmp_path, capsys):
+  shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+  path = tmp_path / "checkpoints" / "6" / "state" / "manifest.ocdbt"
+  path.write_bytes(b"")
+  assert_bit_equal(tiny.Run(tmp_path)(), finished[1])
+  said = capsys.readouterr().err
+  assert "was complete" in said and "step 4 is used" in said
+  steps = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+  assert steps == {"4", "6", "6.corrupt"}
+
+
+def test_a_damaged_mark_of_completion(finished, tmp_path):
+  shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+  (tmp_path / "complete.json").write_text("{")
+  with pytest.raises(StorageError, match=r"complete.json is damaged.*remove"):
+    tiny.Run(tmp_path)()
 
 
 def test_a_complete_stage_is_skipped(finished, monkeypatch):

@@ -13,7 +13,7 @@ from jax.experimental.compilation_cache import (
   compilation_cache as compilation_cache_lib,
 )
 
-from calm_jax import composition, trainer
+from calm_jax import composition, trainer, tree
 from calm_jax.connections import Augmenting, Composition, Connection
 from calm_jax.data import packing
 from configs import common
@@ -109,6 +109,11 @@ class Run:
       origins={"anchor": "models/anchor"},
       seed=self.seed,
     )[0]
+
+
+def leaves(params: dict) -> dict[str, np.ndarray]:
+  """By name, as numpy."""
+  return {n: np.asarray(x) for n, x in tree.flatten(params).items()}
 
 
 @contextlib.contextmanager
