@@ -90,7 +90,7 @@ def test_a_variant_that_is_not_there(file):
 @pytest.mark.parametrize(("file", "variant"), VARIANTS)
 def test_every_stage_can_be_run(file, variant):
   settings = train.plain(load(file, variant))
-  _, task = train.EXPERIMENTS[settings["experiment"]]
+  _, task = fitting.EXPERIMENTS[settings["experiment"]]
   task(**settings["task"], seed=settings["seed"])
   spec, params = shapes(settings)
   names = [*settings["recipe"], *settings["alternatives"]]
