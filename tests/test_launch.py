@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,8 @@ from stand_ins import (
   VM_UP,
   verbs,
 )  # fmt: skip
+
+from calm_jax.errors import EXIT_CODES, HUNG, LostProcess, Preempted
 
 AWKWARD = [
   "--config=configs/kv.py:paper",
@@ -350,3 +353,12 @@ def test_shellcheck():
     cwd=LAUNCH.parent, capture_output=True, text=True, timeout=60,
   )  # fmt: skip
   assert done.returncode == 0, done.stdout
+
+
+def test_they_go_on_after_the_exit_codes_that_say_so():
+  text = (LAUNCH / "common.sh").read_text()
+  [codes] = re.findall(r"^resumable=\(([\d ]+)\)$", text, re.MULTILINE)
+  own = {*map(int, codes.split())}
+  resumed = {EXIT_CODES[Preempted], EXIT_CODES[LostProcess], HUNG}
+  assert resumed <= own
+  assert own & {0, 1, *EXIT_CODES.values()} <= resumed
