@@ -18,24 +18,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.generate import V, model
-from calm_jax import composition, optim, training_step, tree
+from benchmarks.generate import V
+from benchmarks.train_step import NAME, pair, prepare
 from calm_jax.alignment import ChunkEncoder
-from calm_jax.connections import Augmenting, Composition, default_connections
+from calm_jax.connections import Composition
 from calm_jax.data import pipeline
 from calm_jax.data.sources import TextExample
-from calm_jax.models import decoder
 from calm_jax.tokenizer import Tokenizer, train_sentencepiece
 
 GOAL = 10
 BATCH, LENGTH = 8, 256
 BATCHES = 300
-NAME = "augmenting"
 
 
 def texts(count: int) -> list[str]:
@@ -50,37 +47,9 @@ def texts(count: int) -> list[str]:
   return [" ".join(line) for line in drawn]
 
 
-def pair() -> Composition:
-  """51M parameters and 10M beside them."""
-  anchor, augmenting = model(512, 12, 1632), model(256, 8, 600)
-  pairs = default_connections(augmenting.num_layers, anchor.num_layers)
-  return Composition(anchor, ((NAME, Augmenting(augmenting, pairs)),))
-
-
 def make_step(spec: Composition) -> Callable:
   """batch -> the loss of one update of the composition."""
-  init = jax.jit(decoder.init, static_argnums=1)
-  keys = jax.random.split(jax.random.key(0), 3)
-  params = {
-    "anchor": init(keys[0], spec.anchor),
-    "augmenting": {
-      name: init(keys[1], joined.config) for name, joined in spec.augmenting
-    },
-    "composition": composition.init(keys[2], spec),
-  }
-  mask = tree.mask(params, ("composition/.*",))
-  trainable, frozen = tree.partition(params, mask)
-  rate = optim.schedule("constant", 1e-4, steps=1000, warmup=0, final=1.0)
-  tx = optim.optimizer(
-    mask, rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, decay="", clip=1.0
-  )
-  step = training_step.make_step(spec, "composed", tx, rate, accumulate=1)
-  state = {
-    "trainable": trainable,
-    "opt_state": tx.init(params),
-    "step": jax.numpy.int32(0),
-    "rng": jax.random.key(0),
-  }
+  step, state, frozen = prepare(spec)
 
   def update(batch):
     nonlocal state

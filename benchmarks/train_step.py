@@ -1,6 +1,6 @@
 """A training step of the composition, against this machine's matmul rate.
 
-  python -m benchmarks.train_step [--repeats 5] [--growth]
+  python -m benchmarks.train_step [--repeats 5] [--growth] [--cpu]
 
 The pair of benchmarks.generate in float32, rows of real length 8 x 256, all of
 the trainer's step. Steps and large matmuls take turns, and a step is compared
@@ -9,12 +9,13 @@ the time that the least FLOPs of a step take at the matmul's rate, over the
 step's own. The least is m_A up to its last tapped layer and m_B, forward; the
 head and m_B above the first connection, backward, without gradients of weights;
 and the connections with theirs. Attention counts in full, not its causal half.
+--cpu compares seconds of CPU, all threads together, for machines that are busy:
+what other programs take does not count, nor do cores that wait.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -30,11 +31,13 @@ from calm_jax import composition, flops, optim, placing, training_step, tree
 from calm_jax.connections import Augmenting, Composition, default_connections
 from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
+from configs import common
 
 BATCH, LENGTH = 8, 256
 GOAL = 0.8
 MATMUL, TIMES = 4096, 3  # products of squares
 NAME = "augmenting"
+Clock = Callable[[], float]
 
 
 def pair(connections: int = 0, deep: int = 1, wide: int = 1) -> Composition:
@@ -137,37 +140,39 @@ class Timed:
     self.temporary = self.step.memory_analysis().temp_size_in_bytes
     self()
 
-  def __call__(self) -> float:
-    began = time.perf_counter()
+  def __call__(self, clock: Clock = time.perf_counter) -> float:
+    began = clock()
     self.state, metrics = self.step(self.state, self.frozen, self.batch)
     metrics["loss"].block_until_ready()
     jax.block_until_ready(self.state["trainable"])
-    return time.perf_counter() - began
+    return clock() - began
 
 
-def make_matmul() -> Callable[[], float]:
+def make_matmul(clock: Clock) -> Callable[[], float]:
   """Measures FLOPs a second of a large matrix product."""
   a = jax.random.normal(jax.random.key(0), (MATMUL, MATMUL))
   product = jax.jit(jnp.matmul)
   product(a, a).block_until_ready()
 
   def rate() -> float:
-    began = time.perf_counter()
+    began = clock()
     for _ in range(TIMES):
       product(a, a).block_until_ready()
-    return TIMES * 2 * MATMUL**3 / (time.perf_counter() - began)
+    return TIMES * 2 * MATMUL**3 / (clock() - began)
 
   return rate
 
 
-def measure(runs: dict[str, Timed], repeats: int) -> dict[str, dict]:
+def measure(
+  runs: dict[str, Timed], repeats: int, clock: Clock
+) -> dict[str, dict]:
   """Medians by name: seconds, matmul FLOPs a second, share of the limit."""
-  matmul = make_matmul()
+  matmul = make_matmul(clock)
   found = {name: ([], [], []) for name in runs}
   before = matmul()
   for _ in range(repeats):
     for name, run in runs.items():
-      seconds = run()
+      seconds = run(clock)
       after = matmul()
       # Times add up, not rates.
       rate = 2 / (1 / before + 1 / after)
@@ -190,10 +195,10 @@ def unrolled_flops(spec: Composition, rows: int, length: int) -> float:
   return compiled.cost_analysis()["flops"]
 
 
-def one(spec: Composition, repeats: int) -> None:
+def one(spec: Composition, repeats: int, clock: Clock) -> None:
   run = Timed(spec)
   of_xla = unrolled_flops(spec, BATCH, LENGTH)
-  got = measure({"": run}, repeats)[""]
+  got = measure({"": run}, repeats, clock)[""]
   table = Table("a step of 8 x 256 tokens", "", "of the least, or the limit")
   seconds, rate = got["seconds"], got["rate"]
   table.add_row("least GFLOPs", f"{run.least / 1e9:,.1f}", "")
@@ -212,7 +217,7 @@ def one(spec: Composition, repeats: int) -> None:
   Console().print(table)
 
 
-def growth(how: dict, repeats: int) -> None:
+def growth(how: dict, repeats: int, clock: Clock) -> None:
   """The same for pairs twice as large, in one respect each."""
   specs = {
     "51M + 10M, 2 connections, 8 x 256": (pair(), BATCH, LENGTH),
@@ -226,7 +231,7 @@ def growth(how: dict, repeats: int) -> None:
     name: Timed(placing.configure(spec, lambda part: how), *shape)
     for name, (spec, *shape) in specs.items()
   }
-  found = measure(runs, repeats)
+  found = measure(runs, repeats, clock)
   table = Table(
     "", "tokens/s", "time", "least FLOPs", "temporary", "of the limit"
   )
@@ -245,22 +250,25 @@ def growth(how: dict, repeats: int) -> None:
 
 
 def main() -> None:
-  config = dataclasses.fields(ModelConfig)
-  defaults = {field.name: field.default for field in config}
+  defaults = common.get_config()
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--growth", action="store_true")
-  parser.add_argument("--unroll", type=int, default=6)
-  parser.add_argument("--remat", default=defaults["remat"])
-  parser.add_argument("--loss_chunk", type=int, default=2**24)
-  options = vars(parser.parse_args())
-  grows, repeats = options.pop("growth"), options.pop("repeats")
-  if grows:
-    growth(options, repeats)
+  parser.add_argument("--cpu", action="store_true")
+  how = "unroll", "remat", "loss_chunk"
+  for name in how:
+    default = defaults[name]
+    parser.add_argument(f"--{name}", type=type(default), default=default)
+  options = parser.parse_args()
+  fields = {name: getattr(options, name) for name in how}
+  clock = time.process_time if options.cpu else time.perf_counter
+  if options.growth:
+    growth(fields, options.repeats, clock)
   else:
-    one(placing.configure(pair(), lambda part: options), repeats)
+    spec = placing.configure(pair(), lambda part: fields)
+    one(spec, options.repeats, clock)
 
 
 if __name__ == "__main__":
