@@ -6,7 +6,8 @@ A small run is started, meets a fault, and is started again until it is
 through. What it trained is compared with an uninterrupted run: bit by bit on
 the same devices, to 1e-5 of each leaf's largest element on others. "Lost" is
 how many steps had to be made again; checkpoints are 5 steps apart. A kill may
-hit a save in flight, which then does not count. Needs Linux; the rows of a
+hit a save in flight, which then does not count. A process that falls silent
+counts as gone after 5 s here (config.heartbeat). Needs Linux; the rows of a
 full disk need the right to mount a tmpfs, and are skipped without it.
 """
 
@@ -126,6 +127,22 @@ def _kill(victim: int):
     return found | _finish(runs, folder, life, **TWO)
 
   return row
+
+
+def silent(runs: Runs, folder: Path, choose: Choose) -> Row:
+  """The machine of one process of two is gone without a word."""
+  life = runs.start(folder, **TWO)
+  _moment(choose, life)
+  victim, survivor = life.pids[1], life.pids[0]
+  os.kill(victim, signal.SIGSTOP)
+  began = time.monotonic()
+  os.waitid(os.P_PID, survivor, os.WEXITED | os.WNOWAIT)
+  seconds = time.monotonic() - began
+  os.kill(victim, signal.SIGKILL)
+  codes, _ = life.wait()
+  assert "another process" in life.said() or "another task" in life.said()
+  found = {"code": codes[0], "seconds": seconds}
+  return found | _finish(runs, folder, life, **TWO)
 
 
 def _signal(number: signal.Signals, **shape):
@@ -257,6 +274,7 @@ def hang(runs: Runs, folder: Path, choose: Choose) -> Row:
 ROWS: dict[str, Callable[[Runs, Path, Choose], Row]] = {
   "kill -9, first of two processes": _kill(0),
   "kill -9, second of two processes": _kill(1),
+  "a process falls silent, of two": silent,
   "SIGTERM": _signal(signal.SIGTERM),
   "SIGTERM to one of two processes": _signal(signal.SIGTERM, **TWO),
   "SIGINT": _signal(signal.SIGINT),
