@@ -201,6 +201,8 @@ def test_stages_learn_from_sources_that_are_there(file, variant):
     assert data["mixture"].keys() <= task["sources"].keys()
     assert {*data["watch"]} <= task["held_out"].keys()
   fraction = {"ntl": 0.05, "code": 0.07}[file]  # the paper's
+  if (file, variant) == ("code", "tiny"):
+    fraction = 1.0  # of which 7% are too few to learn from
   composed = settings["stages"]["compose"]["data"]["mixture"]
   assert {
     part["fraction"]
