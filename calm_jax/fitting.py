@@ -12,9 +12,9 @@ from calm_jax import (
   composing,
   composition,
   mesh,
-  opening,
   placing,
   processes,
+  quantising,
   sharding,
   trainer,
   tree,
@@ -47,6 +47,7 @@ class Fitted(NamedTuple):
     alone: the frozen models by themselves, "augmenting" only if it is used.
     parameters: counts, for results.json.
     seconds: of each stage.
+    exact: by name, leaves of `params` as they were before quantising.
   """
 
   experiment: Experiment
@@ -57,6 +58,7 @@ class Fitted(NamedTuple):
   alone: dict[str, LanguageModel]
   parameters: dict[str, int]
   seconds: dict[str, float]
+  exact: dict[str, Any]
 
 
 def fit(settings: dict[str, Any]) -> Fitted:
@@ -73,11 +75,7 @@ def fit(settings: dict[str, Any]) -> Fitted:
   folder = processes.own_folder(shared)
   augmenting = f"augmenting/{settings['augmenting_name']}"
   loaded = {
-    side: opening.load_model(
-      settings[side],
-      settings["dtype"],
-      shardings=placing.shardings(layout, part),
-    )
+    side: quantising.load(settings, side, part, placing.shardings(layout, part))
     for side, part in (("anchor", "anchor"), ("augmenting", augmenting))
     if settings[side]
   }
@@ -97,6 +95,7 @@ def fit(settings: dict[str, Any]) -> Fitted:
   *before, last = settings["recipe"]
   ends = [last, *settings["alternatives"]]
   stages = {n: trainer.Stage(**settings["stages"][n]) for n in [*before, *ends]}
+  quantising.check(settings, params, ends)
   seeds = dict.fromkeys(before, settings["seed"])
   seeds |= dict.fromkeys(ends, _trial_seed(settings))
   # Of all stages: what is wrong with the last is known before the first.
@@ -127,6 +126,9 @@ def fit(settings: dict[str, Any]) -> Fitted:
 
   for name in before:
     params = run(name, params)
+  params, exact = quantising.quantise(settings, params)
+  if layout is not None:
+    params = layout.place(params)
   whole = dataclasses.replace(whole, params=params)
   alone = {"anchor": _part(whole, "anchor", params)}
   of_augmenting = _part(whole, augmenting, params)
@@ -149,7 +151,7 @@ def fit(settings: dict[str, Any]) -> Fitted:
     name: _part(whole, stages[name].model, finals[name]) for name in ends
   }
   return Fitted(
-    experiment, folder, whole, finals, models, alone, parameters, seconds
+    experiment, folder, whole, finals, models, alone, parameters, seconds, exact
   )
 
 

@@ -10,6 +10,7 @@ dict with the layers stacked on a leading axis:
    "head": {"kernel": [D, V]}}                        unless tied
 
 Learned positions are {"embed": {"position_embedding": [max_length, D]}}.
+Matrices may be quantised: see `models.quantisation`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from calm_jax.models import cache as cache_lib
 from calm_jax.models.block import Block, Context, window_mask
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.layers import Linear, at_least_float32, norm
+from calm_jax.models.quantisation import dense, matmul
 from calm_jax.models.rope import tables
 
 Array = jax.Array
@@ -168,7 +170,8 @@ def embed(
   Learned positions beyond the table are NaN, not the last one.
   """
   embed = params["embed"]
-  x_BLD = embed["embedding"].astype(config.dtype)[tokens_BL]
+  rows = jax.tree.map(lambda table: table[tokens_BL], embed["embedding"])
+  x_BLD = dense(rows, config.dtype)
   if config.embedding_scale != 1:
     x_BLD = x_BLD * jnp.asarray(config.embedding_scale, x_BLD.dtype)
   if config.learned_positions:
@@ -280,11 +283,11 @@ def _placed_weight(config: ModelConfig, path, weight: Array) -> Array:
 def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:
   """Logits after the last layer, float32 or more [B, L, V]."""
   x = norm(config).apply({"params": params["final_norm"]}, x_BLD)
+  flat = x.reshape(-1, x.shape[-1]).astype(config.dtype)
   if config.tie_embeddings:
-    kernel = params["embed"]["embedding"].T
+    flat = matmul(flat, params["embed"]["embedding"], transposed=True)
   else:
-    kernel = params["head"]["kernel"]
-  flat = x.reshape(-1, x.shape[-1]) @ kernel.astype(config.dtype)
+    flat = matmul(flat, params["head"]["kernel"])
   logits_BLV = flat.reshape(*x.shape[:-1], -1)
   logits_BLV = logits_BLV.astype(at_least_float32(config.dtype))
   if config.logit_scale != 1:
