@@ -320,7 +320,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_quantises(folders, kind, dtype, monkeypatch):
-  monkeypatch.setattr("calm_jax.models.reading._AT_ONCE", 2000)
+  monkeypatch.setattr("calm_jax.models.reading._AT_ONCE", 300)
   loaded = calm_jax.load_model(str(folders / "anchor"), dtype, quantise=kind)
   whole = calm_jax.load_model(str(folders / "anchor"))
   want = quantisation.quantise(whole.params, kind)

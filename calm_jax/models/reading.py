@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from calm_jax.errors import InputError
 from calm_jax.models import hf, quantisation, streaming
 
-_AT_ONCE = 1 << 24  # weights that are quantised together
+_AT_ONCE = 1 << 22  # weights that are quantised together
 
 
 def view_shape(entry: hf.Entry) -> tuple[int, ...]:
@@ -81,17 +80,29 @@ def sharded(found, entries, shape, dtype, sharding) -> jax.Array:
 def quantised(
   found, entries: list[hf.Entry], name: str, shape, kind: str
 ) -> dict[str, np.ndarray]:
-  """A leaf in few bits, of which a part at a time is read."""
-  make = functools.partial(quantisation.of_leaf, name, kind=kind)
-  made = jax.eval_shape(make, jax.ShapeDtypeStruct(shape, np.float32))
+  """A leaf in few bits, of which a part of a layer at a time is read."""
+  make = functools.partial(quantisation.of_leaf, name)
+  whole = jax.ShapeDtypeStruct(shape, np.float32)
+  made = jax.eval_shape(functools.partial(make, kind=kind), whole)
+  if "int8" in made:
+    kind = "int8"  # A part of an odd axis may be even.
   held = {part: streaming.empty(x.shape, x.dtype) for part, x in made.items()}
-  step = max(1, _AT_ONCE // math.prod(shape[1:]))
-  if quantisation.input_axis(name, len(shape)) == 0:
-    step = shape[0]  # which has one scale
-  for at in range(0, shape[0], step):
-    block = streaming.empty((min(step, shape[0] - at), *shape[1:]), np.float32)
-    start = (at, *(0 for _ in shape[1:]))
-    streaming.read_all(reads(found, entries, block, start))
-    for part, x in make(block).items():
-      held[part][at : at + step] = x
+  last = len(shape) - 1
+  inputs = quantisation.input_axis(name, len(shape))
+  cut = 2 * last - 1 - inputs  # of the last two axes the other one
+  step = 2 * max(1, _AT_ONCE // (2 * shape[inputs]))
+  if len(view_shape(entries[0])) + len(entries[0].at) > len(shape):
+    step = shape[cut]  # or parts would end inside of heads
+  for lead in np.ndindex(shape[:-2]):
+    for at in range(0, shape[cut], step):
+      stop = min(at + step, shape[cut])
+      start, size = [*lead, 0, 0], [*(1 for _ in lead), *shape[-2:]]
+      start[cut], size[cut] = at, stop - at
+      block = streaming.empty(tuple(size), np.float32)
+      streaming.read_all(reads(found, entries, block, tuple(start)))
+      for part, x in make(block, kind=kind).items():
+        share = 2 if part == "int4" and cut == last else 1
+        where = [slice(i, i + 1) for i in lead] + [slice(None)] * 2
+        where[cut] = slice(at // share, stop // share)
+        held[part][tuple(where)] = x
   return held
