@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import tempfile
 from typing import Any
 
@@ -27,50 +26,13 @@ from calm_jax import composing, joining, opening, tree
 from calm_jax.connections import Augmenting
 from calm_jax.errors import InputError
 from calm_jax.language_model import LanguageModel
-from calm_jax.models import folders, loading
+from calm_jax.models import folders, loading, quantisation
 from calm_jax.version import __version__
 
 WEIGHTS = "composition.safetensors"
 CONFIG = "calm_config.json"
 CARD = "README.md"
 _FORMAT = 1
-
-
-def export_hf(
-  model: LanguageModel, folder: str | os.PathLike, max_shard_size: int
-) -> None:
-  """See `LanguageModel.export_hf`."""
-  if model.is_composed:
-    raise InputError(
-      "a composition is no Hugging Face model: save() it, or export its parts "
-      "by part('anchor').export_hf(FOLDER)"
-    )
-  source = model.sources.get("anchor")
-  text_files = _text_files(model)
-  loading.save_params(
-    folder,
-    model.spec.anchor,
-    model.params,
-    source and source.config,
-    max_shard_size,
-  )
-  for name, path in text_files.items():
-    shutil.copyfile(path, pathlib.Path(folder) / name)
-
-
-def _text_files(model: LanguageModel) -> dict[str, pathlib.Path]:
-  """The tokenizer's files, by the name they have in a checkpoint."""
-  if "anchor" in model.sources:
-    folder = model.sources["anchor"].folder
-  elif model.tokenizer is None:
-    return {}
-  else:
-    path = pathlib.Path(model.tokenizer.source).expanduser()
-    if path.is_file():
-      return {f"tokenizer{path.suffix}": path}
-    folder = folders.locate(path, files=folders.TEXT_FILES).folder
-  found = {name: folder / name for name in folders.TEXT_FILES}
-  return {name: path for name, path in found.items() if path.is_file()}
 
 
 def save(
@@ -159,6 +121,7 @@ def _describe(
     "name": name,
     "revision": source.revision,
     "dtype": config.dtype,
+    "quantise": quantisation.kind_of(single.params),
     "sha256": _hashes(source.folder),
     "tokenizer": tokenizer and {
       "fingerprint": tokenizer.fingerprint,
@@ -186,7 +149,8 @@ def _card(config: dict[str, Any]) -> str:
   for part, model in models.items():
     at = f" at `{model['revision']}`" if model["revision"] else ""
     name = model["name"] if at else pathlib.Path(model["name"]).name
-    rows.append(f"| {part} | `{name}`{at} |")
+    bits = f" in {model['quantise']}" if model["quantise"] else ""
+    rows.append(f"| {part} | `{name}`{at}{bits} |")
   joints = [
     f"- `{a['name']}`: layers "
     + ", ".join(f"{i} → {j}" for i, j in a["connections"])
@@ -242,12 +206,16 @@ def describes_composition(path_or_hub_id: str | os.PathLike) -> bool:
 
 
 def load_any(
-  path_or_hub_id: str | os.PathLike, dtype: str | None = None
+  path_or_hub_id: str | os.PathLike,
+  dtype: str | None = None,
+  quantise: str | None = None,
 ) -> LanguageModel:
   """`load_composed` or `load_model`, whichever the folder or id is for."""
   if describes_composition(path_or_hub_id):
-    return load_composed(path_or_hub_id, dtype=dtype)
-  return opening.load_model(path_or_hub_id, dtype or "float32")
+    return load_composed(path_or_hub_id, dtype=dtype, quantise=quantise)
+  return opening.load_model(
+    path_or_hub_id, dtype or "float32", quantise=quantise or ""
+  )
 
 
 def load_composed(
@@ -257,6 +225,7 @@ def load_composed(
   *,
   dtype: str | None = None,
   revision: str | None = None,
+  quantise: str | None = None,
 ) -> LanguageModel:
   """Loads what `LanguageModel.save` wrote, and the models that it joins.
 
@@ -267,6 +236,8 @@ def load_composed(
     dtype: of the frozen models and the computation; as saved if None. Θ_C
       keeps the dtype that it was saved in.
     revision: of the composition on the hub.
+    quantise: the frozen models, to "int8" or "int4", or ("") not at all; as
+      they were when the composition was saved if None.
 
   Raises:
     InputError: a folder without a composition, a frozen model that is not
@@ -279,7 +250,7 @@ def load_composed(
   config = read_config(folder)
   places = _places(config, anchor, augmenting)
   loaded = {
-    part: _load_part(folder, part, saved, places.get(part), dtype)
+    part: _load_part(folder, part, saved, places.get(part), dtype, quantise)
     for part, saved in config["models"].items()
   }
   composed = joining.join_compositions(
@@ -329,7 +300,12 @@ def _places(config, anchor, augmenting) -> dict[str, str]:
 
 
 def _load_part(
-  folder: pathlib.Path, part: str, saved: dict, place, dtype: str | None
+  folder: pathlib.Path,
+  part: str,
+  saved: dict,
+  place,
+  dtype: str | None,
+  quantise: str | None,
 ) -> LanguageModel:
   kind, _, name = part.partition("/")
   option = f"{kind}={{{name!r}: FOLDER}}" if name else f"{kind}=FOLDER"
@@ -344,7 +320,11 @@ def _load_part(
       f"where: load_composed(..., {option})"
     ) from error
   _check_hashes(part, saved, source.folder)
-  model = opening.from_source(source, dtype or saved["dtype"])
+  if quantise is None:
+    quantise = saved.get("quantise", "")  # Older compositions do not say.
+  model = opening.from_source(
+    source, dtype or saved["dtype"], quantise=quantise
+  )
   ours = model.tokenizer and model.tokenizer.fingerprint
   theirs = saved["tokenizer"] and saved["tokenizer"]["fingerprint"]
   if ours != theirs:

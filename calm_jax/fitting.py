@@ -12,9 +12,9 @@ from calm_jax import (
   composing,
   composition,
   mesh,
-  opening,
   placing,
   processes,
+  quantising,
   sharding,
   state_cache,
   trainer,
@@ -48,6 +48,7 @@ class Fitted(NamedTuple):
     alone: the frozen models by themselves, "augmenting" only if it is used.
     parameters: counts, for results.json.
     seconds: of each stage.
+    exact: by name, leaves of `params` as they were before quantising.
   """
 
   experiment: Experiment
@@ -58,6 +59,7 @@ class Fitted(NamedTuple):
   alone: dict[str, LanguageModel]
   parameters: dict[str, int]
   seconds: dict[str, float]
+  exact: dict[str, Any]
 
 
 def fit(settings: dict[str, Any]) -> Fitted:
@@ -74,11 +76,7 @@ def fit(settings: dict[str, Any]) -> Fitted:
   folder = processes.own_folder(shared)
   augmenting = f"augmenting/{settings['augmenting_name']}"
   loaded = {
-    side: opening.load_model(
-      settings[side],
-      settings["dtype"],
-      shardings=placing.shardings(layout, part),
-    )
+    side: quantising.load(settings, side, part, placing.shardings(layout, part))
     for side, part in (("anchor", "anchor"), ("augmenting", augmenting))
     if settings[side]
   }
@@ -98,6 +96,7 @@ def fit(settings: dict[str, Any]) -> Fitted:
   *before, last = settings["recipe"]
   ends = [last, *settings["alternatives"]]
   stages = {n: trainer.Stage(**settings["stages"][n]) for n in [*before, *ends]}
+  quantising.check(settings, params, ends)
   seeds = dict.fromkeys(before, settings["seed"])
   seeds |= dict.fromkeys(ends, _trial_seed(settings))
   # Of all stages: what is wrong with the last is known before the first.
@@ -130,6 +129,9 @@ def fit(settings: dict[str, Any]) -> Fitted:
 
   for name in before:
     params = run(name, params)
+  params, exact = quantising.quantise(settings, params)
+  if layout is not None:
+    params = layout.place(params)
   whole = dataclasses.replace(whole, params=params)
   alone = {"anchor": _part(whole, "anchor", params)}
   of_augmenting = _part(whole, augmenting, params)
@@ -152,7 +154,7 @@ def fit(settings: dict[str, Any]) -> Fitted:
     name: _part(whole, stages[name].model, finals[name]) for name in ends
   }
   return Fitted(
-    experiment, folder, whole, finals, models, alone, parameters, seconds
+    experiment, folder, whole, finals, models, alone, parameters, seconds, exact
   )
 
 

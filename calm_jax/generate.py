@@ -18,6 +18,7 @@ import sys
 from calm_jax import cli
 from calm_jax.artefact import load_any
 from calm_jax.data.sources import read_prompts
+from calm_jax.models import quantisation
 
 
 def _arguments() -> argparse.Namespace:
@@ -43,6 +44,9 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument("--batch_size", type=int, default=64)
   parser.add_argument("--dtype", help="of weights and computation")
   parser.add_argument(
+    "--quantise", choices=quantisation.KINDS, help="the models' matrices"
+  )
+  parser.add_argument(
     "--attention", help="a .png file: where a composition looks meanwhile"
   )
   return parser.parse_args()
@@ -52,7 +56,7 @@ def main() -> None:
   """Runs the command line."""
   arguments = _arguments()
   cli.keep_compiled_programs()
-  model = load_any(arguments.model, dtype=arguments.dtype)
+  model = load_any(arguments.model, arguments.dtype, arguments.quantise)
   options = {
     name: getattr(arguments, name)
     for name in (

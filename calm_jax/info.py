@@ -21,7 +21,7 @@ from rich.table import Table
 
 from calm_jax import artefact, cli, composing, composition, overhead, tree
 from calm_jax.connections import Composition
-from calm_jax.models import decoder, folders, loading
+from calm_jax.models import decoder, folders, loading, quantisation
 from calm_jax.models.config import ModelConfig
 
 _FILES = ("config.json", "*.json", "README.md")
@@ -219,7 +219,7 @@ def _config(name: str, revision: str | None = None) -> ModelConfig:
 def _models(configs: dict[str, ModelConfig]) -> Table:
   table = Table(
     "", "layers", "width", "vocabulary", "length", "parameters",
-    "in bfloat16", "cache/token",
+    "in bfloat16", *(k for k in quantisation.KINDS if k), "cache/token",
   )  # fmt: skip
   for name, config in configs.items():
     count = tree.count(decoder.param_shapes(config))
@@ -231,10 +231,19 @@ def _models(configs: dict[str, ModelConfig]) -> Table:
       f"{config.vocab_size:,}",
       f"{config.max_length:,}",
       f"{count:,}",
-      _bytes(2 * count),
+      *(_bytes(_size(config, kind)) for kind in quantisation.KINDS),
       _bytes(2 * cached),
     )
   return table
+
+
+def _size(config: ModelConfig, kind: str) -> int:
+  """Bytes of the parameters; of what is not quantised in bfloat16."""
+  shapes = quantisation.shapes(decoder.param_shapes(config), kind)
+  return sum(
+    math.prod(leaf.shape) * min(leaf.dtype.itemsize, 2)
+    for leaf in jax.tree.leaves(shapes)
+  )
 
 
 def _bytes(n: float) -> str:

@@ -17,7 +17,7 @@ from calm_jax.connections import (
   Composition,
 )
 from calm_jax.errors import InputError
-from calm_jax.models import folders, loading
+from calm_jax.models import folders, loading, quantisation
 from calm_jax.sampling import Sampler
 from calm_jax.scoring import Score
 from calm_jax.tokenizer import Tokenizer
@@ -65,8 +65,8 @@ class LanguageModel:
 
   @property
   def num_params(self) -> int:
-    """Parameters of all models together."""
-    return tree.count(self.params)
+    """Parameters of all models together, each counted once if quantised."""
+    return tree.count(jax.eval_shape(quantisation.dequantise, self.params))
 
   @property
   def num_composition_params(self) -> int:
@@ -282,12 +282,12 @@ class LanguageModel:
       max_shard_size: bytes of tensors in one file.
 
     Raises:
-      InputError: a composition, a folder that holds a model, or parameters
-        that are not those of the config.json.
+      InputError: a composition, a quantised model, a folder that holds a
+        model, or parameters that are not those of the config.json.
     """
-    from calm_jax import artefact
+    from calm_jax import exporting
 
-    artefact.export_hf(self, folder, max_shard_size)
+    exporting.export_hf(self, folder, max_shard_size)
 
   def save(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
     """Saves a composition: Θ_C, and what it was trained with.

@@ -41,6 +41,7 @@ class CalmJax(TemplateLM):
   Args:
     pretrained: a folder or hub id of a model, or of a composition.
     dtype: of parameters and computation; as saved if None.
+    quantise: "int8" or "int4" for matrices in few bits; as saved if None.
     batch_size: rows at once, or "auto".
     max_length: tokens that are read at most; the models' limit if None.
     max_gen_toks: tokens of an answer, where a task does not say.
@@ -65,11 +66,12 @@ class CalmJax(TemplateLM):
     seed: int = 0,
     device: str | None = None,
     max_batch_size: int | None = None,
+    quantise: str | None = None,
   ):
     super().__init__()
     if max_batch_size is not None:
       raise InputError("calm_jax has no max_batch_size: give batch_size")
-    self.model = artefact.load_any(pretrained, dtype)
+    self.model = artefact.load_any(pretrained, dtype, quantise)
     self._text = self.model.text()
     self._readers = self.model.readers()
     self._batch_size = _AUTO if batch_size == "auto" else int(batch_size)

@@ -10,7 +10,7 @@ import jax
 
 from calm_jax.connections import Composition
 from calm_jax.language_model import LanguageModel
-from calm_jax.models import decoder, folders, loading
+from calm_jax.models import decoder, folders, loading, quantisation
 from calm_jax.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -20,6 +20,7 @@ def load_model(
   *,
   revision: str | None = None,
   shardings: Callable[[dict], dict] | None = None,
+  quantise: str = "",
 ) -> LanguageModel:
   """Loads a Hugging Face checkpoint: safetensors only, never pickle.
 
@@ -29,25 +30,30 @@ def load_model(
     revision: a branch, tag or commit on the hub; its main branch if None.
     shardings: the model's tree of shapes to a tree of `jax.sharding.Sharding`:
       each process then reads what its devices hold. None for one device.
+    quantise: "int8" or "int4" for matrices in few bits (docs/quantisation.md).
 
   Raises:
     InputError: a missing folder, a family or option that is not supported, or
       tensors that are unknown, missing, duplicate, misshapen or truncated.
   """
   source = folders.locate(path_or_hub_id, revision)
-  return from_source(source, dtype, shardings)
+  return from_source(source, dtype, shardings, quantise)
 
 
 def from_source(
   source: folders.Source,
   dtype: str,
   shardings: Callable[[dict], dict] | None = None,
+  quantise: str = "",
 ) -> LanguageModel:
   """`load_model` of a checkpoint that was located."""
   folder = source.folder
   config = dataclasses.replace(loading.load_config(folder), dtype=dtype)
-  places = shardings and shardings(decoder.param_shapes(config))
-  params = loading.load_params(folder, config, dtype, places)
+  quantisation.check(quantise)
+  places = shardings and shardings(
+    quantisation.shapes(decoder.param_shapes(config), quantise)
+  )
+  params = loading.load_params(folder, config, dtype, places, quantise)
   source = source._replace(config=folders.read_json(folder / folders.CONFIG))
   return LanguageModel(
     Composition(config),

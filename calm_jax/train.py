@@ -25,6 +25,7 @@ from calm_jax import (
   fitting,
   overhead,
   processes,
+  quantising,
   report,
   tree,
 )
@@ -109,12 +110,17 @@ def _keep(fitted: fitting.Fitted, settings: dict[str, Any]) -> None:
     for name, on in tree.flatten(tree.mask(trained, patterns)).items()
     if on
   }
+  exact = quantising.undo(params, fitted.exact)
   for part in ["anchor", *(f"augmenting/{n}" for n in params["augmenting"])]:
     own = any(name.startswith(f"{part}/") for name in changed)
     own = own or (part != "anchor" and settings["random_augmenting"])
     if part in model.sources and not own:
       continue
-    source = _export(model, part, fitted.folder / "models" / part)
+    source = _export(
+      dataclasses.replace(model, params=exact),
+      part,
+      fitted.folder / "models" / part,
+    )
     model = dataclasses.replace(model, sources=model.sources | {part: source})
   shutil.rmtree(fitted.folder / "composition", ignore_errors=True)
   model.save(fitted.folder / "composition")

@@ -14,14 +14,14 @@ SHARDING = (
   (r"cache/.*/(key|value)", (_ROWS, "tensor", None, None)),
   (r"cache/.*/segments", (_ROWS, None)),
   (r".*norm/\w+|.*/bias", ()),
-  (r".*/embedding", ("tensor", "fsdp")),
+  (r".*/embedding(/\w+)?", ("tensor", "fsdp")),
   (r".*/position_embedding", (None, "fsdp")),
   (r".*/router/kernel", ("fsdp", None)),
   (r".*/projection/kernel", ("fsdp", None)),
   # Queries, keys, values and the wide side of MLPs, each expert's too; of
   # connections; the head.
-  (r".*/(query|key|value|gate|up|head)/kernel", ("fsdp", "tensor")),
-  (r".*/(output|down)/kernel", ("tensor", "fsdp")),
+  (r".*/(query|key|value|gate|up|head)/kernel(/\w+)?", ("fsdp", "tensor")),
+  (r".*/(output|down)/kernel(/\w+)?", ("tensor", "fsdp")),
   (r".*/(query|key|value|gate|up)/lora_a", ("fsdp", None)),
   (r".*/(query|key|value|gate|up)/lora_b", (None, "tensor")),
   (r".*/(output|down)/lora_a", ("tensor", None)),
@@ -186,6 +186,9 @@ def get_config() -> ConfigDict:
   config.anchor = ""
   config.augmenting = ""
   config.augmenting_name = "augmenting"
+  # "int8" or "int4": the bits of each model's matrices while it is frozen. One
+  # that this run trains is quantised after that.
+  config.quantise = ConfigDict({"anchor": "", "augmenting": ""})
   config.anchor_model = model()
   config.augmenting_model = model()
   config.composition = ConfigDict(

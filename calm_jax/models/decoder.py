@@ -10,6 +10,7 @@ dict with the layers stacked on a leading axis:
    "head": {"kernel": [D, V]}}                        unless tied
 
 Learned positions are {"embed": {"position_embedding": [max_length, D]}}.
+Matrices may be quantised: see `models.quantisation`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from calm_jax.models import cache as cache_lib
 from calm_jax.models.block import Block, Context, window_mask
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.layers import Linear, at_least_float32, norm
+from calm_jax.models.quantisation import dense, matmul
 from calm_jax.models.rope import tables
 
 Array = jax.Array
@@ -169,7 +171,8 @@ def embed(
   Learned positions beyond the table are NaN, not the last one.
   """
   embed = params["embed"]
-  x_BLD = embed["embedding"].astype(config.dtype)[tokens_BL]
+  rows = jax.tree.map(lambda table: table[tokens_BL], embed["embedding"])
+  x_BLD = dense(rows, config.dtype)
   if config.embedding_scale != 1:
     x_BLD = x_BLD * jnp.asarray(config.embedding_scale, x_BLD.dtype)
   if config.learned_positions:
@@ -274,17 +277,17 @@ def _of_layer(config: ModelConfig, layers: dict, layer: Array) -> dict:
   return jax.tree_util.tree_map_with_path(one, layers)
 
 
-def _placed(config: ModelConfig, weights: dict) -> dict:
+def _placed(config: ModelConfig, weights: dict, part: str = "layers") -> dict:
   return jax.tree_util.tree_map_with_path(
-    lambda path, p: _placed_weight(config, path, p), weights
+    lambda path, p: _placed_weight(config, path, p, part), weights
   )
 
 
-def _placed_weight(config: ModelConfig, path, weight: Array) -> Array:
+def _placed_weight(config, path, weight: Array, part: str = "layers") -> Array:
   if config.place is None:
     return weight
   name = jax.tree_util.keystr(path, simple=True, separator="/")
-  return config.place.weight(f"layers/{name}", weight)
+  return config.place.weight(f"{part}/{name}", weight)
 
 
 def head_weights(params: dict, config: ModelConfig) -> dict:
@@ -292,10 +295,8 @@ def head_weights(params: dict, config: ModelConfig) -> dict:
   owner, name = ("head", "kernel")
   if config.tie_embeddings:
     owner, name = ("embed", "embedding")
-  weight = params[owner][name]
-  if config.place is not None:
-    weight = config.place.weight(f"{owner}/{name}", weight)
-  return {"final_norm": params["final_norm"], owner: {name: weight}}
+  weight = _placed(config, {name: params[owner][name]}, owner)
+  return {"final_norm": params["final_norm"], owner: weight}
 
 
 def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:
@@ -304,13 +305,11 @@ def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:
   Of the parameters, `head_weights` are enough.
   """
   x = norm(config).apply({"params": params["final_norm"]}, x_BLD)
-  flat = x.reshape(-1, x.shape[-1])
+  flat = x.reshape(-1, x.shape[-1]).astype(config.dtype)
   if config.tie_embeddings:
-    table_VD = params["embed"]["embedding"].astype(config.dtype)
-    # A transposed table would be hoisted out of a loop, as a copy.
-    flat = jax.lax.dot_general(flat, table_VD, (((1,), (1,)), ((), ())))
+    flat = matmul(flat, params["embed"]["embedding"], transposed=True)
   else:
-    flat = flat @ params["head"]["kernel"].astype(config.dtype)
+    flat = matmul(flat, params["head"]["kernel"])
   logits_BLV = flat.reshape(*x.shape[:-1], -1)
   logits_BLV = logits_BLV.astype(at_least_float32(config.dtype))
   if config.logit_scale != 1:

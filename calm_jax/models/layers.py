@@ -7,12 +7,14 @@ heads, H head width, G = N / K queries of a key-value head.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from calm_jax.models.config import ModelConfig
+from calm_jax.models.quantisation import matmul
 
 Array = jax.Array
 
@@ -20,7 +22,8 @@ Array = jax.Array
 class Linear(nn.Module):
   """y = x W + b, computed in `dtype` from parameters of any dtype.
 
-  With (x A) B besides, if the parameters hold them: see `models.lora`.
+  With (x A) B besides, if the parameters hold them: see `models.lora`. W may
+  be quantised: see `models.quantisation`.
   """
 
   features: int
@@ -31,11 +34,13 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     shape = (x.shape[-1], self.features)
-    kernel = self.param("kernel", self.kernel_init, shape)
+    kernel = self.get_variable("params", "kernel")
+    if not isinstance(kernel, Mapping):
+      kernel = self.param("kernel", self.kernel_init, shape)
     # XLA's CPU backend is several times slower on the backward pass of a
     # batched [B, L, D] matmul than on the same one as [B L, D].
     flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-    y = flat @ kernel.astype(self.dtype)
+    y = matmul(flat, kernel)
     if self.has_variable("params", "lora_a"):
       a, b = (self.get_variable("params", n) for n in ("lora_a", "lora_b"))
       y = y + (flat @ a.astype(self.dtype)) @ b.astype(self.dtype)

@@ -7,6 +7,7 @@ model that is almost right.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -19,7 +20,14 @@ import numpy as np
 
 from calm_jax import tree
 from calm_jax.errors import InputError
-from calm_jax.models import decoder, families, hf, streaming
+from calm_jax.models import (
+  decoder,
+  families,
+  hf,
+  quantisation,
+  reading,
+  streaming,
+)
 from calm_jax.models.config import HOW_COMPUTED, ModelConfig
 from calm_jax.models.folders import CONFIG, open_tensors, read_json
 from calm_jax.models.streaming import FLOATS, INDEX, WEIGHTS, Tensor
@@ -54,12 +62,8 @@ def _raise_all(folder: pathlib.Path, problems: list[str]) -> None:
   )
 
 
-def _shape(entry: hf.Entry) -> tuple[int, ...]:
-  return entry.view(np.empty(entry.shape, bool)).shape  # touches no memory
-
-
 def _place(entry: hf.Entry) -> str:
-  return f"{entry} {list(_shape(entry))}"
+  return f"{entry} {list(reading.view_shape(entry))}"
 
 
 def _check(
@@ -152,6 +156,7 @@ def load_params(
   config: ModelConfig,
   dtype: str = "float32",
   shardings: Mapping[str, Any] | None = None,
+  quantise: str = "",
 ) -> dict[str, Any]:
   """Reads the weights, piece by piece into the stacked arrays.
 
@@ -164,13 +169,15 @@ def load_params(
     config: what `load_config` read there.
     dtype: of the arrays: "float32", "bfloat16" or "float64".
     shardings: a `jax.sharding.Sharding` for each leaf of
-      `decoder.param_shapes(config)`, in a tree of the same structure. Each
-      process then reads only what its devices hold, leaf by leaf.
+      the result, in a tree of the same structure. Each process then reads only
+      what its devices hold, leaf by leaf.
+    quantise: one of `quantisation.KINDS`: "" for none, "int8" or "int4".
+      Quantised from float32, whatever the dtype, and a few layers at a time.
 
   Returns:
-    The tree of `decoder.param_shapes(config)`: numpy arrays, which
-    `jax.device_put` takes over without a copy on a CPU; with shardings
-    `jax.Array`s.
+    The tree of `decoder.param_shapes(config)`, or of what `quantisation.shapes`
+    makes of it: numpy arrays, which `jax.device_put` takes over without a copy
+    on a CPU; with shardings `jax.Array`s.
 
   Raises:
     InputError: weights that are missing, pickled, corrupt or quantized; a
@@ -180,89 +187,56 @@ def load_params(
   """
   if dtype not in DTYPES:
     raise InputError(f"dtype={dtype!r} is none of {DTYPES}")
+  quantisation.check(quantise)
   found, parts = _open(pathlib.Path(folder), config)
   shapes = tree.flatten(decoder.param_shapes(config))
+  kept = tree.flatten(
+    quantisation.shapes(decoder.param_shapes(config), quantise)
+  )
   if shardings is None:
-    leaves = {k: streaming.empty(s.shape, dtype) for k, s in shapes.items()}
+    leaves = {
+      name: streaming.empty(leaf.shape, dtype)
+      for name, leaf in shapes.items()
+      if name in kept
+    }
     streaming.read_all(
       read
       for name, leaf in leaves.items()
-      for read in _reads(found, parts[name], leaf, (0,) * leaf.ndim)
+      for read in reading.reads(found, parts[name], leaf, (0,) * leaf.ndim)
     )
-    return tree.unflatten(leaves)
+    for name in shapes.keys() - leaves.keys():
+      shape = shapes[name].shape
+      leaves[name] = reading.quantised(
+        found, parts[name], name, shape, quantise
+      )
+    return tree.unflatten({name: leaves[name] for name in shapes})
   places = tree.flatten(shardings)
-  if places.keys() != shapes.keys():
+  if places.keys() != kept.keys():
     raise InputError(
       "shardings are not of the model's leaves; they differ in "
-      f"{sorted(places.keys() ^ shapes.keys())[:_SHOWN]}"
+      f"{sorted(places.keys() ^ kept.keys())[:_SHOWN]}"
     )
   if dtype == "float64" and not jax.config.jax_enable_x64:
     raise InputError("dtype='float64' needs jax_enable_x64")
-  return tree.unflatten(
-    {
-      name: _sharded(found, parts[name], leaf.shape, dtype, places[name])
-      for name, leaf in shapes.items()
-    }
-  )
-
-
-def _reads(found, entries: list[hf.Entry], block: np.ndarray, start):
-  """What fills the block of a leaf that begins at index `start`."""
-  stop = [a + n for a, n in zip(start, block.shape, strict=True)]
-  for entry in entries:
-    axes = len(entry.at)
-    inside = zip(start, entry.at, stop, strict=False)
-    if all(a <= i < b for a, i, b in inside):
-      at = tuple(i - a for i, a in zip(entry.at, start, strict=False))
-      region = tuple(map(slice, start[axes:], stop[axes:]))
-      yield streaming.Read(
-        found[entry.tensor],
-        entry.view,
-        *_split(entry, region, block[(*at, ...)]),
+  leaves = {}
+  for name, leaf in shapes.items():
+    if name in kept:
+      leaves[name] = reading.sharded(
+        found, parts[name], leaf.shape, dtype, places[name]
       )
-
-
-def _split(entry: hf.Entry, region: tuple[slice, ...], target: np.ndarray):
-  """A region of leaf[at] and its block, with the view's axes.
-
-  Where a file has parts that take turns head by head, the view splits the last
-  axis into heads.
-  """
-  *_, width = shape = _shape(entry)
-  if len(shape) == len(region):
-    return region, target
-  *outer, last = region
-  if last.start % width or last.stop % width:
-    raise InputError(
-      f"{entry} is sharded inside heads of {width}, which {entry.tensor} does "
-      "not allow; shard it between heads or along another axis"
-    )
-  heads = slice(last.start // width, last.stop // width)
-  target = target.reshape(*target.shape[:-1], -1, width)
-  return (*outer, heads, slice(0, width)), target
-
-
-def _sharded(found, entries, shape, dtype, sharding) -> jax.Array:
-  """One leaf, of which this process reads what its devices hold."""
-  blocks: dict[tuple, np.ndarray] = {}
-  held = {}
-  for device, index in sharding.addressable_devices_indices_map(shape).items():
-    bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
-    start = tuple(a for a, _ in bounds)
-    held[device] = start
-    # Devices that hold the same part share what is read for them.
-    if start not in blocks:
-      size = tuple(b - a for a, b in bounds)
-      blocks[start] = streaming.empty(size, dtype)
-  streaming.read_all(
-    read
-    for start, block in blocks.items()
-    for read in _reads(found, entries, block, start)
-  )
-  arrays = [jax.device_put(blocks[s], device) for device, s in held.items()]
-  whole = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-  # Or the buffers of leaf after leaf would wait for the device together.
-  return whole.block_until_ready()
+      continue
+    place = {
+      n.removeprefix(f"{name}/"): p
+      for n, p in places.items()
+      if n.startswith(f"{name}/")
+    }
+    # Cut as what is made of it will be.
+    [cut] = [p for part, p in place.items() if part != "scale"]
+    whole = reading.sharded(found, parts[name], leaf.shape, "float32", cut)
+    make = functools.partial(quantisation.of_leaf, name, kind=quantise)
+    made = jax.jit(make, out_shardings=place)(whole)
+    leaves[name] = jax.block_until_ready(made)
+  return tree.unflatten(leaves)
 
 
 def changed_leaf(
@@ -274,12 +248,23 @@ def changed_leaf(
   raises.
   """
   found, parts = _open(pathlib.Path(folder), config)
-  for name, leaf in tree.flatten(params).items():
-    stored = streaming.empty(leaf.shape, leaf.dtype)
-    streaming.read_all(_reads(found, parts[name], stored, (0,) * leaf.ndim))
-    if stored.tobytes() != np.asarray(leaf).tobytes():
+  kind, leaves = quantisation.kind_of(params), dict(tree.flatten(params))
+  for name, shape in tree.flatten(decoder.param_shapes(config)).items():
+    if name in leaves:
+      stored = streaming.empty(shape.shape, leaves[name].dtype)
+      reads = reading.reads(found, parts[name], stored, (0,) * stored.ndim)
+      streaming.read_all(reads)
+      stored = {name: stored}
+    elif not kind:
       return name
-  return None
+    else:
+      made = reading.quantised(found, parts[name], name, shape.shape, kind)
+      stored = {f"{name}/{part}": x for part, x in made.items()}
+    for kept, x in stored.items():
+      leaf = leaves.pop(kept, None)
+      if leaf is None or x.tobytes() != np.asarray(leaf).tobytes():
+        return kept
+  return next(iter(leaves), None)
 
 
 def save_params(

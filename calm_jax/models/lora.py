@@ -3,7 +3,8 @@
 A and B are leaves beside the kernel, "lora_a" [num_layers, in, R] and "lora_b"
 [num_layers, R, out], for every linear layer of every block; embeddings and
 head have none. A tree that was not given any has none, and `layers.Linear`
-adds what it finds. There is no further scale: alpha equals the rank.
+adds what it finds. There is no further scale: alpha equals the rank. Kernels
+may be quantised (QLoRA; Dettmers et al., 2023).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from calm_jax import tree
 from calm_jax.errors import InputError
+from calm_jax.models import quantisation
 
 _ADAPTED = re.compile(r"layers/(attention|mlp)/\w+/kernel")
 
@@ -43,8 +45,16 @@ def add(params: dict, rank: int, rng: jax.Array) -> dict:
 
 
 def merge(params: dict) -> dict:
-  """The tree of one dense decoder: W + A B, in the kernels' own dtype."""
+  """The tree of one dense decoder: W + A B, in the kernels' own dtype.
+
+  A quantised tree with LoRA becomes one of arrays, in the norms' dtype.
+  """
   leaves = dict(tree.flatten(params))
+  if quantisation.kind_of(params) and any(
+    n.endswith("/lora_a") for n in leaves
+  ):
+    dtype = params["final_norm"]["scale"].dtype
+    leaves = dict(tree.flatten(quantisation.dequantise(params, dtype)))
   for name in [n for n in leaves if n.endswith("/lora_a")]:
     owner = name.removesuffix("lora_a")
     a, b = leaves.pop(name), leaves.pop(f"{owner}lora_b")
@@ -62,7 +72,7 @@ def closest_rank(params: dict, target: int) -> int:
 
 
 def _kernels(params: dict) -> dict:
-  leaves = tree.flatten(params)
+  leaves = tree.flatten(jax.eval_shape(quantisation.dequantise, params))
   if any("/experts/" in name for name in leaves):
     raise InputError("LoRA of a mixture of experts is not built")
   return {n: leaf for n, leaf in leaves.items() if _ADAPTED.fullmatch(n)}

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from calm_jax.errors import InputError
+from calm_jax.models.quantisation import matmul
 
 Array = jax.Array
 
@@ -103,7 +104,8 @@ class Experts(nn.Module):
     gate_XDF = Kernel((X, D, F), name="gate")()
     up_XDF = Kernel((X, D, F), name="up")()
     down_XFD = Kernel((X, F, D), name="down")()
-    of_layer = () if gate_XDF.ndim == 3 else (layer,)
+    stacked = jax.tree.leaves(gate_XDF)[0].ndim == 4
+    of_layer = (layer,) if stacked else ()
     size = block_size(expert_Tk.size, X)
     expert_N, token_NS, slot_Tk = blocks(expert_Tk, X, size)
 
@@ -115,12 +117,11 @@ class Experts(nn.Module):
     )
     def one(block):
       expert, x_SD = block
-      gate, up, down = (
-        kernel[*of_layer, expert].astype(self.dtype)
-        for kernel in (gate_XDF, up_XDF, down_XFD)
+      gate, up, down = jax.tree.map(
+        lambda p: p[*of_layer, expert], (gate_XDF, up_XDF, down_XFD)
       )
-      hidden_SF = self.activation(x_SD @ gate) * (x_SD @ up)
-      return hidden_SF @ down
+      hidden_SF = self.activation(matmul(x_SD, gate)) * matmul(x_SD, up)
+      return matmul(hidden_SF, down)
 
     x_NSD = x_TD.astype(self.dtype).at[token_NS].get(mode="fill", fill_value=0)
     y_NSD = jax.lax.map(one, (expert_N, x_NSD))

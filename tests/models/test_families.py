@@ -13,7 +13,7 @@ from golden import cases, options
 from safetensors.numpy import load_file, save_file
 
 from calm_jax.errors import InputError
-from calm_jax.models import decoder, families, hf, loading
+from calm_jax.models import decoder, families, hf, loading, reading
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.rope import Rope
 
@@ -190,7 +190,7 @@ def test_heads_are_not_sharded_within():
   entries = [e for e in entries if e.leaf == "layers/attention/query/kernel"]
   found = {e.tensor: None for e in entries}
   with pytest.raises(InputError, match="sharded inside heads of 8"):
-    list(loading._reads(found, entries, whole[..., :12], (0, 0, 0)))
+    list(reading.reads(found, entries, whole[..., :12], (0, 0, 0)))
 
 
 def test_one_program_for_layers_of_all_kinds():

@@ -1,0 +1,211 @@
+"""Weights of few bits: int8, or int4 in blocks, each with scales (by qwix).
+
+In place of the array [..., in, out] of a kernel stands a dict of arrays, whose
+parts have names as all leaves do:
+
+  {"int8": int8 [..., in, out], "scale": bfloat16 [..., 1, out]}
+  {"int4": uint8 [..., in, out / 2], "scale": bfloat16 [..., blocks, out]}
+
+The weights of a block of inputs share a scale. Of an embedding [V, D], which
+may be the head too, D is the "in": its scales are [V, 1] or [V, blocks].
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from calm_jax import tree
+from calm_jax.errors import InputError
+
+Array = jax.Array
+
+KINDS = ("", "int8", "int4")
+BLOCK = 32  # inputs that share a scale, at most; of int4
+# Where the range of a block may end, as a share of its largest weight: of so
+# few steps, finer ones are worth more than the largest weights.
+_ENDS = {"int8": (1.0,), "int4": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}
+_QUANTISED = re.compile(
+  r"layers/(?!.*router/).*/kernel|head/kernel|embed/embedding"
+)
+
+
+def check(kind: str) -> None:
+  """Raises InputError unless it is one of KINDS."""
+  if kind not in KINDS:
+    raise InputError(f"quantise={kind!r} is none of {KINDS}")
+
+
+def quantise(params: dict, kind: str) -> dict:
+  """A decoder's tree with its matrices in few bits, made leaf by leaf.
+
+  Linear layers, experts, head and embeddings; norms, biases, routers, learned
+  positions and LoRA stay as they are.
+
+  Args:
+    params: of `decoder.param_shapes`.
+    kind: one of KINDS; "" changes nothing.
+
+  Raises:
+    InputError: another kind, or the tree is quantised already.
+  """
+  check(kind)
+  found = kind_of(params)
+  if kind and found:
+    raise InputError(f"the model is in {found} already: load it anew")
+  return tree.unflatten(
+    {name: of_leaf(name, x, kind) for name, x in tree.flatten(params).items()}
+  )
+
+
+def of_leaf(name: str, leaf: Array, kind: str) -> Any:
+  """What `quantise` makes of a leaf: a dict, or the leaf as it is."""
+  if not kind or not _QUANTISED.fullmatch(name):
+    return leaf
+  return _quantised(leaf, kind, input_axis(name, leaf.ndim))
+
+
+def shapes(params: dict, kind: str) -> dict:
+  """What `quantise` returns, as ShapeDtypeStructs; of shapes, or of arrays."""
+  return jax.eval_shape(functools.partial(quantise, kind=kind), params)
+
+
+def input_axis(name: str, ndim: int) -> int:
+  """The axis of a kernel or an embedding along which blocks lie."""
+  return ndim - (1 if name.endswith("embedding") else 2)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "axis"))
+def _quantised(weight: Array, kind: str, axis: int) -> dict[str, Array]:
+  import qwix  # Here: it takes half a second, and few need it.
+
+  inputs = size = weight.shape[axis]
+  # Two neighbours of the last axis share a byte: an odd one cannot.
+  packs = kind == "int4" and weight.shape[-1] % 2 == 0
+  if packs:
+    size = math.ceil(inputs / math.ceil(inputs / BLOCK))
+  gap = [(0, 0)] * weight.ndim
+  gap[axis] = (0, -inputs % size)
+  wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+  wide = jnp.pad(wide, gap)
+  blocks = (*wide.shape[:axis], -1, size, *wide.shape[axis + 1 :])
+  largest = jnp.abs(wide).reshape(blocks).max(axis + 1)
+
+  def attempt(best, end):
+    values, scale, least = best
+    most = jnp.repeat(end * largest, size, axis=axis)
+    made = qwix.quantize(
+      jnp.clip(wide, -most, most),
+      jnp.int4 if packs else jnp.int8,
+      channelwise_axes=[i for i in range(weight.ndim) if i != axis],
+      tiled_axes={axis: size},
+      scale_dtype=jnp.bfloat16,
+    )
+    steps = made.qvalue.astype(jnp.int8)
+    off = dense({"int8": steps, "scale": made.scale}, wide.dtype) - wide
+    error = jnp.square(off).reshape(blocks).sum(axis + 1)
+    better = error < least
+    values = jnp.where(jnp.repeat(better, size, axis=axis), steps, values)
+    scale = jnp.where(better, made.scale, scale)
+    return (values, scale, jnp.minimum(error, least)), None
+
+  start = (
+    jnp.zeros(wide.shape, jnp.int8),
+    jnp.zeros(largest.shape, jnp.bfloat16),
+    jnp.full(largest.shape, jnp.inf, wide.dtype),
+  )
+  ends = jnp.array(_ENDS["int4" if packs else "int8"], wide.dtype)
+  (values, scale, _), _ = jax.lax.scan(attempt, start, ends)
+  values = jax.lax.slice_in_dim(values, 0, inputs, axis=axis)
+  if not packs:
+    return {"int8": values, "scale": scale}
+  low, high = values[..., ::2], values[..., 1::2]
+  packed = (low & 15) | (high << 4)
+  return {
+    "int4": jax.lax.bitcast_convert_type(packed, jnp.uint8),
+    "scale": scale,
+  }
+
+
+def _values(weight: Mapping[str, Array]) -> Array:
+  """The integers, int8 [..., in, out]."""
+  if "int8" in weight:
+    return weight["int8"]
+  packed = jax.lax.bitcast_convert_type(weight["int4"], jnp.int8)
+  # Shifts of int8 keep the sign.
+  pairs = jnp.stack([(packed << 4) >> 4, packed >> 4], axis=-1)
+  return pairs.reshape(*packed.shape[:-1], -1)
+
+
+def is_quantised(weight: Any) -> bool:
+  """Whether it is a dict that stands for an array."""
+  return isinstance(weight, Mapping) and bool({"int8", "int4"} & {*weight})
+
+
+def kind_of(params: dict) -> str:
+  """One of KINDS: what a tree was quantised to."""
+  ends = {name.rpartition("/")[2] for name in tree.flatten(params)}
+  return next((kind for kind in ("int4", "int8") if kind in ends), "")
+
+
+def dense(weight: Array | Mapping[str, Array], dtype) -> Array:
+  """An array, or what stands for one, as an array of a dtype."""
+  if not is_quantised(weight):
+    return weight.astype(dtype)
+  values, scale = _values(weight), weight["scale"]
+  for axis in range(max(0, values.ndim - 2), values.ndim):
+    size, blocks = values.shape[axis], scale.shape[axis]
+    if blocks not in (1, size):
+      scale = jnp.repeat(scale, math.ceil(size / blocks), axis=axis)
+      scale = jax.lax.slice_in_dim(scale, 0, size, axis=axis)
+  wide = jnp.promote_types(dtype, jnp.float32)
+  return (values.astype(wide) * scale.astype(wide)).astype(dtype)
+
+
+def dequantise(params: dict, dtype="float32") -> dict:
+  """The tree with arrays of a dtype for all that was quantised."""
+  return jax.tree.map(
+    lambda w: dense(w, dtype) if is_quantised(w) else w,
+    params,
+    is_leaf=is_quantised,
+  )
+
+
+def matmul(
+  x: Array, weight: Array | Mapping[str, Array], transposed: bool = False
+) -> Array:
+  """x W, or x W^T, in x's dtype.
+
+  What W stands for is made where it is needed and never kept: the backward
+  pass, which gives x a gradient and a quantised W none, makes it again.
+  """
+  if is_quantised(weight):
+    return _matmul(x, dict(weight), transposed)
+  # A transposed table would be hoisted out of a loop, as a copy.
+  inputs = 1 if transposed else 0
+  return jax.lax.dot_general(
+    x, weight.astype(x.dtype), (((1,), (inputs,)), ((), ()))
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x: Array, weight: dict[str, Array], transposed: bool) -> Array:
+  made = dense(weight, x.dtype)
+  return x @ (made.T if transposed else made)
+
+
+def _forward(x, weight, transposed):
+  return _matmul(x, weight, transposed), weight
+
+
+def _backward(transposed, weight, gradient):
+  return _matmul(gradient, weight, not transposed), None
+
+
+_matmul.defvjp(_forward, _backward)
