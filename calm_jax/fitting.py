@@ -25,7 +25,7 @@ from calm_jax.experiments.base import Experiment
 from calm_jax.experiments.key_values import KeyValues, KeyValueTask
 from calm_jax.experiments.text import Text, TextTask
 from calm_jax.language_model import LanguageModel
-from calm_jax.models import decoder, lora
+from calm_jax.models import attention, decoder, lora
 from calm_jax.models.config import ModelConfig
 
 EXPERIMENTS = {
@@ -267,10 +267,31 @@ def build_models(settings, tokenizer, loaded) -> LanguageModel:
     control_seed=_trial_seed(settings) if joint["control"] == "noise" else 0,
     seed=_trial_seed(settings),
   )
-  unroll = {"unroll": settings["unroll"]}
-  return dataclasses.replace(
-    composed, spec=placing.configure(composed.spec, lambda part: unroll)
-  )
+  return dataclasses.replace(composed, spec=configured(composed.spec, settings))
+
+
+def configured(
+  spec: Composition, settings: dict[str, Any], device: jax.Device | None = None
+) -> Composition:
+  """The composition with what the settings say of how it is computed.
+
+  Args:
+    spec: the composition.
+    settings: of an experiment.
+    device: one of those that will compute; of this process if None.
+  """
+  device = jax.devices()[0] if device is None else device
+  models = {"anchor": spec.anchor}
+  models |= {f"augmenting/{n}": a.config for n, a in spec.augmenting}
+
+  def changes(part):
+    asked = settings["attention"]
+    return {
+      "unroll": settings["unroll"],
+      "attention": attention.choose(asked, device, models[part]),
+    }
+
+  return placing.configure(spec, changes)
 
 
 def _random(model: LanguageModel, key) -> LanguageModel:

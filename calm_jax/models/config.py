@@ -11,6 +11,7 @@ from calm_jax.models.rope import Rope
 NORMS = ("rms", "rms_plus_one", "layer")
 QK_NORMS = (None, "head", "full")
 _KINDS = {"int": int, "float": (int, float), "bool": bool}
+ATTENTIONS = ("xla", "cudnn", "splash")
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_exact")
 
 
@@ -71,9 +72,12 @@ class ModelConfig:
       at least.
     unroll: layers compiled out per step of the scan over layers; more is
       faster for small models on a CPU, and compiles for longer.
+    attention: the kernel of training and scoring, one of ATTENTIONS; see
+      `attention.choose`. Decoding is "xla" always.
     place: says where arrays lie while several devices compute: `weight(name,
       array)` of a layer, `states(array)` [B, L, D] between layers and
-      `cache(tree)`, each of which returns what it is given. None on one device.
+      `cache(tree)`, each of which returns what it is given, and how a kernel
+      of attention is shared by them. None on one device.
 
   Raises:
     InputError: values that contradict each other.
@@ -117,7 +121,9 @@ class ModelConfig:
   tie_embeddings: bool = False
   dtype: str = "float32"
   unroll: int = 1
-  # Changes no number, so it is no part of what a run is told by.
+  # They change no number, or its last bits, so they are no part of what a run
+  # is told by.
+  attention: str = dataclasses.field(default="xla", repr=False)
   place: Any = dataclasses.field(default=None, repr=False)
 
   def __post_init__(self):
@@ -135,7 +141,8 @@ class ModelConfig:
         f"num_kv_heads={self.num_kv_heads}"
       )
     for name, known in (
-      ("activation", ACTIVATIONS), ("norm", NORMS), ("qk_norm", QK_NORMS)
+      ("activation", ACTIVATIONS), ("norm", NORMS), ("qk_norm", QK_NORMS),
+      ("attention", ATTENTIONS),
     ):  # fmt: skip
       if getattr(self, name) not in known:
         raise InputError(f"{name}={getattr(self, name)!r} is none of {known}")

@@ -1,7 +1,6 @@
 """The layers of a block, as flax.linen modules without state.
 
-B batch, L query length, S key length, D width, N query heads, K key-value
-heads, H head width, G = N / K queries of a key-value head.
+B batch, L length, D width.
 """
 
 from __future__ import annotations
@@ -89,63 +88,3 @@ def norm(config: ModelConfig, name: str | None = None) -> nn.Module:
   if config.norm == "layer":
     return LayerNorm(config.norm_eps, name=name)
   return RMSNorm(config.norm_eps, config.norm == "rms_plus_one", name=name)
-
-
-def dot_product_attention(
-  q_BLNH: Array,
-  k_BSKH: Array,
-  v_BSKH: Array,
-  mask_B1LS: Array,
-  scale: float | None = None,
-  cap: float | None = None,
-) -> Array:
-  """Softmax attention, [B, L, N, H]; each key head serves N / K queries.
-
-  Scores are multiplied by `scale`, H^-1/2 if None, and with a cap they become
-  cap tanh(scores / cap).
-  """
-  k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-  return attend(q_BLNH, [(k_BKSH, v_BKSH, mask_B1LS)], scale, cap)
-
-
-def attend(
-  q_BLNH: Array,
-  blocks: list[tuple[Array, Array, Array]],
-  scale: float | None = None,
-  cap: float | None = None,
-) -> Array:
-  """`dot_product_attention` to blocks of keys, values [B, K, S, H] and masks.
-
-  One softmax goes over the keys of all blocks.
-  """
-  if len(blocks) == 1 and q_BLNH.dtype != jnp.float64 and cap is None:
-    [(k_BKSH, v_BKSH, mask_B1LS)] = blocks
-    return jax.nn.dot_product_attention(
-      q_BLNH,
-      k_BKSH.swapaxes(1, 2),
-      v_BKSH.swapaxes(1, 2),
-      mask=mask_B1LS,
-      scale=scale,
-    )
-  # The library has no blocks and no cap, and its softmax is never more than
-  # float32, too coarse for gradients to be checked against finite differences.
-  B, L, N, H = q_BLNH.shape
-  dtype = at_least_float32(q_BLNH.dtype)
-  q_BKGLH = q_BLNH.reshape(B, L, blocks[0][0].shape[1], -1, H)
-  q_BKGLH = q_BKGLH.transpose(0, 2, 3, 1, 4)
-  scores = []
-  for k_BKSH, _, mask_B1LS in blocks:
-    scores_BKGLS = jnp.einsum(
-      "bkglh,bksh->bkgls", q_BKGLH, k_BKSH, preferred_element_type=dtype
-    ) * (H**-0.5 if scale is None else scale)
-    if cap is not None:
-      scores_BKGLS = cap * jnp.tanh(scores_BKGLS / cap)
-    lowest = jnp.finfo(dtype).min
-    scores.append(jnp.where(mask_B1LS[:, None], scores_BKGLS, lowest))
-  weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1))
-  out_BKGLH, at = 0, 0
-  for _, v_BKSH, _ in blocks:
-    here = weights[..., at : at + v_BKSH.shape[2]].astype(v_BKSH.dtype)
-    out_BKGLH += jnp.einsum("bkgls,bksh->bkglh", here, v_BKSH)
-    at += v_BKSH.shape[2]
-  return out_BKGLH.transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
