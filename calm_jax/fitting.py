@@ -240,13 +240,7 @@ def build_models(settings, tokenizer, loaded) -> LanguageModel:
     if side in loaded:
       models[side] = loaded[side]
       continue
-    shape = settings[f"{side}_model"]
-    config = ModelConfig(
-      vocab_size=tokenizer.vocab_size,
-      head_dim=shape["width"] // shape["num_heads"],
-      dtype=settings["dtype"],
-      **shape,
-    )
+    config = scratch(settings, side, tokenizer.vocab_size)
     models[side] = LanguageModel(
       Composition(config), decoder.init(key, config), tokenizer
     )
@@ -268,6 +262,17 @@ def build_models(settings, tokenizer, loaded) -> LanguageModel:
     seed=_trial_seed(settings),
   )
   return dataclasses.replace(composed, spec=configured(composed.spec, settings))
+
+
+def scratch(settings, side: str, vocab_size: int) -> ModelConfig:
+  """The "anchor" or "augmenting" model that settings train from scratch."""
+  shape = settings[f"{side}_model"]
+  return ModelConfig(
+    vocab_size=vocab_size,
+    head_dim=shape["width"] // shape["num_heads"],
+    dtype=settings["dtype"],
+    **shape,
+  )
 
 
 def configured(

@@ -233,6 +233,15 @@ class Layout:
       out[name] = jax.make_array_from_callback(shape, sharding, block)
     return out
 
+  def batch_shardings(
+    self, shapes: Mapping[str, jax.ShapeDtypeStruct]
+  ) -> dict[str, NamedSharding]:
+    """Where the arrays of a whole batch lie; raises as `batch`."""
+    return {
+      name: self._batch(f"batch/{name}", x.shape, range(len(x.shape)))
+      for name, x in shapes.items()
+    }
+
   def pieces(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """A batch cut into pieces [pieces, B, L], each shared by all devices."""
     return {
