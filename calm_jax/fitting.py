@@ -291,10 +291,8 @@ def configured(
 
   def changes(part):
     asked = settings["attention"]
-    return {
-      "unroll": settings["unroll"],
-      "attention": attention.choose(asked, device, models[part]),
-    }
+    how = {name: settings[name] for name in ("unroll", "remat", "loss_chunk")}
+    return how | {"attention": attention.choose(asked, device, models[part])}
 
   return placing.configure(spec, changes)
 

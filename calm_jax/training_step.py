@@ -13,6 +13,7 @@ from calm_jax import composition, losses, optim, tree
 from calm_jax.composition import Sequence
 from calm_jax.connections import Composition
 from calm_jax.cross_attention import limit_visible
+from calm_jax.models import decoder
 from calm_jax.sharding import Layout
 
 Array = jax.Array
@@ -26,12 +27,41 @@ def row_losses(params: dict, spec: Composition, batch: dict[str, Array]):
     spec: what they are.
     batch: see `data.packing`.
   """
-  logits_BLV = batch_logits(params, spec, batch)
-  return losses.cross_entropy(logits_BLV, batch["targets"], batch["weights"])
+  return losses.chunked_rows(*_head(params, spec, batch))
+
+
+def summed_loss(params: dict, spec: Composition, batch: dict[str, Array]):
+  """The sum of the losses of `row_losses`, to be differentiated."""
+  return losses.chunked_sum(*_head(params, spec, batch))
+
+
+def _head(params, spec, batch) -> tuple:
+  """The arguments of `losses.chunked_rows`."""
+  config = spec.anchor
+  limit, place = config.loss_chunk, config.place
+  if place is not None:
+    limit *= place.layout.mesh.size
+
+  def head(weights, x_BLD):
+    return decoder.logits(weights, config, x_BLD)
+
+  return (
+    head,
+    decoder.head_weights(params["anchor"], config),
+    batch_states(params, spec, batch),
+    batch["targets"],
+    batch["weights"],
+    limit,
+  )
 
 
 def batch_logits(params: dict, spec: Composition, batch: dict[str, Array]):
   """The logits of a batch [B, L, V]; arguments as `row_losses`."""
+  return composition.logits(params, spec, batch_states(params, spec, batch))
+
+
+def batch_states(params: dict, spec: Composition, batch: dict[str, Array]):
+  """Hidden states [B, L, D] after the last layer."""
   sequence = _sequence(batch)
   augmenting, visible = {}, {}
   for name, joined in spec.augmenting:
@@ -47,7 +77,7 @@ def batch_logits(params: dict, spec: Composition, batch: dict[str, Array]):
         visible[name] = composition.visible_tokens(
           joined.visibility, batch["tokens"].shape, batch["prompt_ends"]
         )
-  return composition.forward(params, spec, sequence, augmenting, visible)[0]
+  return composition.states(params, spec, sequence, augmenting, visible)[0]
 
 
 def _sequence(batch: dict[str, Array], part: str = "") -> Sequence:
@@ -70,7 +100,7 @@ def make_step(
 
   def piece_loss(trainable, frozen, piece, total):
     part, params = composition.alone(spec, tree.merge(trainable, frozen), model)
-    return row_losses(params, part, piece)[0].sum() / total
+    return summed_loss(params, part, piece) / total
 
   def gradients(trainable, frozen, batch):
     total = jnp.maximum(batch["weights"].sum(), 1)

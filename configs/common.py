@@ -161,6 +161,10 @@ def get_config() -> ConfigDict:
   # The kernel of attention: "xla", which any device has, "splash" on TPUs,
   # "cudnn" on GPUs, or "auto"; see calm_jax.models.attention.
   config.attention = "xla"
+  # What the backward pass computes again, and the logits that exist at a time
+  # on each device; see calm_jax.models.config.
+  config.remat = "auto"
+  config.loss_chunk = 2**24
   # Devices along each axis of the mesh; -1, on one axis, for what is left. All
   # 1: one device, without a mesh. See calm_jax.sharding.
   config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1})

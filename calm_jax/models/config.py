@@ -13,6 +13,11 @@ QK_NORMS = (None, "head", "full")
 _KINDS = {"int": int, "float": (int, float), "bool": bool}
 ATTENTIONS = ("xla", "cudnn", "splash")
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_exact")
+REMATS = ("auto", "none", "dots", "full")
+# Fields that say how a model is computed, and not which model it is.
+HOW_COMPUTED = (
+  "dtype", "unroll", "attention", "remat", "loss_chunk", "place"
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +79,11 @@ class ModelConfig:
       faster for small models on a CPU, and compiles for longer.
     attention: the kernel of training and scoring, one of ATTENTIONS; see
       `attention.choose`. Decoding is "xla" always.
+    remat: what of a layer the backward pass computes again: "none" of it, all
+      but its matrix products ("dots"), or the "full" layer; "auto" is "none"
+      where all layers run at once, or else "dots".
+    loss_chunk: logits that exist at a time in training, on each device; 0 for
+      all of them.
     place: says where arrays lie while several devices compute: `weight(name,
       array)` of a layer, `states(array)` [B, L, D] between layers and
       `cache(tree)`, each of which returns what it is given, and how a kernel
@@ -121,9 +131,11 @@ class ModelConfig:
   tie_embeddings: bool = False
   dtype: str = "float32"
   unroll: int = 1
-  # They change no number, or its last bits, so they are no part of what a run
+  # These change no number but its last bits, so they are no part of what a run
   # is told by.
   attention: str = dataclasses.field(default="xla", repr=False)
+  remat: str = dataclasses.field(default="auto", repr=False)
+  loss_chunk: int = dataclasses.field(default=0, repr=False)
   place: Any = dataclasses.field(default=None, repr=False)
 
   def __post_init__(self):
@@ -143,6 +155,7 @@ class ModelConfig:
     for name, known in (
       ("activation", ACTIVATIONS), ("norm", NORMS), ("qk_norm", QK_NORMS),
       ("attention", ATTENTIONS),
+      ("remat", REMATS),
     ):  # fmt: skip
       if getattr(self, name) not in known:
         raise InputError(f"{name}={getattr(self, name)!r} is none of {known}")

@@ -15,6 +15,7 @@ Learned positions are {"embed": {"position_embedding": [max_length, D]}}.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -245,19 +246,12 @@ def run_layers(
       y = config.place.states(y[0]), y[1]
     return y, None
 
-  if whole:
-    # The gradient of indexing would add into the whole stack once per layer.
-    weights = params["layers"]
-  else:
-    # Slicing the stack before the scan would copy it, so index inside; and
-    # save matmuls only, or the indexed weights are saved for the backward
-    # pass, which copies them just the same.
-    weights = None
-    body = jax.checkpoint(
-      body,
-      policy=jax.checkpoint_policies.dots_saveable,
-      prevent_cse=False,
-    )
+  # The gradient of indexing would add into the whole stack once per layer. But
+  # slicing the stack before the scan would copy it, so index inside then.
+  weights = params["layers"] if whole else None
+  policy = _saved(config.remat, indexed=not whole)
+  if policy is not None:
+    body = jax.checkpoint(body, policy=policy, prevent_cse=False)
   (x_BLD, cache), _ = jax.lax.scan(
     body,
     (x_BLD, cache),
@@ -265,6 +259,22 @@ def run_layers(
     unroll=min(config.unroll, stop - start),
   )
   return x_BLD, cache
+
+
+def _saved(remat: str, indexed: bool) -> Callable | None:
+  """What the backward pass finds of a layer: a policy, None for everything.
+
+  Weights that were indexed are never kept, which would copy the stack.
+  """
+  if remat == "full":
+    return jax.checkpoint_policies.nothing_saveable
+  if remat == "dots" or (remat == "auto" and indexed):
+    return jax.checkpoint_policies.dots_saveable
+  if not indexed:
+    return None
+  cheap = ("dynamic_slice", "squeeze", "sharding_constraint",
+           "convert_element_type")  # fmt: skip
+  return lambda primitive, *_, **__: primitive.name not in cheap
 
 
 def _of_layer(config: ModelConfig, layers: dict, layer: Array) -> dict:
@@ -291,14 +301,30 @@ def _placed_weight(config: ModelConfig, path, weight: Array) -> Array:
   return config.place.weight(f"layers/{name}", weight)
 
 
-def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:
-  """Logits after the last layer, float32 or more [B, L, V]."""
-  x = norm(config).apply({"params": params["final_norm"]}, x_BLD)
+def head_weights(params: dict, config: ModelConfig) -> dict:
+  """What `logits` reads of the parameters, gathered if they are sharded."""
+  owner, name = ("head", "kernel")
   if config.tie_embeddings:
-    kernel = params["embed"]["embedding"].T
+    owner, name = ("embed", "embedding")
+  weight = params[owner][name]
+  if config.place is not None:
+    weight = config.place.weight(f"{owner}/{name}", weight)
+  return {"final_norm": params["final_norm"], owner: {name: weight}}
+
+
+def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:
+  """Logits after the last layer, float32 or more [B, L, V].
+
+  Of the parameters, `head_weights` are enough.
+  """
+  x = norm(config).apply({"params": params["final_norm"]}, x_BLD)
+  flat = x.reshape(-1, x.shape[-1])
+  if config.tie_embeddings:
+    table_VD = params["embed"]["embedding"].astype(config.dtype)
+    # A transposed table would be hoisted out of a loop, as a copy.
+    flat = jax.lax.dot_general(flat, table_VD, (((1,), (1,)), ((), ())))
   else:
-    kernel = params["head"]["kernel"]
-  flat = x.reshape(-1, x.shape[-1]) @ kernel.astype(config.dtype)
+    flat = flat @ params["head"]["kernel"].astype(config.dtype)
   logits_BLV = flat.reshape(*x.shape[:-1], -1)
   logits_BLV = logits_BLV.astype(at_least_float32(config.dtype))
   if config.logit_scale != 1:

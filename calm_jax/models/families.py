@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from calm_jax.errors import InputError
-from calm_jax.models.config import ModelConfig
+from calm_jax.models.config import HOW_COMPUTED, ModelConfig
 from calm_jax.models.known import FAMILIES, Family, Json
 
 # transformers' names of activations.
@@ -142,7 +142,8 @@ def to_hf(config: ModelConfig, dtype: str) -> Json:
   }
   back = from_hf(hf)
   kept = dataclasses.replace(
-    config, dtype=back.dtype, unroll=back.unroll, place=back.place
+    config,
+    **{name: getattr(back, name) for name in HOW_COMPUTED},
   )
   if back != kept:
     differ = [

@@ -20,7 +20,7 @@ import numpy as np
 from calm_jax import tree
 from calm_jax.errors import InputError
 from calm_jax.models import decoder, families, hf, streaming
-from calm_jax.models.config import ModelConfig
+from calm_jax.models.config import HOW_COMPUTED, ModelConfig
 from calm_jax.models.folders import CONFIG, open_tensors, read_json
 from calm_jax.models.streaming import FLOATS, INDEX, WEIGHTS, Tensor
 
@@ -297,7 +297,7 @@ def save_params(
 
   Args:
     folder: is created; must not hold a checkpoint yet.
-    config: the architecture; `dtype`, `unroll` and `place` are not kept.
+    config: the architecture; what is in HOW_COMPUTED is not kept.
     params: the tree of `decoder.param_shapes(config)`, of one dtype.
     config_json: the config.json to write, whose family says how the tensors
       are called; a Llama's made from `config` if None.
@@ -351,9 +351,7 @@ def _check_same_config(
 ) -> None:
   says = dataclasses.replace(
     families.from_hf(dict(config_json)),
-    dtype=config.dtype,
-    unroll=config.unroll,
-    place=config.place,
+    **{name: getattr(config, name) for name in HOW_COMPUTED},
   )
   if says != config:
     raise InputError(
