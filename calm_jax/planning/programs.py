@@ -31,6 +31,7 @@ from calm_jax.planning.topology import Target
 from calm_jax.sampling import GREEDY
 
 PyTree = Any
+KINDS = ("frozen", "trainable", "optimizer", "caches", "batch")
 _NEEDED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -87,8 +88,11 @@ def place(job: Job, target: Target, axes: dict[str, int]) -> Placed:
     replicated = tuple((name, ()) for name in job.settings["replicated"])
     rules = (*replicated, *job.settings["sharding"])
     layout = sharding.Layout(made, rules)
-  device = target.devices[0]
-  spec = fitting.configured(job.spec, job.settings, device)
+  settings = job.settings
+  if not target.exact:
+    # The CPU's compiler stands in, and it has no other.
+    settings = settings | {"attention": "xla"}
+  spec = fitting.configured(job.spec, settings, target.devices[0])
   if layout is not None:
     spec = placing.configure(
       spec, lambda part: {"place": layout.at(f"{part}/")}
@@ -96,15 +100,39 @@ def place(job: Job, target: Target, axes: dict[str, int]) -> Placed:
   return Placed(job._replace(spec=spec), layout, target)
 
 
-def training_arguments(placed: Placed, rows: int) -> tuple[Any, dict]:
-  """The optimizer and rate, and {"state", "frozen", "batch"} of a step.
+class Given(NamedTuple):
+  """What a program takes.
+
+  Attributes:
+    arguments: shapes with shardings.
+    kinds: of each of their leaves, of KINDS.
+  """
+
+  arguments: tuple
+  kinds: tuple
+
+  def resident(self) -> dict[str, int]:
+    """Bytes on each device, by kind."""
+    memory = dict.fromkeys(KINDS, 0)
+    leaves = jax.tree.leaves(self.arguments), jax.tree.leaves(self.kinds)
+    for leaf, kind in zip(*leaves, strict=True):
+      memory[kind] += bytes_here(leaf)
+    return memory
+
+
+def _all(part: PyTree, kind: str) -> PyTree:
+  return jax.tree.map(lambda _: kind, part)
+
+
+def training_given(placed: Placed, rows: int) -> Given:
+  """What a step of training on `rows` rows takes.
 
   Raises:
     InputError: the devices cannot share the rows.
   """
   job, layout = placed.job, placed.layout
   mask = tree.mask(job.params, job.stage.trainable)
-  tx, rate = trainer.optimizer(job.stage, mask)
+  tx, _ = trainer.optimizer(job.stage, mask)
   trainable, frozen = tree.partition(job.params, mask)
   state = {
     "trainable": trainable,
@@ -113,31 +141,30 @@ def training_arguments(placed: Placed, rows: int) -> tuple[Any, dict]:
     "rng": jax.eval_shape(lambda: jax.random.key(0)),
   }
   batch = shapes.batch(job, rows)
-  if layout is None:
-    return (tx, rate), {
-      "state": placed.at(state),
-      "frozen": placed.params(frozen),
-      "batch": placed.at(batch),
-    }
-  layout.share(rows, job.stage.accumulate)
-  return (tx, rate), {
-    "state": placed.at(state, layout.following(state)),
-    "frozen": placed.params(frozen),
-    "batch": placed.at(batch, layout.batch_shardings(batch)),
-  }
+  places = None, None
+  if layout is not None:
+    layout.share(rows, job.stage.accumulate)
+    places = layout.following(state), layout.batch_shardings(batch)
+  arguments = (
+    placed.at(state, places[0]),
+    placed.params(frozen),
+    placed.at(batch, places[1]),
+  )
+  kinds = _all(state, "optimizer") | {"trainable": _all(trainable, "trainable")}
+  return Given(arguments, (kinds, _all(frozen, "frozen"), _all(batch, "batch")))
 
 
 class Program(NamedTuple):
   """A compiled program and what it is given.
 
   Attributes:
-    arguments: shapes with shardings, as the program takes them.
+    given: what it takes.
     compiled: None if it does not fit.
     needed: bytes that it would need then, if the compiler says.
     flops: of matrix products of one call, on all devices together.
   """
 
-  arguments: tuple
+  given: Given
   compiled: Any
   needed: int
   flops: int
@@ -146,19 +173,20 @@ class Program(NamedTuple):
 def training(placed: Placed, rows: int) -> Program:
   """One step of training on `rows` rows."""
   stage = placed.job.stage
-  (tx, rate), given = training_arguments(placed, rows)
+  mask = tree.mask(placed.job.params, stage.trainable)
+  tx, rate = trainer.optimizer(stage, mask)
+  given = training_given(placed, rows)
   step = training_step.make_step(
     placed.job.spec, stage.model, tx, rate, stage.accumulate, placed.layout
   )
-  arguments = given["state"], given["frozen"], given["batch"]
-  traced = step.trace(*arguments)
-  return _compile(traced, arguments, flops.of_jaxpr(traced.jaxpr.jaxpr))
+  traced = step.trace(*given.arguments)
+  return _compile(traced, given, flops.of_jaxpr(traced.jaxpr.jaxpr))
 
 
 def decoding(placed: Placed, rows: int, slots: int) -> Program:
   """`decode.advance`: up to CHUNK tokens for each of `rows` rows.
 
-  Caches have `slots` slots. FLOPs are those of one token of each row.
+  Caches have `slots` slots. FLOPs are not counted: it reads weights.
   """
   job, layout = placed.job, placed.layout
   spec, params = composition.alone(job.spec, job.params, job.stage.model)
@@ -196,18 +224,20 @@ def decoding(placed: Placed, rows: int, slots: int) -> Program:
     sampler=GREEDY,
     size=decode.CHUNK,
   )
-  return _compile(traced, arguments, 0)
+  kinds = _all(rest, "batch")._replace(cache=_all(state.cache, "caches"))
+  kinds = _all(params, "frozen"), kinds, "batch", "batch"
+  return _compile(traced, Given(arguments, kinds), 0)
 
 
-def _compile(traced, arguments: tuple, count: int) -> Program:
+def _compile(traced, given: Given, count: int) -> Program:
   try:
-    return Program(arguments, traced.lower().compile(), 0, count)
+    return Program(given, traced.lower().compile(), 0, count)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     found = _NEEDED.search(str(error))
     needed = int(float(found[1]) * _UNITS[found[2]]) if found else 0
-    return Program(arguments, None, needed, count)
+    return Program(given, None, needed, count)
 
 
 def bytes_here(leaf: jax.ShapeDtypeStruct) -> int:
