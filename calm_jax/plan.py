@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from calm_jax import cli, decode
+from calm_jax import batching, cli, decode
 from calm_jax.errors import InputError
 from calm_jax.planning import (
   estimate,
@@ -90,9 +90,11 @@ def main(config: ConfigDict, options: Options) -> dict[str, Any]:
     found["batches"] = more
   if options.decode_rows and time.monotonic() < until:
     placed = programs.place(job, target, best.axes)
-    program = programs.decoding(placed, options.decode_rows, job.stage.length)
+    # As `decode.stream` does for prompt and continuation together.
+    slots = batching.round_up(job.stage.length + decode.CHUNK)
+    program = programs.decoding(placed, options.decode_rows, slots)
     found["decode"] = estimate.of(placed, program, decode.CHUNK)
-    found["decode_rows"] = options.decode_rows
+    found["decode_shape"] = {"rows": options.decode_rows, "slots": slots}
   result = printing.report(found)
   printing.show(result)
   if options.json:

@@ -44,10 +44,7 @@ def report(found: dict[str, Any]) -> dict[str, Any]:
       case.rows: _estimate(case.found) for case in found["batches"]
     }
   if "decode" in found:
-    result["decode"] = _estimate(found["decode"]) | {
-      "rows": found["decode_rows"],
-      "slots": job.stage.length,
-    }
+    result["decode"] = _estimate(found["decode"]) | found["decode_shape"]
   return result
 
 
