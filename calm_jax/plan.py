@@ -48,6 +48,8 @@ class Options:
     compiles: training steps that are compiled at most to find them.
     largest_batch: whether to look for the largest batch that fits.
     decode_rows: rows that decode together; none are planned for 0.
+    effort: of the TPU's compiler to make programs fast: 0 is that of a run,
+      which takes ten times as long to compile as -1.
     minutes: after which nothing further is compiled.
     json: file to write; none if empty.
   """
@@ -58,13 +60,14 @@ class Options:
   compiles: int = 4
   largest_batch: bool = True
   decode_rows: int = 32
+  effort: float = -1.0
   minutes: float = 9.0
   json: str = ""
 
 
 def main(config: ConfigDict, options: Options) -> dict[str, Any]:
   """Plans the run of a config; returns what it prints, as JSON."""
-  topology.prepare(options.topology)
+  topology.prepare(options.topology, options.effort)
   until = time.monotonic() + 60 * options.minutes
   target = topology.target(options.topology)
   job = shapes.job(plain(config), options.stage)

@@ -17,7 +17,7 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _START = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(
-  r"\b(calls|body|to_apply|true_computation|false_computation"
+  r"\b(calls|body|condition|to_apply|true_computation|false_computation"
   r"|branch_computations)=(\{[^}]*\}|%[\w.\-]+)"
 )
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
@@ -82,7 +82,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
       if found := _START.match(line):
         here = computations.setdefault(found[1], [])
         entry = found[1] if line.startswith("ENTRY") else entry
-    elif line.startswith("}"):
+    elif line.rstrip() == "}":  # Kernels have others, in their text.
       here = None
     elif found := _INSTRUCTION.match(line):
       here.append(_instruction(*found.groups()))
@@ -93,8 +93,9 @@ def _instruction(root, name: str, line: str) -> _Instruction:
   end = _closing(line, 0) if line.startswith("(") else line.index(" ")
   kind, _, after = line[end:].strip().partition("(")
   close = _closing(after, 1)
-  # Of a parameter its number.
-  pattern = r"^\d+" if kind == "parameter" else r"(?<=%)[\w.\-]+"
+  # Of a parameter its number, of a constant its value.
+  is_number = kind in ("parameter", "constant")
+  pattern = r"^-?\d+" if is_number else r"(?<=%)[\w.\-]+"
   operands = tuple(re.findall(pattern, after[:close]))
   return _Instruction(
     name, kind, line[:end], operands, after[close:], root is not None
@@ -148,12 +149,13 @@ class _Count:
       memory += self._memory(one, types, called)
       times, inner = 1, []
       if kind == "while":
-        known = _TRIPS.search(one.rest)
-        times = int(known[1]) if known else self.trips
+        known = self._trips(one, called["condition"][0])
+        times = known or self.trips
         unknown += not known
         inner = [self.total(n) for n in called["body"]]
       elif kind == "conditional":
-        branches = [self.total(n) for ns in called.values() for n in ns]
+        names = [n for ns in called.values() for n in ns]
+        branches = [self.total(n) for n in names]
         inner = [max(branches, key=lambda t: t[0])]
       elif kind in ("fusion", "async"):
         # What a fusion touches in between stays on the chip.
@@ -167,6 +169,21 @@ class _Count:
         for key, value in more_sent.items():
           sent[key] += times * value
     return memory, sent, unknown
+
+  def _trips(self, one: _Instruction, condition: str) -> int:
+    """How often a loop from 0 runs; 0 if that is not known."""
+    if known := _TRIPS.search(one.rest):
+      return int(known[1])
+    inner = {i.name: i for i in self.computations[condition]}
+    root = next(i for i in inner.values() if i.is_root)
+    limits = [
+      inner[o].operands[0]
+      for o in root.operands
+      if o in inner and inner[o].kind == "constant"
+    ]
+    if root.kind == "compare" and "direction=LT" in root.rest and limits:
+      return int(limits[0])
+    return 0
 
   def _sent(self, kind: str, one: _Instruction, scattered: bool) -> float:
     if kind == "collective-permute":
@@ -182,6 +199,9 @@ class _Count:
   def _group(self, rest: str) -> int:
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
       return int(found[2])
+    if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest):
+      sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+      return math.prod(int(sizes[n]) for n in re.findall(r"\w+", found[2]))
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
       return found[1].count(",") + 1
     return self.devices

@@ -55,15 +55,21 @@ def parse(name: str) -> tuple[str, str, int]:
   )
 
 
-def prepare(name: str) -> None:
+def prepare(name: str, effort: float = 0.0) -> None:
   """Makes this process one that can compile for a topology.
 
   Call it before JAX looks for devices: there are CPUs only from then on, as
   many as the topology has devices if they have to stand in for them.
+
+  Args:
+    name: of the topology.
+    effort: of the TPU's compiler to make programs fast, -1 to 0, which is that
+      of a run.
   """
   platform, _, count = parse(name)
   jax.config.update("jax_platforms", "cpu")
   if platform == "tpu":
+    jax.config.update("jax_exec_time_optimization_effort", effort)
     # Or libtpu asks the network what machine this is.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "true")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
