@@ -65,10 +65,13 @@ def test_splash_is_the_plain_path(heads, keys, width, window, cap, scale):
 
 
 def composed(attention_kernel: str):
-  """A composition with windows on every other layer, and its loss."""
-  changes = {"window": 40, "full_layers": (3,), "attention_cap": 3.0}
-  spec, params = helpers.compose(connections=((2, 1), (3, 3)), positions="rope")
-  spec = helpers.retype(spec, attention=attention_kernel, **changes)
+  """A composition whose anchor has windows on all layers but one."""
+  spec, params = helpers.compose(connections=((2, 4),), positions="rope")
+  spec = helpers.retype(spec, attention=attention_kernel)
+  anchor = dataclasses.replace(
+    spec.anchor, window=40, full_layers=(1,), attention_cap=3.0
+  )
+  spec = dataclasses.replace(spec, anchor=anchor)
   segments = np.repeat([[1, 2, 0], [1, 1, 2]], [50, 70, 13], 1)
   starts = np.repeat([[0, 50, 120], [0, 0, 120]], [50, 70, 13], 1)
   tokens = np.random.default_rng(1).integers(0, 61, segments.shape)
