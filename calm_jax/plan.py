@@ -49,7 +49,7 @@ class Options:
     largest_batch: whether to look for the largest batch that fits.
     decode_rows: rows that decode together; none are planned for 0.
     effort: of the TPU's compiler to make programs fast: 0 is that of a run,
-      which takes ten times as long to compile as -1.
+      which takes many times as long to compile as -1.
     minutes: after which nothing further is compiled.
     json: file to write; none if empty.
   """

@@ -26,6 +26,7 @@ class Estimate:
     moved: bytes read from and written to a chip's memory.
     sent: bytes sent by a chip, by kind of collective.
     unknown_loops: see `hlo.Moved`.
+    kernels: see `hlo.kernels`.
     seconds: by "compute", "memory", "links": what each alone would take. None
       if the chip's speed is not known.
     bound: the longest of them.
@@ -40,6 +41,7 @@ class Estimate:
   moved: float = 0
   sent: dict[str, float] = dataclasses.field(default_factory=dict)
   unknown_loops: int = 0
+  kernels: dict[str, int] = dataclasses.field(default_factory=dict)
   seconds: dict[str, float] | None = None
   bound: str = ""
   step: float = 0
@@ -76,7 +78,8 @@ def of(placed: Placed, program: Program, tokens: int = 1) -> Estimate:
     "code": found.generated_code_size_in_bytes,
   }
   total = sum(memory.values())
-  moved = hlo.moved(program.compiled.as_text(), tokens)
+  text = program.compiled.as_text()
+  moved = hlo.moved(text, tokens)
   sent = {kind: n / tokens for kind, n in moved.sent.items()}
   seconds = None
   if chip.flops:
@@ -95,6 +98,7 @@ def of(placed: Placed, program: Program, tokens: int = 1) -> Estimate:
     moved.memory / tokens,
     sent,
     moved.unknown_loops,
+    hlo.kernels(text),
     seconds,
     bound,
     seconds[bound] if seconds else 0.0,

@@ -22,6 +22,9 @@ _CALLED = re.compile(
 )
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _BITS = re.compile(r"[a-z]+(\d+)")
+_KERNEL = re.compile(
+  r'%([A-Za-z_]\w*?)(?:\.\d+)* = .* custom-call\(.*target="tpu_custom_call"'
+)
 COLLECTIVES = (
   "all-gather", "all-reduce", "reduce-scatter", "all-to-all",
   "ragged-all-to-all", "collective-permute",
@@ -72,6 +75,11 @@ def moved(text: str, trips: int = 1) -> Moved:
   count = _Count(computations, trips, int(everyone[1]) if everyone else 1)
   memory, sent, unknown = count.total(entry)
   return Moved(memory, dict(sent), unknown)
+
+
+def kernels(text: str) -> dict[str, int]:
+  """Kernels of its own that a program has for a TPU, and in how many places."""
+  return dict(collections.Counter(_KERNEL.findall(text)))
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:

@@ -78,6 +78,8 @@ def show(result: dict[str, Any]) -> None:
     columns[title] = decode
   _show_memory(console, columns, chip)
   _show_speed(console, columns)
+  for name, count in best["found"]["kernels"].items():
+    console.print(f"kernel in {count} places of the step: {name}")
   if len(result["cases"]) > 1:
     _show_cases(console, result["cases"])
   if "tokens_per_second" in best["found"]:
