@@ -25,6 +25,7 @@ from calm_jax.cross_attention import (
 from calm_jax.errors import InputError
 from calm_jax.models import cache as cache_lib
 from calm_jax.models import decoder
+from calm_jax.models.attention import Segments
 from calm_jax.models.config import ModelConfig
 
 Array = jax.Array
@@ -146,9 +147,12 @@ def _start(params, config, sequence: Sequence, cache, index, lengths_B):
       cache["segments"], segments, (0, index)
     )
     cache = cache["layers"]
-  mask = decoder.self_attention_mask(
-    sequence.segments, segments, 0 if index is None else index
-  )
+  if cache is None and config.attention == "splash":
+    mask = Segments(segments, segments, sequence.positions)
+  else:
+    mask = decoder.self_attention_mask(
+      sequence.segments, segments, 0 if index is None else index
+    )
   context = decoder.make_context(
     config, sequence.positions, mask, index, lengths_B
   )
@@ -262,7 +266,7 @@ def states(
     augmenting: the tokens of each augmenting model; the anchor's if None. With
       a cache, a model that is not there reads nothing new.
     visible: per augmenting model int32 [B, L], from `visible_tokens`; by the
-      model's own `visibility` on the same tokens if None.
+      model's own `visibility` on the same tokens where there is none.
     cache: from `empty_cache`, or None to compute the sequence at once.
     index: int32 [], the slot of the first token; with a cache only.
     look: a dict to be filled with {(name, connection): probabilities
@@ -294,17 +298,23 @@ def states(
         heard = old
       for kind, value in heard.items():
         new[kind][name] = value
-      if visible is None:
+      keys_BM = heard["augmenting"]["segments"]
+      if visible is not None and name in visible:
+        mask = cross_mask(visible[name], anchor.segments, keys_BM)
+      elif (
+        spec.anchor.attention == "splash"
+        and joined.visibility == "causal"
+        and (augmenting is None or augmenting[name] is anchor)
+        and cache is look is None
+      ):
+        mask = Segments(anchor.segments, keys_BM, anchor.positions)
+      else:
         visible_BL = visible_tokens(
           joined.visibility,
           anchor.tokens.shape,
           first_slot=0 if index is None else index,
         )
-      else:
-        visible_BL = visible[name]
-      mask = cross_mask(
-        visible_BL, anchor.segments, heard["augmenting"]["segments"]
-      )
+        mask = cross_mask(visible_BL, anchor.segments, keys_BM)
       for connection in joined.connections:
         cross = _bound(params, spec, name, connection)
         kv = heard["cross"][connection.name]

@@ -26,7 +26,7 @@ from calm_jax.experiments.base import Experiment
 from calm_jax.experiments.key_values import KeyValues, KeyValueTask
 from calm_jax.experiments.text import Text, TextTask
 from calm_jax.language_model import LanguageModel
-from calm_jax.models import decoder, lora
+from calm_jax.models import attention, decoder, lora
 from calm_jax.models.config import ModelConfig
 
 EXPERIMENTS = {
@@ -250,13 +250,7 @@ def build_models(settings, tokenizer, loaded) -> LanguageModel:
     if side in loaded:
       models[side] = loaded[side]
       continue
-    shape = settings[f"{side}_model"]
-    config = ModelConfig(
-      vocab_size=tokenizer.vocab_size,
-      head_dim=shape["width"] // shape["num_heads"],
-      dtype=settings["dtype"],
-      **shape,
-    )
+    config = scratch(settings, side, tokenizer.vocab_size)
     models[side] = LanguageModel(
       Composition(config), decoder.init(key, config), tokenizer
     )
@@ -277,10 +271,40 @@ def build_models(settings, tokenizer, loaded) -> LanguageModel:
     control_seed=_trial_seed(settings) if joint["control"] == "noise" else 0,
     seed=_trial_seed(settings),
   )
-  how = {name: settings[name] for name in ("unroll", "remat", "loss_chunk")}
-  return dataclasses.replace(
-    composed, spec=placing.configure(composed.spec, lambda part: how)
+  return dataclasses.replace(composed, spec=configured(composed.spec, settings))
+
+
+def scratch(settings, side: str, vocab_size: int) -> ModelConfig:
+  """The "anchor" or "augmenting" model that settings train from scratch."""
+  shape = settings[f"{side}_model"]
+  return ModelConfig(
+    vocab_size=vocab_size,
+    head_dim=shape["width"] // shape["num_heads"],
+    dtype=settings["dtype"],
+    **shape,
   )
+
+
+def configured(
+  spec: Composition, settings: dict[str, Any], device: jax.Device | None = None
+) -> Composition:
+  """The composition with what the settings say of how it is computed.
+
+  Args:
+    spec: the composition.
+    settings: of an experiment.
+    device: one of those that will compute; of this process if None.
+  """
+  device = jax.devices()[0] if device is None else device
+  models = {"anchor": spec.anchor}
+  models |= {f"augmenting/{n}": a.config for n, a in spec.augmenting}
+
+  def changes(part):
+    asked = settings["attention"]
+    how = {name: settings[name] for name in ("unroll", "remat", "loss_chunk")}
+    return how | {"attention": attention.choose(asked, device, models[part])}
+
+  return placing.configure(spec, changes)
 
 
 def _random(model: LanguageModel, key) -> LanguageModel:

@@ -29,10 +29,11 @@ def count(function: Callable, *arguments: Any) -> int:
     ValueError: a matrix product within a loop that runs for as long as its
       data say.
   """
-  return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+  return of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def _count(jaxpr: core.Jaxpr) -> int:
+def of_jaxpr(jaxpr: core.Jaxpr) -> int:
+  """`count` of a program that was traced."""
   return sum(_of_equation(equation) for equation in jaxpr.eqns)
 
 
@@ -42,11 +43,17 @@ def _of_equation(equation: core.JaxprEqn) -> int:
     (contracted, _), _ = params["dimension_numbers"]
     summed = [equation.invars[0].aval.shape[axis] for axis in contracted]
     return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(summed)
-  inner = [_count(jaxpr) for jaxpr in core.jaxprs_in_params(params)]
+  inner = [of_jaxpr(jaxpr) for jaxpr in core.jaxprs_in_params(params)]
   if name == "cond":
     return max(inner)
   if name == "scan":
     return params["length"] * sum(inner)
+  if name == "pallas_call":
+    # One cell of the kernel's grid; a cell that it skips is counted too.
+    return math.prod(params["grid_mapping"].grid) * sum(inner)
+  if name == "shard_map":
+    # The work of one device; what is not cut, each of them does.
+    return params["mesh"].size * sum(inner)
   if name == "while" and any(inner):
     raise ValueError("a matrix product in a while loop: how often is unknown")
   return sum(inner)

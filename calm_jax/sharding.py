@@ -8,7 +8,8 @@ A rule is (regex, axes). The first whose regex matches a leaf's whole name
 holds. Its axes belong to the leaf's last dimensions: each is None, the name of
 an axis, or a tuple of names; the dimensions before them, and with () all, are
 not cut. What else has a name: "states" are the hidden states [B, L, D],
-"batch/.*" the arrays of a batch [B, L], "cache/.*" those of a decoding cache.
+"heads" what kernels of attention read [B, N, L, H], "batch/.*" the arrays of a
+batch [B, L], "cache/.*" those of a decoding cache.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -231,6 +233,15 @@ class Layout:
       out[name] = jax.make_array_from_callback(shape, sharding, block)
     return out
 
+  def batch_shardings(
+    self, shapes: Mapping[str, jax.ShapeDtypeStruct]
+  ) -> dict[str, NamedSharding]:
+    """Where the arrays of a whole batch lie; raises as `batch`."""
+    return {
+      name: self._batch(f"batch/{name}", x.shape, range(len(x.shape)))
+      for name, x in shapes.items()
+    }
+
   def pieces(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """A batch cut into pieces [pieces, B, L], each shared by all devices."""
     return {
@@ -244,6 +255,15 @@ class Layout:
     """What a model under a prefix of the tree is told: see `Place`."""
     return Place(self, prefix)
 
+  def caches(self, shapes: PyTree) -> PyTree:
+    """NamedShardings for a decoding cache or its shapes, as `cache` lays it."""
+    return jax.tree_util.tree_map_with_path(
+      lambda path, x: self._named(
+        self._fitting(f"cache/{_name(path)}", x.shape)
+      ),
+      shapes,
+    )
+
   def cache(self, cache: PyTree) -> PyTree:
     """A decoding cache, constrained to where its rules say."""
     return jax.tree_util.tree_map_with_path(
@@ -251,16 +271,21 @@ class Layout:
     )
 
   def _constrain(self, name: str, x: jax.Array) -> jax.Array:
-    axes = self._rule(name)
-    if axes is None:
+    if self._rule(name) is None:
       return x
-    start = x.ndim - len(axes)
-    cut = [()] * x.ndim
+    sharding = self._named(self._fitting(name, x.shape))
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+  def _fitting(self, name: str, shape) -> PartitionSpec:
+    """What a rule says, without the axes that do not divide the shape."""
+    axes = self._rule(name) or ()
+    start = len(shape) - len(axes)
+    cut: list[tuple[str, ...]] = [()] * len(shape)
     for i, names in enumerate(axes):
       names = self._real(names)
-      if start + i >= 0 and self._fits(x.shape, start + i, names):
+      if start + i >= 0 and self._fits(shape, start + i, names):
         cut[start + i] = names
-    return jax.lax.with_sharding_constraint(x, self._named(_partition(cut)))
+    return _partition(cut)
 
   def _batch(self, name: str, shape, dims) -> NamedSharding:
     cut: list[tuple[str, ...]] = [()] * len(shape)
@@ -326,6 +351,57 @@ class Place:
   def cache(self, cache: PyTree) -> PyTree:
     """See `Layout.cache`."""
     return self.layout.cache(cache)
+
+  @property
+  def sequence(self) -> int:
+    """Pieces that the queries of a kernel of attention are cut into."""
+    return self.layout._size(self.layout._real(self.layout._rule("heads")[2]))
+
+  def attention(
+    self,
+    function: Callable,
+    kernel: Any,
+    q_BNLH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    q_segments_BL: jax.Array,
+    k_segments_BS: jax.Array,
+  ) -> jax.Array:
+    """function(kernel, the arrays): each device its rows, heads and queries.
+
+    Where more devices share the heads than there are key heads, those are
+    repeated.
+
+    Args:
+      function: gives [B, N, L, H], as the queries are.
+      kernel: a `SplashAttentionKernel` of all queries, for `sequence` pieces.
+      q_BNLH: queries.
+      k_BKSH: keys.
+      v_BKSH: values.
+      q_segments_BL: segments of the queries.
+      k_segments_BS: segments of the keys.
+    """
+    spec = self.layout._fitting("heads", q_BNLH.shape)
+    rows, heads, tokens, _ = spec
+    shares = self.layout._size(_names(heads))
+    K, G = k_BKSH.shape[1], math.lcm(k_BKSH.shape[1], shares)
+    if q_BNLH.shape[1] % G:
+      G = q_BNLH.shape[1]
+    if K % shares:
+      k_BKSH, v_BKSH = (jnp.repeat(x, G // K, axis=1) for x in (k_BKSH, v_BKSH))
+    keys = PartitionSpec(rows, heads)
+    cut = kernel.manual_sharding_spec(
+      self.layout._named(PartitionSpec(None, tokens))
+    )
+    return jax.shard_map(
+      function,
+      mesh=self.layout.mesh,
+      in_specs=(
+        cut, spec, keys, keys, PartitionSpec(rows, tokens), PartitionSpec(rows)
+      ),
+      out_specs=spec,
+      check_vma=False,
+    )(kernel, q_BNLH, k_BKSH, v_BKSH, q_segments_BL, k_segments_BS)  # fmt: skip
 
 
 def put(leaf: Any, sharding: NamedSharding) -> jax.Array:

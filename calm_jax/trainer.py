@@ -161,13 +161,7 @@ def run_stage(
         flush=True,
       )
 
-  rate = optim.schedule(
-    stage.schedule, stage.learning_rate, stage.steps, stage.warmup, stage.final
-  )
-  tx = optim.optimizer(
-    mask, rate, b1=stage.b1, b2=stage.b2, eps=stage.eps,
-    weight_decay=stage.weight_decay, decay=stage.decay, clip=stage.clip,
-  )  # fmt: skip
+  tx, rate = optimizer(stage, mask)
   if stage.cache_states:
     source = state_cache.cached(
       name, stage, spec, params, source, directory, meta["frozen"], layout
@@ -202,6 +196,17 @@ def run_stage(
     directory, {"step": stage.steps, "seconds": seconds, "meta": meta}
   )
   return tree.merge(state["trainable"], frozen), seconds
+
+
+def optimizer(stage: Stage, mask: dict) -> tuple:
+  """(optimizer of the masked leaves, learning rate by step)."""
+  rate = optim.schedule(
+    stage.schedule, stage.learning_rate, stage.steps, stage.warmup, stage.final
+  )
+  return optim.optimizer(
+    mask, rate, b1=stage.b1, b2=stage.b2, eps=stage.eps,
+    weight_decay=stage.weight_decay, decay=stage.decay, clip=stage.clip,
+  ), rate  # fmt: skip
 
 
 def _fresh(tx, trainable, frozen, seed: int, layout: Layout | None) -> dict:

@@ -73,9 +73,10 @@ def batch_states(params: dict, spec: Composition, batch: dict[str, Array]):
       )
     else:
       augmenting[name] = sequence
-      visible[name] = composition.visible_tokens(
-        joined.visibility, batch["tokens"].shape, batch["prompt_ends"]
-      )
+      if joined.visibility != "causal":
+        visible[name] = composition.visible_tokens(
+          joined.visibility, batch["tokens"].shape, batch["prompt_ends"]
+        )
   return composition.states(
     params,
     spec,

@@ -10,6 +10,7 @@ _ROWS = ("data", "fsdp")
 # it along its input, so that the two meet without communication.
 SHARDING = (
   (r"states|batch/.*/states/.*", (_ROWS, "sequence", None)),
+  (r"heads", (_ROWS, "tensor", "sequence", None)),
   (r"batch/.*", (_ROWS, "sequence")),
   (r"cache/.*/(key|value)", (_ROWS, "tensor", None, None)),
   (r"cache/.*/segments", (_ROWS, None)),
@@ -161,6 +162,9 @@ def get_config() -> ConfigDict:
   # Layers compiled out per step of the scan; more is faster on a CPU for
   # small models, and compiles for longer.
   config.unroll = 1
+  # The kernel of attention: "xla", which any device has, "splash" on TPUs,
+  # "cudnn" on GPUs, or "auto"; see calm_jax.models.attention.
+  config.attention = "xla"
   # What the backward pass computes again, and the logits that exist at a time
   # on each device; see calm_jax.models.config.
   config.remat = "auto"

@@ -9,6 +9,7 @@ of several processes.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -40,7 +41,7 @@ from calm_jax.connections import Composition
 from calm_jax.data import packing
 from calm_jax.language_model import LanguageModel
 from calm_jax.metrics import read_metrics
-from calm_jax.models import decoder, loading
+from calm_jax.models import attention, decoder, loading
 from calm_jax.sampling import Sampler
 from configs import common, kv
 
@@ -237,6 +238,39 @@ def load(folder: Path, axes: dict) -> None:
   )
 
 
+def kernel(folder: Path, axes: dict) -> None:
+  """TPU's kernel, shared by devices: one key head for two that share heads."""
+  layout = layout_of(axes)
+  random = np.random.default_rng(0)
+  q, weights = (random.standard_normal((2, 200, 4, 8)) for _ in range(2))
+  k, v = (random.standard_normal((2, 200, 1, 8)) for _ in range(2))
+  ids = np.repeat([[1, 2, 0], [1, 1, 2]], [70, 101, 29], 1)
+  mask = decoder.self_attention_mask(ids, ids)[:, None]
+
+  def splash(*qkv):
+    return attention.splash(
+      *qkv, attention.Segments(ids, ids, None), place=layout.at("anchor/")
+    )
+
+  def plain(*qkv):
+    return attention.dot_product_attention(*qkv, mask)
+
+  def run(function):
+    loss = jax.jit(
+      jax.grad(lambda *a: (function(*a) * weights).sum(), (0, 1, 2))
+    )
+    return loss(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
+
+  make = attention.splash_lib.make_splash_mha
+  attention.splash_lib.make_splash_mha = functools.partial(make, interpret=True)
+  try:
+    found = run(splash)
+  finally:
+    attention.splash_lib.make_splash_mha = make
+  for ours, theirs in zip(found, run(plain), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
 def command(folder: Path, axes: dict) -> None:
   """The whole training command: one stage of two steps, and its report."""
   config = kv.get_config("tiny")
@@ -269,7 +303,13 @@ def main() -> None:
     processes.start()
   for name, (kind, asked) in jobs.items():
     (folder / name).mkdir(exist_ok=True)
-    kinds = {"run": run, "memory": memory, "load": load, "command": command}
+    kinds = {
+      "run": run,
+      "memory": memory,
+      "load": load,
+      "command": command,
+      "kernel": kernel,
+    }
     kinds[kind](folder / name, **asked)
 
 

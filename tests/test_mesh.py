@@ -66,6 +66,9 @@ def finished(tmp_path_factory):
     "run",
     {"axes": {"data": 2, "fsdp": 2, "tensor": 2}, "accumulate": 2} | FINETUNED,
   )
+  on_eight["kernel"] = (
+    "kernel", {"axes": {"data": 2, "tensor": 2, "sequence": 2}}
+  )  # fmt: skip
   on_eight["memory"] = ("memory", {"axes": {"fsdp": 8}})
   on_both = {
     "two": ("run", {"axes": MESHES["all"], "generates": True}),

@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm_jax.models.cache import blocks, extend
-from calm_jax.models.config import ModelConfig
-from calm_jax.models.layers import (
-  Linear,
+from calm_jax.models.attention import (
+  Segments,
   attend,
   dot_product_attention,
-  norm,
+  splash,
 )
+from calm_jax.models.cache import blocks, extend
+from calm_jax.models.config import ModelConfig
+from calm_jax.models.layers import Linear, norm
 from calm_jax.models.moe import MoE
 from calm_jax.models.rope import rotate
 
@@ -34,17 +35,20 @@ class Context(NamedTuple):
 
   Attributes:
     rope: (cos, sin), each float32 or more [B, L, 1, R/2]; None without rope.
-    mask: bool [B, 1, L, S], True where query l may read key s.
+    mask: bool [B, 1, L, S], True where query l may read key s; None where
+      `segments` say it.
     index: int32 [], the cache's slot of the first query; None without a cache.
     local_rope: `rope` of layers with a window, where that differs.
     window_mask: `mask` of layers with a window, if there are any.
+    segments: what kernels without a mask read; None elsewhere.
   """
 
   rope: tuple[Array, Array] | None
-  mask: Array
+  mask: Array | None
   index: Array | None = None
   local_rope: tuple[Array, Array] | None = None
   window_mask: Array | None = None
+  segments: Segments | None = None
 
 
 def window_mask(mask_BLS: Array, window: int) -> Array:
@@ -57,6 +61,10 @@ def window_mask(mask_BLS: Array, window: int) -> Array:
   return mask_BLS & (through_BLS > through_BLS[..., -1:] - window)
 
 
+def _among(config: ModelConfig, layers: tuple[int, ...], layer: Array) -> Array:
+  return jnp.asarray(np.isin(np.arange(config.num_layers), layers))[layer]
+
+
 def at_layer(config: ModelConfig, context: Context, layer: Array):
   """The (cos, sin) or None, and the mask, of one layer.
 
@@ -65,7 +73,7 @@ def at_layer(config: ModelConfig, context: Context, layer: Array):
   """
 
   def among(layers):
-    return jnp.asarray(np.isin(np.arange(config.num_layers), layers))[layer]
+    return _among(config, layers, layer)
 
   def choose(chosen, a, b):
     return jax.tree.map(lambda x, y: jnp.where(chosen, x, y), a, b)
@@ -80,6 +88,23 @@ def at_layer(config: ModelConfig, context: Context, layer: Array):
     still = (jnp.ones_like(rope[0]), jnp.zeros_like(rope[1]))
     rope = choose(among(config.nope_layers), still, rope)
   return rope, mask
+
+
+def _segmented(c: ModelConfig, q_BLNH, k_BSKH, v_BSKH, segments, layer):
+  """Attention of one layer by the kernel that reads segments."""
+
+  def within(window):
+    return lambda *qkv: splash(
+      *qkv, segments, window, c.attention_scale, c.attention_cap, c.place
+    )
+
+  qkv = q_BLNH, k_BSKH, v_BSKH
+  if c.window is None or c.window >= k_BSKH.shape[1]:
+    return within(None)(*qkv)
+  if not c.full_layers:
+    return within(c.window)(*qkv)
+  is_full = _among(c, c.full_layers, layer)
+  return jax.lax.cond(is_full, within(None), within(c.window), *qkv)
 
 
 class Attention(nn.Module):
@@ -110,8 +135,12 @@ class Attention(nn.Module):
     if c.scale_by_depth:
       q_BLNH = q_BLNH / jnp.asarray(layer + 1, q_BLNH.dtype)
     how = (c.attention_scale, c.attention_cap)
-    if cache is None:
-      out_BLNH = dot_product_attention(q_BLNH, k_BSKH, v_BSKH, mask, *how)
+    if context.segments is not None:
+      out_BLNH = _segmented(c, q_BLNH, k_BSKH, v_BSKH, context.segments, layer)
+    elif cache is None:
+      out_BLNH = dot_product_attention(
+        q_BLNH, k_BSKH, v_BSKH, mask, *how, c.attention
+      )
     else:
       # A cache may be of this layer alone; see `decoder.unstack`.
       row = 0 if len(cache["key"]) == 1 else layer

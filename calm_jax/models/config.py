@@ -11,10 +11,13 @@ from calm_jax.models.rope import Rope
 NORMS = ("rms", "rms_plus_one", "layer")
 QK_NORMS = (None, "head", "full")
 _KINDS = {"int": int, "float": (int, float), "bool": bool}
+ATTENTIONS = ("xla", "cudnn", "splash")
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_exact")
 REMATS = ("auto", "none", "dots", "full")
 # Fields that say how a model is computed, and not which model it is.
-HOW_COMPUTED = ("dtype", "unroll", "remat", "loss_chunk", "place")
+HOW_COMPUTED = (
+  "dtype", "unroll", "attention", "remat", "loss_chunk", "place"
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,8 @@ class ModelConfig:
       at least.
     unroll: layers compiled out per step of the scan over layers; more is
       faster for small models on a CPU, and compiles for longer.
+    attention: the kernel of training and scoring, one of ATTENTIONS; see
+      `attention.choose`. Decoding is "xla" always.
     remat: what of a layer the backward pass computes again: "none" of it, all
       but its matrix products ("dots"), or the "full" layer; "auto" is "none"
       where all layers run at once, or else "dots".
@@ -81,7 +86,8 @@ class ModelConfig:
       all of them.
     place: says where arrays lie while several devices compute: `weight(name,
       array)` of a layer, `states(array)` [B, L, D] between layers and
-      `cache(tree)`, each of which returns what it is given. None on one device.
+      `cache(tree)`, each of which returns what it is given, and how a kernel
+      of attention is shared by them. None on one device.
 
   Raises:
     InputError: values that contradict each other.
@@ -125,7 +131,9 @@ class ModelConfig:
   tie_embeddings: bool = False
   dtype: str = "float32"
   unroll: int = 1
-  # These change no number, so they are no part of what a run is told by.
+  # These change no number but its last bits, so they are no part of what a run
+  # is told by.
+  attention: str = dataclasses.field(default="xla", repr=False)
   remat: str = dataclasses.field(default="auto", repr=False)
   loss_chunk: int = dataclasses.field(default=0, repr=False)
   place: Any = dataclasses.field(default=None, repr=False)
@@ -146,6 +154,7 @@ class ModelConfig:
       )
     for name, known in (
       ("activation", ACTIVATIONS), ("norm", NORMS), ("qk_norm", QK_NORMS),
+      ("attention", ATTENTIONS),
       ("remat", REMATS),
     ):  # fmt: skip
       if getattr(self, name) not in known:

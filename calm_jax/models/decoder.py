@@ -24,6 +24,7 @@ import numpy as np
 
 from calm_jax.errors import InputError
 from calm_jax.models import cache as cache_lib
+from calm_jax.models.attention import Segments
 from calm_jax.models.block import Block, Context, window_mask
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.layers import Linear, at_least_float32, norm
@@ -98,7 +99,7 @@ def _traced_shapes(config: ModelConfig, x64: bool) -> dict:
 def make_context(
   config: ModelConfig,
   positions_BL: Array,
-  mask_BLS: Array,
+  mask_BLS: Array | Segments,
   index: Array | None = None,
   lengths: Array | None = None,
 ) -> Context:
@@ -107,7 +108,8 @@ def make_context(
   Args:
     config: the architecture.
     positions_BL: of each token in its sequence, from 0.
-    mask_BLS: from `self_attention_mask`; windows are derived from it.
+    mask_BLS: from `self_attention_mask`; windows are derived from it. Or
+      `Segments`, if the config's kernel reads those.
     index: int32 [], the cache's slot of the first token; None without one.
     lengths: [B] or [B, L], tokens in the whole sequence, for rotary scalings
       that depend on it; see `rope.tables`. Without a cache the mask tells.
@@ -116,10 +118,12 @@ def make_context(
     InputError: such a scaling, and a cache of more slots than it leaves
       alone, and no lengths: how keys in the cache were turned is not known.
   """
+  segments = mask_BLS if isinstance(mask_BLS, Segments) else None
+  slots = mask_BLS.shape[2] if segments is None else segments.keys.shape[1]
   by_length = any(
     r is not None
     and r.kind in ("dynamic", "longrope")
-    and mask_BLS.shape[2] > r.original_length
+    and slots > r.original_length
     for r in (config.rope, config.local_rope)
   )
   if lengths is None and by_length:
@@ -127,8 +131,10 @@ def make_context(
       raise InputError(
         "rotary positions that depend on the length of the whole sequence "
         "(dynamic, longrope): give `lengths` to decode with a cache of "
-        f"{mask_BLS.shape[2]} slots"
+        f"{slots} slots"
       )
+    if segments is not None:
+      mask_BLS = self_attention_mask(segments.queries, segments.keys)
     # A token sees those up to itself, and is seen by those from itself on.
     lengths = mask_BLS.sum(axis=2) + mask_BLS.sum(axis=1) - 1
 
@@ -137,6 +143,14 @@ def make_context(
       return None
     return tables(rope, positions_BL, at_least_float32(config.dtype), lengths)
 
+  if segments is not None:
+    return Context(
+      turn(config.rope),
+      None,
+      index,
+      turn(config.local_rope),
+      segments=segments,
+    )
   windowed = None
   if config.window is not None:
     windowed = window_mask(mask_BLS, config.window)[:, None]

@@ -1,0 +1,134 @@
+"""Says what a run needs of machines that are not there, before they are paid.
+
+  python -m calm_jax.plan --config=configs/code.py --topology=v5e:4x4
+  python -m calm_jax.plan --config=configs/compose.py --topology=v5p:4x4x4 \\
+    --config.anchor=configs/shapes/llama3-70b.json \\
+    --config.augmenting=configs/shapes/llama3-8b.json --search
+
+It compiles the training step, and the decoding of a token, for a topology from
+shapes alone: v5e:, v5p: and v6e: with the `tpu` extra and no TPU, gpu:8xH100
+and cpu:8 with the CPU's compiler, which knows shapes and collectives but not
+what a GPU keeps in between. No weight is read: a model's config.json is enough,
+also by itself. See docs/plan.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from calm_jax import batching, cli, decode
+from calm_jax.errors import InputError
+from calm_jax.planning import (
+  estimate,
+  printing,
+  programs,
+  search,
+  shapes,
+  topology,
+)
+from calm_jax.planning.search import Case
+from calm_jax.train import plain
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What the command line says besides the config.
+
+  Attributes:
+    topology: see `topology.FORMS`.
+    stage: of the recipe; its last if empty.
+    search: whether to look for a mesh and a remat policy, or take the config's.
+    compiles: training steps that are compiled at most to find them.
+    largest_batch: whether to look for the largest batch that fits.
+    decode_rows: rows that decode together; none are planned for 0.
+    effort: of the TPU's compiler to make programs fast: 0 is that of a run,
+      which takes many times as long to compile as -1.
+    minutes: after which nothing further is compiled.
+    json: file to write; none if empty.
+  """
+
+  topology: str
+  stage: str = ""
+  search: bool = False
+  compiles: int = 4
+  largest_batch: bool = True
+  decode_rows: int = 32
+  effort: float = -1.0
+  minutes: float = 9.0
+  json: str = ""
+
+
+def main(config: ConfigDict, options: Options) -> dict[str, Any]:
+  """Plans the run of a config; returns what it prints, as JSON."""
+  topology.prepare(options.topology, options.effort)
+  until = time.monotonic() + 60 * options.minutes
+  target = topology.target(options.topology)
+  job = shapes.job(plain(config), options.stage)
+  settings, rows = job.settings, job.stage.batch_size
+  if options.search:
+    cases = search.search(
+      job, target, rows,
+      compiles=options.compiles, until=until, say=printing.say,
+    )  # fmt: skip
+    best = cases[0]
+    if best.found is None:
+      raise InputError(
+        f"{options.topology}: nothing was compiled; {best}: {best.reason}"
+      )
+  else:
+    axes = _axes(settings["mesh"], len(target.devices))
+    case = Case(axes, settings["remat"], rows)
+    best = search.compiled(job, target, case)
+    cases = [best]
+  found = {"topology": target, "job": job, "cases": cases, "largest": None}
+  if options.largest_batch and time.monotonic() < until:
+    found["largest"], more = search.largest(job, target, best, until=until)
+    found["batches"] = more
+  if options.decode_rows and time.monotonic() < until:
+    placed = programs.place(job, target, best.axes)
+    # As `decode.stream` does for prompt and continuation together.
+    slots = batching.round_up(job.stage.length + decode.CHUNK)
+    program = programs.decoding(placed, options.decode_rows, slots)
+    found["decode"] = estimate.of(placed, program, decode.CHUNK)
+    found["decode_shape"] = {"rows": options.decode_rows, "slots": slots}
+  result = printing.report(found)
+  printing.show(result)
+  if options.json:
+    Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+  return result
+
+
+def _axes(asked: dict[str, int], devices: int) -> dict[str, int]:
+  """The config's mesh; all devices along `fsdp` if it says one device."""
+  if all(n == 1 for n in asked.values()):
+    return asked | {"fsdp": devices}
+  return dict(asked)
+
+
+def _define() -> None:
+  """A flag for each of the options."""
+  make = {
+    "str": flags.DEFINE_string, "bool": flags.DEFINE_bool,
+    "int": flags.DEFINE_integer, "float": flags.DEFINE_float,
+  }  # fmt: skip
+  for field in dataclasses.fields(Options):
+    default = None if field.name == "topology" else field.default
+    make[field.type](field.name, default, f"see {Options.__module__}.Options")
+  flags.mark_flag_as_required("topology")
+
+
+def _run(config: ConfigDict) -> None:
+  names = [field.name for field in dataclasses.fields(Options)]
+  main(config, Options(**{n: flags.FLAGS[n].value for n in names}))
+
+
+if __name__ == "__main__":
+  _define()
+  cli.run_with_config(_run)

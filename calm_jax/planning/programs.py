@@ -1,0 +1,247 @@
+"""The programs of a run, compiled for a topology from shapes alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from calm_jax import (
+  batching,
+  composition,
+  cross_attention,
+  decode,
+  fitting,
+  flops,
+  placing,
+  sharding,
+  trainer,
+  training_step,
+  tree,
+)
+from calm_jax import mesh as mesh_lib
+from calm_jax.composition import Sequence
+from calm_jax.errors import InputError
+from calm_jax.planning import shapes
+from calm_jax.planning.shapes import Job
+from calm_jax.planning.topology import Target
+from calm_jax.sampling import GREEDY
+
+PyTree = Any
+KINDS = ("frozen", "trainable", "optimizer", "caches", "batch")
+_NEEDED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Placed(NamedTuple):
+  """A job on a mesh.
+
+  Attributes:
+    job: with the composition as it computes there.
+    layout: None for one device.
+    target: what it is compiled for.
+  """
+
+  job: Job
+  layout: sharding.Layout | None
+  target: Target
+
+  def at(self, part: PyTree, shardings: PyTree | None = None) -> PyTree:
+    """Shapes with where they lie; replicated without shardings."""
+    if self.layout is None:
+      whole = jax.sharding.SingleDeviceSharding(self.target.devices[0])
+    else:
+      whole = jax.sharding.NamedSharding(
+        self.layout.mesh, jax.sharding.PartitionSpec()
+      )
+    if shardings is None or self.layout is None:
+      shardings = jax.tree.map(lambda _: whole, part)
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      part,
+      shardings,
+    )
+
+  def params(self, params: PyTree) -> PyTree:
+    """Parameters where the rules say."""
+    places = None
+    if self.layout is not None:
+      places = self.layout.shardings(params)
+    return self.at(params, places)
+
+
+def place(job: Job, target: Target, axes: dict[str, int]) -> Placed:
+  """A job on a mesh of a topology.
+
+  Raises:
+    InputError: the devices do not form such a mesh.
+  """
+  try:
+    made = mesh_lib.make_mesh(axes, target.devices)
+  except (NotImplementedError, ValueError) as error:
+    raise InputError(f"mesh={axes} on {target.name}: {error}") from error
+  layout = None
+  if made is not None:
+    replicated = tuple((name, ()) for name in job.settings["replicated"])
+    rules = (*replicated, *job.settings["sharding"])
+    layout = sharding.Layout(made, rules)
+  settings = job.settings
+  if not target.exact:
+    # The CPU's compiler stands in, and it has no other.
+    settings = settings | {"attention": "xla"}
+  spec = fitting.configured(job.spec, settings, target.devices[0])
+  if layout is not None:
+    spec = placing.configure(
+      spec, lambda part: {"place": layout.at(f"{part}/")}
+    )
+  return Placed(job._replace(spec=spec), layout, target)
+
+
+class Given(NamedTuple):
+  """What a program takes.
+
+  Attributes:
+    arguments: shapes with shardings.
+    kinds: of each of their leaves, of KINDS.
+  """
+
+  arguments: tuple
+  kinds: tuple
+
+  def resident(self) -> dict[str, int]:
+    """Bytes on each device, by kind."""
+    memory = dict.fromkeys(KINDS, 0)
+    leaves = jax.tree.leaves(self.arguments), jax.tree.leaves(self.kinds)
+    for leaf, kind in zip(*leaves, strict=True):
+      memory[kind] += bytes_here(leaf)
+    return memory
+
+
+def _all(part: PyTree, kind: str) -> PyTree:
+  return jax.tree.map(lambda _: kind, part)
+
+
+def training_given(placed: Placed, rows: int) -> Given:
+  """What a step of training on `rows` rows takes.
+
+  Raises:
+    InputError: the devices cannot share the rows.
+  """
+  job, layout = placed.job, placed.layout
+  mask = tree.mask(job.params, job.stage.trainable)
+  tx, _ = trainer.optimizer(job.stage, mask)
+  trainable, frozen = tree.partition(job.params, mask)
+  state = {
+    "trainable": trainable,
+    "opt_state": jax.eval_shape(tx.init, job.params),
+    "step": jax.ShapeDtypeStruct((), jnp.int32),
+    "rng": jax.eval_shape(lambda: jax.random.key(0)),
+  }
+  batch = shapes.batch(job, rows)
+  places = None, None
+  if layout is not None:
+    layout.share(rows, job.stage.accumulate)
+    places = layout.following(state), layout.batch_shardings(batch)
+  arguments = (
+    placed.at(state, places[0]),
+    placed.params(frozen),
+    placed.at(batch, places[1]),
+  )
+  kinds = _all(state, "optimizer") | {"trainable": _all(trainable, "trainable")}
+  return Given(arguments, (kinds, _all(frozen, "frozen"), _all(batch, "batch")))
+
+
+class Program(NamedTuple):
+  """A compiled program and what it is given.
+
+  Attributes:
+    given: what it takes.
+    compiled: None if it does not fit.
+    needed: bytes that it would need then, if the compiler says.
+    flops: of matrix products of one call, on all devices together.
+  """
+
+  given: Given
+  compiled: Any
+  needed: int
+  flops: int
+
+
+def training(placed: Placed, rows: int) -> Program:
+  """One step of training on `rows` rows."""
+  stage = placed.job.stage
+  mask = tree.mask(placed.job.params, stage.trainable)
+  tx, rate = trainer.optimizer(stage, mask)
+  given = training_given(placed, rows)
+  step = training_step.make_step(
+    placed.job.spec, stage.model, tx, rate, stage.accumulate, placed.layout
+  )
+  traced = step.trace(*given.arguments)
+  return _compile(traced, given, flops.of_jaxpr(traced.jaxpr.jaxpr))
+
+
+def decoding(placed: Placed, rows: int, slots: int) -> Program:
+  """`decode.advance`: up to CHUNK tokens for each of `rows` rows.
+
+  Caches have `slots` slots. FLOPs are not counted: it reads weights.
+  """
+  job, layout = placed.job, placed.layout
+  spec, params = composition.alone(job.spec, job.params, job.stage.model)
+  params = jax.eval_shape(cross_attention.fold, params)
+  prompt = Sequence(
+    *(jax.ShapeDtypeStruct((rows, batching.SHORTEST), jnp.int32),) * 3
+  )
+  names = [name for name, _ in spec.augmenting]
+  batch = batching.Batch(
+    prompt, dict.fromkeys(names, prompt), dict.fromkeys(names, prompt.tokens)
+  )
+  row = jax.ShapeDtypeStruct((rows,), jnp.int32)
+  stop = jax.ShapeDtypeStruct((1,), jnp.int32)
+  every = "anchor", *names
+  options = {"slots": tuple((n, slots) for n in every), "sampler": GREEDY}
+  lengths = {n: row for n in every if n not in job.own}
+
+  def begin(params, batch, row, stop, lengths):
+    return decode.start(params, spec, batch, row, stop, lengths, **options)
+
+  state = jax.eval_shape(begin, params, batch, row, stop, lengths)
+  cache = layout and layout.caches(state.cache)
+  rest = placed.at(state._replace(cache=None))
+  arguments = (
+    placed.params(params),
+    rest._replace(cache=placed.at(state.cache, cache)),
+    placed.at(stop),
+    placed.at(jax.ShapeDtypeStruct((), jnp.int32)),
+  )
+  traced = decode.advance.trace(
+    arguments[0],
+    spec,
+    *arguments[1:],
+    along=tuple(n for n in names if n not in job.own),
+    sampler=GREEDY,
+    size=decode.CHUNK,
+  )
+  kinds = _all(rest, "batch")._replace(cache=_all(state.cache, "caches"))
+  kinds = _all(params, "frozen"), kinds, "batch", "batch"
+  return _compile(traced, Given(arguments, kinds), 0)
+
+
+def _compile(traced, given: Given, count: int) -> Program:
+  try:
+    return Program(given, traced.lower().compile(), 0, count)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    found = _NEEDED.search(str(error))
+    needed = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    return Program(given, None, needed, count)
+
+
+def bytes_here(leaf: jax.ShapeDtypeStruct) -> int:
+  """Of one array on one device; a typed key is two numbers."""
+  size = math.prod(leaf.sharding.shard_shape(leaf.shape))
+  is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  return size * (8 if is_key else leaf.dtype.itemsize)

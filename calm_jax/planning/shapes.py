@@ -1,0 +1,145 @@
+"""What a config trains, as shapes: no weight is read or made."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from calm_jax import composing, composition, fitting, trainer, tree
+from calm_jax.connections import Composition
+from calm_jax.errors import InputError
+from calm_jax.models import decoder, families, folders, loading
+from calm_jax.models.config import ModelConfig
+
+
+class Job(NamedTuple):
+  """A stage of a config.
+
+  Attributes:
+    settings: of the config.
+    stage: what is trained.
+    spec: of the whole composition.
+    params: its tree of shapes, in the dtypes that training keeps.
+    own: lengths of augmenting rows, by name, of models with other tokens.
+  """
+
+  settings: dict[str, Any]
+  stage: trainer.Stage
+  spec: Composition
+  params: dict
+  own: dict[str, int]
+
+
+def job(settings: dict[str, Any], stage: str = "") -> Job:
+  """The job of a config.
+
+  Args:
+    settings: of the config. A model may also be a config.json by itself.
+    stage: of the recipe; its last if empty.
+
+  Raises:
+    InputError: there is no such stage or model.
+  """
+  stage = stage or settings["recipe"][-1]
+  if stage not in settings["stages"]:
+    raise InputError(f"stage={stage!r} is none of {list(settings['stages'])}")
+  asked = trainer.Stage(**settings["stages"][stage])
+  configs = _models(settings)
+  anchor, augmenting = configs["anchor"], configs["augmenting"]
+  name, joint = settings["augmenting_name"], dict(settings["composition"])
+  del joint["connections"], joint["num_connections"]
+  pairs = settings["composition"]["connections"]
+  pairs = pairs or settings["composition"]["num_connections"] or None
+  joined = composing.join(augmenting, anchor, pairs, **joint)
+  spec = Composition(anchor, ((name, joined),))
+  dtype = jnp.dtype(settings["dtype"])
+  models = {
+    "anchor": decoder.param_shapes(anchor),
+    "augmenting": {name: decoder.param_shapes(augmenting)},
+  }
+  models = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), models)
+  params = models | {
+    "composition": jax.eval_shape(
+      lambda: composition.init(jax.random.key(0), spec)
+    )
+  }
+  params = jax.eval_shape(lambda p: fitting.with_lora(p, settings)[0], params)
+  chosen = tree.flatten(tree.mask(params, asked.trainable))
+  params = tree.unflatten(
+    {
+      leaf: jax.ShapeDtypeStruct(
+        x.shape, jnp.promote_types(x.dtype, jnp.float32) if chosen[leaf]
+        else x.dtype,
+      )
+      for leaf, x in tree.flatten(params).items()
+    }
+  )  # fmt: skip
+  own = {}
+  if asked.augmenting_length or anchor.vocab_size != augmenting.vocab_size:
+    own[name] = asked.augmenting_length or asked.length
+  return Job(settings, asked, spec, params, own)
+
+
+def _models(settings) -> dict[str, ModelConfig]:
+  sides = "anchor", "augmenting"
+  found = {s: _read(settings[s]) for s in sides if settings[s]}
+  if len(found) < 2:
+    # Models from scratch read the other's tokens, or those of the experiment.
+    sizes = [c.vocab_size for c in found.values()]
+    size = sizes[0] if sizes else _tokenizer(settings).vocab_size
+    found |= {
+      side: fitting.scratch(settings, side, size)
+      for side in sides
+      if side not in found
+    }
+  return {
+    side: dataclasses.replace(config, dtype=settings["dtype"])
+    for side, config in found.items()
+  }
+
+
+def _read(path_or_hub_id: str) -> ModelConfig:
+  if path_or_hub_id.endswith(".json"):
+    return families.from_hf(folders.read_json(Path(path_or_hub_id)))
+  files = [folders.CONFIG]
+  return loading.load_config(folders.locate(path_or_hub_id, None, files).folder)
+
+
+def _tokenizer(settings):
+  if settings["experiment"] == "text":
+    raise InputError(
+      "no model is given, so the size of the vocabulary is not known: give "
+      "--config.anchor= or --config.augmenting= a folder, a hub id or a "
+      "config.json"
+    )
+  make, task = fitting.EXPERIMENTS[settings["experiment"]]
+  with tempfile.TemporaryDirectory() as folder:
+    asked = task(**settings["task"], seed=settings["seed"])
+    return make(asked, Path(folder), {}).tokenizer
+
+
+def batch(job: Job, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """The arrays of a training batch; see `data.packing`."""
+
+  def arrays(prefix, names, length):
+    return {
+      prefix + name: jax.ShapeDtypeStruct(
+        (rows, length), jnp.float32 if name == "weights" else jnp.int32
+      )
+      for name in names
+    }
+
+  sequence = composition.Sequence._fields
+  others = ("targets", "weights", "prompt_ends")
+  found = arrays("", sequence + others, job.stage.length)
+  if job.stage.model == "composed":
+    for name, length in job.own.items():
+      prefix = f"augmenting/{name}/"
+      found |= arrays(prefix, sequence, length)
+      found |= arrays(prefix, ("visible",), job.stage.length)
+  return found

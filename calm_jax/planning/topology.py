@@ -1,0 +1,109 @@
+"""Devices that programs are compiled for, by the name of a topology."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from calm_jax.errors import InputError
+from calm_jax.planning.chips import GPUS, TPUS, Chip
+
+FORMS = "v5e:4x4, v5p:2x2x2, v6e:8x8, gpu:8xH100, cpu or cpu:8"
+
+
+class Target(NamedTuple):
+  """What a program is compiled for.
+
+  Attributes:
+    name: of the topology.
+    chip: what each device has.
+    devices: to compile for.
+    exact: whether this is the compiler that the devices run with. If not, it is
+      the CPU's, whose temporaries and fusions differ.
+  """
+
+  name: str
+  chip: Chip
+  devices: list[jax.Device]
+  exact: bool
+
+
+def parse(name: str) -> tuple[str, str, int]:
+  """(platform, kind of chip, how many) of "v5e:4x4" and the like.
+
+  Raises:
+    InputError: it is no topology, or its chips are not in the table.
+  """
+  if found := re.fullmatch(r"(v\d\w*):(\d+(?:x\d+){1,2})", name):
+    kind, shape = found.groups()
+    if kind in TPUS:
+      return "tpu", kind, math.prod(map(int, shape.split("x")))
+  elif found := re.fullmatch(r"gpu:(\d+)x(\w+)", name):
+    if found[2] in GPUS:
+      return "gpu", found[2], int(found[1])
+  elif found := re.fullmatch(r"cpu(?::(\d+))?", name):
+    return "cpu", "cpu", int(found[1] or 1)
+  raise InputError(
+    f"topology={name!r} is none of the forms {FORMS}; chips are "
+    f"{[*TPUS, *GPUS]}"
+  )
+
+
+def prepare(name: str, effort: float = 0.0) -> None:
+  """Makes this process one that can compile for a topology.
+
+  Call it before JAX looks for devices: there are CPUs only from then on, as
+  many as the topology has devices if they have to stand in for them.
+
+  Args:
+    name: of the topology.
+    effort: of the TPU's compiler to make programs fast, -1 to 0, which is that
+      of a run.
+  """
+  platform, _, count = parse(name)
+  jax.config.update("jax_platforms", "cpu")
+  if platform == "tpu":
+    jax.config.update("jax_exec_time_optimization_effort", effort)
+    # Or libtpu asks the network what machine this is.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "true")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+  elif count > 1:
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def target(name: str) -> Target:
+  """The devices of a topology.
+
+  Raises:
+    InputError: as `parse`; libtpu is missing; it does not know the topology; or
+      this process has fewer CPU devices, see `prepare`.
+  """
+  platform, kind, count = parse(name)
+  if platform != "tpu":
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+      raise InputError(
+        f"topology={name!r} needs {count} devices to stand in for it, and this "
+        f"process has {len(devices)}: set jax_num_cpu_devices={count}"
+      )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    chip = GPUS[kind] if platform == "gpu" else Chip("cpu", memory // count)
+    return Target(name, chip, devices[:count], platform == "cpu")
+  if importlib.util.find_spec("libtpu") is None:
+    raise InputError(
+      f"topology={name!r} needs the TPU compiler, which needs no TPU: "
+      "pip install 'calm_jax[tpu]'"
+    )
+  try:
+    found = topologies.get_topology_desc(name, "tpu").devices
+  except (RuntimeError, ValueError) as error:
+    raise InputError(f"topology={name!r}: libtpu says {error}") from error
+  return Target(name, TPUS[kind], list(found), True)
