@@ -21,11 +21,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from calm_jax import tree
+from calm_jax import sharded_heads, tree
 from calm_jax.errors import InputError
 
 Rules = tuple[tuple[str, tuple], ...]
@@ -357,51 +356,11 @@ class Place:
     """Pieces that the queries of a kernel of attention are cut into."""
     return self.layout._size(self.layout._real(self.layout._rule("heads")[2]))
 
-  def attention(
-    self,
-    function: Callable,
-    kernel: Any,
-    q_BNLH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    q_segments_BL: jax.Array,
-    k_segments_BS: jax.Array,
-  ) -> jax.Array:
-    """function(kernel, the arrays): each device its rows, heads and queries.
-
-    Where more devices share the heads than there are key heads, those are
-    repeated.
-
-    Args:
-      function: gives [B, N, L, H], as the queries are.
-      kernel: a `SplashAttentionKernel` of all queries, for `sequence` pieces.
-      q_BNLH: queries.
-      k_BKSH: keys.
-      v_BKSH: values.
-      q_segments_BL: segments of the queries.
-      k_segments_BS: segments of the keys.
-    """
-    spec = self.layout._fitting("heads", q_BNLH.shape)
-    rows, heads, tokens, _ = spec
-    shares = self.layout._size(_names(heads))
-    K, G = k_BKSH.shape[1], math.lcm(k_BKSH.shape[1], shares)
-    if q_BNLH.shape[1] % G:
-      G = q_BNLH.shape[1]
-    if K % shares:
-      k_BKSH, v_BKSH = (jnp.repeat(x, G // K, axis=1) for x in (k_BKSH, v_BKSH))
-    keys = PartitionSpec(rows, heads)
-    cut = kernel.manual_sharding_spec(
-      self.layout._named(PartitionSpec(None, tokens))
-    )
-    return jax.shard_map(
-      function,
-      mesh=self.layout.mesh,
-      in_specs=(
-        cut, spec, keys, keys, PartitionSpec(rows, tokens), PartitionSpec(rows)
-      ),
-      out_specs=spec,
-      check_vma=False,
-    )(kernel, q_BNLH, k_BKSH, v_BKSH, q_segments_BL, k_segments_BS)  # fmt: skip
+  def attention(self, function: Callable, kernel: Any, *arrays) -> jax.Array:
+    """See `sharded_heads.attend`."""
+    spec = self.layout._fitting("heads", arrays[0].shape)
+    mesh = self.layout.mesh
+    return sharded_heads.attend(mesh, spec, function, kernel, *arrays)
 
 
 def put(leaf: Any, sharding: NamedSharding) -> jax.Array:

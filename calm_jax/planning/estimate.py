@@ -71,10 +71,17 @@ def of(placed: Placed, program: Program, tokens: int = 1) -> Estimate:
     bytes_here(x) for x, s in zip(flat, shardings, strict=True) if s is not None
   ]
   unread = sum(memory.values()) - sum(read)
+  results = found.output_size_in_bytes - found.alias_size_in_bytes
+  temporaries = found.temp_size_in_bytes
+  if placed.target.devices[0].platform == "tpu":
+    # Programs compile whose temporaries by that count exceed a TPU's memory;
+    # the peak, which has what is given and the results in it, does not.
+    given = found.argument_size_in_bytes + results
+    temporaries = found.peak_memory_in_bytes - given
   memory |= {
     "alignment": found.argument_size_in_bytes - sum(read),
-    "results": found.output_size_in_bytes - found.alias_size_in_bytes,
-    "temporaries": found.temp_size_in_bytes,
+    "results": results,
+    "temporaries": temporaries,
     "code": found.generated_code_size_in_bytes,
   }
   total = sum(memory.values())
