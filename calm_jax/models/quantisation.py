@@ -194,18 +194,21 @@ def matmul(
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x: Array, weight: dict[str, Array], transposed: bool) -> Array:
+def _product(x: Array, weight: dict[str, Array], transposed: bool) -> Array:
   made = dense(weight, x.dtype)
   return x @ (made.T if transposed else made)
 
 
+_matmul = jax.custom_vjp(_product, nondiff_argnums=(2,))
+
+
 def _forward(x, weight, transposed):
-  return _matmul(x, weight, transposed), weight
+  # Plainly, so that policies of `jax.checkpoint` see a matrix product.
+  return _product(x, weight, transposed), weight
 
 
 def _backward(transposed, weight, gradient):
-  return _matmul(gradient, weight, not transposed), None
+  return _product(gradient, weight, not transposed), None
 
 
 _matmul.defvjp(_forward, _backward)
