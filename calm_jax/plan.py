@@ -120,7 +120,7 @@ def _define() -> None:
   }  # fmt: skip
   for field in dataclasses.fields(Options):
     default = None if field.name == "topology" else field.default
-    make[field.type](field.name, default, f"see {Options.__module__}.Options")
+    make[field.type](field.name, default, "see calm_jax.plan.Options")
   flags.mark_flag_as_required("topology")
 
 

@@ -22,6 +22,7 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas.ops.tpu import splash_attention
 
 from calm_jax import (
   composing,
@@ -261,12 +262,12 @@ def kernel(folder: Path, axes: dict) -> None:
     )
     return loss(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
 
-  make = attention.splash_lib.make_splash_mha
-  attention.splash_lib.make_splash_mha = functools.partial(make, interpret=True)
+  make = splash_attention.make_splash_mha
+  splash_attention.make_splash_mha = functools.partial(make, interpret=True)
   try:
     found = run(splash)
   finally:
-    attention.splash_lib.make_splash_mha = make
+    splash_attention.make_splash_mha = make
   for ours, theirs in zip(found, run(plain), strict=True):
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
 

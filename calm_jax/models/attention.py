@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 
 from calm_jax.errors import InputError
 from calm_jax.models.config import ATTENTIONS, ModelConfig
@@ -106,6 +105,9 @@ def splash(
     cap: as there.
     place: of the model, see `ModelConfig.place`; None on one device.
   """
+  # Here: no one but TPUs needs it at the start of a program.
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
+
   L, H = q_BLNH.shape[1], q_BLNH.shape[-1]
   pieces = 1 if place is None else place.sequence
   q_BLNH = q_BLNH * jnp.asarray(
@@ -146,6 +148,8 @@ def splash(
 
 
 def _rows(kernel, q_BNLH, k_BKSH, v_BKSH, q_segments_BL, k_segments_BS):
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
+
   ids = splash_lib.SegmentIds(q_segments_BL, k_segments_BS)
   return jax.vmap(kernel)(q_BNLH, k_BKSH, v_BKSH, ids)
 

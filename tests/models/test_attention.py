@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu import splash_attention
 
 from calm_jax import composition
 from calm_jax.errors import InputError
@@ -21,9 +22,8 @@ from calm_jax.models.block import window_mask
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
   """The kernel as CPUs run it."""
-  kernels = attention.splash_lib
-  make = functools.partial(kernels.make_splash_mha, interpret=True)
-  monkeypatch.setattr(kernels, "make_splash_mha", make)
+  make = functools.partial(splash_attention.make_splash_mha, interpret=True)
+  monkeypatch.setattr(splash_attention, "make_splash_mha", make)
 
 
 def inputs(heads: int, keys: int, width: int):
