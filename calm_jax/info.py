@@ -218,8 +218,8 @@ def _config(name: str, revision: str | None = None) -> ModelConfig:
 
 def _models(configs: dict[str, ModelConfig]) -> Table:
   table = Table(
-    "", "layers", "width", "vocabulary", "length", "parameters",
-    "in bfloat16", *(k for k in quantisation.KINDS if k), "cache/token",
+    "", "layers", "width", "vocab", "length", "parameters",
+    "memory", "cache/token",
   )  # fmt: skip
   for name, config in configs.items():
     count = tree.count(decoder.param_shapes(config))
@@ -231,7 +231,10 @@ def _models(configs: dict[str, ModelConfig]) -> Table:
       f"{config.vocab_size:,}",
       f"{config.max_length:,}",
       f"{count:,}",
-      *(_bytes(_size(config, kind)) for kind in quantisation.KINDS),
+      "\n".join(
+        f"{_bytes(_size(config, kind))} {kind or 'bf16'}"
+        for kind in quantisation.KINDS
+      ),
       _bytes(2 * cached),
     )
   return table
