@@ -16,8 +16,10 @@ kv: $(VENV)/installed
 ablations: $(VENV)/installed
 	$(BIN)/python -m calm_jax.ablations --config=configs/kv.py:ablations
 
+# Most of the time goes into compiling programs that run for moments.
 test: $(VENV)/test
-	$(CPU) $(BIN)/python -m pytest -n auto --dist loadfile --ignore=tests/parity
+	$(CPU) JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
+	  $(BIN)/python -m pytest -n auto --dist loadfile --ignore=tests/parity
 
 parity: $(VENV)/parity
 	$(CPU) $(BIN)/python -m pytest tests/parity

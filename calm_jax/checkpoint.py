@@ -358,6 +358,12 @@ def mark_complete(
   os.replace(temporary, path)
 
 
+def unmark(directory: str | os.PathLike) -> None:
+  """Forgets that a run was finished."""
+  if jax.process_index() == 0:
+    (epath.Path(directory) / _COMPLETE).unlink(missing_ok=True)
+
+
 def is_complete(directory: str | os.PathLike) -> dict[str, Any] | None:
   """Returns what `mark_complete` recorded, None if the run is unfinished.
 

@@ -109,6 +109,8 @@ def fit(settings: dict[str, Any]) -> Fitted:
     sources[name] = experiment.source(stage, trained, seeds[name], share)
     state_cache.check(name, stage, sources[name])
     eval_batches[name] = experiment.eval_batches(stage, trained)
+  # What is quantised later is not to be held besides as it was.
+  del loaded, trained
   seconds: dict[str, float] = {}
 
   def run(name, params):

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from calm_jax import composition, flops, losses, tree
+from calm_jax import composition, flops, losses, placing, tree
 from calm_jax.connections import (
   Augmenting,
   Composition,
@@ -130,6 +130,10 @@ def training_flops(
   if not spec.augmenting:
     raise InputError("there is no augmenting model, so no overhead to count")
   own = augmenting_length or length
+  # Of the models, whatever kernel, remat and mesh they run with.
+  spec = placing.configure(
+    spec, lambda part: {"attention": "xla", "remat": "auto", "place": None}
+  )
   theta = _theta(spec)
   parts = {name: joined.config for name, joined in spec.augmenting}
   params = {

@@ -32,7 +32,8 @@ def load(
   config = loading.load_config(source.folder)
   names = [f"{part}/{n}" for n in tree.flatten(decoder.param_shapes(config))]
   changed = side == "augmenting" and settings["random_augmenting"]
-  if changed or _trains(settings, settings["recipe"], names):
+  stages = (*settings["recipe"], *settings["alternatives"])
+  if changed or trains(settings, stages, names):
     kind = ""
   return opening.from_source(source, settings["dtype"], shardings, kind)
 
@@ -48,7 +49,7 @@ def check(settings: dict[str, Any], params: dict, ends: Iterable[str]) -> None:
     quantisation.check(kind)
   for part, kind in kinds.items():
     names = [n for n in tree.flatten(params) if n.startswith(f"{part}/")]
-    if kind and (name := _trains(settings, ends, names)):
+    if kind and (name := trains(settings, ends, names)):
       raise InputError(
         f"config.quantise wants the {part} in {kind}, but the stage {name!r} "
         "trains it: only frozen models are quantised"
@@ -93,7 +94,7 @@ def _kinds(settings: dict[str, Any]) -> dict[str, str]:
   return {"anchor": kinds["anchor"], augmenting: kinds["augmenting"]}
 
 
-def _trains(
+def trains(
   settings: dict[str, Any], stages: Iterable[str], names: list[str]
 ) -> str | None:
   """The first of the stages that trains one of these leaves."""

@@ -354,7 +354,8 @@ class Place:
   @property
   def sequence(self) -> int:
     """Pieces that the queries of a kernel of attention are cut into."""
-    return self.layout._size(self.layout._real(self.layout._rule("heads")[2]))
+    _, _, tokens, _ = self.layout._rule("heads") or (None,) * 4
+    return self.layout._size(self.layout._real(tokens))
 
   def attention(self, function: Callable, kernel: Any, *arrays) -> jax.Array:
     """See `sharded_heads.attend`."""

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from calm_jax import composition, processes, tree
 from calm_jax.connections import Augmenting, Composition
 from calm_jax.data.states import StateStore, locked, spans
-from calm_jax.errors import InputError
+from calm_jax.errors import InputError, StorageError
 from calm_jax.metrics import Progress
 from calm_jax.sharding import Layout
 
@@ -229,7 +229,7 @@ def _fill(model, joined, params, batches, store, stage, layout) -> None:
   missing: list[int] = []
   new: dict[bytes, int] = {}
   for index in range(len(batches)):
-    found = spans(*_sequence(batches[index], model).values())
+    found = spans(*_sequence(_read(batches, index), model).values())
     lacks = {s.key: s.length for s in found if s.key not in store}
     if lacks.keys() - new.keys():
       missing.append(index)
@@ -260,11 +260,21 @@ def _fill(model, joined, params, batches, store, stage, layout) -> None:
     len(missing), 0, f"states of {model}", active=jax.process_index() == 0
   ) as progress:
     for count, index in enumerate(missing, start=1):
-      sequence = _sequence(batches[index], model)
+      sequence = _sequence(_read(batches, index), model)
       values = processes.fetch(run(params, _placed(sequence, layout)))
       store.add(spans(*sequence.values()), values)
       progress.update(count)
   store.flush()
+
+
+def _read(batches, index: int) -> dict[str, np.ndarray]:
+  try:
+    return batches[index]
+  except OSError as error:
+    raise StorageError(
+      f"{batches.describe(index)} cannot be read: {error}; bring the file back "
+      "and start again by the same command"
+    ) from error
 
 
 def _placed(sequence: dict, layout: Layout | None) -> dict:

@@ -109,12 +109,13 @@ def _end_after(end: int, grace: float, kept: Callable[[], str]) -> None:
     if came[0] in SIGNALS:
       break
   deadline = time.monotonic() + grace
+  known = kept()
   while (left := deadline - time.monotonic()) > 0:
     if select.select([end], [], [], left)[0] and not os.read(end, 64):
       return
   number = signal.Signals(came[0])
   print(
-    f"error: {number.name}: not at an end after {grace:g} s; {kept()}",
+    f"error: {number.name}: not at an end after {grace:g} s; {known}",
     file=sys.stderr,
     flush=True,
   )

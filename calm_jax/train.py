@@ -105,10 +105,9 @@ def _keep(fitted: fitting.Fitted, settings: dict[str, Any]) -> None:
     for name in settings["recipe"]
     for pattern in settings["stages"][name]["trainable"]
   ]
+  before = quantising.undo(trained, fitted.exact)
   changed = {
-    name
-    for name, on in tree.flatten(tree.mask(trained, patterns)).items()
-    if on
+    name for name, on in tree.flatten(tree.mask(before, patterns)).items() if on
   }
   exact = quantising.undo(params, fitted.exact)
   for part in ["anchor", *(f"augmenting/{n}" for n in params["augmenting"])]:

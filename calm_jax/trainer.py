@@ -160,6 +160,8 @@ def run_stage(
         file=sys.stderr,
         flush=True,
       )
+      # Stopped before that step comes again, it must not be looked for.
+      checkpoint.unmark(directory)
 
   tx, rate = optimizer(stage, mask)
   if stage.cache_states:

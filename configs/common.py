@@ -285,13 +285,21 @@ def _in_place_of_its_own(config: ConfigDict, stages: tuple[str, ...]) -> None:
   config.recipe = (*stages, *rest)
 
 
+def _other_states(config: ConfigDict) -> None:
+  """Another m_A has states of its own."""
+  for stage in _last(config):
+    stage.cache_folder = ""
+
+
 def _vanilla(config: ConfigDict) -> None:
   _in_place_of_its_own(config, config.vanilla)
+  _other_states(config)
 
 
 def _random(config: ConfigDict) -> None:
   _in_place_of_its_own(config, ())
   config.random_augmenting = True
+  _other_states(config)
 
 
 def _encoder(config: ConfigDict) -> None:
@@ -323,6 +331,7 @@ def _finetune(config: ConfigDict) -> None:
   _in_place_of_its_own(config, ())
   for stage in _last(config):
     stage.update(model="anchor", trainable=("anchor/.*",), cache_states="")
+  config.quantise.anchor = ""
 
 
 # Of every experiment: the ablations and baselines of §4.4 and Table 5, and

@@ -113,6 +113,12 @@ for_all() {
   [[ $own == *" --config.mesh."* ]] || trainer+=(--config.mesh.fsdp=-1)
 }
 
+# within SECONDS: tells the trainer how long it has to save after SIGTERM.
+within() {
+  [[ " ${trainer[*]}" == *" --config.grace"* ]] ||
+    trainer+=(--config.grace="$(($1 > 10 ? $1 - 5 : $1)).0")
+}
+
 # Sets `pinned` (a short name), `archive` (the source; empty for a release) and
 # `source` (what pip installs, with an extra) from --ref.
 pin() {

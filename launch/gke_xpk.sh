@@ -32,6 +32,7 @@ require project zone cluster tpu-type name workdir storage
 [[ ${opt[workdir]} == /* ]] ||
   wrong "--workdir=${opt[workdir]}: a folder under the mount point of --storage"
 for_all "${opt[workdir]}"
+within "${opt[grace]}"
 trainer+=(--config.distributed)
 need xpk "pip install xpk"
 need kubectl "gcloud components install kubectl"

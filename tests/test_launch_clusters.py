@@ -30,6 +30,7 @@ def test_gke_failure_is_told_and_deleted(place):
   done = place.launch("gke_xpk.sh", *GKE, "--delete", "--retries=3", *TRAIN)
   assert done.returncode == 1 and "describe jobset calm" in done.stderr
   create, delete = place.calls(of="xpk")
+  assert any(" --config.grace=115.0 " in word for word in create)
   assert {
     "--max-restarts=3",
     "--restart-on-exit-codes=75,76,77,134,137,143",
@@ -60,5 +61,6 @@ def test_slurm_queues_again(place, code, restarts, requeued):
   assert done.returncode == code, done.stderr
   (srun,) = place.calls(of="srun")
   assert srun[:3] == ["--kill-on-bad-exit=0", "--wait=600", "bash"]
+  assert " --config.grace=295.0 " in srun[-1]
   again = [["requeue", "7"]] if requeued else []
   assert place.calls(of="scontrol") == again

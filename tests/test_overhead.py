@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from calm_jax import composition, flops, optim, overhead, training_step, tree
+from calm_jax import (
+  composition,
+  flops,
+  optim,
+  overhead,
+  placing,
+  training_step,
+  tree,
+)
 from calm_jax.connections import Augmenting, Composition, Connection
 from calm_jax.errors import InputError
 from calm_jax.models import decoder, lora
@@ -102,6 +110,11 @@ def test_forward_passes_and_steps_by_hand(read, counted):
   assert [got[k] for k in ("batch", "length", "augmenting_length")] == [
     B, L, read
   ]  # fmt: skip
+
+
+def test_flops_are_the_model_s_and_not_of_how_it_is_computed(counted):
+  spec = placing.configure(SPEC, lambda part: {"remat": "full"})
+  assert overhead.training_flops(spec, B, L) == counted
 
 
 def test_lora_by_hand(counted):

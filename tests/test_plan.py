@@ -230,3 +230,30 @@ def test_a_tpu_step_runs_the_splash_kernel(job):
   assert found.fits and target.chip == TPUS["v5e"]
   assert found.sent["all-gather"] > 0 and not found.unknown_loops
   assert found.bound in found.seconds
+
+
+def test_frozen_models_are_planned_in_their_bits(job):
+  config = tiny()
+  config.quantise.anchor = "int4"
+  made = shapes.job(plain(config))
+
+  def size(of):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(of))
+
+  assert size(made.params["anchor"]) < 0.3 * size(job.params["anchor"])
+  assert made.params["augmenting"] == job.params["augmenting"]
+  # Before the last stage it is trained, and whole.
+  whole = shapes.job(plain(config), "anchor")
+  assert size(whole.params["anchor"]) == size(job.params["anchor"])
+  placed = programs.place(made, topology.target("cpu"), ONE)
+  found = estimate.of(placed, programs.training(placed, 4))
+  assert found.memory["frozen"] == size(
+    [made.params["anchor"], made.params["augmenting"]]
+  )
+
+
+def test_cached_states_are_not_planned():
+  config = tiny()
+  config.stages.compose.cache_states = "int8"
+  with pytest.raises(InputError, match="cached states"):
+    shapes.job(plain(config))

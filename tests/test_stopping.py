@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import tiny
@@ -122,6 +123,7 @@ def test_a_process_that_does_not_hear_is_ended():
   )
   try:
     assert run.stdout.readline() == "ready\n"
+    time.sleep(1)  # Until it is where it does not hear.
     run.send_signal(signal.SIGTERM)
     _, said = run.communicate(timeout=60)
   finally:

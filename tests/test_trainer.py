@@ -266,6 +266,16 @@ def test_a_complete_stage_with_a_damaged_checkpoint(finished, tmp_path, capsys):
   assert steps == {"4", "6", "6.corrupt"}
 
 
+def test_stopped_before_the_damaged_step_comes_again(finished, tmp_path):
+  shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+  path = tmp_path / "checkpoints" / "6" / "state" / "manifest.ocdbt"
+  path.write_bytes(b"")
+  with pytest.raises(StorageError):
+    tiny.Run(tmp_path, source=tiny.Source(broken=(5,)))()
+  assert checkpoint.is_complete(tmp_path) is None
+  assert_bit_equal(tiny.Run(tmp_path)(), finished[1])
+
+
 def test_a_damaged_mark_of_completion(finished, tmp_path):
   shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
   (tmp_path / "complete.json").write_text("{")

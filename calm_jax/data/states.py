@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401  makes "bfloat16" a name that numpy knows
 import numpy as np
 
-from calm_jax.errors import InputError
+from calm_jax.errors import InputError, StorageError
 
 _DIGEST = 16
 _ENTRY = np.dtype([("key", "u1", _DIGEST), ("length", "i4"), ("crc", "u4")])
@@ -295,4 +295,4 @@ def _write(path: Path, parts: Iterable[bytes | np.ndarray]) -> None:
       os.fsync(file.fileno())
     os.replace(temporary, path)
   except OSError as error:
-    raise InputError(f"{path} could not be written: {error}") from error
+    raise StorageError(f"{path} could not be written: {error}") from error

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 from calm_jax import tree
 from calm_jax.errors import InputError
+from calm_jax.models import decoder
 from calm_jax.planning import estimate, programs
 from calm_jax.planning.estimate import Estimate
 from calm_jax.planning.shapes import Job
@@ -103,16 +104,16 @@ def _rough(job: Job, target: Target, case: Case) -> tuple[float, float]:
   c, chip, count = job.spec.anchor, target.chip, len(target.devices)
   tensor, fsdp = case.axes["tensor"], case.axes["fsdp"]
   theta = tree.count(job.params["composition"])
-  anchor = tree.count(job.params["anchor"]["layers"])
-  others = sum(
-    tree.count(p["layers"]) for p in job.params["augmenting"].values()
+  anchor, *others = (
+    tree.count(decoder.param_shapes(config)["layers"])
+    for config in (c, *(a.config for _, a in job.spec.augmenting))
   )
   head = c.width * c.vocab_size
   tokens = case.rows * job.stage.length
   passes = 2 + (case.remat == "full")
-  flops = 2 * tokens * (passes * (anchor + head) + others + 3 * theta)
+  flops = 2 * tokens * (passes * (anchor + head) + sum(others) + 3 * theta)
   share = (fsdp - 1) / fsdp / tensor * _HALF
-  sent = share * (2 * (anchor + head) + others + 3 * theta)
+  sent = share * (2 * (anchor + head) + sum(others) + 3 * theta)
   here = tokens / (count // tensor) / job.stage.accumulate
   sums = (4 + 2 * (case.remat == "full")) * c.num_layers * job.stage.accumulate
   sent += 2 * (tensor - 1) / tensor * sums * here * c.width * _HALF

@@ -10,10 +10,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from calm_jax import composing, composition, fitting, trainer, tree
+from calm_jax import (
+  composing,
+  composition,
+  fitting,
+  quantising,
+  trainer,
+  tree,
+)
 from calm_jax.connections import Composition
 from calm_jax.errors import InputError
-from calm_jax.models import decoder, families, folders, loading
+from calm_jax.models import decoder, families, folders, loading, quantisation
 from calm_jax.models.config import ModelConfig
 
 
@@ -49,6 +56,11 @@ def job(settings: dict[str, Any], stage: str = "") -> Job:
   if stage not in settings["stages"]:
     raise InputError(f"stage={stage!r} is none of {list(settings['stages'])}")
   asked = trainer.Stage(**settings["stages"][stage])
+  if asked.cache_states:
+    raise InputError(
+      "a step with cached states is not planned: leave cache_states empty, "
+      "and take m_A's forward pass off"
+    )
   configs = _models(settings)
   anchor, augmenting = configs["anchor"], configs["augmenting"]
   name, joint = settings["augmenting_name"], dict(settings["composition"])
@@ -63,6 +75,7 @@ def job(settings: dict[str, Any], stage: str = "") -> Job:
     "augmenting": {name: decoder.param_shapes(augmenting)},
   }
   models = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), models)
+  models = _quantised(models, settings, stage)
   params = models | {
     "composition": jax.eval_shape(
       lambda: composition.init(jax.random.key(0), spec)
@@ -83,6 +96,25 @@ def job(settings: dict[str, Any], stage: str = "") -> Job:
   if asked.augmenting_length or anchor.vocab_size != augmenting.vocab_size:
     own[name] = asked.augmenting_length or asked.length
   return Job(settings, asked, spec, params, own)
+
+
+def _quantised(models: dict, settings: dict[str, Any], stage: str) -> dict:
+  """The frozen models in the bits that they have in a stage."""
+  name = settings["augmenting_name"]
+  made = {"augmenting": {}}
+  last = stage in (settings["recipe"][-1], *settings["alternatives"])
+  for side, part, shapes, into, key in (
+    ("anchor", "anchor", models["anchor"], made, "anchor"),
+    ("augmenting", f"augmenting/{name}", models["augmenting"][name],
+     made["augmenting"], name),
+  ):  # fmt: skip
+    kind = settings["quantise"][side]
+    quantisation.check(kind)
+    names = [f"{part}/{leaf}" for leaf in tree.flatten(shapes)]
+    stages = (*settings["recipe"], *settings["alternatives"])
+    own = not settings[side] or quantising.trains(settings, stages, names)
+    into[key] = quantisation.shapes(shapes, "" if own and not last else kind)
+  return made
 
 
 def _models(settings) -> dict[str, ModelConfig]:

@@ -10,7 +10,7 @@ import pytest
 
 from calm_jax.data import packing
 from calm_jax.data.states import StateStore, locked, spans
-from calm_jax.errors import InputError
+from calm_jax.errors import InputError, StorageError
 
 FIELDS = {"2/value": ("int8", 24), "2/scale": ("bfloat16", 3)}
 ROWS, LENGTH = 4, 16
@@ -208,7 +208,7 @@ def test_more_than_there_is_room_for(filled):
 def test_a_file_that_cannot_be_written(filled):
   (filled.folder / f"{filled._shard:05}.states.tmp").mkdir()
   filled.add(spans(*batch(99)), values(*batch(99)))
-  with pytest.raises(InputError, match="could not be written"):
+  with pytest.raises(StorageError, match="could not be written"):
     filled.flush()
 
 
