@@ -1,9 +1,14 @@
-"""Layouts of token rows, and small random models, for the tests."""
+"""Layouts of token rows, small random models and damage, for the tests."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +20,8 @@ from calm_jax.connections import Augmenting, Composition, Connection
 from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.rope import Rope
+
+ROOT = Path(__file__).parents[1]
 
 
 def rows(*rows_of_parts, length: int) -> Sequence:
@@ -149,3 +156,35 @@ def retype(spec: Composition, **changes) -> Composition:
       for n, a in spec.augmenting
     ),
   )
+
+
+def lives(driver: str, *arguments) -> list[dict]:
+  """What a driver, a file that runs processes and kills them, says of each."""
+  done = subprocess.run(
+    [sys.executable, driver, *map(str, arguments)],
+    env=os.environ
+    | {
+      "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+      "JAX_PLATFORMS": "cpu",
+    },
+    capture_output=True,
+    text=True,
+  )
+  print(done.stdout, done.stderr)
+  assert done.returncode == 0
+  return [json.loads(r) for r in done.stdout.splitlines() if r[:1] == "{"]
+
+
+def truncate(path: Path) -> None:
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+  """Changes one bit."""
+  content = bytearray(path.read_bytes())
+  content[len(content) // 3] ^= 1
+  path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+  path.write_bytes(b"")

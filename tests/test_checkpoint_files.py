@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 
+import helpers
 import jax
 import pytest
 from test_checkpoint import abstract, assert_bit_equal, raw, small_state
@@ -22,20 +23,6 @@ def saved(directory, steps=(1, 2)):
       )
 
 
-def truncate(path):
-  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def flip(path):
-  content = bytearray(path.read_bytes())
-  content[len(content) // 3] ^= 1
-  path.write_bytes(content)
-
-
-def empty(path):
-  path.write_bytes(b"")
-
-
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory):
   directory = tmp_path_factory.mktemp("two_steps")
@@ -43,7 +30,9 @@ def two_steps(tmp_path_factory):
   return directory
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, empty, os.remove])
+@pytest.mark.parametrize(
+  "damage", [helpers.truncate, helpers.flip, helpers.empty, os.remove]
+)
 def test_a_damaged_file_of_any_kind(damage, two_steps, tmp_path, capsys):
   names = [
     path.relative_to(two_steps)
@@ -80,7 +69,7 @@ def test_a_step_is_damaged_again(two_steps, tmp_path):
   directory = tmp_path / "run"
   shutil.copytree(two_steps, directory)
   for _ in range(2):
-    empty(directory / "2" / "meta" / "metadata")
+    helpers.empty(directory / "2" / "meta" / "metadata")
     with Checkpoints(directory, keep_last=3) as checkpoints:
       checkpoints.restore(abstract(small_state()))
       checkpoints.save(2, small_state(2), {"at": 2}, {})
@@ -93,7 +82,7 @@ def test_nothing_is_moved_while_nothing_is_good(two_steps, tmp_path):
   directory = tmp_path / "run"
   shutil.copytree(two_steps, directory)
   for step in "12":
-    empty(directory / step / "meta" / "metadata")
+    helpers.empty(directory / step / "meta" / "metadata")
   for reads in (Checkpoints, checkpoint.restore_trainable):
     with pytest.raises(StorageError, match="no good checkpoint") as error:
       reads(directory)
@@ -105,7 +94,7 @@ def test_nothing_is_moved_while_nothing_is_good(two_steps, tmp_path):
 def test_the_metrics_of_an_old_step_are_damaged(two_steps, tmp_path, capsys):
   directory = tmp_path / "run"
   shutil.copytree(two_steps, directory)
-  empty(directory / "1" / "metrics" / "metrics")
+  helpers.empty(directory / "1" / "metrics" / "metrics")
   with Checkpoints(directory, keep_best=1) as checkpoints:
     assert checkpoints.steps() == [2] and checkpoints.best() == 2
   assert "1/metrics/metrics has 0 bytes" in capsys.readouterr().err
@@ -114,7 +103,7 @@ def test_the_metrics_of_an_old_step_are_damaged(two_steps, tmp_path, capsys):
 def test_reading_falls_back_and_moves_nothing(two_steps, tmp_path, capsys):
   directory = tmp_path / "run"
   shutil.copytree(two_steps, directory)
-  empty(directory / "2" / "meta" / "metadata")
+  helpers.empty(directory / "2" / "meta" / "metadata")
   trainable, _ = checkpoint.restore_trainable(directory)
   assert_bit_equal(trainable, jax.tree.map(raw, small_state(1)["trainable"]))
   assert "step 1 is used" in capsys.readouterr().err

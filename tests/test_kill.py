@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import helpers
 import kill_driver
 import numpy as np
 
 from calm_jax import checkpoint, tree
 from calm_jax.metrics import read_metrics
 
-ROOT = Path(__file__).parents[1]
-
 
 def test_kill_9_at_random_moments(tmp_path):
   programs = tmp_path / "programs"
   want = kill_driver.run(tmp_path / "whole", programs)
   killed = tmp_path / "killed"
-  driver = subprocess.run(
-    [sys.executable, kill_driver.__file__, killed, programs, "0"],
-    env=os.environ
-    | {
-      "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-      "JAX_PLATFORMS": "cpu",
-    },
-    capture_output=True,
-    text=True,
-  )
-  print(driver.stdout, driver.stderr)
-  assert driver.returncode == 0
-  lives = [json.loads(r) for r in driver.stdout.splitlines() if r[:1] == "{"]
+  lives = helpers.lives(kill_driver.__file__, killed, programs, 0)
   *kills, last = lives
   # What is tested below is worth nothing unless the kills hit.
   assert len(kills) == kill_driver.KILLS

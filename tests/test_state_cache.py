@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import cached_runs
@@ -29,8 +25,6 @@ from calm_jax import (
 from calm_jax.connections import Augmenting, Composition, Connection
 from calm_jax.data.arithmetic import ArithmeticSource
 from calm_jax.errors import InputError
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -208,19 +202,7 @@ def test_float32_gives_the_same_theta_after_kill_9_too(
 ):
   source = cached_runs.source()
   assert cached_runs.STEPS * source.batch_size > 2 * source.num_rows
-  driver = subprocess.run(
-    [sys.executable, cached_runs.__file__, tmp_path, cached_programs, "3", "9"],
-    env=os.environ
-    | {
-      "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-      "JAX_PLATFORMS": "cpu",
-    },
-    capture_output=True,
-    text=True,
-  )
-  print(driver.stdout, driver.stderr)
-  assert driver.returncode == 0
-  lives = [json.loads(r) for r in driver.stdout.splitlines() if r[:1] == "{"]
+  lives = helpers.lives(cached_runs.__file__, tmp_path, cached_programs, 3, 9)
   # Killed while states were written, which the next one went on with.
   assert [life["exit"] for life in lives] == [-9, -9, 0]
   assert all(life["after"] > life["before"] for life in lives)

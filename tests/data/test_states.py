@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import threading
 
+import helpers
 import numpy as np
 import pytest
 
@@ -147,22 +148,10 @@ def test_what_a_killed_process_left_is_ignored_and_swept(filled):
   assert_reads(open_store(filled.folder), range(10))
 
 
-def truncate(path):
-  path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip(path):
-  data = bytearray(path.read_bytes())
-  data[len(data) // 2] ^= 4
-  path.write_bytes(data)
-
-
-def empty(path):
-  path.write_bytes(b"")
-
-
 @pytest.mark.parametrize("kind", ["states", "index"])
-@pytest.mark.parametrize("damage", [truncate, flip, empty])
+@pytest.mark.parametrize(
+  "damage", [helpers.truncate, helpers.flip, helpers.empty]
+)
 def test_a_damaged_file_is_named(filled, kind, damage):
   path = filled.folder / f"00002.{kind}"
   damage(path)
