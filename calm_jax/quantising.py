@@ -28,14 +28,26 @@ def load(
     shardings: see `opening.load_model`.
   """
   source = folders.locate(settings[side])
-  kind = settings["quantise"][side]
-  config = loading.load_config(source.folder)
-  names = [f"{part}/{n}" for n in tree.flatten(decoder.param_shapes(config))]
-  changed = side == "augmenting" and settings["random_augmenting"]
-  stages = (*settings["recipe"], *settings["alternatives"])
-  if changed or trains(settings, stages, names):
-    kind = ""
+  shapes = decoder.param_shapes(loading.load_config(source.folder))
+  kind = from_the_start(settings, side, part, shapes)
   return opening.from_source(source, settings["dtype"], shardings, kind)
+
+
+def from_the_start(
+  settings: dict[str, Any], side: str, part: str, shapes: dict
+) -> str:
+  """What a model is quantised to all through the run; "" if it is so later.
+
+  Args:
+    settings, side, part: as for `load`.
+    shapes: of the model.
+  """
+  names = [f"{part}/{n}" for n in tree.flatten(shapes)]
+  stages = (*settings["recipe"], *settings["alternatives"])
+  changed = side == "augmenting" and settings["random_augmenting"]
+  if changed or not settings[side] or _trains(settings, stages, names):
+    return ""
+  return settings["quantise"][side]
 
 
 def check(settings: dict[str, Any], params: dict, ends: Iterable[str]) -> None:
@@ -49,7 +61,7 @@ def check(settings: dict[str, Any], params: dict, ends: Iterable[str]) -> None:
     quantisation.check(kind)
   for part, kind in kinds.items():
     names = [n for n in tree.flatten(params) if n.startswith(f"{part}/")]
-    if kind and (name := trains(settings, ends, names)):
+    if kind and (name := _trains(settings, ends, names)):
       raise InputError(
         f"config.quantise wants the {part} in {kind}, but the stage {name!r} "
         "trains it: only frozen models are quantised"
@@ -94,7 +106,7 @@ def _kinds(settings: dict[str, Any]) -> dict[str, str]:
   return {"anchor": kinds["anchor"], augmenting: kinds["augmenting"]}
 
 
-def trains(
+def _trains(
   settings: dict[str, Any], stages: Iterable[str], names: list[str]
 ) -> str | None:
   """The first of the stages that trains one of these leaves."""

@@ -101,20 +101,20 @@ def job(settings: dict[str, Any], stage: str = "") -> Job:
 def _quantised(models: dict, settings: dict[str, Any], stage: str) -> dict:
   """The frozen models in the bits that they have in a stage."""
   name = settings["augmenting_name"]
-  made = {"augmenting": {}}
   last = stage in (settings["recipe"][-1], *settings["alternatives"])
-  for side, part, shapes, into, key in (
-    ("anchor", "anchor", models["anchor"], made, "anchor"),
-    ("augmenting", f"augmenting/{name}", models["augmenting"][name],
-     made["augmenting"], name),
-  ):  # fmt: skip
+
+  def one(side, part, shapes):
     kind = settings["quantise"][side]
     quantisation.check(kind)
-    names = [f"{part}/{leaf}" for leaf in tree.flatten(shapes)]
-    stages = (*settings["recipe"], *settings["alternatives"])
-    own = not settings[side] or quantising.trains(settings, stages, names)
-    into[key] = quantisation.shapes(shapes, "" if own and not last else kind)
-  return made
+    if not last:
+      kind = quantising.from_the_start(settings, side, part, shapes)
+    return quantisation.shapes(shapes, kind)
+
+  small = models["augmenting"][name]
+  return {
+    "anchor": one("anchor", "anchor", models["anchor"]),
+    "augmenting": {name: one("augmenting", f"augmenting/{name}", small)},
+  }
 
 
 def _models(settings) -> dict[str, ModelConfig]:
