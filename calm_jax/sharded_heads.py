@@ -25,8 +25,7 @@ def attend(
   q_BNLH: Array,
   k_BKSH: Array,
   v_BKSH: Array,
-  q_segments_BL: Array,
-  k_segments_BS: Array,
+  *others: Array,
 ) -> Array:
   """function(kernel, the arrays): each device its rows, heads and queries.
 
@@ -38,12 +37,12 @@ def attend(
     spec: how the queries are cut, along their first three axes.
     function: gives [B, N, L, H], as the queries are.
     kernel: a `SplashAttentionKernel` of all queries, made for as many pieces
-      as `spec` cuts them into.
+      as `spec` cuts them into; None for one that reads a mask.
     q_BNLH: queries.
     k_BKSH: keys.
     v_BKSH: values.
-    q_segments_BL: segments of the queries.
-    k_segments_BS: segments of the keys.
+    *others: segments of the queries [B, L] and of the keys [B, S]; without a
+      kernel a mask [B, 1, L, S].
   """
   rows, heads, tokens, _ = spec
   names = (heads,) if isinstance(heads, str) else heads or ()
@@ -54,14 +53,16 @@ def attend(
     times = (N if N % needed else needed) // K
     k_BKSH, v_BKSH = (jnp.repeat(x, times, axis=1) for x in (k_BKSH, v_BKSH))
   keys = PartitionSpec(rows, heads)
-  cut = NamedSharding(mesh, PartitionSpec(None, tokens))
+  if kernel is None:
+    of_kernel, of_others = None, (PartitionSpec(rows, None, tokens),)
+  else:
+    cut = NamedSharding(mesh, PartitionSpec(None, tokens))
+    of_kernel = kernel.manual_sharding_spec(cut)
+    of_others = PartitionSpec(rows, tokens), PartitionSpec(rows)
   return jax.shard_map(
     function,
     mesh=mesh,
-    in_specs=(
-      kernel.manual_sharding_spec(cut), spec, keys, keys,
-      PartitionSpec(rows, tokens), PartitionSpec(rows),
-    ),
+    in_specs=(of_kernel, spec, keys, keys, *of_others),
     out_specs=spec,
     check_vma=False,
-  )(kernel, q_BNLH, k_BKSH, v_BKSH, q_segments_BL, k_segments_BS)  # fmt: skip
+  )(kernel, q_BNLH, k_BKSH, v_BKSH, *others)

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import cached_runs
 import helpers
@@ -240,7 +241,10 @@ def load(folder: Path, axes: dict) -> None:
 
 
 def kernel(folder: Path, axes: dict) -> None:
-  """TPU's kernel, shared by devices: one key head for two that share heads."""
+  """Kernels shared by devices: one key head for two that share heads.
+
+  TPU's is interpreted, and for cuDNN's stands JAX's plain path.
+  """
   layout = layout_of(axes)
   random = np.random.default_rng(0)
   q, weights = (random.standard_normal((2, 200, 4, 8)) for _ in range(2))
@@ -253,8 +257,11 @@ def kernel(folder: Path, axes: dict) -> None:
       *qkv, attention.Segments(ids, ids, None), place=layout.at("anchor/")
     )
 
-  def plain(*qkv):
-    return attention.dot_product_attention(*qkv, mask)
+  def plain(*qkv, **how):
+    return attention.dot_product_attention(*qkv, mask, **how)
+
+  def cudnn(*qkv):
+    return plain(*qkv, kernel="cudnn", place=layout.at("anchor/"))
 
   def run(function):
     loss = jax.jit(
@@ -262,14 +269,21 @@ def kernel(folder: Path, axes: dict) -> None:
     )
     return loss(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
 
-  make = splash_attention.make_splash_mha
-  splash_attention.make_splash_mha = functools.partial(make, interpret=True)
-  try:
-    found = run(splash)
-  finally:
-    splash_attention.make_splash_mha = make
-  for ours, theirs in zip(found, run(plain), strict=True):
-    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+  def stand_in(*qkv, implementation, **how):
+    assert implementation == "cudnn"
+    return by_jax(*qkv, implementation="xla", **how)
+
+  make, by_jax = splash_attention.make_splash_mha, jax.nn.dot_product_attention
+  interpreted = functools.partial(make, interpret=True)
+  with (
+    mock.patch.object(splash_attention, "make_splash_mha", interpreted),
+    mock.patch.object(jax.nn, "dot_product_attention", stand_in),
+  ):
+    found = run(splash), run(cudnn)
+  expected = run(plain)
+  for kernel in found:
+    for ours, theirs in zip(kernel, expected, strict=True):
+      np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 def command(folder: Path, axes: dict) -> None:

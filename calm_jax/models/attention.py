@@ -21,6 +21,9 @@ _HALVES = ("bfloat16", "float16")
 # What the TPU's kernel reads at a time: multiples of its 128 lanes.
 _LANES = 128
 _BLOCKS = (512, 256, _LANES)
+# What cuDNN reads at a time. Its gradient takes no odd length with a mask, and
+# may be NaN where it has to fill up a tile itself (pytorch issue 196678).
+_TILE = 128
 
 
 class Segments(NamedTuple):
@@ -74,9 +77,17 @@ def _why_not(kernel: str, device: jax.Device, config: ModelConfig) -> str:
     return f"takes {' or '.join(_HALVES)}, not {config.dtype}"
   if config.attention_cap is not None:
     return "has no soft cap of scores, and this model has one"
-  widest = 256 if float(device.compute_capability) >= 9 else 128
+  # "9.0"; of other makers' GPUs a name.
+  generation = str(device.compute_capability).split(".")[0]
+  if not generation.isdigit() or int(generation) < 8:
+    return (
+      "runs on NVIDIA GPUs of compute capability 8.0 or more, not on "
+      f"{device.compute_capability}"
+    )
+  # Of the gradient: forward, later generations take wider ones too.
+  widest = 256 if generation == "9" else 128
   if config.head_dim > widest or config.head_dim % 8:
-    return f"takes heads of 8, 16, .. {widest}, not of {config.head_dim}"
+    return f"takes heads of 8, 16, .. {widest} there, not of {config.head_dim}"
   return ""
 
 
@@ -174,19 +185,38 @@ def dot_product_attention(
   scale: float | None = None,
   cap: float | None = None,
   kernel: str = "xla",
+  place: Any = None,
 ) -> Array:
   """Softmax attention, [B, L, N, H]; each key head serves N / K queries.
 
   Scores are multiplied by `scale`, H^-1/2 if None, and with a cap they become
-  cap tanh(scores / cap). `kernel` is "xla" or "cudnn".
+  cap tanh(scores / cap). `kernel` is "xla" or, without a cap, "cudnn"; `place`
+  is the model's, see `ModelConfig.place`.
   """
   if kernel == "cudnn":
-    return jax.nn.dot_product_attention(
-      q_BLNH, k_BSKH, v_BSKH, mask=mask_B1LS, scale=scale,
-      implementation="cudnn",
-    )  # fmt: skip
+    rows = functools.partial(_cudnn, scale)
+    arrays = *(x.swapaxes(1, 2) for x in (q_BLNH, k_BSKH, v_BSKH)), mask_B1LS
+    if place is None:
+      return rows(None, *arrays).swapaxes(1, 2)
+    return place.attention(rows, None, *arrays).swapaxes(1, 2)
   k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
   return attend(q_BLNH, [(k_BKSH, v_BKSH, mask_B1LS)], scale, cap)
+
+
+def _cudnn(scale, _, q_BNLH, k_BKSH, v_BKSH, mask_B1LS):
+  arrays = [x.swapaxes(1, 2) for x in (q_BNLH, k_BKSH, v_BKSH)]
+  L, S = mask_B1LS.shape[2:]
+  none, more_L, more_S = (0, 0), (0, -L % _TILE), (0, -S % _TILE)
+  mask_B1LS = jnp.pad(mask_B1LS, (none, none, none, more_S))
+  # What is added sees all: an empty row is where softmaxes go wrong.
+  mask_B1LS = jnp.pad(
+    mask_B1LS, (none, none, more_L, none), constant_values=True
+  )
+  out_BLNH = jax.nn.dot_product_attention(
+    *(_padded(x, _TILE) for x in arrays), mask=mask_B1LS, scale=scale,
+    implementation="cudnn",
+  )  # fmt: skip
+  return out_BLNH[:, :L].swapaxes(1, 2)
 
 
 def attend(

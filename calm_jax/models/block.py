@@ -139,7 +139,7 @@ class Attention(nn.Module):
       out_BLNH = _segmented(c, q_BLNH, k_BSKH, v_BSKH, context.segments, layer)
     elif cache is None:
       out_BLNH = dot_product_attention(
-        q_BLNH, k_BSKH, v_BSKH, mask, *how, c.attention
+        q_BLNH, k_BSKH, v_BSKH, mask, *how, c.attention, c.place
       )
     else:
       # A cache may be of this layer alone; see `decoder.unstack`.

@@ -1,4 +1,8 @@
-"""TPU's kernel, interpreted here, against the plain path."""
+"""Kernels against the plain path: TPU's, interpreted here, and cuDNN's.
+
+cuDNN runs nowhere here. What is asked of it is computed by JAX's plain path;
+and programs are lowered for CUDA, which is when JAX checks their shapes.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from calm_jax import composition
@@ -24,6 +29,40 @@ def interpreted(monkeypatch):
   """The kernel as CPUs run it."""
   make = functools.partial(splash_attention.make_splash_mha, interpret=True)
   monkeypatch.setattr(splash_attention, "make_splash_mha", make)
+
+
+@pytest.fixture
+def plain_cudnn(monkeypatch):
+  """JAX's plain path wherever cuDNN is asked; empty rows are NaN."""
+  plain = jax.nn.dot_product_attention
+
+  def stand_in(q_BLNH, k_BSKH, v_BSKH, *, mask, scale, implementation):
+    assert implementation == "cudnn"
+    assert mask.shape[2] % 128 == mask.shape[3] % 128 == 0
+    out_BLNH = plain(
+      q_BLNH, k_BSKH, v_BSKH, mask=mask, scale=scale, implementation="xla"
+    )
+    sees_BLN1 = mask.any(-1).swapaxes(1, 2)[..., None]
+    return jnp.where(sees_BLN1, out_BLNH, jnp.nan)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+  """What JAX asks of the machine for cuDNN, answered as by an H100."""
+  monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91100)
+  monkeypatch.setattr(
+    cudnn, "check_compute_capability", lambda least: float(least) <= 9
+  )
+  monkeypatch.setattr(
+    cudnn, "is_cuda_compute_capability_equal", lambda one: one == "9.0"
+  )
+
+
+def for_cuda(function, *args) -> str:
+  traced = jax.jit(function).trace(*args)
+  return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def inputs(heads: int, keys: int, width: int):
@@ -64,12 +103,74 @@ def test_splash_is_the_plain_path(heads, keys, width, window, cap, scale):
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-def composed(attention_kernel: str):
+@pytest.mark.parametrize(
+  ("length", "heads", "keys"), [(1, 3, 1), (127, 4, 2), (200, 2, 2)]
+)
+def test_cudnn_of_any_length_is_the_plain_path(
+  length, heads, keys, plain_cudnn
+):
+  (q, k, v, weights), segments = inputs(heads, keys, 8)
+  q, k, v, weights = (x[:, :length] for x in (q, k, v, weights))
+  segments = segments[:, :length]
+  mask = decoder.self_attention_mask(segments, segments)
+  mask = window_mask(mask, 33)[:, None]
+
+  def run(kernel):
+    def loss(q, k, v):
+      out = attention.dot_product_attention(q, k, v, mask, 0.3, kernel=kernel)
+      return (out * weights).sum(), out
+
+    step = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
+    (_, out), grads = jax.jit(step)(q, k, v)
+    return out, *grads
+
+  for ours, theirs in zip(run("cudnn"), run("xla"), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  ("dtype", "length", "heads", "keys", "width"),
+  [
+    ("bfloat16", 1, 3, 1, 64), ("bfloat16", 129, 4, 2, 256),
+    ("float16", 256, 2, 2, 72),
+  ],
+)  # fmt: skip
+def test_jax_lets_cudnn_have_any_length(
+  dtype, length, heads, keys, width, hopper
+):
+  """Odd lengths too, of which without padding it refuses the gradient."""
+  q = jnp.zeros((2, length, heads, width), dtype)
+  k = jnp.zeros((2, length, keys, width), dtype)
+  mask = jnp.ones((2, 1, length, length), bool)
+
+  def out(q, k, v):
+    return attention.dot_product_attention(q, k, v, mask, kernel="cudnn")
+
+  def loss(*qkv):
+    return out(*qkv).astype(jnp.float32).sum()
+
+  whole = -(-length // 128) * 128
+  text = for_cuda(out, q, k, k)
+  assert text.count("@__cudnn$fmhaScaleBiasSoftmax(") == 1
+  assert f"tensor<2x{whole}x{keys}x{width}x" in text
+  text = for_cuda(jax.grad(loss, (0, 1, 2)), q, k, k)
+  assert text.count("@__cudnn$fmhaScaleBiasSoftmax(") == 1
+  assert text.count("@__cudnn$fmhaScaleBiasSoftmaxBackward(") == 1
+  if length % 2:
+    with pytest.raises(NotImplementedError, match="sequence length"):
+      jax.grad(
+        lambda q: jax.nn.dot_product_attention(
+          q, k, k, mask=mask, implementation="cudnn"
+        ).astype(jnp.float32).sum()
+      )(q)  # fmt: skip
+
+
+def composed(attention_kernel: str, at=4, cap: float | None = 3.0, **changes):
   """A composition whose anchor has windows on all layers but one."""
-  spec, params = helpers.compose(connections=((2, 4),), positions="rope")
-  spec = helpers.retype(spec, attention=attention_kernel)
+  spec, params = helpers.compose(connections=((2, at),), positions="rope")
+  spec = helpers.retype(spec, attention=attention_kernel, **changes)
   anchor = dataclasses.replace(
-    spec.anchor, window=40, full_layers=(1,), attention_cap=3.0
+    spec.anchor, window=40, full_layers=(1,), attention_cap=cap
   )
   spec = dataclasses.replace(spec, anchor=anchor)
   segments = np.repeat([[1, 2, 0], [1, 1, 2]], [50, 70, 13], 1)
@@ -109,21 +210,36 @@ def test_splash_needs_no_mask_and_no_scores():
   assert not largest("splash")
 
 
+def test_a_composition_by_cudnn_keeps_no_scores_of_its_models(hopper):
+  def has(kernel, *shapes):
+    loss, theta = composed(kernel, at=2, cap=None, dtype="bfloat16")
+    text = for_cuda(jax.grad(loss), theta)
+    called = "@__cudnn$fmhaScaleBiasSoftmaxBackward(" in text
+    return called, *(f"tensor<{shape}x" in text for shape in shapes)
+
+  # Of the anchor, and of m_A, whose heads are grouped.
+  scores = "2x2x266x133", "2x1x399x133"
+  assert has("xla", *scores) == (False, True, True)
+  assert has("cudnn", *scores) == (True, False, False)
+
+
 def test_what_is_chosen():
   model = helpers.model(1, dtype="bfloat16")[0]
   single = dataclasses.replace(model, dtype="float32")
   capped = dataclasses.replace(model, attention_cap=50.0)
   wide = dataclasses.replace(model, head_dim=256)
   cpu, tpu = (types.SimpleNamespace(platform=p) for p in ("cpu", "tpu"))
-  old, new = (
+  older, old, new, newer, newest, amd = (
     types.SimpleNamespace(platform="gpu", compute_capability=c)
-    for c in ("8.0", "9.0")
+    for c in ("7.5", "8.9", "9.0", "10.3", "12.0", "gfx942")
   )
   assert attention.choose("auto", cpu, model) == "xla"
   assert attention.choose("auto", tpu, single) == "splash"
   for device, config, kernel in (
     (old, model, "cudnn"), (old, single, "xla"), (old, capped, "xla"),
-    (old, wide, "xla"), (new, wide, "cudnn"),
+    (old, wide, "xla"), (new, wide, "cudnn"), (newer, wide, "xla"),
+    (newer, model, "cudnn"), (newest, wide, "xla"), (newest, model, "cudnn"),
+    (older, model, "xla"), (amd, model, "xla"),
   ):  # fmt: skip
     assert attention.choose("auto", device, config) == kernel
   for asked, device, config, reason in (
@@ -132,6 +248,9 @@ def test_what_is_chosen():
     ("cudnn", new, single, "not float32"),
     ("cudnn", new, capped, "soft cap"),
     ("cudnn", old, wide, "not of 256"),
+    ("cudnn", newer, wide, "128 there, not of 256"),
+    ("cudnn", older, model, "8.0 or more, not on 7.5"),
+    ("cudnn", amd, model, "not on gfx942"),
     ("flash", cpu, model, "none of"),
   ):
     with pytest.raises(InputError, match=reason):
