@@ -26,6 +26,7 @@ from calm_jax.data.states import StateStore, locked, spans
 from calm_jax.errors import InputError, StorageError
 from calm_jax.metrics import Progress
 from calm_jax.sharding import Layout
+from calm_jax.watchdog import Watchdog
 
 Array = jax.Array
 
@@ -149,6 +150,7 @@ def cached(
   directory: Path,
   frozen: Mapping[str, Mapping[str, str]],
   layout: Layout | None,
+  watchdog: float = 0,
 ) -> CachedSource:
   """Computes the states that are not on disk yet, and reads the others.
 
@@ -163,6 +165,7 @@ def cached(
     directory: of the stage.
     frozen: "frozen" of `identity.describe`.
     layout: of all arrays.
+    watchdog: seconds after which a batch counts as hung; 0 for never.
 
   Raises:
     InputError: the stage cannot have a cache, an augmenting model is trained,
@@ -193,7 +196,7 @@ def cached(
       )
       _fill(
         model, joined, params["augmenting"][model], batches, stores[model],
-        stage, layout,
+        stage, layout, watchdog,
       )  # fmt: skip
       _together("close")
   return CachedSource(source, stores)
@@ -224,7 +227,9 @@ def _sequence(batch: Mapping[str, np.ndarray], name: str) -> dict:
   return {field: batch[part + field] for field in composition.Sequence._fields}
 
 
-def _fill(model, joined, params, batches, store, stage, layout) -> None:
+def _fill(
+  model, joined, params, batches, store, stage, layout, watchdog
+) -> None:
   """Adds the states of all examples that the store lacks."""
   missing: list[int] = []
   new: dict[bytes, int] = {}
@@ -256,10 +261,14 @@ def _fill(model, joined, params, batches, store, stage, layout) -> None:
       for part, x in encode(stage.cache_states, h_BME).items()
     }
 
-  with Progress(
-    len(missing), 0, f"states of {model}", active=jax.process_index() == 0
-  ) as progress:
+  with (
+    Progress(
+      len(missing), 0, f"states of {model}", active=jax.process_index() == 0
+    ) as progress,
+    Watchdog(watchdog) as watch,
+  ):
     for count, index in enumerate(missing, start=1):
+      watch.expect(f"states of {model}, batch {count}", compiles=count == 1)
       sequence = _sequence(_read(batches, index), model)
       values = processes.fetch(run(params, _placed(sequence, layout)))
       store.add(spans(*sequence.values()), values)

@@ -117,7 +117,8 @@ def run_stage(
     seed: of the run.
     layout: of all arrays, on several devices; all processes call this together
       and the first one writes.
-    watchdog: seconds after which a step counts as hung; 0 for never.
+    watchdog: seconds after which a step, or a batch of the pass over the
+      states, counts as hung; 0 for never.
 
   Returns:
     (the whole tree with the trained leaves, seconds of training).
@@ -166,8 +167,9 @@ def run_stage(
   tx, rate = optimizer(stage, mask)
   if stage.cache_states:
     source = state_cache.cached(
-      name, stage, spec, params, source, directory, meta["frozen"], layout
-    )
+      name, stage, spec, params, source, directory, meta["frozen"], layout,
+      watchdog,
+    )  # fmt: skip
   state = _fresh(tx, trainable, frozen, seed, layout)
   with checkpoint.Checkpoints(
     checkpoints_dir,

@@ -82,7 +82,6 @@ class Text:
         "a hub id"
       )
     self.task, self.workdir = task, workdir
-    self.anchor = loaded.get("anchor")
     # A model that is trained from scratch reads the other one's tokens.
     self.tokenizer = next(iter(loaded.values())).text()
     if "anchor" in loaded:
@@ -102,7 +101,9 @@ class Text:
         "configs/compose.py, --config.eval_data= a jsonl or txt file"
       )
     sampled = task.num_samples and ANCHOR_DOMAIN not in self.held_out
-    if sampled and self.anchor is None:
+    # As it was loaded, which a stage may change: held for no other end.
+    self._sampled = loaded.get("anchor") if sampled else None
+    if sampled and self._sampled is None:
       raise InputError(
         "an anchor that is trained here cannot be sampled before: give "
         f"held_out.{ANCHOR_DOMAIN} a path, or num_samples=0"
@@ -230,8 +231,11 @@ class Text:
     return results
 
   def _scores(self, models, prefix: str) -> dict[str, Any]:
-    if self.task.num_samples and ANCHOR_DOMAIN not in self.held_out:
-      self.held_out[ANCHOR_DOMAIN] = self._sample()
+    if self._sampled is not None:
+      watch = next(iter(models.values())).watch
+      anchor = dataclasses.replace(self._sampled, watch=watch)
+      self.held_out[ANCHOR_DOMAIN] = self._sample(anchor)
+      self._sampled = None
     table: dict = {"perplexity": {}, "bits_per_byte": {}}
     if any(model.tokenizers for model in models.values()):
       del table["perplexity"]
@@ -248,9 +252,9 @@ class Text:
         )
     return table
 
-  def _sample(self) -> list[TextExample]:
+  def _sample(self, anchor: LanguageModel) -> list[TextExample]:
     task = self.task
-    texts = self.anchor.generate(
+    texts = anchor.generate(
       [""] * task.num_samples,
       task.sample_tokens,
       temperature=1.0,
@@ -279,6 +283,7 @@ class Text:
     )
     sums: dict[str, np.ndarray] = {}
     for i in range(len(source)):
+      model.watch.expect(f"batch {i} of held-out text", compiles=i == 0)
       nats_B, tokens_B = processes.fetch(
         score(model.tree, model.spec, source[i])
       )
@@ -286,6 +291,7 @@ class Text:
       for origins, *both in rows:
         for origin in origins:  # one, or none in a row of padding
           sums[origin] = sums.get(origin, np.zeros(2)) + np.array(both)
+    model.watch.rest()
     return [
       (*map(float, sums[e.origin]), _spelled_bytes(model.text(), e))
       for e in examples

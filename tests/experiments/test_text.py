@@ -110,7 +110,13 @@ def test_perplexity_equals_numpy(tmp_path, model):
 
 def test_the_anchors_domain_is_sampled_from_it(tmp_path, model):
   experiment = make(tmp_path, model, num_samples=4)
+
+  def held():
+    return any(value is model for value in vars(experiment).values())
+
+  assert held()
   result = experiment.evaluate({"anchor": model}, {})
+  assert not held()  # A run that trains it has another one.
   assert result["perplexity"].keys() == {"domain", "anchor_domain"}
   texts = [e.completion for e in experiment.held_out["anchor_domain"]]
   assert len(set(texts)) > 1
