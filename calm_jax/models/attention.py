@@ -191,7 +191,8 @@ def dot_product_attention(
 
   Scores are multiplied by `scale`, H^-1/2 if None, and with a cap they become
   cap tanh(scores / cap). `kernel` is "xla" or, without a cap, "cudnn"; `place`
-  is the model's, see `ModelConfig.place`.
+  is the model's, see `ModelConfig.place`. What a query gets that sees no key is
+  finite, and otherwise up to the kernel.
   """
   if kernel == "cudnn":
     rows = functools.partial(_cudnn, scale)
@@ -207,11 +208,10 @@ def _cudnn(scale, _, q_BNLH, k_BKSH, v_BKSH, mask_B1LS):
   arrays = [x.swapaxes(1, 2) for x in (q_BNLH, k_BKSH, v_BKSH)]
   L, S = mask_B1LS.shape[2:]
   none, more_L, more_S = (0, 0), (0, -L % _TILE), (0, -S % _TILE)
-  mask_B1LS = jnp.pad(mask_B1LS, (none, none, none, more_S))
-  # What is added sees all: an empty row is where softmaxes go wrong.
-  mask_B1LS = jnp.pad(
-    mask_B1LS, (none, none, more_L, none), constant_values=True
-  )
+  mask_B1LS = jnp.pad(mask_B1LS, (none, none, more_L, more_S))
+  # A row that sees nothing, as those that are added, sees all: in a softmax of
+  # nothing NaNs arise, which would reach the gradients of other rows.
+  mask_B1LS |= ~mask_B1LS.any(axis=-1, keepdims=True)
   out_BLNH = jax.nn.dot_product_attention(
     *(_padded(x, _TILE) for x in arrays), mask=mask_B1LS, scale=scale,
     implementation="cudnn",
