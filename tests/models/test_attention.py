@@ -103,15 +103,11 @@ def test_splash_is_the_plain_path(heads, keys, width, window, cap, scale):
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-  ("length", "heads", "keys"), [(1, 3, 1), (127, 4, 2), (200, 2, 2)]
-)
-def test_cudnn_of_any_length_is_the_plain_path(
-  length, heads, keys, plain_cudnn
-):
-  (q, k, v, weights), segments = inputs(heads, keys, 8)
-  q, k, v, weights = (x[:, :length] for x in (q, k, v, weights))
-  segments = segments[:, :length]
+def both(length: int, heads: int, keys: int, width: int, dtype: str):
+  """What "cudnn" and the plain path make of packed rows and a window."""
+  (q, k, v, weights), segments = inputs(heads, keys, width)
+  q, k, v = (x[:, :length].astype(dtype) for x in (q, k, v))
+  weights, segments = weights[:, :length], segments[:, :length]
   mask = decoder.self_attention_mask(segments, segments)
   mask = window_mask(mask, 33)[:, None]
   if length > 1:  # A query that sees nothing disturbs no other.
@@ -126,10 +122,32 @@ def test_cudnn_of_any_length_is_the_plain_path(
 
     step = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
     (_, out), grads = jax.jit(step)(q, k, v)
-    return out, *grads
+    return [np.asarray(x, np.float32) for x in (out, *grads)]
 
-  for ours, theirs in zip(run("cudnn"), run("xla"), strict=True):
+  return zip(run("cudnn"), run("xla"), strict=True)
+
+
+LENGTHS = pytest.mark.parametrize(
+  ("length", "heads", "keys"), [(1, 3, 1), (127, 4, 2), (200, 2, 2)]
+)
+
+
+@LENGTHS
+def test_cudnn_of_any_length_is_the_plain_path(
+  length, heads, keys, plain_cudnn
+):
+  for ours, theirs in both(length, heads, keys, 8, "float32"):
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@LENGTHS
+def test_cudnn_itself_is_the_plain_path(length, heads, keys):
+  device = jax.devices()[0]
+  model = helpers.model(1, dtype="bfloat16", head_dim=64)[0]
+  if attention.choose("auto", device, model) != "cudnn":
+    pytest.skip(f"cuDNN's attention does not run on {device.device_kind}")
+  for ours, theirs in both(length, heads, keys, 64, "bfloat16"):
+    np.testing.assert_allclose(ours, theirs, atol=0.03 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize(
