@@ -118,7 +118,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
   models = {"composed": final}
   if settings["kind"] == "composed" and not settings["trial"]:
     models |= fitted.alone  # The same for all.
-  results = train.evaluate(fitted, models, last, settings)
+  results = fitted.experiment.evaluate(models, settings["stages"][last]["data"])
   losses = [
     line["eval_loss"]
     for line in read_metrics(fitted.folder / last)

@@ -35,15 +35,6 @@ def generate(
   def text(i, new):
     return tokenizer.decode_continuation(ids[i], new)
 
-  def expect():
-    # A batch of other lengths is another program.
-    model.watch.expect("the next tokens of a generation", compiles=True)
-
-  def finished(i, new):
-    expect()
-    return bool(stop) and _end(text(i, new), stop) >= 0
-
-  expect()
   out = decode.generate(
     model.tree,
     model.spec,
@@ -53,10 +44,9 @@ def generate(
     sampler=sampler,
     seeds=seeds,
     readers=model.readers(),
-    finished=finished,
+    finished=(lambda i, new: _end(text(i, new), stop) >= 0) if stop else None,
     batch_size=batch_size,
   )
-  model.watch.rest()
   texts = [text(i, new) for i, new in enumerate(out)]
   ends = [_end(t, stop) for t in texts]
   return [t if end < 0 else t[:end] for t, end in zip(texts, ends, strict=True)]

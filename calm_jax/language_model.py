@@ -21,7 +21,6 @@ from calm_jax.models import folders, loading, quantisation
 from calm_jax.sampling import Sampler
 from calm_jax.scoring import Score
 from calm_jax.tokenizer import Tokenizer
-from calm_jax.watchdog import Watchdog
 
 Array = jax.Array
 
@@ -46,7 +45,6 @@ class LanguageModel:
       anchor's.
     sources: the checkpoints that the models were loaded from, by part:
       "anchor" (a single model's too) and "augmenting/<name>".
-    watch: told of what is waited for in evaluations.
   """
 
   spec: Composition
@@ -55,9 +53,6 @@ class LanguageModel:
   origin: str = ""
   tokenizers: dict[str, Tokenizer] = dataclasses.field(default_factory=dict)
   sources: dict[str, folders.Source] = dataclasses.field(default_factory=dict)
-  watch: Watchdog = dataclasses.field(
-    default_factory=lambda: Watchdog(0), compare=False, repr=False
-  )
 
   @property
   def is_composed(self) -> bool:

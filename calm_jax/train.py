@@ -31,7 +31,6 @@ from calm_jax import (
 )
 from calm_jax.language_model import LanguageModel
 from calm_jax.models import folders, lora
-from calm_jax.watchdog import Watchdog
 
 
 def main(config: ConfigDict) -> dict[str, Any]:
@@ -48,10 +47,12 @@ def _main(settings: dict[str, Any]) -> dict[str, Any]:
   experiment, stages = fitted.experiment, settings["stages"]
   last, *others = fitted.models
   final = fitted.models[last]
-  results = evaluate(fitted, fitted.alone | {"composed": final}, last, settings)
+  results = experiment.evaluate(
+    fitted.alone | {"composed": final}, stages[last]["data"]
+  )
   results["other_runs"] = {
-    name: evaluate(
-      fitted, {"composed": fitted.models[name]}, name, settings, f"{name}/"
+    name: experiment.evaluate(
+      {"composed": fitted.models[name]}, stages[name]["data"], prefix=f"{name}/"
     )
     for name in others
   }
@@ -71,23 +72,6 @@ def _main(settings: dict[str, Any]) -> dict[str, Any]:
     report.print_results(fitted.folder)
   _keep(fitted, settings)
   return results
-
-
-def evaluate(
-  fitted: fitting.Fitted,
-  models: dict[str, LanguageModel],
-  stage: str,
-  settings: dict[str, Any],
-  prefix: str = "",
-) -> dict[str, Any]:
-  """See `Experiment.evaluate`; a hang ends the process."""
-  with Watchdog(settings["watchdog"]) as watch:
-    models = {
-      name: dataclasses.replace(model, watch=watch)
-      for name, model in models.items()
-    }
-    data = settings["stages"][stage]["data"]
-    return fitted.experiment.evaluate(models, data, prefix)
 
 
 def _flops(fitted: fitting.Fitted, stage: dict[str, Any]) -> dict[str, Any]:

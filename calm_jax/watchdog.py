@@ -25,25 +25,21 @@ class Watchdog:
     """Does nothing for 0 seconds."""
     self._seconds = seconds
     self._what, self._deadline = "", float("inf")
+    self._over = threading.Event()
+    self._thread = threading.Thread(target=self._watch, daemon=True)
 
   def expect(self, what: str, *, compiles: bool = False) -> None:
     """Starts to count the seconds for what comes next."""
     allowance = self._seconds * (_COMPILING if compiles else 1)
     self._what, self._deadline = what, time.monotonic() + allowance
 
-  def rest(self) -> None:
-    """Stops to count: what comes next may take any time."""
-    self._deadline = float("inf")
-
   def __enter__(self) -> Self:
     if self._seconds:
-      self._over = threading.Event()
-      threading.Thread(target=self._watch, daemon=True).start()
+      self._thread.start()
     return self
 
   def __exit__(self, *exc_info) -> None:
-    if self._seconds:
-      self._over.set()
+    self._over.set()
 
   def _watch(self) -> None:
     while not self._over.wait(min(1.0, self._seconds / 4)):

@@ -232,9 +232,7 @@ class Text:
 
   def _scores(self, models, prefix: str) -> dict[str, Any]:
     if self._sampled is not None:
-      watch = next(iter(models.values())).watch
-      anchor = dataclasses.replace(self._sampled, watch=watch)
-      self.held_out[ANCHOR_DOMAIN] = self._sample(anchor)
+      self.held_out[ANCHOR_DOMAIN] = self._sample(self._sampled)
       self._sampled = None
     table: dict = {"perplexity": {}, "bits_per_byte": {}}
     if any(model.tokenizers for model in models.values()):
@@ -283,7 +281,6 @@ class Text:
     )
     sums: dict[str, np.ndarray] = {}
     for i in range(len(source)):
-      model.watch.expect(f"batch {i} of held-out text", compiles=i == 0)
       nats_B, tokens_B = processes.fetch(
         score(model.tree, model.spec, source[i])
       )
@@ -291,7 +288,6 @@ class Text:
       for origins, *both in rows:
         for origin in origins:  # one, or none in a row of padding
           sums[origin] = sums.get(origin, np.zeros(2)) + np.array(both)
-    model.watch.rest()
     return [
       (*map(float, sums[e.origin]), _spelled_bytes(model.text(), e))
       for e in examples
