@@ -16,9 +16,9 @@ import json
 import sys
 
 from calm_jax import cli
-from calm_jax.artefact import load_any
 from calm_jax.data.sources import read_prompts
 from calm_jax.models import quantisation
+from calm_jax.opening import load_any
 
 
 def _arguments() -> argparse.Namespace:
