@@ -75,11 +75,20 @@ def load_any(
   path_or_hub_id: str | os.PathLike,
   dtype: str | None = None,
   quantise: str | None = None,
+  *,
+  shardings: Callable[[str], Callable] | None = None,
 ) -> LanguageModel:
   """`load_composed` or `load_model`, whichever the folder or id is for."""
   if artefact.describes_composition(path_or_hub_id):
-    return load_composed(path_or_hub_id, dtype=dtype, quantise=quantise)
-  return load_model(path_or_hub_id, dtype or "float32", quantise=quantise or "")
+    return load_composed(
+      path_or_hub_id, dtype=dtype, quantise=quantise, shardings=shardings
+    )
+  return load_model(
+    path_or_hub_id,
+    dtype or "float32",
+    quantise=quantise or "",
+    shardings=shardings and shardings("anchor"),
+  )
 
 
 def load_composed(
@@ -90,6 +99,7 @@ def load_composed(
   dtype: str | None = None,
   revision: str | None = None,
   quantise: str | None = None,
+  shardings: Callable[[str], Callable] | None = None,
 ) -> LanguageModel:
   """Loads what `LanguageModel.save` wrote, and the models that it joins.
 
@@ -102,6 +112,7 @@ def load_composed(
     revision: of the composition on the hub.
     quantise: the frozen models, to "int8" or "int4", or ("") not at all; as
       they were when the composition was saved if None.
+    shardings: from "anchor" or "augmenting/<name>" to what `load_model` takes.
 
   Raises:
     InputError: a folder without a composition, a frozen model that is not
@@ -114,7 +125,15 @@ def load_composed(
   config = artefact.read_config(folder)
   places = _places(config, anchor, augmenting)
   loaded = {
-    part: _load_part(folder, part, saved, places.get(part), dtype, quantise)
+    part: _load_part(
+      folder,
+      part,
+      saved,
+      places.get(part),
+      dtype,
+      quantise,
+      shardings and shardings(part),
+    )
     for part, saved in config["models"].items()
   }
   composed = joining.join_compositions(
@@ -157,6 +176,7 @@ def _load_part(
   place,
   dtype: str | None,
   quantise: str | None,
+  shardings: Callable | None,
 ) -> LanguageModel:
   kind, _, name = part.partition("/")
   option = f"{kind}={{{name!r}: FOLDER}}" if name else f"{kind}=FOLDER"
@@ -173,7 +193,7 @@ def _load_part(
   _check_hashes(part, saved, source.folder)
   if quantise is None:
     quantise = saved.get("quantise", "")  # Older compositions do not say.
-  model = from_source(source, dtype or saved["dtype"], quantise=quantise)
+  model = from_source(source, dtype or saved["dtype"], shardings, quantise)
   ours = model.tokenizer and model.tokenizer.fingerprint
   theirs = saved["tokenizer"] and saved["tokenizer"]["fingerprint"]
   if ours != theirs:
