@@ -223,13 +223,17 @@ def disk_full(runs: Runs, folder: Path, choose: Choose) -> Row:
   try:
     _moment(choose, life)
     ballast = folder / "ballast"
-    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-      while True:
-        file.write(bytes(4096))
+    _fill(ballast)
     # Some room, so that it is a save that fails, anywhere in its course.
     room = choose.randrange(0, 12) * 4096
     os.truncate(ballast, max(0, ballast.stat().st_size - room))
-    codes, seconds = life.wait()
+    began = time.monotonic()
+    for _ in range(20):
+      life.until(STEPS, timeout=0.1)
+      # An old checkpoint that goes would leave room for all that come.
+      _fill(ballast)
+    codes, _ = life.wait()
+    seconds = time.monotonic() - began
     assert "No space left" in life.said(), life.said()
     ballast.unlink()
     found = {"code": codes[0], "seconds": seconds}
@@ -237,6 +241,12 @@ def disk_full(runs: Runs, folder: Path, choose: Choose) -> Row:
   finally:
     life.end()
     subprocess.run(["umount", str(folder)], check=True)
+
+
+def _fill(ballast: Path) -> None:
+  with ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+    while True:
+      file.write(bytes(4096))
 
 
 def missing_data(runs: Runs, folder: Path, choose: Choose) -> Row:

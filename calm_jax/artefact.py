@@ -16,16 +16,13 @@ import tempfile
 from typing import Any
 
 import huggingface_hub
-import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from calm_jax import composing, joining, opening, tree
+from calm_jax import joining, tokenizer, tree
 from calm_jax.connections import Augmenting
 from calm_jax.errors import InputError
-from calm_jax.language_model import LanguageModel
 from calm_jax.models import folders, loading, quantisation
 from calm_jax.version import __version__
 
@@ -36,7 +33,7 @@ _FORMAT = 1
 
 
 def save(
-  model: LanguageModel,
+  model,
   folder: str | os.PathLike,
   dtype: str | None = None,
   keep_paths: bool = True,
@@ -97,9 +94,7 @@ def save(
   (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _describe(
-  model: LanguageModel, part: str, keep_paths: bool
-) -> dict[str, Any]:
+def _describe(model, part: str, keep_paths: bool) -> dict[str, Any]:
   """Where a frozen model came from, and the hashes of what it is made of."""
   source = model.sources[part]
   single = joining.part(model, part)
@@ -116,21 +111,22 @@ def _describe(
   if source.revision is None:
     path = pathlib.Path(name).expanduser().resolve()
     name = str(path) if keep_paths else path.name
-  tokenizer = opening.find_tokenizer(source.folder)
+  text = tokenizer.find_tokenizer(source.folder)
   return {
     "name": name,
     "revision": source.revision,
     "dtype": config.dtype,
     "quantise": quantisation.kind_of(single.params),
-    "sha256": _hashes(source.folder),
-    "tokenizer": tokenizer and {
-      "fingerprint": tokenizer.fingerprint,
-      "vocab_size": tokenizer.vocab_size,
+    "sha256": hashes(source.folder),
+    "tokenizer": text and {
+      "fingerprint": text.fingerprint,
+      "vocab_size": text.vocab_size,
     },
   }  # fmt: skip
 
 
-def _hashes(folder: pathlib.Path) -> dict[str, str]:
+def hashes(folder: pathlib.Path) -> dict[str, str]:
+  """SHA-256 by name of the files that a checkpoint's weights come from."""
   files = [folder / folders.CONFIG, *folders.weight_files(folder)]
   return {file.name: folders.sha256(file) for file in files}
 
@@ -172,7 +168,7 @@ def _card(config: dict[str, Any]) -> str:
 
 
 def push(
-  model: LanguageModel,
+  model,
   repo_id: str,
   private: bool | None,
   token: str | None,
@@ -205,72 +201,6 @@ def describes_composition(path_or_hub_id: str | os.PathLike) -> bool:
   return (folders.locate(path_or_hub_id, None, files).folder / CONFIG).exists()
 
 
-def load_any(
-  path_or_hub_id: str | os.PathLike,
-  dtype: str | None = None,
-  quantise: str | None = None,
-) -> LanguageModel:
-  """`load_composed` or `load_model`, whichever the folder or id is for."""
-  if describes_composition(path_or_hub_id):
-    return load_composed(path_or_hub_id, dtype=dtype, quantise=quantise)
-  return opening.load_model(
-    path_or_hub_id, dtype or "float32", quantise=quantise or ""
-  )
-
-
-def load_composed(
-  path_or_hub_id: str | os.PathLike,
-  anchor: str | os.PathLike | None = None,
-  augmenting: str | os.PathLike | dict[str, str] | None = None,
-  *,
-  dtype: str | None = None,
-  revision: str | None = None,
-  quantise: str | None = None,
-) -> LanguageModel:
-  """Loads what `LanguageModel.save` wrote, and the models that it joins.
-
-  Args:
-    path_or_hub_id: the composition's folder, or its id on the hub.
-    anchor: where the anchor is, if not where it was: a folder or hub id.
-    augmenting: the same of the augmenting model, or of some by name.
-    dtype: of the frozen models and the computation; as saved if None. Θ_C
-      keeps the dtype that it was saved in.
-    revision: of the composition on the hub.
-    quantise: the frozen models, to "int8" or "int4", or ("") not at all; as
-      they were when the composition was saved if None.
-
-  Raises:
-    InputError: a folder without a composition, a frozen model that is not
-      found, or files that are not those that the composition was trained
-      with, named.
-  """
-  folder = folders.locate(
-    path_or_hub_id, revision, (WEIGHTS, CONFIG, CARD)
-  ).folder
-  config = read_config(folder)
-  places = _places(config, anchor, augmenting)
-  loaded = {
-    part: _load_part(folder, part, saved, places.get(part), dtype, quantise)
-    for part, saved in config["models"].items()
-  }
-  composed = joining.join_compositions(
-    [
-      composing.untrained(
-        loaded["anchor"],
-        {joined["name"]: loaded[f"augmenting/{joined['name']}"]},
-        **{k: v for k, v in joined.items() if k != "name"},
-      )
-      for joined in config["augmenting"]
-    ]
-  )
-  theta = _read_theta(folder, config, composed.params["composition"])
-  return dataclasses.replace(
-    composed,
-    params=composed.params | {"composition": theta},
-    origin=str(path_or_hub_id),
-  )
-
-
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
   if not (folder / CONFIG).exists():
     raise InputError(f"{folder} holds no composition: it has no {CONFIG}")
@@ -282,95 +212,3 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
       f"{config.get('calm_jax_version')!r}"
     )
   return config
-
-
-def _places(config, anchor, augmenting) -> dict[str, str]:
-  """The places that the caller gave, by part."""
-  names = [joined["name"] for joined in config["augmenting"]]
-  if augmenting is None:
-    augmenting = {}
-  elif isinstance(augmenting, str | os.PathLike):
-    if len(names) != 1:
-      raise InputError(f"say which of {names} is at {augmenting}: give a dict")
-    augmenting = {names[0]: augmenting}
-  if unknown := sorted(augmenting.keys() - set(names)):
-    raise InputError(f"no augmenting model {unknown}; there are {names}")
-  places = {f"augmenting/{name}": p for name, p in augmenting.items()}
-  return places if anchor is None else places | {"anchor": anchor}
-
-
-def _load_part(
-  folder: pathlib.Path,
-  part: str,
-  saved: dict,
-  place,
-  dtype: str | None,
-  quantise: str | None,
-) -> LanguageModel:
-  kind, _, name = part.partition("/")
-  option = f"{kind}={{{name!r}: FOLDER}}" if name else f"{kind}=FOLDER"
-  try:
-    if place is None:
-      source = folders.locate(saved["name"], saved["revision"])
-    else:
-      source = folders.locate(place)
-  except InputError as error:
-    raise InputError(
-      f"{folder}: the {part} is not found: {error}\nIf it is elsewhere, say "
-      f"where: load_composed(..., {option})"
-    ) from error
-  _check_hashes(part, saved, source.folder)
-  if quantise is None:
-    quantise = saved.get("quantise", "")  # Older compositions do not say.
-  model = opening.from_source(
-    source, dtype or saved["dtype"], quantise=quantise
-  )
-  ours = model.tokenizer and model.tokenizer.fingerprint
-  theirs = saved["tokenizer"] and saved["tokenizer"]["fingerprint"]
-  if ours != theirs:
-    raise InputError(
-      f"{source.folder}: the tokenizer is not that of the {part} that the "
-      f"composition was trained with (fingerprint {ours}, then {theirs})"
-    )
-  return model
-
-
-def _check_hashes(part: str, saved: dict, folder: pathlib.Path) -> None:
-  found, expected = _hashes(folder), saved["sha256"]
-  for name in sorted(expected.keys() | found.keys()):
-    if found.get(name) == expected.get(name):
-      continue
-    if name not in found:
-      problem = "is missing"
-    elif name not in expected:
-      problem = "was not there when the composition was trained"
-    else:
-      problem = (
-        f"has changed: its sha256 is {found[name]}, it was {expected[name]}"
-      )
-    raise InputError(
-      f"{folder / name} {problem}. The {part} must be {saved['name']}"
-      + (f" at {saved['revision']}" if saved["revision"] else "")
-      + ", to the bit: a composition works with no other"
-    )
-
-
-def _read_theta(folder: pathlib.Path, config, fresh) -> dict[str, Any]:
-  path = folder / WEIGHTS
-  if not path.exists():
-    raise InputError(f"{path} is missing")
-  if folders.sha256(path) != config["sha256"]:
-    raise InputError(
-      f"{path} is not what {CONFIG} describes: its sha256 is not "
-      f"{config['sha256']}; copy the composition again"
-    )
-  leaves = safetensors.numpy.load_file(path)
-  want = {
-    name: jax.ShapeDtypeStruct(
-      leaf.shape, leaves[name].dtype if name in leaves else leaf.dtype
-    )
-    for name, leaf in tree.flatten({"composition": fresh}).items()
-  }
-  read = tree.unflatten(leaves)
-  tree.check_same_structure(read, tree.unflatten(want), str(path))
-  return jax.tree.map(jnp.asarray, read["composition"])

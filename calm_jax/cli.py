@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import sys
@@ -22,8 +23,11 @@ from calm_jax.errors import EXIT_CODES, InputError, LostProcess, StorageError
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-def run_with_config(main: Callable) -> None:
-  """Runs main(config) with the file named by --config.
+def run_with_config(main: Callable, options: type | None = None) -> None:
+  """Runs main(config), with the file named by --config.
+
+  With a dataclass of options it is main(config, options), by a flag for each
+  field. A field without a default must be given.
 
   What is no fault of the program ends with a message, without a traceback, and
   with the exit code that `errors` gives it.
@@ -48,10 +52,25 @@ def run_with_config(main: Callable) -> None:
         _allow_code_execution(loaded)
       workdir = Path(loaded.workdir)
       with stopping.raised(loaded.grace, lambda: _kept(workdir)):
-        main(loaded)
+        given = {f.name: flags.FLAGS[f.name].value for f in fields}
+        main(loaded, *([options(**given)] if options else []))
 
+  fields = dataclasses.fields(options) if options else ()
+  for field in fields:
+    _define(field, f"see {options.__name__} in {options.__module__}")
   flags.mark_flag_as_required("config")
   app.run(run, flags_parser=_parse)
+
+
+def _define(field: dataclasses.Field, help_text: str) -> None:
+  make = {
+    "str": flags.DEFINE_string, "bool": flags.DEFINE_bool,
+    "int": flags.DEFINE_integer, "float": flags.DEFINE_float,
+  }[field.type]  # fmt: skip
+  required = field.default is dataclasses.MISSING
+  make(field.name, None if required else field.default, help_text)
+  if required:
+    flags.mark_flag_as_required(field.name)
 
 
 def guarded(main: Callable[[], None]) -> None:

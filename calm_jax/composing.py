@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -14,7 +16,9 @@ from calm_jax.connections import (
   default_connections,
 )
 from calm_jax.errors import InputError
-from calm_jax.language_model import LanguageModel
+
+if TYPE_CHECKING:
+  from calm_jax.language_model import LanguageModel
 
 
 def compose(
@@ -53,7 +57,7 @@ def compose(
     InputError: there is no augmenting model, vocabularies differ and a model
       has no tokenizer to align them by, or a connection is impossible.
   """
-  if isinstance(augmenting, LanguageModel):
+  if not isinstance(augmenting, Mapping):
     augmenting = {"augmenting": augmenting}
   model = untrained(
     anchor, augmenting, connections,
@@ -94,8 +98,8 @@ def untrained(
   sources = dict(anchor.sources)
   for name, model in augmenting.items():
     sources |= {f"augmenting/{name}": s for s in model.sources.values()}
-  return LanguageModel(
-    spec, params, anchor.tokenizer, anchor.origin, tokenizers, sources
+  return dataclasses.replace(
+    anchor, spec=spec, params=params, tokenizers=tokenizers, sources=sources
   )
 
 

@@ -7,13 +7,10 @@ import pathlib
 import shutil
 
 from calm_jax.errors import InputError
-from calm_jax.language_model import LanguageModel
 from calm_jax.models import folders, loading, quantisation
 
 
-def export_hf(
-  model: LanguageModel, folder: str | os.PathLike, max_shard_size: int
-) -> None:
+def export_hf(model, folder: str | os.PathLike, max_shard_size: int) -> None:
   """See `LanguageModel.export_hf`."""
   if model.is_composed:
     raise InputError(
@@ -38,7 +35,7 @@ def export_hf(
     shutil.copyfile(path, pathlib.Path(folder) / name)
 
 
-def _text_files(model: LanguageModel) -> dict[str, pathlib.Path]:
+def _text_files(model) -> dict[str, pathlib.Path]:
   """The tokenizer's files, by the name they have in a checkpoint."""
   if "anchor" in model.sources:
     folder = model.sources["anchor"].folder

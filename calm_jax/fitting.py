@@ -72,7 +72,7 @@ def fit(settings: dict[str, Any]) -> Fitted:
   _check(settings)
   workdir = Path(settings["workdir"])
   shared = workdir / settings["output"]
-  layout = _layout(settings)
+  layout = layout_of(settings)
   folder = processes.own_folder(shared)
   augmenting = f"augmenting/{settings['augmenting_name']}"
   loaded = {
@@ -160,7 +160,7 @@ def fit(settings: dict[str, Any]) -> Fitted:
   )
 
 
-def _layout(settings: dict[str, Any]) -> sharding.Layout | None:
+def layout_of(settings: dict[str, Any]) -> sharding.Layout | None:
   """Of all arrays of a run; None for one device."""
   axes = mesh.make_mesh(settings["mesh"])
   if axes is None:
@@ -194,6 +194,11 @@ def _check(settings: dict[str, Any]) -> None:
 
   if settings["experiment"] == "text":
     _check_models(settings)
+  elif given := [s for s in ("anchor", "augmenting") if settings[s]]:
+    raise InputError(
+      f"the key-value experiment trains its own {' and '.join(given)}: leave "
+      "--config.anchor and --config.augmenting empty"
+    )
 
 
 def _check_models(settings: dict[str, Any]) -> None:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 
-from calm_jax import cli
-from calm_jax.artefact import load_any
+from calm_jax import cli, mesh, placing
 from calm_jax.data.sources import read_prompts
+from calm_jax.errors import InputError
 from calm_jax.models import quantisation
+from calm_jax.sharding import Layout
 
 
 def _arguments() -> argparse.Namespace:
@@ -47,6 +49,9 @@ def _arguments() -> argparse.Namespace:
     "--quantise", choices=quantisation.KINDS, help="the models' matrices"
   )
   parser.add_argument(
+    "--mesh", help="devices along axes, such as tensor=4 or fsdp=-1 for all"
+  )
+  parser.add_argument(
     "--attention", help="a .png file: where a composition looks meanwhile"
   )
   return parser.parse_args()
@@ -56,7 +61,12 @@ def main() -> None:
   """Runs the command line."""
   arguments = _arguments()
   cli.keep_compiled_programs()
-  model = load_any(arguments.model, arguments.dtype, arguments.quantise)
+  model = placing.load(
+    arguments.model,
+    _layout(arguments.mesh) if arguments.mesh else None,
+    arguments.dtype,
+    arguments.quantise,
+  )
   options = {
     name: getattr(arguments, name)
     for name in (
@@ -79,6 +89,23 @@ def main() -> None:
     print()
     if arguments.attention:
       _draw(model.attention(prompt, "".join(pieces)), arguments.attention)
+
+
+def _layout(asked: str) -> Layout | None:
+  # Loaded here: few need it at the start.
+  from configs import common
+
+  config = common.get_config()
+  sizes = config.mesh.to_dict()
+  for part in asked.split(","):
+    axis, _, count = part.partition("=")
+    if axis not in sizes or not re.fullmatch(r"-?\d+", count):
+      raise InputError(
+        f"--mesh={asked} is not like fsdp=2,tensor=4; the axes are {[*sizes]}"
+      )
+    sizes[axis] = int(count)
+  made = mesh.make_mesh(sizes)
+  return made and Layout(made, config.sharding)
 
 
 def _draw(look: dict, path: str) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from calm_jax import composing, composition, tree
 from calm_jax.connections import Composition
 from calm_jax.errors import InputError
-from calm_jax.language_model import LanguageModel
+
+if TYPE_CHECKING:
+  from calm_jax.language_model import LanguageModel
 
 
 def part(model: LanguageModel, name: str) -> LanguageModel:
@@ -18,11 +21,13 @@ def part(model: LanguageModel, name: str) -> LanguageModel:
   spec, params = composition.alone(model.spec, model.tree, name)
   source = model.sources.get(name)
   own = model.tokenizers.get(name.removeprefix("augmenting/"))
-  return LanguageModel(
-    spec,
-    params["anchor"],
-    model.tokenizer if name == "anchor" or own is None else own,
-    source.name if source else "",
+  return dataclasses.replace(
+    model,
+    spec=spec,
+    params=params["anchor"],
+    tokenizer=model.tokenizer if name == "anchor" or own is None else own,
+    origin=source.name if source else "",
+    tokenizers={},
     sources={"anchor": source} if source else {},
   )
 

@@ -11,11 +11,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from calm_jax import batching, beside, composition, generation, looking, tree
-from calm_jax.alignment import ChunkEncoder
-from calm_jax.connections import (
-  Composition,
+from calm_jax import (
+  artefact,
+  batching,
+  beside,
+  composition,
+  exporting,
+  generation,
+  joining,
+  looking,
+  tree,
 )
+from calm_jax.alignment import ChunkEncoder
+from calm_jax.connections import Composition
 from calm_jax.errors import InputError
 from calm_jax.models import folders, loading, quantisation
 from calm_jax.sampling import Sampler
@@ -265,8 +273,6 @@ class LanguageModel:
     """
     return looking.cross_attention(self, ids, prompt_length)
 
-  # Loaded within the methods below: the modules import this one.
-
   def export_hf(
     self,
     folder: str | os.PathLike,
@@ -285,8 +291,6 @@ class LanguageModel:
       InputError: a composition, a quantised model, a folder that holds a
         model, or parameters that are not those of the config.json.
     """
-    from calm_jax import exporting
-
     exporting.export_hf(self, folder, max_shard_size)
 
   def save(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
@@ -304,8 +308,6 @@ class LanguageModel:
       InputError: a single model; a model that was not loaded from a
         checkpoint or is no longer what the checkpoint holds.
     """
-    from calm_jax import artefact
-
     artefact.save(self, folder, dtype)
 
   def push_to_hub(
@@ -330,8 +332,6 @@ class LanguageModel:
     Raises:
       InputError: what `save` raises, or the hub refuses.
     """
-    from calm_jax import artefact
-
     return artefact.push(self, repo_id, private, token, dtype)
 
   def part(self, name: str) -> LanguageModel:
@@ -340,8 +340,6 @@ class LanguageModel:
     Raises:
       InputError: there is no such part.
     """
-    from calm_jax import joining
-
     return joining.part(self, name)
 
   def add(
@@ -361,8 +359,6 @@ class LanguageModel:
     Raises:
       InputError: the name is taken, or what `compose` raises.
     """
-    from calm_jax import joining
-
     return joining.add(self, name, model, connections, **options)
 
   def drop(self, name: str) -> LanguageModel:
@@ -371,8 +367,6 @@ class LanguageModel:
     Raises:
       InputError: there is no such augmenting model.
     """
-    from calm_jax import joining
-
     return joining.drop(self, name)
 
   def text(self) -> Tokenizer:

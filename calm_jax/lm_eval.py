@@ -22,7 +22,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from calm_jax import artefact, batching, cli, decode, scoring
+from calm_jax import batching, cli, decode, opening, scoring
 from calm_jax.errors import InputError
 from calm_jax.sampling import Sampler
 
@@ -71,7 +71,7 @@ class CalmJax(TemplateLM):
     super().__init__()
     if max_batch_size is not None:
       raise InputError("calm_jax has no max_batch_size: give batch_size")
-    self.model = artefact.load_any(pretrained, dtype, quantise)
+    self.model = opening.load_any(pretrained, dtype, quantise)
     self._text = self.model.text()
     self._readers = self.model.readers()
     self._batch_size = _AUTO if batch_size == "auto" else int(batch_size)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 from collections.abc import Callable
 
-from calm_jax import tree
+from calm_jax import opening, tree
 from calm_jax.connections import Composition
 from calm_jax.language_model import LanguageModel
 from calm_jax.sharding import Layout
@@ -24,6 +26,18 @@ def place(model: LanguageModel, layout: Layout | None) -> LanguageModel:
   if not model.is_composed:
     params = params["anchor"]
   return dataclasses.replace(model, spec=spec, params=params)
+
+
+def load(
+  path_or_hub_id: str | os.PathLike,
+  layout: Layout | None,
+  dtype: str | None = None,
+  quantise: str | None = None,
+) -> LanguageModel:
+  """`opening.load_any`, each process reading what its devices hold."""
+  places = layout and functools.partial(shardings, layout)
+  model = opening.load_any(path_or_hub_id, dtype, quantise, shardings=places)
+  return place(model, layout)
 
 
 def shardings(layout: Layout | None, part: str) -> Callable | None:

@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from absl import flags
 from ml_collections import ConfigDict
 
 from calm_jax import batching, cli, decode
@@ -112,23 +111,5 @@ def _axes(asked: dict[str, int], devices: int) -> dict[str, int]:
   return dict(asked)
 
 
-def _define() -> None:
-  """A flag for each of the options."""
-  make = {
-    "str": flags.DEFINE_string, "bool": flags.DEFINE_bool,
-    "int": flags.DEFINE_integer, "float": flags.DEFINE_float,
-  }  # fmt: skip
-  for field in dataclasses.fields(Options):
-    default = None if field.name == "topology" else field.default
-    make[field.type](field.name, default, "see calm_jax.plan.Options")
-  flags.mark_flag_as_required("topology")
-
-
-def _run(config: ConfigDict) -> None:
-  names = [field.name for field in dataclasses.fields(Options)]
-  main(config, Options(**{n: flags.FLAGS[n].value for n in names}))
-
-
 if __name__ == "__main__":
-  _define()
-  cli.run_with_config(_run)
+  cli.run_with_config(main, Options)

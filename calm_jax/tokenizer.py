@@ -223,6 +223,14 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
   return _load_folder(folders.locate(name, files=files).folder, name)
 
 
+def find_tokenizer(folder: Path) -> Tokenizer | None:
+  """The tokenizer of a checkpoint's folder, None if it has none."""
+  names = "tokenizer.json", "tokenizer.model", "merges.txt"
+  if not any((folder / name).is_file() for name in names):
+    return None
+  return load_tokenizer(folder)
+
+
 def train_sentencepiece(
   texts: Iterable[str],
   path_prefix: str | Path,

@@ -15,7 +15,7 @@ import mesh_driver
 import numpy as np
 import pytest
 
-from calm_jax import artefact, mesh, tree
+from calm_jax import mesh, opening, tree
 from calm_jax.errors import InputError
 from calm_jax.metrics import read_metrics
 from configs import common
@@ -187,7 +187,7 @@ def test_the_command_on_two_processes(finished):
   assert {n for n in files[1] if "tfevents" not in n} - {*files[0]} == set()
   # The model that was written is the one that was trained.
   one, two = (
-    artefact.load_any(str(folder / name / "composition")).params
+    opening.load_any(str(folder / name / "composition")).params
     for name in ("command_on_one", "command")
   )
   jax.tree.map(

@@ -205,6 +205,7 @@ def test_an_encoder_runs_to_its_report(finished, tmp_path):
     ({"alternatives": ("glue",)}, "no stage 'glue'"),
     ({"recipe": ()}, "recipe"),
     ({"workdir": "gs://bucket/kv"}, "mount the bucket"),
+    ({"anchor": "somewhere"}, "trains its own anchor"),
   ],
 )
 def test_a_config_that_asks_for_what_is_not_there(change, said, tmp_path):

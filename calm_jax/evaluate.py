@@ -1,0 +1,107 @@
+"""Measures a model as an experiment does, without training anything.
+
+  python -m calm_jax.evaluate --config=configs/ntl.py --model=DIR_OR_ID \\
+    --out=DIR
+
+A composition is measured beside the models that it joins. What the config says
+of tasks, dtype, mesh and kernels holds; its own models and stages are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from calm_jax import cli, fitting, placing, processes, report
+from calm_jax.errors import InputError
+from calm_jax.language_model import LanguageModel
+from calm_jax.train import plain
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What the command line says besides the config.
+
+  Attributes:
+    model: a checkpoint or a composition, a folder or a hub id.
+    out: the folder of results.json, the report and the predictions.
+    quantise: its frozen models, to int8 or int4; as it was saved if empty.
+  """
+
+  model: str
+  out: str
+  quantise: str = ""
+
+
+def main(config: ConfigDict, options: Options) -> dict[str, Any]:
+  """Evaluates a model by a config; returns results.json.
+
+  Raises:
+    InputError: no such model, what the experiment raises, or a model of other
+      tokens than the experiment's.
+  """
+  settings = plain(config)
+  if settings["distributed"]:
+    processes.start(settings["heartbeat"])
+  with processes.quiet_but_first():
+    return _main(settings, options)
+
+
+def _main(settings: dict[str, Any], options: Options) -> dict[str, Any]:
+  model = placing.load(
+    options.model,
+    fitting.layout_of(settings),
+    settings["dtype"],
+    options.quantise or None,
+  )
+  spec = fitting.configured(model.spec, settings)
+  model = dataclasses.replace(model, spec=spec)
+  columns = _columns(model)
+  folder = processes.own_folder(Path(options.out))
+  make, task = fitting.EXPERIMENTS[settings["experiment"]]
+  frozen = {side: m for side, m in columns.items() if side != "composed"}
+  experiment = make(
+    task(**settings["task"], seed=settings["seed"]), folder, frozen
+  )
+  ours, theirs = model.text().fingerprint, experiment.tokenizer.fingerprint
+  if ours != theirs:
+    raise InputError(
+      f"{options.model} reads other tokens than the experiment's: give the "
+      "config that it was trained by, its seed and its task's settings too"
+    )
+  data = settings["stages"][settings["recipe"][-1]]["data"]
+  results = experiment.evaluate(columns, data)
+  counts = {side: m.num_params for side, m in frozen.items()}
+  if model.is_composed:
+    counts["composition"] = model.num_composition_params
+    if all(a.control != "shuffled" for _, a in spec.augmenting):
+      np.savez(folder / "attention.npz", **experiment.look(model, data))
+  results |= {
+    "model": options.model,
+    "parameters": counts,
+    "config": settings | {side: m.origin for side, m in frozen.items()},
+  }
+  if jax.process_index() == 0:
+    report.write_report(folder, results)
+    report.print_results(folder)
+  return results
+
+
+def _columns(model: LanguageModel) -> dict[str, LanguageModel]:
+  """The models by column of the results; of several m_A none by itself."""
+  if not model.is_composed:
+    return {"anchor": model}
+  names = [name for name, _ in model.spec.augmenting]
+  alone = {"anchor": model.part("anchor")}
+  if len(names) == 1:
+    alone = {"augmenting": model.part(f"augmenting/{names[0]}")} | alone
+  return alone | {"composed": model}
+
+
+if __name__ == "__main__":
+  cli.run_with_config(main, Options)

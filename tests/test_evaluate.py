@@ -1,0 +1,84 @@
+"""The evaluation command: of models that are there, without training."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import spelled
+
+import calm_jax
+from calm_jax import evaluate
+from calm_jax.errors import InputError
+from calm_jax.evaluate import Options
+from configs import compose, kv
+
+LINES = [{"text": "a bad cab did jab"}, {"text": "a big cab."}]
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory):
+  """A composition's folder; it changes what the anchor says."""
+  folder = tmp_path_factory.mktemp("models")
+  anchor, augmenting = (
+    calm_jax.load_model(spelled.save(folder / name, seed))
+    for seed, name in enumerate(("anchor", "augmenting"))
+  )
+  model = calm_jax.compose(anchor, augmenting, 1, output_init="normal")
+  model.save(folder / "composed")
+  return folder / "composed"
+
+
+def config_of(tmp_path):
+  config = compose.get_config()
+  (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, LINES)))
+  config.eval_data = config.anchor_eval_data = str(tmp_path / "text.jsonl")
+  config.task.num_samples = 0
+  return config
+
+
+def nats_of(model, text):
+  """Of each token, by NumPy on the model's logits."""
+  text_ids = model.tokenizer.encode(text)
+  ids = [model.tokenizer.bos_id, *text_ids, model.tokenizer.eos_id]
+  logits_LV = np.asarray(model.logits([ids])[0, :-1], np.float64)
+  total_L = np.log(np.exp(logits_LV).sum(-1))
+  return total_L - logits_LV[np.arange(len(ids) - 1), ids[1:]]
+
+
+def test_a_composition_beside_its_models(composed, tmp_path):
+  options = Options(str(composed), str(tmp_path / "out"))
+  results = evaluate.main(config_of(tmp_path), options)
+  found = results["perplexity"]["domain"]
+  model = calm_jax.load_composed(composed)
+  alone = {
+    "augmenting": model.part("augmenting/augmenting"),
+    "anchor": model.part("anchor"),
+    "composed": model,
+  }
+  assert found.keys() == alone.keys()
+  for column, one in alone.items():
+    nats = np.concatenate([nats_of(one, line["text"]) for line in LINES])
+    np.testing.assert_allclose(found[column], np.exp(nats.mean()), rtol=1e-5)
+  assert len({*found.values()}) == 3
+  assert results["parameters"]["composition"] == model.num_composition_params
+  on_disk = json.loads((tmp_path / "out" / "results.json").read_text())
+  assert on_disk["perplexity"] == results["perplexity"]
+  assert on_disk["config"]["anchor"] == str(composed.with_name("anchor"))
+  assert (tmp_path / "out" / "report.html").exists()
+  assert (tmp_path / "out" / "attention.npz").exists()
+
+
+def test_one_model_is_the_anchor(composed, tmp_path):
+  single = str(composed.with_name("anchor"))
+  options = Options(single, str(tmp_path / "out"))
+  results = evaluate.main(config_of(tmp_path), options)
+  assert results["perplexity"]["domain"].keys() == {"anchor"}
+  assert results["parameters"].keys() == {"anchor"}
+
+
+def test_other_tokens_than_the_experiments(composed, tmp_path):
+  options = Options(str(composed), str(tmp_path / "out"))
+  with pytest.raises(InputError, match="reads other tokens"):
+    evaluate.main(kv.get_config("tiny"), options)
