@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from calm_jax import plan
+from calm_jax import decode, plan
 from calm_jax.errors import InputError
 from calm_jax.plan import Options
 from calm_jax.planning import estimate, hlo, programs, search, shapes, topology
@@ -49,6 +49,7 @@ def test_json_is_what_was_found(planned):
   assert json.loads(json.dumps(result)) == read
   assert read["best"]["found"]["fits"]
   assert read["decode"]["memory"]["caches"] > 0
+  assert read["decode"]["flops"] > 0
 
 
 def test_memory_by_kind_adds_up_to_what_the_compiler_says(job):
@@ -71,6 +72,52 @@ def test_memory_by_kind_adds_up_to_what_the_compiler_says(job):
     for part in ("anchor", "augmenting")
     for x in jax.tree.leaves(job.params[part])
   )
+
+
+def decoded_by_hand(job, rows, slots):
+  """(FLOPs of a token of each row, bytes of weights, of caches of a layer)."""
+  a, ((_, joined),) = job.spec.anchor, job.spec.augmenting
+  m, (pair,) = joined.config, joined.connections
+  # The slots, and those of the tokens that are not settled yet.
+  keys = slots + decode.CHUNK
+
+  def layer(c):
+    heads = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim
+    return c.width * (heads + 3 * c.mlp_width)
+
+  weights = a.num_layers * layer(a) + pair.augmenting * layer(m)
+  # Queries and outputs; keys and values, with the projection in them.
+  weights += 2 * a.width * a.width + 2 * m.width * a.width
+  weights += a.width * a.vocab_size
+  queries = a.num_layers * a.num_heads * a.head_dim + a.width
+  queries += pair.augmenting * m.num_heads * m.head_dim
+  cached = a.num_layers * a.num_kv_heads * a.head_dim + a.width
+  cached += pair.augmenting * m.num_kv_heads * m.head_dim
+  flops = 2 * rows * (weights + 2 * keys * queries)
+  return flops, 4 * weights, 4 * rows * 2 * keys * cached
+
+
+def test_a_decoded_token_is_as_counted_by_hand():
+  config = tiny()
+  for side in ("anchor", "augmenting"):
+    config[f"{side}_model"].update(width=128, num_heads=2, num_kv_heads=2)
+  job = shapes.job(plain(config))
+  target = topology.target("cpu")
+  chip = target.chip._replace(flops=1e9, bandwidth=1e7, links=1.0)
+  placed = programs.place(job, target._replace(chip=chip), ONE)
+  found, caches = [], []
+  for slots in (2048, 4096):
+    program = programs.decoding(placed, 4, slots)
+    one = estimate.of(placed, program, decode.CHUNK)
+    flops, weights, cache = decoded_by_hand(job, 4, slots)
+    assert one.flops == flops
+    # States, scores and the newest tokens are read and written besides.
+    assert 1 <= one.moved / (weights + cache) < 1.2
+    assert one.seconds["compute"] == flops / 1e9
+    assert one.seconds["memory"] == one.moved / 1e7 == one.step
+    found.append(one.moved)
+    caches.append(cache)
+  assert 1 <= (found[1] - found[0]) / (caches[1] - caches[0]) < 1.1
 
 
 def test_search_prunes_compiles_and_ranks(job):
@@ -167,6 +214,35 @@ def test_collectives_send_their_share_of_each_turn():
   unknown = TEXT.replace("constant(5)", "negate(%i)")
   assert hlo.moved(unknown, 7).sent["collective-permute"] == 7 * 32
   assert hlo.moved(unknown, 7).unknown_loops == 1
+
+
+NESTED = """
+HloModule example
+
+%slice (p: f32[9,64], i: s32[]) -> f32[1,64] {
+  %p = f32[9,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %s = f32[1,64]{1,0} dynamic-slice(%p, %i, %i), dynamic_slice_sizes={1,64}
+}
+
+%outer (j: s32[], q: f32[9,64]) -> f32[1,64] {
+  %j = s32[] parameter(0)
+  %q = f32[9,64]{1,0} parameter(1)
+  %layer = f32[1,64]{1,0} fusion(%q, %j), kind=kLoop, calls=%slice
+  ROOT %sine = f32[1,64]{1,0} sine(%layer)
+}
+
+ENTRY %main (a: f32[9,64], n: s32[]) -> f32[1,64] {
+  %a = f32[9,64]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  ROOT %out = f32[1,64]{1,0} fusion(%n, %a), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_a_fusion_within_a_fusion_reads_its_layer_only():
+  layer, index = 4 * 64, 4
+  assert hlo.moved(NESTED).memory == 2 * layer + index
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ class Estimate:
       head; it lies there all the same.
     total: the sum of `memory`; if the compiler gave up, what it asked for.
     fits: whether that is the chip's memory or less.
-    flops: of matrix products, on all chips together.
+    flops: of matrix products, on all chips together; of one token of each row
+      if it decodes, as are `moved`, `sent` and seconds.
     moved: bytes read from and written to a chip's memory.
     sent: bytes sent by a chip, by kind of collective.
     unknown_loops: see `hlo.Moved`.
@@ -53,14 +54,14 @@ def of(placed: Placed, program: Program, tokens: int = 1) -> Estimate:
   Args:
     placed: what it computes.
     program: the program.
-    tokens: times that its loops of unknown length run; what it moves and its
-      seconds are divided by it.
+    tokens: times that its loops of unknown length run; FLOPs, what it moves and
+      its seconds are divided by it.
   """
   chip, count = placed.target.chip, len(placed.target.devices)
-  memory = program.given.resident()
+  memory, flops = program.given.resident(), program.flops // tokens
   if program.compiled is None:
     needed = max(program.needed, sum(memory.values()), chip.hbm + 1)
-    return Estimate(memory, needed, False, flops=program.flops)
+    return Estimate(memory, needed, False, flops=flops)
   found = program.compiled.memory_analysis()
   # Of an argument that the program does not read there is no sharding.
   flat, shardings = (
@@ -91,7 +92,7 @@ def of(placed: Placed, program: Program, tokens: int = 1) -> Estimate:
   seconds = None
   if chip.flops:
     seconds = {
-      "compute": program.flops / (count * chip.flops),
+      "compute": flops / (count * chip.flops),
       "memory": moved.memory / tokens / chip.bandwidth,
       "links": sum(sent.values()) / chip.links,
     }
@@ -101,7 +102,7 @@ def of(placed: Placed, program: Program, tokens: int = 1) -> Estimate:
     total,
     total <= chip.hbm,
     unread,
-    program.flops,
+    flops,
     moved.memory / tokens,
     sent,
     moved.unknown_loops,

@@ -138,6 +138,7 @@ class _Count:
     self.computations, self.trips = computations, trips
     self.devices = devices
     self.total = functools.cache(self._total)
+    self.users = functools.cache(self._users)
 
   def _total(self, name: str):
     memory, unknown = 0.0, 0
@@ -231,30 +232,40 @@ class _Count:
 
   def _fusion(self, name: str, inputs: list[float], out: float) -> float:
     """What it reads of each operand, and what it writes."""
-    inner = self.computations[name]
-    users = collections.defaultdict(list)
-    for one in inner:
-      for place, operand in enumerate(one.operands):
-        users[operand].append((place, one))
-
-    def read(name, whole):
-      total = 0.0
-      for place, user in users[name]:
-        if user.kind == "bitcast":
-          total += read(user.name, whole)
-        elif user.kind in ("dynamic-slice", "slice", "gather") and place == 0:
-          total += sum(_arrays(user.type))
-        elif user.kind != "dynamic-update-slice" or place != 0:
-          return whole
-      return min(total, whole)
-
-    total = self._written(inner, out)
-    for one in inner:
+    total = self._written(name, out)
+    for one in self.computations[name]:
       if one.kind == "parameter":
-        total += read(one.name, inputs[int(one.operands[0])])
+        total += self._read(name, one.name, inputs[int(one.operands[0])])
     return total
 
-  def _written(self, inner: list[_Instruction], out: float) -> float:
+  def _users(self, name: str) -> dict[str, list[tuple[int, _Instruction]]]:
+    users = collections.defaultdict(list)
+    for one in self.computations[name]:
+      for place, operand in enumerate(one.operands):
+        users[operand].append((place, one))
+    return users
+
+  def _read(self, name: str, value: str, whole: float) -> float:
+    """What a fusion, and those within it, read of an array of `whole` bytes."""
+    total = 0.0
+    for place, user in self.users(name)[value]:
+      if user.kind == "bitcast":
+        total += self._read(name, user.name, whole)
+      elif user.kind in ("dynamic-slice", "slice", "gather") and place == 0:
+        total += sum(_arrays(user.type))
+      elif user.kind == "fusion":
+        inner = _CALLED.search(user.rest)[2].strip("%")
+        parameter = next(
+          one.name for one in self.computations[inner]
+          if one.kind == "parameter" and int(one.operands[0]) == place
+        )  # fmt: skip
+        total += self._read(inner, parameter, whole)
+      elif user.kind != "dynamic-update-slice" or place != 0:
+        return whole
+    return min(total, whole)
+
+  def _written(self, name: str, out: float) -> float:
+    inner = self.computations[name]
     by_name = {one.name: one for one in inner}
     root = next(one for one in inner if one.is_root)
     ends = [root]

@@ -186,11 +186,13 @@ def training(placed: Placed, rows: int) -> Program:
 def decoding(placed: Placed, rows: int, slots: int) -> Program:
   """`decode.advance`: up to CHUNK tokens for each of `rows` rows.
 
-  Caches have `slots` slots. FLOPs are not counted: it reads weights.
+  Caches have `slots` slots, all of which are multiplied with, read or not.
   """
   job, layout = placed.job, placed.layout
   spec, params = composition.alone(job.spec, job.params, job.stage.model)
   params = jax.eval_shape(cross_attention.fold, params)
+  if placed.target.chip.name == "cpu" and layout is None:
+    params = _unstacked(params)
   prompt = Sequence(
     *(jax.ShapeDtypeStruct((rows, batching.SHORTEST), jnp.int32),) * 3
   )
@@ -226,7 +228,25 @@ def decoding(placed: Placed, rows: int, slots: int) -> Program:
   )
   kinds = _all(rest, "batch")._replace(cache=_all(state.cache, "caches"))
   kinds = _all(params, "frozen"), kinds, "batch", "batch"
-  return _compile(traced, Given(arguments, kinds), 0)
+  count = flops.of_jaxpr(traced.jaxpr.jaxpr, decode.CHUNK)
+  return _compile(traced, Given(arguments, kinds), count)
+
+
+def _unstacked(params: dict) -> dict:
+  """What `decode.prepare` makes of parameters on one CPU."""
+
+  def one(model):
+    layers = model["layers"]
+    each = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers
+    )
+    count = len(jax.tree.leaves(layers)[0])
+    return model | {"layers": (each,) * count}
+
+  models = {"anchor": one(params["anchor"])}
+  if "augmenting" in params:
+    models["augmenting"] = {n: one(p) for n, p in params["augmenting"].items()}
+  return params | models
 
 
 def _compile(traced, given: Given, count: int) -> Program:
