@@ -32,23 +32,31 @@ def count(function: Callable, *arguments: Any) -> int:
   return of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def of_jaxpr(jaxpr: core.Jaxpr, trips: int | None = None) -> int:
+def of_jaxpr(
+  jaxpr: core.Jaxpr, trips: int | None = None, kernels_only: bool = False
+) -> int:
   """`count` of a program that was traced.
 
   Args:
     jaxpr: the program.
     trips: of loops that run for as long as their data say; an error if None.
+    kernels_only: whether to count but what Pallas kernels compute.
   """
-  return sum(_of_equation(equation, trips) for equation in jaxpr.eqns)
+  return sum(_of_equation(e, trips, kernels_only) for e in jaxpr.eqns)
 
 
-def _of_equation(equation: core.JaxprEqn, trips: int | None) -> int:
+def _of_equation(equation: core.JaxprEqn, trips, kernels_only) -> int:
   name, params = equation.primitive.name, equation.params
   if name == "dot_general":
+    if kernels_only:
+      return 0
     (contracted, _), _ = params["dimension_numbers"]
     summed = [equation.invars[0].aval.shape[axis] for axis in contracted]
     return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(summed)
-  inner = [of_jaxpr(j, trips) for j in core.jaxprs_in_params(params)]
+  kernels_only = kernels_only and name != "pallas_call"
+  inner = [
+    of_jaxpr(j, trips, kernels_only) for j in core.jaxprs_in_params(params)
+  ]
   if name == "cond":
     return max(inner)
   if name == "scan":

@@ -101,6 +101,7 @@ def test_a_decoded_token_is_as_counted_by_hand():
   config = tiny()
   for side in ("anchor", "augmenting"):
     config[f"{side}_model"].update(width=128, num_heads=2, num_kv_heads=2)
+  config.anchor_model.num_layers, config.augmenting_model.num_layers = 2, 1
   job = shapes.job(plain(config))
   target = topology.target("cpu")
   chip = target.chip._replace(flops=1e9, bandwidth=1e7, links=1.0)
@@ -110,7 +111,7 @@ def test_a_decoded_token_is_as_counted_by_hand():
     program = programs.decoding(placed, 4, slots)
     one = estimate.of(placed, program, decode.CHUNK)
     flops, weights, cache = decoded_by_hand(job, 4, slots)
-    assert one.flops == flops
+    assert one.flops == one.worked == flops
     # States, scores and the newest tokens are read and written besides.
     assert 1 <= one.moved / (weights + cache) < 1.2
     assert one.seconds["compute"] == flops / 1e9
@@ -245,6 +246,26 @@ def test_a_fusion_within_a_fusion_reads_its_layer_only():
   assert hlo.moved(NESTED).memory == 2 * layer + index
 
 
+PRODUCTS = """
+HloModule example
+
+ENTRY %main (a: f32[8,2,3,64], b: f32[8,2,16,64]) -> f32[7,5] {
+  %a = f32[8,2,3,64]{3,2,1,0} parameter(0)
+  %b = f32[8,2,16,64]{3,2,1,0} parameter(1)
+  %scores = f32[8,2,3,16]{3,2,1,0} convolution(%a, %b), window={size=8x2 stride=7x1 lhs_dilate=8x2}, dim_labels=01bf_01oi->01bf
+  %x = f32[7,6]{1,0} constant({...})
+  %w = f32[6,5]{1,0} constant({...})
+  %y = f32[7,5]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+  ROOT %z = f32[7,5]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""  # noqa: E501
+
+
+def test_a_tpus_products_are_written_as_convolutions():
+  scores = (8 * 2) * 3 * 16 * 64
+  assert hlo.moved(PRODUCTS).flops == 2 * (scores + 2 * 7 * 6 * 5)
+
+
 @pytest.mark.parametrize(
   ("name", "reason"),
   [
@@ -304,6 +325,7 @@ def test_a_tpu_step_runs_the_splash_kernel(job):
   assert parts == {"fwd", "dq", "dkv"}
   assert all(name.startswith("splash_mha_") for name in found.kernels)
   assert found.fits and target.chip == TPUS["v5e"]
+  assert found.worked == pytest.approx(found.flops / 4, rel=0.02)
   assert found.sent["all-gather"] > 0 and not found.unknown_loops
   assert found.bound in found.seconds
 
@@ -326,10 +348,3 @@ def test_frozen_models_are_planned_in_their_bits(job):
   assert found.memory["frozen"] == size(
     [made.params["anchor"], made.params["augmenting"]]
   )
-
-
-def test_cached_states_are_not_planned():
-  config = tiny()
-  config.stages.compose.cache_states = "int8"
-  with pytest.raises(InputError, match="cached states"):
-    shapes.job(plain(config))

@@ -22,8 +22,10 @@ class Estimate:
       head; it lies there all the same.
     total: the sum of `memory`; if the compiler gave up, what it asked for.
     fits: whether that is the chip's memory or less.
-    flops: of matrix products, on all chips together; of one token of each row
-      if it decodes, as are `moved`, `sent` and seconds.
+    flops: of matrix products, each counted once; of one token of each row if
+      it decodes, as are all that follow.
+    worked: FLOPs that one chip does. Of all chips together they are more than
+      `flops` where chips do the same work, or do it again to save memory.
     moved: bytes read from and written to a chip's memory.
     sent: bytes sent by a chip, by kind of collective.
     unknown_loops: see `hlo.Moved`.
@@ -39,6 +41,7 @@ class Estimate:
   fits: bool
   unread: int = 0
   flops: int = 0
+  worked: float = 0
   moved: float = 0
   sent: dict[str, float] = dataclasses.field(default_factory=dict)
   unknown_loops: int = 0
@@ -88,11 +91,12 @@ def of(placed: Placed, program: Program, tokens: int = 1) -> Estimate:
   total = sum(memory.values())
   text = program.compiled.as_text()
   moved = hlo.moved(text, tokens)
+  worked = (moved.flops + program.in_kernels / count) / tokens
   sent = {kind: n / tokens for kind, n in moved.sent.items()}
   seconds = None
   if chip.flops:
     seconds = {
-      "compute": flops / (count * chip.flops),
+      "compute": worked / chip.flops,
       "memory": moved.memory / tokens / chip.bandwidth,
       "links": sum(sent.values()) / chip.links,
     }
@@ -103,6 +107,7 @@ def of(placed: Placed, program: Program, tokens: int = 1) -> Estimate:
     total <= chip.hbm,
     unread,
     flops,
+    worked,
     moved.memory / tokens,
     sent,
     moved.unknown_loops,
