@@ -137,6 +137,16 @@ def test_search_prunes_compiles_and_ranks(job):
   assert best.seconds <= min(c.seconds for c in rest)
 
 
+def test_of_bounds_as_good_as_equal_the_least_memory_is_best():
+  def case(step, total):
+    found = estimate.Estimate({}, total, True, step=step)
+    return search.Case(ONE, "full", 8, found=found)
+
+  cases = [case(3.52, 9), case(3.50, 14), case(3.3, 15), case(3.53, 8)]
+  ranked = sorted(cases, key=search._rank)
+  assert [c.found.total for c in ranked] == [15, 8, 9, 14]
+
+
 def test_the_largest_batch_is_compiled(job, monkeypatch):
   """Memory grows by a line, so that its limit is found by the third compile."""
   seen = []

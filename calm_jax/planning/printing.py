@@ -112,14 +112,14 @@ def _show_memory(console: Console, columns: dict[str, Any], chip) -> None:
     if any(sizes):
       table.add_row(kind, *("" if s is None else _gib(s) for s in sizes))
   table.add_section()
-  unread = [c["unread"] for c in columns.values()]
-  if any(unread):
-    table.add_row("of it not read", *map(_gib, unread))
   table.add_row("all", *(_gib(c["total"]) for c in columns.values()))
   table.add_row(
     f"fits {_gib(chip['hbm'])}",
     *("yes" if c["fits"] else "NO" for c in columns.values()),
   )
+  if any(c["unread"] > 0.01 * c["total"] for c in columns.values()):
+    unread = (_gib(c["unread"]) for c in columns.values())
+    table.add_row("of all not read", *unread)
   table.columns[1].justify = "right"
   console.print(table)
 

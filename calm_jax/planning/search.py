@@ -217,7 +217,9 @@ def compiled(job: Job, target: Target, case: Case) -> Case:
 def _rank(case: Case):
   if case.found is None:
     return 2 if not case.reason else 3, case.seconds, case.guess
-  return 0 if case.found.fits else 1, case.found.step, case.found.total
+  # Bounds that differ by a per cent say nothing: less memory is better then.
+  step = float(f"{case.found.step:.2g}")
+  return 0 if case.found.fits else 1, step, case.found.total
 
 
 def largest(
