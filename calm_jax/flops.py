@@ -32,18 +32,31 @@ def count(function: Callable, *arguments: Any) -> int:
   return of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def of_jaxpr(jaxpr: core.Jaxpr) -> int:
-  """`count` of a program that was traced."""
-  return sum(_of_equation(equation) for equation in jaxpr.eqns)
+def of_jaxpr(
+  jaxpr: core.Jaxpr, trips: int | None = None, kernels_only: bool = False
+) -> int:
+  """`count` of a program that was traced.
+
+  Args:
+    jaxpr: the program.
+    trips: of loops that run for as long as their data say; an error if None.
+    kernels_only: whether to count but what Pallas kernels compute.
+  """
+  return sum(_of_equation(e, trips, kernels_only) for e in jaxpr.eqns)
 
 
-def _of_equation(equation: core.JaxprEqn) -> int:
+def _of_equation(equation: core.JaxprEqn, trips, kernels_only) -> int:
   name, params = equation.primitive.name, equation.params
   if name == "dot_general":
+    if kernels_only:
+      return 0
     (contracted, _), _ = params["dimension_numbers"]
     summed = [equation.invars[0].aval.shape[axis] for axis in contracted]
     return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(summed)
-  inner = [of_jaxpr(jaxpr) for jaxpr in core.jaxprs_in_params(params)]
+  kernels_only = kernels_only and name != "pallas_call"
+  inner = [
+    of_jaxpr(j, trips, kernels_only) for j in core.jaxprs_in_params(params)
+  ]
   if name == "cond":
     return max(inner)
   if name == "scan":
@@ -55,5 +68,7 @@ def _of_equation(equation: core.JaxprEqn) -> int:
     # The work of one device; what is not cut, each of them does.
     return params["mesh"].size * sum(inner)
   if name == "while" and any(inner):
-    raise ValueError("a matrix product in a while loop: how often is unknown")
+    if trips is None:
+      raise ValueError("a matrix product in a while loop: how often is unknown")
+    return trips * sum(inner)
   return sum(inner)

@@ -141,6 +141,19 @@ def check(name: str, stage, source) -> None:
     )
 
 
+def check_frozen(name: str, stage, params: dict) -> None:
+  """Raises InputError if a stage trains what it asks to be cached.
+
+  Of `params`, the whole tree, only names are read.
+  """
+  trained, _ = tree.partition(params, tree.mask(params, stage.trainable))
+  if stage.cache_states and "augmenting" in trained:
+    raise InputError(
+      f"stage {name!r}: cache_states is for frozen augmenting models, and it "
+      f"trains {stage.trainable}"
+    )
+
+
 def cached(
   name: str,
   stage,
@@ -172,12 +185,7 @@ def cached(
       the folder holds the states of another model, is damaged, or too small.
   """
   check(name, stage, source)
-  trained, _ = tree.partition(params, tree.mask(params, stage.trainable))
-  if "augmenting" in trained:
-    raise InputError(
-      f"stage {name!r}: cache_states is for frozen augmenting models, and it "
-      f"trains {stage.trainable}"
-    )
+  check_frozen(name, stage, params)
   batches = source.once(stage.steps, stage.batch_size // stage.accumulate)
   stores = {}
   for model, joined in spec.augmenting:
@@ -187,7 +195,7 @@ def cached(
       _together("open")
       stores[model] = StateStore(
         folder,
-        _fields(stage.cache_states, joined),
+        fields(stage.cache_states, joined),
         {
           "model": frozen[f"augmenting/{model}"]["sha256"],
           "config": repr(dataclasses.replace(joined.config, unroll=1)),
@@ -208,8 +216,8 @@ def _together(what: str) -> None:
     multihost_utils.sync_global_devices(f"calm_jax states: {what}")
 
 
-def _fields(kind: str, joined: Augmenting) -> dict[str, tuple[str, int]]:
-  """What is stored of a token: by layer and part, dtype and width."""
+def fields(kind: str, joined: Augmenting) -> dict[str, tuple[str, int]]:
+  """What is stored of a token: by "layer/part", dtype and width."""
   h_BME = jax.ShapeDtypeStruct((1, 1, joined.config.width), jnp.float32)
   parts = jax.eval_shape(lambda h: encode(kind, h), h_BME)
   return {

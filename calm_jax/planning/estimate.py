@@ -22,7 +22,10 @@ class Estimate:
       head; it lies there all the same.
     total: the sum of `memory`; if the compiler gave up, what it asked for.
     fits: whether that is the chip's memory or less.
-    flops: of matrix products, on all chips together.
+    flops: of matrix products, each counted once; of one token of each row if
+      it decodes, as are all that follow.
+    worked: FLOPs that one chip does. Of all chips together they are more than
+      `flops` where chips do the same work, or do it again to save memory.
     moved: bytes read from and written to a chip's memory.
     sent: bytes sent by a chip, by kind of collective.
     unknown_loops: see `hlo.Moved`.
@@ -38,6 +41,7 @@ class Estimate:
   fits: bool
   unread: int = 0
   flops: int = 0
+  worked: float = 0
   moved: float = 0
   sent: dict[str, float] = dataclasses.field(default_factory=dict)
   unknown_loops: int = 0
@@ -53,14 +57,14 @@ def of(placed: Placed, program: Program, tokens: int = 1) -> Estimate:
   Args:
     placed: what it computes.
     program: the program.
-    tokens: times that its loops of unknown length run; what it moves and its
-      seconds are divided by it.
+    tokens: times that its loops of unknown length run; FLOPs, what it moves and
+      its seconds are divided by it.
   """
   chip, count = placed.target.chip, len(placed.target.devices)
-  memory = program.given.resident()
+  memory, flops = program.given.resident(), program.flops // tokens
   if program.compiled is None:
     needed = max(program.needed, sum(memory.values()), chip.hbm + 1)
-    return Estimate(memory, needed, False, flops=program.flops)
+    return Estimate(memory, needed, False, flops=flops)
   found = program.compiled.memory_analysis()
   # Of an argument that the program does not read there is no sharding.
   flat, shardings = (
@@ -87,11 +91,12 @@ def of(placed: Placed, program: Program, tokens: int = 1) -> Estimate:
   total = sum(memory.values())
   text = program.compiled.as_text()
   moved = hlo.moved(text, tokens)
+  worked = (moved.flops + program.in_kernels / count) / tokens
   sent = {kind: n / tokens for kind, n in moved.sent.items()}
   seconds = None
   if chip.flops:
     seconds = {
-      "compute": program.flops / (count * chip.flops),
+      "compute": worked / chip.flops,
       "memory": moved.memory / tokens / chip.bandwidth,
       "links": sum(sent.values()) / chip.links,
     }
@@ -101,7 +106,8 @@ def of(placed: Placed, program: Program, tokens: int = 1) -> Estimate:
     total,
     total <= chip.hbm,
     unread,
-    program.flops,
+    flops,
+    worked,
     moved.memory / tokens,
     sent,
     moved.unknown_loops,

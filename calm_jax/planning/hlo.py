@@ -13,6 +13,8 @@ import math
 import re
 from typing import NamedTuple
 
+from calm_jax.planning import products
+
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _START = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -47,14 +49,18 @@ class Moved(NamedTuple):
     sent: bytes sent to other devices, by kind of collective: of an array of n
       bytes that g devices share, n (g - 1) / g, twice that in an all-reduce.
     unknown_loops: loops that were counted as `trips`.
+    flops: of its matrix products, but for those of kernels.
   """
 
   memory: float
   sent: dict[str, float]
   unknown_loops: int
+  flops: float
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
+  """One line of a computation."""
+
   name: str
   kind: str
   type: str
@@ -73,8 +79,8 @@ def moved(text: str, trips: int = 1) -> Moved:
   computations, entry = _parse(text)
   everyone = re.search(r"num_partitions=(\d+)", text)
   count = _Count(computations, trips, int(everyone[1]) if everyone else 1)
-  memory, sent, unknown = count.total(entry)
-  return Moved(memory, dict(sent), unknown)
+  memory, sent, unknown, flops = count.total(entry)
+  return Moved(memory, dict(sent), unknown, flops)
 
 
 def kernels(text: str) -> dict[str, int]:
@@ -82,8 +88,8 @@ def kernels(text: str) -> dict[str, int]:
   return dict(collections.Counter(_KERNEL.findall(text)))
 
 
-def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-  computations: dict[str, list[_Instruction]] = {}
+def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+  computations: dict[str, list[Instruction]] = {}
   entry, here = "", None
   for line in text.splitlines():
     if here is None:
@@ -97,7 +103,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
   return computations, entry
 
 
-def _instruction(root, name: str, line: str) -> _Instruction:
+def _instruction(root, name: str, line: str) -> Instruction:
   end = _closing(line, 0) if line.startswith("(") else line.index(" ")
   kind, _, after = line[end:].strip().partition("(")
   close = _closing(after, 1)
@@ -105,7 +111,7 @@ def _instruction(root, name: str, line: str) -> _Instruction:
   is_number = kind in ("parameter", "constant")
   pattern = r"^-?\d+" if is_number else r"(?<=%)[\w.\-]+"
   operands = tuple(re.findall(pattern, after[:close]))
-  return _Instruction(
+  return Instruction(
     name, kind, line[:end], operands, after[close:], root is not None
   )
 
@@ -138,9 +144,10 @@ class _Count:
     self.computations, self.trips = computations, trips
     self.devices = devices
     self.total = functools.cache(self._total)
+    self.users = functools.cache(self._users)
 
   def _total(self, name: str):
-    memory, unknown = 0.0, 0
+    memory, unknown, flops = 0.0, 0, 0.0
     sent: collections.Counter = collections.Counter()
     instructions = self.computations[name]
     types = {i.name: i.type for i in instructions}
@@ -155,6 +162,7 @@ class _Count:
         kind = "reduce-scatter" if scattered else kind
         sent[kind] += self._sent(kind, one, scattered)
       memory += self._memory(one, types, called)
+      flops += products.flops(one, types)
       times, inner = 1, []
       if kind == "while":
         known = self._trips(one, called["condition"][0])
@@ -168,17 +176,18 @@ class _Count:
       elif kind in ("fusion", "async"):
         # What a fusion touches in between stays on the chip.
         inner = [self.total(n) for n in called.get("calls", [])]
-        inner = [((kind == "async") * m, s, u) for m, s, u in inner]
+        inner = [((kind == "async") * m, *rest) for m, *rest in inner]
       elif kind == "call":
         inner = [self.total(n) for n in called["to_apply"]]
-      for more, more_sent, more_unknown in inner:
+      for more, more_sent, more_unknown, more_flops in inner:
         memory += times * more
+        flops += times * more_flops
         unknown += more_unknown
         for key, value in more_sent.items():
           sent[key] += times * value
-    return memory, sent, unknown
+    return memory, sent, unknown, flops
 
-  def _trips(self, one: _Instruction, condition: str) -> int:
+  def _trips(self, one: Instruction, condition: str) -> int:
     """How often a loop from 0 runs; 0 if that is not known."""
     if known := _TRIPS.search(one.rest):
       return int(known[1])
@@ -193,7 +202,7 @@ class _Count:
       return int(limits[0])
     return 0
 
-  def _sent(self, kind: str, one: _Instruction, scattered: bool) -> float:
+  def _sent(self, kind: str, one: Instruction, scattered: bool) -> float:
     if kind == "collective-permute":
       return max(_arrays(one.type), default=0)
     size = self._group(one.rest)
@@ -214,7 +223,7 @@ class _Count:
       return found[1].count(",") + 1
     return self.devices
 
-  def _memory(self, one: _Instruction, types, called) -> float:
+  def _memory(self, one: Instruction, types, called) -> float:
     if one.kind in _FREE or one.kind.endswith("-done"):
       return 0
     inputs = [sum(_arrays(types[o])) for o in one.operands if o in types]
@@ -231,30 +240,40 @@ class _Count:
 
   def _fusion(self, name: str, inputs: list[float], out: float) -> float:
     """What it reads of each operand, and what it writes."""
-    inner = self.computations[name]
-    users = collections.defaultdict(list)
-    for one in inner:
-      for place, operand in enumerate(one.operands):
-        users[operand].append((place, one))
-
-    def read(name, whole):
-      total = 0.0
-      for place, user in users[name]:
-        if user.kind == "bitcast":
-          total += read(user.name, whole)
-        elif user.kind in ("dynamic-slice", "slice", "gather") and place == 0:
-          total += sum(_arrays(user.type))
-        elif user.kind != "dynamic-update-slice" or place != 0:
-          return whole
-      return min(total, whole)
-
-    total = self._written(inner, out)
-    for one in inner:
+    total = self._written(name, out)
+    for one in self.computations[name]:
       if one.kind == "parameter":
-        total += read(one.name, inputs[int(one.operands[0])])
+        total += self._read(name, one.name, inputs[int(one.operands[0])])
     return total
 
-  def _written(self, inner: list[_Instruction], out: float) -> float:
+  def _users(self, name: str) -> dict[str, list[tuple[int, Instruction]]]:
+    users = collections.defaultdict(list)
+    for one in self.computations[name]:
+      for place, operand in enumerate(one.operands):
+        users[operand].append((place, one))
+    return users
+
+  def _read(self, name: str, value: str, whole: float) -> float:
+    """What a fusion, and those within it, read of an array of `whole` bytes."""
+    total = 0.0
+    for place, user in self.users(name)[value]:
+      if user.kind == "bitcast":
+        total += self._read(name, user.name, whole)
+      elif user.kind in ("dynamic-slice", "slice", "gather") and place == 0:
+        total += sum(_arrays(user.type))
+      elif user.kind == "fusion":
+        inner = _CALLED.search(user.rest)[2].strip("%")
+        parameter = next(
+          one.name for one in self.computations[inner]
+          if one.kind == "parameter" and int(one.operands[0]) == place
+        )  # fmt: skip
+        total += self._read(inner, parameter, whole)
+      elif user.kind != "dynamic-update-slice" or place != 0:
+        return whole
+    return min(total, whole)
+
+  def _written(self, name: str, out: float) -> float:
+    inner = self.computations[name]
     by_name = {one.name: one for one in inner}
     root = next(one for one in inner if one.is_root)
     ends = [root]

@@ -38,6 +38,8 @@ def report(found: dict[str, Any]) -> dict[str, Any]:
     "best": _case(best, tokens),
     "cases": [_case(c, c.rows * job.stage.length) for c in found["cases"]],
   }
+  if "uncached_flops" in found:
+    result["uncached_flops"] = found["uncached_flops"]
   if found["largest"] is not None:
     result["largest_batch"] = found["largest"]
     result["batches"] = {
@@ -80,6 +82,11 @@ def show(result: dict[str, Any]) -> None:
   _show_speed(console, columns)
   for name, count in best["found"]["kernels"].items():
     console.print(f"kernel in {count} places of the step: {name}")
+  if "uncached_flops" in result:
+    console.print(
+      f"cached states: {best['found']['flops']:.4g} FLOPs a step, where m_A's "
+      f"forward pass would make it {result['uncached_flops']:.4g}"
+    )
   if len(result["cases"]) > 1:
     _show_cases(console, result["cases"])
   if "tokens_per_second" in best["found"]:
@@ -110,6 +117,9 @@ def _show_memory(console: Console, columns: dict[str, Any], chip) -> None:
     f"fits {_gib(chip['hbm'])}",
     *("yes" if c["fits"] else "NO" for c in columns.values()),
   )
+  if any(c["unread"] > 0.01 * c["total"] for c in columns.values()):
+    unread = (_gib(c["unread"]) for c in columns.values())
+    table.add_row("of all not read", *unread)
   table.columns[1].justify = "right"
   console.print(table)
 
@@ -121,7 +131,8 @@ def _show_speed(console: Console, columns: dict[str, Any]) -> None:
   def row(name, values):
     table.add_row(name, *values)
 
-  row("FLOPs, all chips", (f"{c['flops']:.3g}" for c in found))
+  row("FLOPs, each once", (f"{c['flops']:.3g}" for c in found))
+  row("FLOPs of a chip", (f"{c['worked']:.3g}" for c in found))
   row("memory moved, a chip", (_gib(c["moved"]) for c in found))
   for kind in dict.fromkeys(k for c in found for k in c["sent"]):
     row(f"{kind}, sent", (_gib(c["sent"].get(kind, 0)) for c in found))

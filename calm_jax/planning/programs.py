@@ -161,17 +161,30 @@ class Program(NamedTuple):
     given: what it takes.
     compiled: None if it does not fit.
     needed: bytes that it would need then, if the compiler says.
-    flops: of matrix products of one call, on all devices together.
+    flops: of matrix products of one call, each once, as it was traced.
+    in_kernels: how many of those are in kernels of its own.
   """
 
   given: Given
   compiled: Any
   needed: int
   flops: int
+  in_kernels: int
 
 
 def training(placed: Placed, rows: int) -> Program:
   """One step of training on `rows` rows."""
+  given, traced = _traced_training(placed, rows)
+  return _compile(traced, given)
+
+
+def training_flops(placed: Placed, rows: int) -> int:
+  """`Program.flops` of a step, which is not compiled."""
+  _, traced = _traced_training(placed, rows)
+  return flops.of_jaxpr(traced.jaxpr.jaxpr)
+
+
+def _traced_training(placed: Placed, rows: int) -> tuple:
   stage = placed.job.stage
   mask = tree.mask(placed.job.params, stage.trainable)
   tx, rate = trainer.optimizer(stage, mask)
@@ -179,18 +192,19 @@ def training(placed: Placed, rows: int) -> Program:
   step = training_step.make_step(
     placed.job.spec, stage.model, tx, rate, stage.accumulate, placed.layout
   )
-  traced = step.trace(*given.arguments)
-  return _compile(traced, given, flops.of_jaxpr(traced.jaxpr.jaxpr))
+  return given, step.trace(*given.arguments)
 
 
 def decoding(placed: Placed, rows: int, slots: int) -> Program:
   """`decode.advance`: up to CHUNK tokens for each of `rows` rows.
 
-  Caches have `slots` slots. FLOPs are not counted: it reads weights.
+  Caches have `slots` slots, all of which are multiplied with, read or not.
   """
   job, layout = placed.job, placed.layout
   spec, params = composition.alone(job.spec, job.params, job.stage.model)
   params = jax.eval_shape(cross_attention.fold, params)
+  if placed.target.chip.name == "cpu" and layout is None:
+    params = _unstacked(params)
   prompt = Sequence(
     *(jax.ShapeDtypeStruct((rows, batching.SHORTEST), jnp.int32),) * 3
   )
@@ -226,18 +240,40 @@ def decoding(placed: Placed, rows: int, slots: int) -> Program:
   )
   kinds = _all(rest, "batch")._replace(cache=_all(state.cache, "caches"))
   kinds = _all(params, "frozen"), kinds, "batch", "batch"
-  return _compile(traced, Given(arguments, kinds), 0)
+  return _compile(traced, Given(arguments, kinds), decode.CHUNK)
 
 
-def _compile(traced, given: Given, count: int) -> Program:
+def _unstacked(params: dict) -> dict:
+  """What `decode.prepare` makes of parameters on one CPU."""
+
+  def one(model):
+    layers = model["layers"]
+    each = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers
+    )
+    count = len(jax.tree.leaves(layers)[0])
+    return model | {"layers": (each,) * count}
+
+  models = {"anchor": one(params["anchor"])}
+  if "augmenting" in params:
+    models["augmenting"] = {n: one(p) for n, p in params["augmenting"].items()}
+  return params | models
+
+
+def _compile(traced, given: Given, trips: int | None = None) -> Program:
+  """Compiles; a loop of unknown length is taken to run `trips` times."""
+  counts = [
+    flops.of_jaxpr(traced.jaxpr.jaxpr, trips, kernels_only)
+    for kernels_only in (False, True)
+  ]
   try:
-    return Program(given, traced.lower().compile(), 0, count)
+    return Program(given, traced.lower().compile(), 0, *counts)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     found = _NEEDED.search(str(error))
     needed = int(float(found[1]) * _UNITS[found[2]]) if found else 0
-    return Program(given, None, needed, count)
+    return Program(given, None, needed, *counts)
 
 
 def bytes_here(leaf: jax.ShapeDtypeStruct) -> int:

@@ -22,6 +22,7 @@ from calm_jax.planning.topology import Target
 
 REMATS = ("none", "dots", "full")
 _HALF = 2  # bytes of a number while it computes
+_SHORTEST = 128  # tokens of a piece of a row: what a TPU's kernel reads at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,19 +55,30 @@ class Case:
 
 
 def cases(job: Job, target: Target, rows: int) -> Iterator[Case]:
-  """Every mesh over data, fsdp and tensor that shares rows and heads."""
-  count = len(target.devices)
-  heads = job.spec.anchor.num_heads
+  """Every mesh that shares rows and heads, and tokens where rows are few.
+
+  `sequence` cuts a row of which a chip would hold no more than that one:
+  otherwise the rows themselves are better cut.
+  """
+  count, pieces = len(target.devices), job.stage.accumulate
+  heads, length = job.spec.anchor.num_heads, job.stage.length
   for tensor in (t for t in _divisors(count) if heads % t == 0):
-    for data in _divisors(count // tensor):
-      if rows % (count // tensor * job.stage.accumulate):
+    for sequence in _divisors(count // tensor):
+      shared = count // tensor // sequence
+      if rows % (shared * pieces):
         continue
-      axes = {
-        "data": data, "fsdp": count // tensor // data, "tensor": tensor,
-        "sequence": 1,
-      }  # fmt: skip
-      for remat in REMATS:
-        yield Case(axes, remat, rows)
+      cut = length // sequence
+      if sequence > 1 and (
+        rows > shared * pieces or length % sequence or cut < _SHORTEST
+      ):
+        continue
+      for data in _divisors(shared):
+        axes = {
+          "data": data, "fsdp": shared // data, "tensor": tensor,
+          "sequence": sequence,
+        }  # fmt: skip
+        for remat in REMATS:
+          yield Case(axes, remat, rows)
 
 
 def _divisors(n: int) -> list[int]:
@@ -86,7 +98,7 @@ def guessed(job: Job, target: Target, case: Case) -> Case:
   except InputError as error:
     return dataclasses.replace(case, reason=str(error))
   arguments = sum(given.values())
-  memory, seconds = _rough(job, target, case)
+  memory, seconds = _rough(placed.job, target, case)
   reason = ""
   if arguments > target.chip.hbm:
     reason = "what it is given does not fit"
@@ -102,12 +114,16 @@ def guessed(job: Job, target: Target, case: Case) -> Case:
 def _rough(job: Job, target: Target, case: Case) -> tuple[float, float]:
   """Bytes beside the arguments, and seconds of a step."""
   c, chip, count = job.spec.anchor, target.chip, len(target.devices)
-  tensor, fsdp = case.axes["tensor"], case.axes["fsdp"]
+  fsdp, tensor, sequence = (
+    case.axes[name] for name in ("fsdp", "tensor", "sequence")
+  )
   theta = tree.count(job.params["composition"])
   anchor, *others = (
     tree.count(decoder.param_shapes(config)["layers"])
     for config in (c, *(a.config for _, a in job.spec.augmenting))
   )
+  if job.stage.cache_states:
+    others = []
   head = c.width * c.vocab_size
   tokens = case.rows * job.stage.length
   passes = 2 + (case.remat == "full")
@@ -115,17 +131,24 @@ def _rough(job: Job, target: Target, case: Case) -> tuple[float, float]:
   share = (fsdp - 1) / fsdp / tensor * _HALF
   sent = share * (2 * (anchor + head) + sum(others) + 3 * theta)
   here = tokens / (count // tensor) / job.stage.accumulate
-  sums = (4 + 2 * (case.remat == "full")) * c.num_layers * job.stage.accumulate
+  turns = c.num_layers * job.stage.accumulate
+  sums = (4 + 2 * (case.remat == "full")) * turns
   sent += 2 * (tensor - 1) / tensor * sums * here * c.width * _HALF
+  # Each piece of a row reads the keys and values of the others.
+  pair = 2 * c.num_kv_heads * c.head_dim / tensor * _HALF
+  sent += passes * turns * (sequence - 1) * here * pair
   seconds = 0.0
   if chip.flops:
     seconds = max(flops / count / chip.flops, sent / chip.links)
   inner = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 2 * c.mlp_width
   layer = here * (2 * c.width + inner / tensor) * _HALF
+  if c.attention == "xla":
+    layer += 4 * here * job.stage.length * c.num_heads / tensor
   kept = {"full": here * c.width * _HALF, "dots": layer, "none": 2 * layer}
   memory = c.num_layers * kept[case.remat] + 3 * layer
   memory += (2 * anchor / c.num_layers + head) / tensor * _HALF
-  return memory + 8 * job.settings["loss_chunk"], seconds
+  logits = min(job.settings["loss_chunk"], here * c.vocab_size)
+  return memory + 8 * logits, seconds
 
 
 def search(
@@ -155,7 +178,8 @@ def search(
   if not left:
     raise InputError(
       f"no mesh of the {len(target.devices)} devices of {target.name} shares "
-      f"{rows} rows: make the batch a multiple of a divisor of that"
+      f"{rows} rows of {job.stage.length} tokens: make the batch a multiple of "
+      "a divisor of that, or rows longer"
     )
   say(f"{len(left)} cases, {sum(not c.reason for c in left)} to choose from")
   done, scale = [], 1.0
@@ -193,7 +217,9 @@ def compiled(job: Job, target: Target, case: Case) -> Case:
 def _rank(case: Case):
   if case.found is None:
     return 2 if not case.reason else 3, case.seconds, case.guess
-  return 0 if case.found.fits else 1, case.found.step, case.found.total
+  # Bounds that differ by a per cent say nothing: less memory is better then.
+  step = float(f"{case.found.step:.2g}")
+  return 0 if case.found.fits else 1, step, case.found.total
 
 
 def largest(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,12 @@ from calm_jax import (
   composition,
   fitting,
   quantising,
+  state_cache,
   trainer,
   tree,
 )
 from calm_jax.connections import Composition
+from calm_jax.data.rows import TextSource
 from calm_jax.errors import InputError
 from calm_jax.models import decoder, families, folders, loading, quantisation
 from calm_jax.models.config import ModelConfig
@@ -56,11 +59,9 @@ def job(settings: dict[str, Any], stage: str = "") -> Job:
   if stage not in settings["stages"]:
     raise InputError(f"stage={stage!r} is none of {list(settings['stages'])}")
   asked = trainer.Stage(**settings["stages"][stage])
-  if asked.cache_states:
-    raise InputError(
-      "a step with cached states is not planned: leave cache_states empty, "
-      "and take m_A's forward pass off"
-    )
+  # Of the data of experiments, those of text come again.
+  repeats = TextSource if settings["experiment"] == "text" else None
+  state_cache.check(stage, asked, repeats)
   configs = _models(settings)
   anchor, augmenting = configs["anchor"], configs["augmenting"]
   name, joint = settings["augmenting_name"], dict(settings["composition"])
@@ -69,19 +70,18 @@ def job(settings: dict[str, Any], stage: str = "") -> Job:
   pairs = pairs or settings["composition"]["num_connections"] or None
   joined = composing.join(augmenting, anchor, pairs, **joint)
   spec = Composition(anchor, ((name, joined),))
-  dtype = jnp.dtype(settings["dtype"])
   models = {
     "anchor": decoder.param_shapes(anchor),
     "augmenting": {name: decoder.param_shapes(augmenting)},
   }
-  models = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), models)
-  models = _quantised(models, settings, stage)
+  models = _quantised(_kept(models, settings, stage), settings, stage)
   params = models | {
     "composition": jax.eval_shape(
       lambda: composition.init(jax.random.key(0), spec)
     )
   }
   params = jax.eval_shape(lambda p: fitting.with_lora(p, settings)[0], params)
+  state_cache.check_frozen(stage, asked, params)
   chosen = tree.flatten(tree.mask(params, asked.trainable))
   params = tree.unflatten(
     {
@@ -96,6 +96,22 @@ def job(settings: dict[str, Any], stage: str = "") -> Job:
   if asked.augmenting_length or anchor.vocab_size != augmenting.vocab_size:
     own[name] = asked.augmenting_length or asked.length
   return Job(settings, asked, spec, params, own)
+
+
+def _kept(models: dict, settings: dict[str, Any], stage: str) -> dict:
+  """The models as they come to a stage: what was read has `config.dtype`, and
+  what an earlier stage trained, or is made here, float32."""
+  recipe = settings["recipe"]
+  at = recipe.index(stage) if stage in recipe else -1
+  trained = [p for n in recipe[:at] for p in settings["stages"][n]["trainable"]]
+
+  def one(name, x):
+    loaded = settings[name.partition("/")[0]]
+    wide = not loaded or any(re.fullmatch(p, name) for p in trained)
+    dtype = jnp.float32 if wide else jnp.dtype(settings["dtype"])
+    return jax.ShapeDtypeStruct(x.shape, dtype)
+
+  return tree.unflatten({n: one(n, x) for n, x in tree.flatten(models).items()})
 
 
 def _quantised(models: dict, settings: dict[str, Any], stage: str) -> dict:
@@ -156,7 +172,7 @@ def _tokenizer(settings):
 
 
 def batch(job: Job, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """The arrays of a training batch; see `data.packing`."""
+  """The arrays of a training batch; see `data.packing` and `state_cache`."""
 
   def arrays(prefix, names, length):
     return {
@@ -174,4 +190,12 @@ def batch(job: Job, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
       prefix = f"augmenting/{name}/"
       found |= arrays(prefix, sequence, length)
       found |= arrays(prefix, ("visible",), job.stage.length)
+  if job.stage.cache_states:
+    for name, joined in job.spec.augmenting:
+      length = job.own.get(name, job.stage.length)
+      stored = state_cache.fields(job.stage.cache_states, joined)
+      for field, (dtype, width) in stored.items():
+        found[f"augmenting/{name}/states/{field}"] = jax.ShapeDtypeStruct(
+          (rows, length, width), jnp.dtype(dtype)
+        )
   return found
