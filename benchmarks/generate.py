@@ -14,8 +14,9 @@ difference between two continuations, of NEW and of fewer tokens, whose caches
 have as many slots, has no prompt in it. The share is the time that the bytes
 that a token cannot do without (benchmarks.traffic) take at the speed of a large
 copy, bytes read and written, over the token's own time; copies take turns with
-the contestants. --apart gives each layer arrays of its own instead of stacks,
-as is always done on a CPU.
+the contestants. transformers' model has no soft cap of attention's scores, see
+benchmarks.torch_loop. --apart gives each layer arrays of its own instead of
+stacks, as is always done on a CPU.
 
 --growth is the same of the composed small pair, twice as large in one respect
 each, every shape by itself.
@@ -179,16 +180,16 @@ def measure(
   }
 
 
-def contest(options) -> None:
+def contest(options) -> dict[int, dict[str, dict[str, float]]]:
+  """Prints the tables; returns what `measure` finds, by the number of rows."""
+  lengths, copy = (options.new,), None
+  if options.bandwidth:
+    lengths += (shorter(options.prompt, options.new),)
+    copy = machine.make_copy(options.copy_megabytes)
   spec = pairs.computed(pairs.pair(options.pair), dtype=options.dtype)
   params = pairs.parameters(spec, options.dtype)
   if options.apart:
     params = apart(params)
-  lengths = (options.new,)
-  copy = None
-  if options.bandwidth:
-    lengths += (shorter(options.prompt, options.new),)
-    copy = machine.make_copy(options.copy_megabytes)
   whole = Table(
     "prompt and all", "rows", "parameters", "tokens/s", "time, of the anchor's"
   )
@@ -197,6 +198,7 @@ def contest(options) -> None:
     f"of a copy (goal {GOAL})",
   )  # fmt: skip
   model = their_model(options) if options.torch else None
+  every = {}
   for rows in options.rows:
     prompts = prompts_of(rows, options.prompt, spec.anchor.vocab_size)
     runs = {}
@@ -205,7 +207,7 @@ def contest(options) -> None:
       runs[name] = ours(held, described, prompts, options.new, lengths[-1])
     if model is not None:
       runs[THEIRS] = theirs(model, prompts)
-    found = measure(runs, lengths, options.repeats, copy)
+    found = every[rows] = measure(runs, lengths, options.repeats, copy)
     base = found[ALONE]
     for name, got in found.items():
       whole.add_row(
@@ -226,6 +228,7 @@ def contest(options) -> None:
   if copy:
     console.print(decoding)
     console.print(f"a copy moves {copy() / 1e9:,.1f} GB a second")
+  return every
 
 
 def growth(options) -> None:
@@ -267,7 +270,7 @@ def growth(options) -> None:
   Console().print(table)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None):
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -293,10 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.bandwidth = not on_cpu
   if options.apart and on_cpu:
     parser.error("--apart is for accelerators: it is always so on a CPU")
-  if options.growth:
-    growth(options)
-  else:
-    contest(options)
+  return growth(options) if options.growth else contest(options)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ V = 8192  # of the small pair
 NAME = "augmenting"
 _TINY = {
   "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96,
-  "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+  "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
   "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8,
 }  # fmt: skip
 _SMALLER = {

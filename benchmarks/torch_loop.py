@@ -125,7 +125,10 @@ class Loop:
       for k in ("tokens", "targets")
     )
     self.optimizer = torch.optim.AdamW(
-      self.crosses.parameters(), lr=learning_rate, weight_decay=0.0
+      self.crosses.parameters(),
+      lr=learning_rate,
+      betas=(0.9, 0.95),
+      weight_decay=0.0,
     )
 
   def _keep(self, layer: int):

@@ -18,6 +18,8 @@ that wait.
 
 --torch trains the same pair on the same batch by benchmarks.torch_loop too, in
 turns. JAX is told to leave it memory (XLA_PYTHON_CLIENT_PREALLOCATE=false).
+That loop has no soft cap of attention's scores, since SDPA has none; --no_cap
+leaves Gemma-2's out of our step too, so that both compute the same.
 
 --growth is the small pair twice as large, in one respect each; every shape is
 measured by itself and freed before the next. --devices is one step on 1, 2, 4
@@ -167,6 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--rows", type=int, default=BATCH)
   parser.add_argument("--length", type=int, default=LENGTH)
   parser.add_argument("--attention", default=defaults.attention)
+  parser.add_argument("--no_cap", action="store_true")
   parser.add_argument("--matmul", type=int, help="size of its squares")
   parser.add_argument("--torch", action="store_true")
   parser.add_argument("--growth", action="store_true")
@@ -190,6 +193,8 @@ def main(arguments: list[str] | None = None) -> None:
   if options.growth:
     growth(how, options, clock)
     return
+  if options.no_cap:
+    how["attention_cap"] = None
   spec = pairs.computed(pairs.pair(options.pair), options.attention, **how)
   one(spec, options, clock)
 
