@@ -15,15 +15,39 @@ import pytest
 from benchmarks import generate, machine, pairs, steps, traffic
 from calm_jax import flops, tree
 
+GENERATE = [
+  "--pair=tiny", "--dtype=bfloat16", "--rows=2", "--prompt=20", "--new=48",
+  "--bandwidth", "--copy_megabytes=1", "--repeats=1", "--no-torch",
+]  # fmt: skip
+# One process for both, in which programs compile in half the time.
 PROBE = """
-import json
-from benchmarks import devices, pairs
+import json, sys
+from benchmarks import devices, generate, pairs
 from calm_jax.planning import topology
 topology.prepare("cpu:2")
 job = devices.job(pairs.pair("tiny"), 4, 8)
 _, found = devices.table(job, counts=(1, 2), along=("fsdp",))
-print(json.dumps([found["", 1], found["fsdp", 2]]))
+measured = generate.main(sys.argv[1:])
+print(json.dumps([found["", 1], found["fsdp", 2], measured[2]]))
 """
+
+
+@pytest.fixture(scope="module")
+def probed():
+  """What a process with two simulated devices prints, in lines."""
+  run = subprocess.run(
+    [sys.executable, "-c", PROBE, *GENERATE],
+    env=os.environ
+    | {
+      "PYTHONPATH": str(helpers.ROOT),
+      "XLA_FLAGS": "--xla_backend_optimization_level=0",
+      "JAX_PLATFORMS": "cpu",
+    },
+    capture_output=True,
+    text=True,
+  )
+  assert run.returncode == 0, run.stderr[-2000:]
+  return run.stdout.splitlines()
 
 
 def shapes(spec, dtype="float32"):
@@ -99,20 +123,15 @@ def test_continuations_differ_by_whole_chunks_in_caches_of_one_size():
     generate.shorter(32, 20)
 
 
-def test_generation_is_measured(capsys):
-  found = generate.main(
-    ["--pair=tiny", "--dtype=bfloat16", "--rows=2", "--prompt=20", "--new=48",
-     "--bandwidth", "--copy_megabytes=1", "--repeats=1", "--no-torch"]
-  )  # fmt: skip
-  assert found.keys() == {2}
-  assert found[2].keys() == {generate.ALONE, generate.COMPOSED}
-  for got in found[2].values():
+def test_generation_is_measured(probed):
+  found = json.loads(probed[-1])[2]
+  assert found.keys() == {generate.ALONE, generate.COMPOSED}
+  for got in found.values():
     assert got.keys() == {"whole", "token", "share"}
     assert got["whole"] > 0
   params = shapes(pairs.pair("tiny"))
-  printed = capsys.readouterr().out
-  assert f"{tree.count(params['anchor']):,}" in printed
-  assert f"{tree.count(params):,}" in printed
+  for part in (params["anchor"], params):
+    assert f"{tree.count(part):,}" in "\n".join(probed)
 
 
 def test_decoding_is_the_difference_of_two_continuations(monkeypatch):
@@ -135,20 +154,8 @@ def test_a_copy_is_one():
   assert machine.make_matmul(64, "bfloat16")() > 0
 
 
-def test_one_of_two_devices_has_half_of_everything():
-  run = subprocess.run(
-    [sys.executable, "-c", PROBE],
-    env=os.environ
-    | {
-      "PYTHONPATH": os.pathsep.join(
-        [str(helpers.ROOT), str(helpers.ROOT / "tests")]
-      )
-    },
-    capture_output=True,
-    text=True,
-  )
-  assert run.returncode == 0, run.stderr[-2000:]
-  one, half = json.loads(run.stdout)
+def test_one_of_two_devices_has_half_of_everything(probed):
+  one, half, _ = json.loads(probed[-1])
   counted, arguments, _, sent = range(4)
   for what in (counted, arguments):
     assert 0.5 <= half[what] / one[what] < 0.52
