@@ -11,12 +11,12 @@ of benchmarks.pairs.
 
 --bandwidth, which is on where the device is no CPU, adds decoding alone: the
 difference between two continuations, of NEW and of fewer tokens, whose caches
-have as many slots, has no prompt in it. The share is the time that the bytes
-that a token cannot do without (benchmarks.traffic) take at the speed of a large
-copy, bytes read and written, over the token's own time; copies take turns with
-the contestants. transformers' model has no soft cap of attention's scores, see
-benchmarks.torch_loop. --apart gives each layer arrays of its own instead of
-stacks, as is always done on a CPU.
+have as many slots, has no prompt in it. A step makes a token of each row. The
+share is the time that the bytes that it cannot do without (benchmarks.traffic)
+take at the speed of a large copy, bytes read and written, over its own time;
+copies take turns with the contestants. transformers' model has no soft cap of
+attention's scores, see benchmarks.torch_loop. --apart gives each layer arrays
+of its own instead of stacks, as is always done on a CPU.
 
 --growth is the same of the composed small pair, twice as large in one respect
 each, every shape by itself.
@@ -173,7 +173,9 @@ def measure(
       token = (seconds[0] - seconds[1]) / (lengths[0] - lengths[1])
       kept["token"].append(token)
       if copy and run.bytes:
-        kept["share"].append(run.bytes / (speed + copy()) * 2 / token)
+        # Times add up, not rates.
+        speed = 2 / (1 / speed + 1 / copy())
+        kept["share"].append(run.bytes / speed / token)
   return {
     name: {what: statistics.median(x) for what, x in kept.items() if x}
     for name, kept in found.items()
@@ -194,7 +196,7 @@ def contest(options) -> dict[int, dict[str, dict[str, float]]]:
     "prompt and all", "rows", "parameters", "tokens/s", "time, of the anchor's"
   )
   decoding = Table(
-    "decoding alone", "rows", "ms a token", "of the anchor's", "MB it reads",
+    "decoding alone", "rows", "ms a step", "of the anchor's", "MB it reads",
     f"of a copy (goal {GOAL})",
   )  # fmt: skip
   model = their_model(options) if options.torch else None
@@ -242,7 +244,7 @@ def growth(options) -> None:
     "4 connections": {"connections": 4},
   }
   table = Table(
-    "", "tokens/s", "ms a token", "ratio", "MB it reads", "ratio", "of a copy"
+    "", "tokens/s", "ms a step", "ratio", "MB it reads", "ratio", "of a copy"
   )
   copy = machine.make_copy(options.copy_megabytes)
   base = None
