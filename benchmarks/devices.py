@@ -84,11 +84,11 @@ def table(job: Job, counts=COUNTS, along=ALONG) -> tuple[Table, dict]:
   base = found["", 1]
   made = Table(
     "devices", "FLOPs of one", "arguments", "temporaries", "sent MB",
-    "sent, of one device's arguments",
+    "of 1's arguments",
   )  # fmt: skip
   for (axis, n), got in found.items():
     made.add_row(
-      f"{n} along {axis}" if axis else "1",
+      f"{n} {axis}" if axis else "1",
       f"{got.flops / base.flops:.3f}",
       f"{got.arguments / base.arguments:.3f}",
       f"{got.temporaries / base.temporaries:.3f}",
