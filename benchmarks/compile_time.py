@@ -1,9 +1,10 @@
-"""Seconds to compile a composition's training step, by depth of the anchor.
+"""Seconds to compile a composition's training step, and how they grow.
 
   python -m benchmarks.compile_time [--width 256] [--repeats 3]
 
 Layers run in a scan, so 48 should cost about what 12 do; the target is a
-ratio of 1.5 at most.
+ratio of 1.5 at most. A connection ends one scan and begins another, in both
+models, so that time grows with their number.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import time
 
 import jax
 import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
 
 from calm_jax import composition, losses
-from calm_jax.connections import Augmenting, Composition, Connection
+from calm_jax.connections import Augmenting, Composition, default_connections
 from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
 
-DEPTHS = (12, 48)
+# (layers of the anchor, connections); ratios are to the first.
+SHAPES = ((12, 2), (48, 2), (12, 4), (12, 8))
 TARGET = 1.5
 
 
@@ -35,11 +39,10 @@ def model(width: int, layers: int) -> ModelConfig:
   )
 
 
-def seconds(width: int, layers: int) -> float:
+def seconds(width: int, layers: int, connections: int) -> float:
   """Traces, lowers and compiles the step once; nothing is allocated."""
   augmenting = model(width // 2, 8)
-  connections = (Connection(4, layers // 2), Connection(8, layers))
-  joined = Augmenting(augmenting, connections)
+  joined = Augmenting(augmenting, default_connections(8, layers, connections))
   spec = Composition(model(width, layers), (("kv", joined),))
   frozen = {
     "anchor": decoder.param_shapes(spec.anchor),
@@ -66,16 +69,21 @@ def main() -> None:
   parser.add_argument("--width", type=int, default=256)
   parser.add_argument("--repeats", type=int, default=3)
   options = parser.parse_args()
-  seconds(options.width, 2)  # the first compilation also starts the backend
-  # Depths take turns, and the best counts: the machine may be busy.
+  # The first compilation also starts the backend.
+  seconds(options.width, 2, 2)
+  # Shapes take turns, and the best counts: the machine may be busy.
   rounds = []
   for _ in range(options.repeats):
     jax.clear_caches()
-    rounds.append([seconds(options.width, depth) for depth in DEPTHS])
+    rounds.append([seconds(options.width, *shape) for shape in SHAPES])
   best = [min(times) for times in zip(*rounds, strict=True)]
-  for depth, time_taken in zip(DEPTHS, best, strict=True):
-    print(f"{depth} layers: {time_taken:.2f} s")
-  print(f"ratio {best[1] / best[0]:.2f}, target {TARGET} at most")
+  table = Table("layers", "connections", "seconds", "ratio")
+  for (layers, connections), taken in zip(SHAPES, best, strict=True):
+    ratio = f"{taken / best[0]:.2f}"
+    if layers != SHAPES[0][0]:
+      ratio += f" (target {TARGET} at most)"
+    table.add_row(f"{layers}", f"{connections}", f"{taken:.2f}", ratio)
+  Console().print(table)
 
 
 if __name__ == "__main__":

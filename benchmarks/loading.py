@@ -7,7 +7,8 @@ processes: whose peak of resident memory, less what the same process needs
 before it loads, should be at most 1.25 times the model. Cold: the files are
 dropped from the page cache first (posix_fadvise), so that the disk is read;
 its own speed is that of reading the same files in order by the same means.
-Targets hold for bfloat16 and cold files.
+Targets hold for bfloat16 and cold files. Growth is that of --gigabytes: depth
+and width count only as bytes.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import calm_jax
-from benchmarks.generate import V, model
+from benchmarks.pairs import V, model
 from calm_jax.models import decoder, loading
 from calm_jax.tokenizer import train_sentencepiece
 

@@ -1,0 +1,177 @@
+"""A training step of a composition: what it costs at the least, and its clock.
+
+The least FLOPs are those of m_A up to its last tapped layer and of m_B,
+forward; the head and m_B above the first connection, backward, without
+gradients of weights; and the connections with theirs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import pairs
+from benchmarks.machine import Clock
+from calm_jax import flops, optim, training_step, tree
+from calm_jax.connections import Composition
+from calm_jax.models.config import ModelConfig
+
+
+def least_flops(
+  spec: Composition, rows: int, length: int, seen: float = 1.0
+) -> int:
+  """What a step cannot do without, of matrix products; see above.
+
+  The norms before a projection and before a query are trained: the gradients
+  of what those read count, even into a frozen model.
+
+  Args:
+    spec: the composition.
+    rows: of a batch.
+    length: tokens of a row.
+    seen: the share of the products of queries and keys that counts; 0.5 for
+      those of the past alone.
+  """
+  tokens = rows * length
+
+  def attention(width: int) -> int:
+    return int(4 * seen * tokens * length * width)
+
+  def linears(c: ModelConfig) -> int:
+    heads = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim
+    mlp = (3 if c.gated_mlp else 2) * c.mlp_width
+    return 2 * tokens * c.width * (heads + mlp)
+
+  def layers(c: ModelConfig, count: int, times: int = 1) -> int:
+    # The gradients of attention are four products for two.
+    inner = c.num_heads * c.head_dim
+    return count * (linears(c) + times * attention(inner))
+
+  b, D = spec.anchor, spec.anchor.width
+  head = 2 * tokens * D * b.vocab_size
+  total = layers(b, b.num_layers) + 2 * head
+  first = b.num_layers
+  for _, joined in spec.augmenting:
+    c = joined.config
+    total += layers(c, max(pair.augmenting for pair in joined.connections))
+    for at in joined.connections:
+      first = min(first, at.anchor)
+      kernels = D * (c.width + 4 * D)
+      total += 3 * (2 * tokens * kernels + attention(D))
+  return total + layers(b, b.num_layers - first, times=2)
+
+
+def parts(spec: Composition) -> tuple[Callable, Callable]:
+  """The trainer's step of Θ_C, and what makes its (state, frozen leaves)."""
+  shapes = jax.eval_shape(lambda: pairs.parameters(spec, "float32"))
+  mask = tree.mask(shapes, ("composition/.*",))
+  rate = optim.schedule("constant", 1e-4, steps=1000, warmup=0, final=1.0)
+  tx = optim.optimizer(
+    mask, rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, decay="", clip=1.0
+  )
+
+  def make() -> tuple[dict, dict]:
+    params = pairs.parameters(spec, "float32")
+    trainable, frozen = tree.partition(params, mask)
+    state = {
+      "trainable": trainable,
+      "opt_state": tx.init(params),
+      "step": jnp.int32(0),
+      "rng": jax.random.key(0),
+    }
+    return state, frozen
+
+  step = training_step.make_step(spec, "composed", tx, rate, accumulate=1)
+  return step, make
+
+
+def batch_of(
+  rows: int, length: int, vocabulary: int = pairs.V
+) -> dict[str, np.ndarray]:
+  random = np.random.default_rng(0)
+  tokens = random.integers(0, vocabulary, (rows, length + 1), dtype=np.int32)
+  ones = np.ones((rows, length), np.int32)
+  return {
+    "tokens": tokens[:, :-1],
+    "targets": tokens[:, 1:],
+    "segments": ones,
+    "positions": np.broadcast_to(np.arange(length, dtype=np.int32), ones.shape),
+    "prompt_ends": 0 * ones,
+    "weights": ones.astype(np.float32),
+  }
+
+
+class Timed:
+  """A step that can be called again and again, and what it should cost."""
+
+  def __init__(self, spec: Composition, rows: int, length: int):
+    step, make = parts(spec)
+    self.state, self.frozen = make()
+    batch = batch_of(rows, length, spec.anchor.vocab_size)
+    self.batch = jax.device_put(batch)
+    arguments = self.state, self.frozen, self.batch
+    self.traced = flops.count(step, *arguments)
+    self.least = least_flops(spec, rows, length)
+    self.tokens = rows * length
+    self.step = step.lower(*arguments).compile()
+    self.temporary = self.step.memory_analysis().temp_size_in_bytes
+    self()
+
+  def __call__(self, clock: Clock = time.perf_counter) -> float:
+    """Seconds of a step, the device's work included."""
+    jax.block_until_ready(self.state)
+    began = clock()
+    self.state, metrics = self.step(self.state, self.frozen, self.batch)
+    jax.block_until_ready((self.state, metrics))
+    return clock() - began
+
+
+def measure(
+  runs: dict[str, Callable[[Clock], float]],
+  least: int,
+  matmul: Callable[[], float],
+  repeats: int,
+  clock: Clock,
+) -> dict[str, dict[str, float]]:
+  """Medians by name: seconds, matmul FLOPs a second, share of the limit.
+
+  Args:
+    runs: steps, which take turns, with matmuls between them.
+    least: FLOPs of each.
+    matmul: from `machine.make_matmul`.
+    repeats: turns.
+    clock: that steps are timed by.
+  """
+  found = {name: ([], [], []) for name in runs}
+  for run in runs.values():
+    run(clock)  # whose first calls are slower
+  before = matmul()
+  for _ in range(repeats):
+    for name, run in runs.items():
+      seconds = run(clock)
+      after = matmul()
+      # Times add up, not rates.
+      rate = 2 / (1 / before + 1 / after)
+      share = least / rate / seconds
+      for kept, value in zip(found[name], (seconds, rate, share), strict=True):
+        kept.append(value)
+      before = after
+  names = "seconds", "rate", "share"
+  return {
+    name: dict(zip(names, map(statistics.median, values), strict=True))
+    for name, values in found.items()
+  }
+
+
+def unrolled_flops(spec: Composition, rows: int, length: int) -> float:
+  """XLA's count, which has the body of a loop once: so there is none."""
+  layers = {"unroll": spec.anchor.num_layers, "loss_chunk": 0}
+  step, make = parts(pairs.computed(spec, spec.anchor.attention, **layers))
+  batch = batch_of(rows, length, spec.anchor.vocab_size)
+  compiled = step.lower(*jax.eval_shape(make), batch).compile()
+  return compiled.cost_analysis()["flops"]

@@ -1,0 +1,164 @@
+"""What the benchmarks count and how they reckon; not how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import helpers
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import generate, machine, pairs, steps, traffic
+from calm_jax import flops, tree
+
+GENERATE = [
+  "--pair=tiny", "--dtype=bfloat16", "--rows=2", "--prompt=20", "--new=48",
+  "--bandwidth", "--copy_megabytes=1", "--repeats=1", "--no-torch",
+]  # fmt: skip
+# One process for both, in which programs compile in half the time.
+PROBE = """
+import json, sys
+from benchmarks import devices, generate, pairs
+from calm_jax.planning import topology
+topology.prepare("cpu:2")
+job = devices.job(pairs.pair("tiny"), 4, 8)
+_, found = devices.table(job, counts=(1, 2), along=("fsdp",))
+measured = generate.main(sys.argv[1:])
+print(json.dumps([found["", 1], found["fsdp", 2], measured[2]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def probed():
+  """What a process with two simulated devices prints, in lines."""
+  run = subprocess.run(
+    [sys.executable, "-c", PROBE, *GENERATE],
+    env=os.environ
+    | {
+      "PYTHONPATH": str(helpers.ROOT),
+      "XLA_FLAGS": "--xla_backend_optimization_level=0",
+      "JAX_PLATFORMS": "cpu",
+    },
+    capture_output=True,
+    text=True,
+  )
+  assert run.returncode == 0, run.stderr[-2000:]
+  return run.stdout.splitlines()
+
+
+def shapes(spec, dtype="float32"):
+  return jax.eval_shape(lambda: pairs.parameters(spec, dtype))
+
+
+def test_the_gemma_pair_has_the_published_sizes():
+  spec = pairs.pair("gemma")
+  params = shapes(spec)
+  assert tree.count(params["anchor"]) == 2_614_341_888
+  # Of m_A's own vocabulary of 262,144 tokens there are the anchor's.
+  missing = (262_144 - 256_000) * 640
+  assert tree.count(params["augmenting"]) == 268_098_176 - missing
+  assert tree.count(params["composition"]) == 4 * (
+    640 * 2304 + 4 * 2304**2 + 640 + 2304
+  )
+
+
+def test_bytes_of_a_decoded_token_by_hand():
+  spec = pairs.pair("tiny")
+  D, E, KH, F = 64, 32, 2 * 16, 96
+  anchor_layer = 2 * D * D + 2 * D * KH + 3 * D * F + 4 * D
+  small_layer = 2 * E * E + 2 * E * 16 + 3 * E * F + 4 * E + 2 * 16
+  connection = 2 * E * D + 2 * D * D + E + D
+  rows = 3
+  weights = 2 * anchor_layer + D + 320 * D  # its head is the embedding
+  weights += 2 * small_layer + rows * E + 2 * connection
+  assert traffic.weights(shapes(spec), spec, rows) == 4 * weights
+  # One layer sees the 7 before a token, the other all 20.
+  slots = 7 + 20
+  cached = slots * 2 * KH + slots * 2 * 16 + 20 * 2 * (2 * D)
+  assert traffic.caches(spec, rows, 20) == 4 * rows * cached
+  both = traffic.of_token(shapes(spec), spec, rows, [20, 20])
+  assert both == 4 * (weights + rows * cached)
+
+
+def test_m_a_counts_up_to_its_last_tapped_layer_and_without_a_head():
+  spec, params = helpers.compose(connections=((1, 2),))
+  whole = traffic.weights(params, spec, 2)
+  layers = traffic.nbytes(params["augmenting"]["kv"]["layers"])
+  longer, theirs = helpers.compose(connections=((3, 2),))
+  assert traffic.weights(theirs, longer, 2) - whole == layers * 2 // 3
+  # An untied embedding counts as the rows that are read.
+  row = spec.anchor.width + dict(spec.augmenting)["kv"].config.width
+  assert traffic.weights(params, spec, 3) - whole == 4 * row
+
+
+def test_the_least_flops_are_those_of_the_step():
+  spec = pairs.computed(pairs.pair("tiny"), loss_chunk=0)
+  step, make = steps.parts(spec)
+  batch = steps.batch_of(2, 16, spec.anchor.vocab_size)
+  least = steps.least_flops(spec, 2, 16)
+  assert flops.count(step, *jax.eval_shape(make), batch) == least
+  none, half = (steps.least_flops(spec, 2, 16, seen) for seen in (0.0, 0.5))
+  assert half - none == least - half > 0
+
+
+def test_the_share_is_of_the_matmuls_around_a_step():
+  rates = iter([10.0, 30.0, 10.0])
+  got = steps.measure(
+    {"a": lambda clock: 2.0, "b": lambda clock: 4.0}, 15, lambda: next(rates),
+    repeats=1, clock=None,
+  )  # fmt: skip
+  # As many products at 10 as at 30 a second are done at 15.
+  assert got["a"] == {"seconds": 2.0, "rate": 15.0, "share": 0.5}
+  assert got["b"] == {"seconds": 4.0, "rate": 15.0, "share": 0.25}
+
+
+def test_continuations_differ_by_whole_chunks_in_caches_of_one_size():
+  assert generate.shorter(32, 64) == 32
+  assert generate.shorter(20, 208) == 96
+  with pytest.raises(ValueError, match="--new=20"):
+    generate.shorter(32, 20)
+
+
+def test_generation_is_measured(probed):
+  found = json.loads(probed[-1])[2]
+  assert found.keys() == {generate.ALONE, generate.COMPOSED}
+  for got in found.values():
+    assert got.keys() == {"whole", "token", "share"}
+    assert got["whole"] > 0
+  params = shapes(pairs.pair("tiny"))
+  for part in (params["anchor"], params):
+    assert f"{tree.count(part):,}" in "\n".join(probed)
+
+
+def test_decoding_is_the_difference_of_two_continuations(monkeypatch):
+  now = [0.0]
+
+  def run(new):
+    now[0] += 5 + 0.5 * new  # a prompt, and tokens
+
+  monkeypatch.setattr(generate.time, "perf_counter", lambda: now[0])
+  runs = {"a": generate.Run(run, 1, 100.0)}
+  got = generate.measure(runs, (64, 32), 3, lambda: 400.0)["a"]
+  assert got == {"whole": 37.0, "token": 0.5, "share": 0.5}
+
+
+def test_a_copy_is_one():
+  x = jnp.ones((8, 8), jnp.uint8)
+  y = jax.jit(jnp.copy)(x)
+  assert x.unsafe_buffer_pointer() != y.unsafe_buffer_pointer()
+  assert machine.make_copy(1)() > 0
+  assert machine.make_matmul(64, "bfloat16")() > 0
+
+
+def test_one_of_two_devices_has_half_of_everything(probed):
+  one, half, _ = json.loads(probed[-1])
+  counted, arguments, _, sent = range(4)
+  for what in (counted, arguments):
+    assert 0.5 <= half[what] / one[what] < 0.52
+  # Each sends its half of the weights at least once.
+  assert one[sent] == 0
+  assert half[sent] > half[arguments]
