@@ -30,9 +30,8 @@ def random_model(
   kind = config.pop("model_type")
   if kind == "gemma2":
     config["attn_logit_softcapping"] = None
-  settings = transformers.AutoConfig.for_model(
-    kind, **config, bos_token_id=None, eos_token_id=None, pad_token_id=None
-  )
+  config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+  settings = transformers.AutoConfig.for_model(kind, **config)
   auto = transformers.AutoModelForCausalLM if head else transformers.AutoModel
   with torch.device(device):
     model = auto.from_config(

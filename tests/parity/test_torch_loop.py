@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import pairs, steps
 from calm_jax import tree
-from calm_jax.models import loading
+from calm_jax.models import decoder, loading
 
 torch = pytest.importorskip(
   "torch", reason="parity is measured against torch, which is not installed"
@@ -71,3 +71,14 @@ def test_the_same_loss_from_the_same_weights(tmp_path):
   losses = [loop.update().item() for _ in range(4)]
   assert losses[0] == pytest.approx(float(metrics["loss"]), rel=1e-5)
   assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("name", pairs.PAIRS)
+def test_its_models_have_our_shapes(name):
+  spec = pairs.pair(name)
+  configs = [spec.anchor, *(a.config for _, a in spec.augmenting)]
+  for described, config in zip(pairs.jsons(name), configs, strict=True):
+    model = torch_loop.random_model(described, "bfloat16", "meta")
+    assert sum(p.numel() for p in model.parameters()) == tree.count(
+      decoder.param_shapes(config)
+    )
