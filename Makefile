@@ -16,9 +16,11 @@ kv: $(VENV)/installed
 ablations: $(VENV)/installed
 	$(BIN)/python -m calm_jax.ablations --config=configs/kv.py:ablations
 
-# Most of the time goes into compiling programs that run for moments.
+# Most of the time goes into compiling programs that run for moments. Fused
+# operations are slowest to compile by way of MLIR.
 test: $(VENV)/test
 	$(CPU) JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
+	  XLA_FLAGS=--xla_cpu_use_fusion_emitters=false \
 	  $(BIN)/python -m pytest -n auto --dist loadfile --ignore=tests/parity
 
 parity: $(VENV)/parity
