@@ -24,7 +24,7 @@ test: $(VENV)/test
 	  $(BIN)/python -m pytest -n auto --dist loadfile --ignore=tests/parity
 
 parity: $(VENV)/parity
-	$(CPU) $(BIN)/python -m pytest tests/parity
+	$(CPU) $(BIN)/python -m pytest -n auto tests/parity
 
 # Against lm-evaluation-harness and its own hf model; installs both.
 lm-eval: $(VENV)/lm-eval
