@@ -18,7 +18,7 @@ ablations: $(VENV)/installed
 
 # Most of the time goes into compiling programs that run for moments. Fused
 # operations are slowest to compile by way of MLIR.
-test: $(VENV)/test
+test: $(VENV)/dev
 	$(CPU) JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
 	  XLA_FLAGS=--xla_cpu_use_fusion_emitters=false \
 	  $(BIN)/python -m pytest -n auto --dist loadfile --ignore=tests/parity
@@ -49,11 +49,12 @@ $(VENV)/installed: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/test $(VENV)/dev: $(VENV)/%: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable '.[$*]'
-	touch $@
+# What tests and lints need, at once: each call of pip takes seconds.
+$(VENV)/dev: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
+	touch $@ $(VENV)/installed
 
-$(VENV)/parity: $(VENV)/test
+$(VENV)/parity: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet --editable '.[test,parity]'
 	touch $@
 
