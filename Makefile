@@ -21,7 +21,8 @@ ablations: $(VENV)/installed
 test: $(VENV)/dev
 	$(CPU) JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
 	  XLA_FLAGS=--xla_cpu_use_fusion_emitters=false \
-	  $(BIN)/python -m pytest -n auto --dist loadfile --ignore=tests/parity
+	  $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+	  --ignore=tests/parity
 
 parity: $(VENV)/parity
 	$(CPU) $(BIN)/python -m pytest -n auto tests/parity
