@@ -16,13 +16,16 @@ kv: $(VENV)/installed
 ablations: $(VENV)/installed
 	$(BIN)/python -m calm_jax.ablations --config=configs/kv.py:ablations
 
-# Most of the time goes into compiling programs that run for moments.
-test: $(VENV)/test
+# Most of the time goes into compiling programs that run for moments. Fused
+# operations are slowest to compile by way of MLIR.
+test: $(VENV)/dev
 	$(CPU) JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
-	  $(BIN)/python -m pytest -n auto --dist loadfile --ignore=tests/parity
+	  XLA_FLAGS=--xla_cpu_use_fusion_emitters=false \
+	  $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+	  --ignore=tests/parity
 
 parity: $(VENV)/parity
-	$(CPU) $(BIN)/python -m pytest tests/parity
+	$(CPU) $(BIN)/python -m pytest -n auto tests/parity
 
 # Against lm-evaluation-harness and its own hf model; installs both.
 lm-eval: $(VENV)/lm-eval
@@ -47,11 +50,12 @@ $(VENV)/installed: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/test $(VENV)/dev: $(VENV)/%: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable '.[$*]'
-	touch $@
+# What tests and lints need, at once: each call of pip takes seconds.
+$(VENV)/dev: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
+	touch $@ $(VENV)/installed
 
-$(VENV)/parity: $(VENV)/test
+$(VENV)/parity: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet --editable '.[test,parity]'
 	touch $@
 

@@ -12,6 +12,16 @@ import jax
 import pytest
 import stand_ins
 
+# The files that take longest, so that none of them runs alone at the end.
+FIRST = (
+  "test_mesh", "test_decode", "test_faults", "test_train", "test_kill",
+  "test_notebook", "test_training_step", "test_quantisation", "test_trainer",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: (*FIRST, item.path.stem).index(item.path.stem))
+
 
 @pytest.fixture
 def x64():

@@ -44,7 +44,8 @@ def start(folder: Path, jobs: dict, devices: int, **variables):
       "JAX_PLATFORMS": "cpu",
       # Quick to compile, for programs that run for moments.
       "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-      " --xla_backend_optimization_level=0",
+      " --xla_backend_optimization_level=0"
+      " --xla_cpu_use_fusion_emitters=false",
     },
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
   )  # fmt: skip

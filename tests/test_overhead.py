@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -185,18 +186,25 @@ def test_the_trainer_does_what_was_counted(run, counted):
   assert flops.count(step, *arguments) == counted[f"{run}_step"]
 
 
+def three(unroll: int) -> Composition:
+  """Two models of three layers."""
+  anchor, small = model(200, 3, unroll=unroll), model(104, 3, unroll=unroll)
+  pairs = Connection(1, 1), Connection(2, 3)
+  return Composition(anchor, (("a", Augmenting(small, pairs)),))
+
+
+@functools.cache
+def of_three() -> dict:
+  return overhead.training_flops(three(unroll=1), B, L)
+
+
 @pytest.mark.parametrize("run", ["composed", "anchor", "lora"])
 def test_the_compiler_counts_little_more(run):
-  def spec(unroll):
-    anchor, small = model(200, 3, unroll=unroll), model(104, 3, unroll=unroll)
-    pairs = Connection(1, 1), Connection(2, 3)
-    return Composition(anchor, (("a", Augmenting(small, pairs)),))
-
-  ours = overhead.training_flops(spec(unroll=1), B, L)
+  ours = of_three()
   # XLA counts the body of a loop once, so for XLA there is none. It has
   # elementwise work besides, and of LoRA no gradient of the first layer's
   # input, which a loop over layers cannot leave out.
-  step, arguments = traced(spec(unroll=9), run, ours["lora_rank"])
+  step, arguments = traced(three(unroll=9), run, ours["lora_rank"])
   theirs = step.lower(*arguments).compile().cost_analysis()["flops"]
   ratio = theirs / ours[f"{run}_step"]
   print(f"{run}: {theirs:.4g} FLOPs by XLA, {ratio:.3f} of ours")

@@ -60,7 +60,10 @@ def alone(model) -> dict[int, np.ndarray]:
 decode_quickly = jax.jit(
   helpers.decode_rows.__wrapped__,
   static_argnames="config",
-  compiler_options={"xla_backend_optimization_level": 0},
+  compiler_options={
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+  },
 )
 
 
