@@ -238,6 +238,14 @@ def load(folder: Path, axes: dict) -> None:
   np.testing.assert_allclose(
     processes.fetch(placed.logits(tokens)), whole.logits(tokens), atol=1e-5
   )
+  joined = composing.compose(whole, whole, 1, output_init="normal")
+  saved = folder / f"composed_{jax.process_index()}"
+  joined.save(saved)
+  np.testing.assert_allclose(
+    processes.fetch(placing.load(saved, layout).logits(tokens)),
+    joined.logits(tokens),
+    atol=1e-5,
+  )
 
 
 def kernel(folder: Path, axes: dict) -> None:
