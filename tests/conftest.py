@@ -7,10 +7,15 @@ pytest puts the folder of this file on the path, hence `import helpers` and
 from __future__ import annotations
 
 import shutil
+import signal
 
 import jax
 import pytest
 import stand_ins
+
+# A shell starts what runs in the background with SIGINT ignored, and so would
+# be all processes that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The files that take longest, so that none of them runs alone at the end.
 FIRST = (

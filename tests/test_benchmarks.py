@@ -40,7 +40,8 @@ def probed():
     env=os.environ
     | {
       "PYTHONPATH": str(helpers.ROOT),
-      "XLA_FLAGS": "--xla_backend_optimization_level=0",
+      "XLA_FLAGS": "--xla_backend_optimization_level=0"
+      " --xla_cpu_use_fusion_emitters=false",
       "JAX_PLATFORMS": "cpu",
     },
     capture_output=True,

@@ -43,7 +43,8 @@ def child(tmp_path_factory):
       "PYTHONPATH": os.pathsep.join(sys.path),
       "JAX_PLATFORMS": "cpu",
       "XLA_FLAGS": "--xla_force_host_platform_device_count=8"
-      " --xla_backend_optimization_level=0",
+      " --xla_backend_optimization_level=0"
+      " --xla_cpu_use_fusion_emitters=false",
     },
     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
   )  # fmt: skip
