@@ -120,10 +120,11 @@ def their_model(options):
   """transformers' model of the anchor's shape; None where there is none."""
   try:
     from benchmarks import torch_loop
+
+    device = torch_loop.device()
   except ImportError as error:
     print(f"transformers is not timed: {error}")
     return None
-  device = "cpu" if jax.default_backend() == "cpu" else "cuda"
   anchor = pairs.jsons(options.pair)[0]
   return torch_loop.random_model(anchor, options.dtype, device).eval()
 

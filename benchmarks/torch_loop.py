@@ -14,12 +14,26 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 
 from benchmarks.machine import Clock
+
+
+def device() -> str:
+  """Where PyTorch runs beside JAX.
+
+  Raises:
+    ImportError: JAX has an accelerator that this PyTorch has not.
+  """
+  if jax.default_backend() == "cpu":
+    return "cpu"
+  if not torch.cuda.is_available():
+    raise ImportError("this torch has no CUDA device")
+  return "cuda"
 
 
 def random_model(

@@ -53,7 +53,7 @@ def torch_run(options, spec: Composition):
   """The same by PyTorch."""
   from benchmarks import torch_loop
 
-  device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+  device = torch_loop.device()
   anchor, augmenting = pairs.jsons(options.pair)
   ((_, joined),) = spec.augmenting
   run = torch_loop.Loop(

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import re
 import sys
 import time
 import traceback
@@ -20,6 +21,8 @@ from ml_collections import config_flags
 from calm_jax import stopping
 from calm_jax.errors import EXIT_CODES, InputError, LostProcess, StorageError
 
+_LINES = re.MULTILINE | re.DOTALL
+_NOTHING = "the same command starts from the beginning"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -27,11 +30,14 @@ def run_with_config(main: Callable, options: type | None = None) -> None:
   """Runs main(config), with the file named by --config.
 
   With a dataclass of options it is main(config, options), by a flag for each
-  field. A field without a default must be given.
+  field. A field without a default must be given. Such a command keeps nothing
+  for its next start.
 
   What is no fault of the program ends with a message, without a traceback, and
   with the exit code that `errors` gives it.
   """
+  # --help lists the flags as those of the module that is run.
+  flags.disclaim_key_flags()
   config = config_flags.DEFINE_config_file(
     "config", None, "a file of configs/, with :variant", lock_config=True
   )
@@ -51,24 +57,31 @@ def run_with_config(main: Callable, options: type | None = None) -> None:
       if allowed.value:
         _allow_code_execution(loaded)
       workdir = Path(loaded.workdir)
-      with stopping.raised(loaded.grace, lambda: _kept(workdir)):
+      with stopping.raised(
+        loaded.grace, lambda: _NOTHING if options else _kept(workdir)
+      ):
         given = {f.name: flags.FLAGS[f.name].value for f in fields}
         main(loaded, *([options(**given)] if options else []))
 
   fields = dataclasses.fields(options) if options else ()
   for field in fields:
-    _define(field, f"see {options.__name__} in {options.__module__}")
+    _define(field, options.__doc__)
   flags.mark_flag_as_required("config")
   app.run(run, flags_parser=_parse)
 
 
-def _define(field: dataclasses.Field, help_text: str) -> None:
+def _define(field: dataclasses.Field, described: str) -> None:
   make = {
     "str": flags.DEFINE_string, "bool": flags.DEFINE_bool,
     "int": flags.DEFINE_integer, "float": flags.DEFINE_float,
   }[field.type]  # fmt: skip
   required = field.default is dataclasses.MISSING
-  make(field.name, None if required else field.default, help_text)
+  said = re.search(rf"^ +{field.name}: ((?:(?!^ +\w+: ).)*)", described, _LINES)
+  make(
+    field.name,
+    None if required else field.default,
+    " ".join(said[1].split()),
+  )
   if required:
     flags.mark_flag_as_required(field.name)
 

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from calm_jax import cli, fitting, placing, processes, report
 from calm_jax.errors import InputError
 from calm_jax.language_model import LanguageModel
+from calm_jax.models import folders, quantisation
 from calm_jax.train import plain
 
 
@@ -30,7 +31,7 @@ class Options:
   Attributes:
     model: a checkpoint or a composition, a folder or a hub id.
     out: the folder of results.json, the report and the predictions.
-    quantise: its frozen models, to int8 or int4; as it was saved if empty.
+    quantise: its frozen models: int8, int4 or none; as saved if empty.
   """
 
   model: str
@@ -42,8 +43,8 @@ def main(config: ConfigDict, options: Options) -> dict[str, Any]:
   """Evaluates a model by a config; returns results.json.
 
   Raises:
-    InputError: no such model, what the experiment raises, or a model of other
-      tokens than the experiment's.
+    InputError: no such model, what the experiment raises, a model of other
+      tokens than the experiment's, or results of something else in `out`.
   """
   settings = plain(config)
   if settings["distributed"]:
@@ -53,16 +54,23 @@ def main(config: ConfigDict, options: Options) -> dict[str, Any]:
 
 
 def _main(settings: dict[str, Any], options: Options) -> dict[str, Any]:
+  fitting.check(settings)
+  folder = Path(options.out)
+  _check_folder(folder)
+  if any(settings["quantise"].values()):
+    raise InputError(
+      "config.quantise is for models that a run loads; here give --quantise"
+    )
   model = placing.load(
     options.model,
     fitting.layout_of(settings),
     settings["dtype"],
-    options.quantise or None,
+    {"": None, "none": ""}.get(options.quantise, options.quantise),
   )
   spec = fitting.configured(model.spec, settings)
   model = dataclasses.replace(model, spec=spec)
   columns = _columns(model)
-  folder = processes.own_folder(Path(options.out))
+  folder = processes.own_folder(folder)
   make, task = fitting.EXPERIMENTS[settings["experiment"]]
   frozen = {side: m for side, m in columns.items() if side != "composed"}
   experiment = make(
@@ -79,17 +87,35 @@ def _main(settings: dict[str, Any], options: Options) -> dict[str, Any]:
   counts = {side: m.num_params for side, m in frozen.items()}
   if model.is_composed:
     counts["composition"] = model.num_composition_params
-    if all(a.control != "shuffled" for _, a in spec.augmenting):
+    if _can_be_looked_at(model):
       np.savez(folder / "attention.npz", **experiment.look(model, data))
   results |= {
     "model": options.model,
+    "quantise": quantisation.kind_of(model.params),
     "parameters": counts,
-    "config": settings | {side: m.origin for side, m in frozen.items()},
+    # A folder of its own, not one of a run's kinds.
+    "config": settings
+    | {side: m.origin for side, m in frozen.items()}
+    | {"output": ""},
   }
   if jax.process_index() == 0:
     report.write_report(folder, results)
     report.print_results(folder)
   return results
+
+
+def _check_folder(folder: Path) -> None:
+  """What training wrote took longer than an evaluation does."""
+  path = folder / "results.json"
+  if path.exists() and "model" not in folders.read_json(path):
+    raise InputError(f"{folder} holds the results of a run; give another --out")
+
+
+def _can_be_looked_at(model: LanguageModel) -> bool:
+  """Of one row, which cannot be shuffled, and of one text beside it."""
+  joined = model.spec.augmenting
+  alone = len(joined) == 1 or not model.tokenizers
+  return alone and all(a.control != "shuffled" for _, a in joined)
 
 
 def _columns(model: LanguageModel) -> dict[str, LanguageModel]:

@@ -69,7 +69,8 @@ def fit(settings: dict[str, Any]) -> Fitted:
     InputError: the settings ask for what is not there, or the folder holds a
       run of other settings.
   """
-  _check(settings)
+  check(settings)
+  _check_models(settings)
   workdir = Path(settings["workdir"])
   shared = workdir / settings["output"]
   layout = layout_of(settings)
@@ -174,7 +175,12 @@ def layout_of(settings: dict[str, Any]) -> sharding.Layout | None:
   return sharding.Layout(axes, (*replicated, *settings["sharding"]))
 
 
-def _check(settings: dict[str, Any]) -> None:
+def check(settings: dict[str, Any]) -> None:
+  """Checks that the experiment and the stages are there.
+
+  Raises:
+    InputError: they are not, or a workdir that is no folder.
+  """
   if settings["experiment"] not in EXPERIMENTS:
     raise InputError(
       f"experiment={settings['experiment']!r} is none of {list(EXPERIMENTS)}"
@@ -192,17 +198,16 @@ def _check(settings: dict[str, Any]) -> None:
         f"there is no stage {name!r}; there are {list(settings['stages'])}"
       )
 
-  if settings["experiment"] == "text":
-    _check_models(settings)
-  elif given := [s for s in ("anchor", "augmenting") if settings[s]]:
-    raise InputError(
-      f"the key-value experiment trains its own {' and '.join(given)}: leave "
-      "--config.anchor and --config.augmenting empty"
-    )
-
 
 def _check_models(settings: dict[str, Any]) -> None:
   """A model is loaded or trained; one that was forgotten is not made up."""
+  if settings["experiment"] == "key_values":
+    if given := [s for s in ("anchor", "augmenting") if settings[s]]:
+      raise InputError(
+        f"the key-value experiment trains its own {' and '.join(given)}: leave "
+        "--config.anchor and --config.augmenting empty"
+      )
+    return
   trained = {settings["stages"][n]["model"] for n in settings["recipe"]}
   if settings["random_augmenting"]:
     trained.add(f"augmenting/{settings['augmenting_name']}")

@@ -34,7 +34,10 @@ def load(
   dtype: str | None = None,
   quantise: str | None = None,
 ) -> LanguageModel:
-  """`opening.load_any`, each process reading what its devices hold."""
+  """`opening.load_any`, each process keeping what its devices hold.
+
+  To check a composition's hashes each reads all of its files.
+  """
   places = layout and functools.partial(shardings, layout)
   model = opening.load_any(path_or_hub_id, dtype, quantise, shardings=places)
   return place(model, layout)

@@ -41,7 +41,7 @@ class Options:
   """What the command line says besides the config.
 
   Attributes:
-    topology: see `topology.FORMS`.
+    topology: such as v5e:4x4, gpu:8xH100 or cpu:8; see docs/plan.md.
     stage: of the recipe; its last if empty.
     search: whether to look for a mesh and a remat policy, or take the config's.
     compiles: training steps that are compiled at most to find them.

@@ -70,12 +70,47 @@ def test_a_composition_beside_its_models(composed, tmp_path):
   assert (tmp_path / "out" / "attention.npz").exists()
 
 
+def test_two_that_read_other_tokens(composed, tmp_path):
+  single = calm_jax.load_model(composed.with_name("anchor"))
+  others = {
+    name: calm_jax.load_model(
+      spelled.save(tmp_path / name, seed, text=spelled.ALPHABET + "xyz")
+    )
+    for seed, name in enumerate(("one", "two"))
+  }
+  calm_jax.compose(single, others, 1).save(tmp_path / "both")
+  options = Options(str(tmp_path / "both"), str(tmp_path / "out"))
+  results = evaluate.main(config_of(tmp_path), options)
+  found = results["bits_per_byte"]["domain"]
+  assert found.keys() == {"anchor", "composed"}
+  # Until it is trained it is the anchor.
+  assert found["composed"] == pytest.approx(found["anchor"])
+
+
 def test_one_model_is_the_anchor(composed, tmp_path):
   single = str(composed.with_name("anchor"))
   options = Options(single, str(tmp_path / "out"))
   results = evaluate.main(config_of(tmp_path), options)
   assert results["perplexity"]["domain"].keys() == {"anchor"}
   assert results["parameters"].keys() == {"anchor"}
+
+
+def test_quantised_as_the_command_line_says(composed, tmp_path):
+  config = config_of(tmp_path)
+  for kind in ("int8", "none"):
+    options = Options(str(composed), str(tmp_path / kind), kind)
+    results = evaluate.main(config, options)
+    assert results["quantise"] == kind.replace("none", "")
+  config.quantise.anchor = "int8"
+  with pytest.raises(InputError, match="give --quantise"):
+    evaluate.main(config, options)
+
+
+def test_results_of_a_run_are_kept(composed, tmp_path):
+  (tmp_path / "results.json").write_text('{"table1": {}}')
+  options = Options(str(composed), str(tmp_path))
+  with pytest.raises(InputError, match="holds the results of a run"):
+    evaluate.main(config_of(tmp_path), options)
 
 
 def test_other_tokens_than_the_experiments(composed, tmp_path):

@@ -160,8 +160,8 @@ def search(
   until: float,
   say: Callable[[str], None],
 ) -> list[Case]:
-  """All cases, those that fit and were compiled first, the fastest of them
-  before the others.
+  """All cases, those that fit and were compiled first, the fastest of them, to
+  two digits, before the others.
 
   Args:
     job: what to train.
@@ -217,7 +217,7 @@ def compiled(job: Job, target: Target, case: Case) -> Case:
 def _rank(case: Case):
   if case.found is None:
     return 2 if not case.reason else 3, case.seconds, case.guess
-  # Bounds that differ by a per cent say nothing: less memory is better then.
+  # Bounds of the same two digits say nothing: less memory is better then.
   step = float(f"{case.found.step:.2g}")
   return 0 if case.found.fits else 1, step, case.found.total
 

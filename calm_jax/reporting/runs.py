@@ -136,7 +136,7 @@ def experiments(folders: Iterable[str | os.PathLike]) -> list[Experiment]:
     if not own and not trials:
       raise InputError(
         f"{folder} has no {RESULTS}, and nothing of an ablation: give the "
-        "folder that `python -m calm_jax.train` or calm_jax.ablations wrote"
+        "folder that calm_jax.train, .evaluate or .ablations wrote"
       )
     for path in own:
       if path.resolve() not in seen:
