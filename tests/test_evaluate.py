@@ -93,6 +93,8 @@ def test_one_model_is_the_anchor(composed, tmp_path):
   results = evaluate.main(config_of(tmp_path), options)
   assert results["perplexity"]["domain"].keys() == {"anchor"}
   assert results["parameters"].keys() == {"anchor"}
+  report = (tmp_path / "out" / "report.md").read_text()
+  assert "In ours m_B is anchor (" in report and "m_A is" not in report
 
 
 def test_quantised_as_the_command_line_says(composed, tmp_path):
