@@ -11,7 +11,6 @@ import jax
 from calm_jax import (
   composing,
   composition,
-  mesh,
   placing,
   processes,
   quantising,
@@ -163,16 +162,13 @@ def fit(settings: dict[str, Any]) -> Fitted:
 
 def layout_of(settings: dict[str, Any]) -> sharding.Layout | None:
   """Of all arrays of a run; None for one device."""
-  axes = mesh.make_mesh(settings["mesh"])
-  if axes is None:
-    if jax.device_count() > 1:
-      print(
-        f"one of {jax.device_count()} devices is used; --config.mesh.fsdp=-1 "
-        "takes all"
-      )
-    return None
-  replicated = tuple((pattern, ()) for pattern in settings["replicated"])
-  return sharding.Layout(axes, (*replicated, *settings["sharding"]))
+  layout = placing.layout_of(settings)
+  if layout is None and jax.device_count() > 1:
+    print(
+      f"one of {jax.device_count()} devices is used; --config.mesh.fsdp=-1 "
+      "takes all"
+    )
+  return layout
 
 
 def check(settings: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import json
 import re
 import sys
 
-from calm_jax import cli, mesh, placing
+from calm_jax import cli, placing
 from calm_jax.data.sources import read_prompts
 from calm_jax.errors import InputError
 from calm_jax.models import quantisation
@@ -104,8 +104,7 @@ def _layout(asked: str) -> Layout | None:
         f"--mesh={asked} is not like fsdp=2,tensor=4; the axes are {[*sizes]}"
       )
     sizes[axis] = int(count)
-  made = mesh.make_mesh(sizes)
-  return made and Layout(made, config.sharding)
+  return placing.layout_of(config.to_dict() | {"mesh": sizes})
 
 
 def _draw(look: dict, path: str) -> None:

@@ -5,12 +5,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from calm_jax import opening, tree
+import jax
+
+from calm_jax import mesh, opening, tree
 from calm_jax.connections import Composition
 from calm_jax.language_model import LanguageModel
 from calm_jax.sharding import Layout
+
+
+def layout_of(
+  settings: Mapping[str, Any], devices: Sequence[jax.Device] | None = None
+) -> Layout | None:
+  """The layout of "mesh", "replicated" and "sharding"; None for one device.
+
+  Args:
+    settings: of an experiment, or these three of them.
+    devices: see `mesh.make_mesh`.
+  """
+  axes = mesh.make_mesh(settings["mesh"], devices)
+  if axes is None:
+    return None
+  replicated = tuple((pattern, ()) for pattern in settings["replicated"])
+  return Layout(axes, (*replicated, *settings["sharding"]))
 
 
 def place(model: LanguageModel, layout: Layout | None) -> LanguageModel:

@@ -22,7 +22,6 @@ from calm_jax import (
   training_step,
   tree,
 )
-from calm_jax import mesh as mesh_lib
 from calm_jax.composition import Sequence
 from calm_jax.errors import InputError
 from calm_jax.planning import shapes
@@ -80,14 +79,10 @@ def place(job: Job, target: Target, axes: dict[str, int]) -> Placed:
     InputError: the devices do not form such a mesh.
   """
   try:
-    made = mesh_lib.make_mesh(axes, target.devices)
+    layout = placing.layout_of(job.settings | {"mesh": axes}, target.devices)
   except (NotImplementedError, ValueError) as error:
+    # What JAX raises, where a torus cannot hold the mesh.
     raise InputError(f"mesh={axes} on {target.name}: {error}") from error
-  layout = None
-  if made is not None:
-    replicated = tuple((name, ()) for name in job.settings["replicated"])
-    rules = (*replicated, *job.settings["sharding"])
-    layout = sharding.Layout(made, rules)
   settings = job.settings
   if not target.exact:
     # The CPU's compiler stands in, and it has no other.
