@@ -17,10 +17,16 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from calm_jax import composition, losses
-from calm_jax.connections import Augmenting, Composition, default_connections
+from calm_jax.composition import forward
+from calm_jax.composition.connections import (
+  Augmenting,
+  Composition,
+  default_connections,
+)
+from calm_jax.core.batch import plain_sequence
 from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
+from calm_jax.training import loss as loss_lib
 
 # (layers of the anchor, connections); ratios are to the first.
 SHAPES = ((12, 2), (48, 2), (12, 4), (12, 8))
@@ -48,14 +54,14 @@ def seconds(width: int, layers: int, connections: int) -> float:
     "anchor": decoder.param_shapes(spec.anchor),
     "augmenting": {"kv": decoder.param_shapes(augmenting)},
   }
-  theta = jax.eval_shape(lambda: composition.init(jax.random.key(0), spec))
+  theta = jax.eval_shape(lambda: forward.init(jax.random.key(0), spec))
 
   def loss(theta, frozen, tokens):
-    logits, _ = composition.forward(
-      frozen | {"composition": theta}, spec, composition.plain_sequence(tokens)
+    logits, _ = forward.forward(
+      frozen | {"composition": theta}, spec, plain_sequence(tokens)
     )
     weights = jnp.ones(tokens.shape, jnp.float32)
-    return losses.cross_entropy(logits, tokens, weights)[0].sum()
+    return loss_lib.cross_entropy(logits, tokens, weights)[0].sum()
 
   tokens = jax.ShapeDtypeStruct((2, 32), jnp.int32)
   step = jax.jit(jax.value_and_grad(loss))

@@ -25,11 +25,11 @@ from rich.table import Table
 
 from benchmarks import pairs, steps
 from benchmarks.pairs import NAME, V
-from calm_jax.alignment import ChunkEncoder
-from calm_jax.connections import Composition
+from calm_jax.composition.connections import Composition
 from calm_jax.data import pipeline
 from calm_jax.data.sources import TextExample
-from calm_jax.tokenizer import Tokenizer, train_sentencepiece
+from calm_jax.text.alignment import ChunkEncoder
+from calm_jax.text.tokenizer import Tokenizer, train_sentencepiece
 
 GOAL = 10
 BATCH, LENGTH = 8, 256

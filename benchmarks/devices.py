@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import pairs
-from calm_jax import mesh as mesh_lib
-from calm_jax import trainer
-from calm_jax.connections import Composition
+from calm_jax.composition.connections import Composition
+from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.planning import estimate, programs, topology
 from calm_jax.planning.shapes import Job
+from calm_jax.training import trainer
 from configs import common
 
 COUNTS = 1, 2, 4, 8

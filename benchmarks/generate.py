@@ -37,8 +37,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine, pairs, traffic
-from calm_jax import batching, composition, decode
-from calm_jax.connections import Composition
+from calm_jax.composition import forward
+from calm_jax.composition.connections import Composition
+from calm_jax.generation import batching, decode
 
 PROMPT, NEW = 32, 64
 GOAL = 0.7
@@ -206,7 +207,7 @@ def contest(options) -> dict[int, dict[str, dict[str, float]]]:
     prompts = prompts_of(rows, options.prompt, spec.anchor.vocab_size)
     runs = {}
     for name, which in ((ALONE, "anchor"), (COMPOSED, "composed")):
-      described, held = composition.alone(spec, params, which)
+      described, held = forward.alone(spec, params, which)
       runs[name] = ours(held, described, prompts, options.new, lengths[-1])
     if model is not None:
       runs[THEIRS] = theirs(model, prompts)

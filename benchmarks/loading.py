@@ -26,8 +26,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from calm_jax.models import families, folders, hf, streaming
+from calm_jax.core import hub
 from calm_jax.models.config import ModelConfig
+from calm_jax.models.hf import families, safetensors, tensors, weight_files
 
 MEMORY, SPEED = 1.25, 0.5
 CHUNK = 16 << 20
@@ -71,11 +72,11 @@ def write(folder: pathlib.Path, gigabytes: float, shards: int) -> int:
   noise = random.integers(0, 1 << 14, 1 << 22, np.uint16)
   shapes = {
     entry.tensor: entry.shape
-    for entry in hf.entries(hf.FAMILIES["llama"], config)
+    for entry in tensors.entries(tensors.FAMILIES["llama"], config)
   }
   size = 2 * sum(int(np.prod(shape)) for shape in shapes.values())
-  bfloat16 = streaming.FLOATS["BF16"]
-  streaming.write(
+  bfloat16 = safetensors.FLOATS["BF16"]
+  safetensors.write(
     folder,
     shapes,
     "bfloat16",
@@ -84,7 +85,7 @@ def write(folder: pathlib.Path, gigabytes: float, shards: int) -> int:
     int(size / (shards - 0.1)),
   )
   text = json.dumps(families.to_hf(config, "bfloat16"))
-  (folder / folders.CONFIG).write_text(text)
+  (folder / hub.CONFIG).write_text(text)
   return size
 
 
@@ -132,7 +133,7 @@ def main() -> None:
   with tempfile.TemporaryDirectory(dir=options.folder) as name:
     folder = pathlib.Path(name)
     size = write(folder, options.gigabytes, options.shards)
-    files = folders.weight_files(folder)
+    files = weight_files.weight_files(folder)
     for state in ("cold", "warm"):
       for dtype in ("bfloat16", "float32"):
         # Taking turns, and the best of each: the machine may be busy.

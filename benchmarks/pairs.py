@@ -15,10 +15,15 @@ from typing import Any
 
 import jax
 
-from calm_jax import composition
-from calm_jax.connections import Augmenting, Composition, default_connections
-from calm_jax.models import attention, decoder, families
+from calm_jax.composition import forward
+from calm_jax.composition.connections import (
+  Augmenting,
+  Composition,
+  default_connections,
+)
+from calm_jax.models import attention, decoder
 from calm_jax.models.config import ModelConfig
+from calm_jax.models.hf import families
 
 SHAPES = Path(__file__).parents[1] / "configs" / "shapes"
 PAIRS = ("small", "gemma", "tiny")
@@ -126,5 +131,5 @@ def parameters(spec: Composition, dtype: str) -> dict:
       name: made(decoder.init, second, joined.config, joined.config.dtype)
       for name, joined in spec.augmenting
     }
-    params["composition"] = made(composition.init, third, spec, dtype)
+    params["composition"] = made(forward.init, third, spec, dtype)
   return params

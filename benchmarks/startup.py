@@ -23,8 +23,9 @@ from rich.table import Table
 
 import calm_jax
 from benchmarks.pairs import V, model
-from calm_jax.models import decoder, loading
-from calm_jax.tokenizer import train_sentencepiece
+from calm_jax.models import decoder
+from calm_jax.models.hf import loading
+from calm_jax.text.tokenizer import train_sentencepiece
 
 GOAL = 1 / 3
 

@@ -17,9 +17,12 @@ import numpy as np
 
 from benchmarks import pairs
 from benchmarks.machine import Clock
-from calm_jax import flops, optim, training_step, tree
-from calm_jax.connections import Composition
+from calm_jax.composition.connections import Composition
+from calm_jax.core import trees
 from calm_jax.models.config import ModelConfig
+from calm_jax.planning import flops
+from calm_jax.training import optimizer
+from calm_jax.training import step as step_lib
 
 
 def least_flops(
@@ -69,15 +72,15 @@ def least_flops(
 def parts(spec: Composition) -> tuple[Callable, Callable]:
   """The trainer's step of Θ_C, and what makes its (state, frozen leaves)."""
   shapes = jax.eval_shape(lambda: pairs.parameters(spec, "float32"))
-  mask = tree.mask(shapes, ("composition/.*",))
-  rate = optim.schedule("constant", 1e-4, steps=1000, warmup=0, final=1.0)
-  tx = optim.optimizer(
+  mask = trees.mask(shapes, ("composition/.*",))
+  rate = optimizer.schedule("constant", 1e-4, steps=1000, warmup=0, final=1.0)
+  tx = optimizer.optimizer(
     mask, rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, decay="", clip=1.0
   )
 
   def make() -> tuple[dict, dict]:
     params = pairs.parameters(spec, "float32")
-    trainable, frozen = tree.partition(params, mask)
+    trainable, frozen = trees.partition(params, mask)
     state = {
       "trainable": trainable,
       "opt_state": tx.init(params),
@@ -86,7 +89,7 @@ def parts(spec: Composition) -> tuple[Callable, Callable]:
     }
     return state, frozen
 
-  step = training_step.make_step(spec, "composed", tx, rate, accumulate=1)
+  step = step_lib.make_step(spec, "composed", tx, rate, accumulate=1)
   return step, make
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 import jax
 
-from calm_jax import composition, cross_attention, tree
-from calm_jax.connections import Composition
+from calm_jax.composition import cross_attention, forward
+from calm_jax.composition.connections import Composition
+from calm_jax.core import trees
 from calm_jax.models.config import ModelConfig
 
 
@@ -56,8 +57,8 @@ def caches(spec: Composition, rows: int, before: int) -> int:
   Of a layer with a window, those that it sees; of slots that are not filled,
   nothing.
   """
-  one = tree.flatten(
-    jax.eval_shape(lambda: composition.empty_cache(spec, rows, 1))
+  one = trees.flatten(
+    jax.eval_shape(lambda: forward.empty_cache(spec, rows, 1))
   )
 
   def slots(config: ModelConfig, layers: int) -> int:

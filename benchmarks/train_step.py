@@ -41,7 +41,7 @@ from rich.table import Table
 
 from benchmarks import machine, pairs, steps
 from benchmarks.machine import Clock
-from calm_jax.connections import Composition
+from calm_jax.composition.connections import Composition
 
 BATCH, LENGTH = 8, 256
 GOALS = {"cpu": 0.8, "gpu": 0.55}

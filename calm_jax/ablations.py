@@ -18,13 +18,15 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from calm_jax import cli, fitting, kinds, train
-from calm_jax.errors import InputError
-from calm_jax.metrics import read_metrics
-from calm_jax.reporting import files, table
+from calm_jax import cli, train
+from calm_jax.core import files
+from calm_jax.core.errors import InputError
+from calm_jax.experiments import recipe, variants
+from calm_jax.reporting import table
 from calm_jax.reporting.runs import LABELS, RESULTS
 from calm_jax.reporting.table1 import accuracies
 from calm_jax.reporting.trials import LOSS, trials_table
+from calm_jax.training.metrics import read_metrics
 from configs import common
 
 FOLDER = "ablations"
@@ -91,10 +93,7 @@ def _settings(config: ConfigDict, kind: str, trial: int) -> dict[str, Any]:
   changed = config.copy_and_resolve_references()
   common.become([kind], changed)
   changed.update(
-    kind=kind,
-    trial=trial,
-    alternatives=(),
-    output=f"{FOLDER}/{kind}/{trial}",
+    kind=kind, trial=trial, alternatives=(), output=f"{FOLDER}/{kind}/{trial}"
   )
   settings = train.plain(changed)
   del settings["ablations"]
@@ -113,7 +112,7 @@ def _finished(settings: dict[str, Any]) -> dict[str, Any] | None:
 
 def run(settings: dict[str, Any]) -> dict[str, Any]:
   """One run: its stages, its evaluation, its results.json."""
-  fitted = fitting.fit(settings)
+  fitted = recipe.fit(settings)
   [(last, final)] = fitted.models.items()
   models = {"composed": final}
   if settings["kind"] == "composed" and not settings["trial"]:
@@ -156,7 +155,7 @@ def summarise(runs: Runs) -> dict[str, Any]:
         trained = {"parameters": 0, "difference": None}
         found[name] = [{"scores": alone} | trained]
   for kind, made in runs.items():
-    found[kinds.NAMES[kind]] = [_of_run(results) for results in made]
+    found[variants.NAMES[kind]] = [_of_run(results) for results in made]
   return {
     name: {"runs": made, "scores": _spread([one["scores"] for one in made])}
     for name, made in found.items()

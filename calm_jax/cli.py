@@ -18,8 +18,13 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from calm_jax import stopping
-from calm_jax.errors import EXIT_CODES, InputError, LostProcess, StorageError
+from calm_jax.core.errors import (
+  EXIT_CODES,
+  InputError,
+  LostProcess,
+  StorageError,
+)
+from calm_jax.training import signals
 
 _LINES = re.MULTILINE | re.DOTALL
 _NOTHING = "the same command starts from the beginning"
@@ -57,7 +62,7 @@ def run_with_config(main: Callable, options: type | None = None) -> None:
       if allowed.value:
         _allow_code_execution(loaded)
       workdir = Path(loaded.workdir)
-      with stopping.raised(
+      with signals.raised(
         loaded.grace, lambda: _NOTHING if options else _kept(workdir)
       ):
         given = {f.name: flags.FLAGS[f.name].value for f in fields}
@@ -78,9 +83,7 @@ def _define(field: dataclasses.Field, described: str) -> None:
   required = field.default is dataclasses.MISSING
   said = re.search(rf"^ +{field.name}: ((?:(?!^ +\w+: ).)*)", described, _LINES)
   make(
-    field.name,
-    None if required else field.default,
-    " ".join(said[1].split()),
+    field.name, None if required else field.default, " ".join(said[1].split())
   )
   if required:
     flags.mark_flag_as_required(field.name)

@@ -17,10 +17,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from calm_jax import cli, fitting, placing, processes, report
-from calm_jax.errors import InputError
+from calm_jax import cli, report
+from calm_jax.core import hub
+from calm_jax.core.errors import InputError
+from calm_jax.experiments import placement, recipe
 from calm_jax.language_model import LanguageModel
-from calm_jax.models import folders, quantisation
+from calm_jax.models import quantisation
+from calm_jax.parallel import processes
 from calm_jax.train import plain
 
 
@@ -54,24 +57,24 @@ def main(config: ConfigDict, options: Options) -> dict[str, Any]:
 
 
 def _main(settings: dict[str, Any], options: Options) -> dict[str, Any]:
-  fitting.check(settings)
+  recipe.check(settings)
   folder = Path(options.out)
   _check_folder(folder)
   if any(settings["quantise"].values()):
     raise InputError(
       "config.quantise is for models that a run loads; here give --quantise"
     )
-  model = placing.load(
+  model = placement.load(
     options.model,
-    fitting.layout_of(settings),
+    recipe.layout_of(settings),
     settings["dtype"],
     {"": None, "none": ""}.get(options.quantise, options.quantise),
   )
-  spec = fitting.configured(model.spec, settings)
+  spec = recipe.configured(model.spec, settings)
   model = dataclasses.replace(model, spec=spec)
   columns = _columns(model)
   folder = processes.own_folder(folder)
-  make, task = fitting.EXPERIMENTS[settings["experiment"]]
+  make, task = recipe.EXPERIMENTS[settings["experiment"]]
   frozen = {side: m for side, m in columns.items() if side != "composed"}
   experiment = make(
     task(**settings["task"], seed=settings["seed"]), folder, frozen
@@ -107,7 +110,7 @@ def _main(settings: dict[str, Any], options: Options) -> dict[str, Any]:
 def _check_folder(folder: Path) -> None:
   """What training wrote took longer than an evaluation does."""
   path = folder / "results.json"
-  if path.exists() and "model" not in folders.read_json(path):
+  if path.exists() and "model" not in hub.read_json(path):
     raise InputError(f"{folder} holds the results of a run; give another --out")
 
 

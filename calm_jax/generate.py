@@ -16,11 +16,12 @@ import json
 import re
 import sys
 
-from calm_jax import cli, placing
+from calm_jax import cli
+from calm_jax.core.errors import InputError
 from calm_jax.data.sources import read_prompts
-from calm_jax.errors import InputError
+from calm_jax.experiments import placement
 from calm_jax.models import quantisation
-from calm_jax.sharding import Layout
+from calm_jax.parallel.sharding import Layout
 
 
 def _arguments() -> argparse.Namespace:
@@ -61,7 +62,7 @@ def main() -> None:
   """Runs the command line."""
   arguments = _arguments()
   cli.keep_compiled_programs()
-  model = placing.load(
+  model = placement.load(
     arguments.model,
     _layout(arguments.mesh) if arguments.mesh else None,
     arguments.dtype,
@@ -104,7 +105,7 @@ def _layout(asked: str) -> Layout | None:
         f"--mesh={asked} is not like fsdp=2,tensor=4; the axes are {[*sizes]}"
       )
     sizes[axis] = int(count)
-  return placing.layout_of(config.to_dict() | {"mesh": sizes})
+  return placement.layout_of(config.to_dict() | {"mesh": sizes})
 
 
 def _draw(look: dict, path: str) -> None:

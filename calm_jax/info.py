@@ -19,10 +19,14 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from calm_jax import artefact, cli, composing, composition, overhead, tree
-from calm_jax.connections import Composition
-from calm_jax.models import decoder, folders, loading, quantisation
+from calm_jax import cli
+from calm_jax.composition import checkpoint, composing, forward
+from calm_jax.composition.connections import Composition
+from calm_jax.core import hub, trees
+from calm_jax.models import decoder, quantisation
 from calm_jax.models.config import ModelConfig
+from calm_jax.models.hf import loading
+from calm_jax.planning import overhead
 
 _FILES = ("config.json", "*.json", "README.md")
 
@@ -81,7 +85,7 @@ def main() -> None:
     console.print(f"anchor: {arguments.anchor}", soft_wrap=True)
     console.print(f"augmenting/m_A: {arguments.augmenting}", soft_wrap=True)
     describe(spec, console)
-  elif artefact.describes_composition(name):
+  elif checkpoint.describes_composition(name):
     spec = describe_composition(name, console)
   else:
     console.print(name, soft_wrap=True)
@@ -105,8 +109,8 @@ def plan(
 
 def describe_composition(name: str, console: Console) -> Composition:
   """Prints a saved composition as `describe` does; returns what it is."""
-  folder = folders.locate(name, None, _FILES).folder
-  saved = artefact.read_config(folder)
+  folder = hub.locate(name, None, _FILES).folder
+  saved = checkpoint.read_config(folder)
   configs = {
     part: _config(model["name"], model["revision"])
     for part, model in saved["models"].items()
@@ -132,7 +136,7 @@ def describe(spec: Composition, console: Console) -> None:
   configs = {f"augmenting/{n}": a.config for n, a in spec.augmenting}
   console.print(_models({"anchor": spec.anchor} | configs))
   table = Table("augmenting", "connections", "visibility", "norm", "Θ_C")
-  theta = jax.eval_shape(lambda: composition.init(jax.random.key(0), spec))
+  theta = jax.eval_shape(lambda: forward.init(jax.random.key(0), spec))
   for part, joined in spec.augmenting:
     pairs = ", ".join(f"{c.augmenting}→{c.anchor}" for c in joined.connections)
     table.add_row(
@@ -140,11 +144,11 @@ def describe(spec: Composition, console: Console) -> None:
       pairs,
       joined.visibility,
       str(joined.norm),
-      f"{tree.count(theta[part]):,}",
+      f"{trees.count(theta[part]):,}",
     )
   console.print(table)
-  count = tree.count(theta)
-  share = count / tree.count(decoder.param_shapes(spec.anchor))
+  count = trees.count(theta)
+  share = count / trees.count(decoder.param_shapes(spec.anchor))
   console.print(f"Θ_C: {count:,} parameters, {share:.1%} of the anchor's.")
   console.print(
     "Multiplications a generated token: "
@@ -201,7 +205,7 @@ def per_token(spec: Composition) -> int:
 def _layers(config: ModelConfig, layers: int) -> int:
   """The weights that a token meets in the first layers."""
   total = 0.0
-  for name, leaf in tree.flatten(
+  for name, leaf in trees.flatten(
     decoder.param_shapes(config)["layers"]
   ).items():
     if name.endswith("kernel"):
@@ -213,7 +217,7 @@ def _layers(config: ModelConfig, layers: int) -> int:
 
 
 def _config(name: str, revision: str | None = None) -> ModelConfig:
-  return loading.load_config(folders.locate(name, revision, _FILES).folder)
+  return loading.load_config(hub.locate(name, revision, _FILES).folder)
 
 
 def _models(configs: dict[str, ModelConfig]) -> Table:
@@ -222,7 +226,7 @@ def _models(configs: dict[str, ModelConfig]) -> Table:
     "memory", "cache/token",
   )  # fmt: skip
   for name, config in configs.items():
-    count = tree.count(decoder.param_shapes(config))
+    count = trees.count(decoder.param_shapes(config))
     cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     table.add_row(
       name,

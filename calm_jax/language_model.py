@@ -11,31 +11,27 @@ from typing import Any
 import jax
 import numpy as np
 
-from calm_jax import (
-  artefact,
-  batching,
-  beside,
-  composition,
-  exporting,
-  generation,
-  joining,
-  looking,
-  tree,
-)
-from calm_jax.alignment import ChunkEncoder
-from calm_jax.connections import Composition
-from calm_jax.errors import InputError
-from calm_jax.models import folders, loading, quantisation
-from calm_jax.sampling import Sampler
-from calm_jax.scoring import Score
-from calm_jax.tokenizer import Tokenizer
+from calm_jax.composition import checkpoint, export, forward, joining
+from calm_jax.composition.connections import Composition
+from calm_jax.core import hub, trees
+from calm_jax.core.batch import plain_sequence
+from calm_jax.core.errors import InputError
+from calm_jax.generation import attention_maps, batching
+from calm_jax.generation import inputs as inputs_lib
+from calm_jax.generation import text as text_lib
+from calm_jax.generation.sampling import Sampler
+from calm_jax.generation.scoring import Score
+from calm_jax.models import quantisation
+from calm_jax.models.hf import loading
+from calm_jax.text.alignment import ChunkEncoder
+from calm_jax.text.tokenizer import Tokenizer
 
 Array = jax.Array
 
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _logits(params, spec, *inputs):
-  return composition.forward(params, spec, *inputs)[0]
+  return forward.forward(params, spec, *inputs)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +56,7 @@ class LanguageModel:
   tokenizer: Tokenizer | None = None
   origin: str = ""
   tokenizers: dict[str, Tokenizer] = dataclasses.field(default_factory=dict)
-  sources: dict[str, folders.Source] = dataclasses.field(default_factory=dict)
+  sources: dict[str, hub.Source] = dataclasses.field(default_factory=dict)
 
   @property
   def is_composed(self) -> bool:
@@ -74,12 +70,12 @@ class LanguageModel:
   @property
   def num_params(self) -> int:
     """Parameters of all models together, each counted once if quantised."""
-    return tree.count(jax.eval_shape(quantisation.dequantise, self.params))
+    return trees.count(jax.eval_shape(quantisation.dequantise, self.params))
 
   @property
   def num_composition_params(self) -> int:
     """Trainable parameters that the composition adds; 0 for one model."""
-    return tree.count(self.params["composition"]) if self.is_composed else 0
+    return trees.count(self.params["composition"]) if self.is_composed else 0
 
   def logits(self, tokens_BL) -> Array:
     """Next-token logits of full rows.
@@ -112,7 +108,7 @@ class LanguageModel:
         f"rows of {tokens_BL.shape[1]} tokens exceed the models' length "
         f"limit of {limit}"
       )
-    sequence = composition.plain_sequence(tokens_BL.astype(np.int32))
+    sequence = plain_sequence(tokens_BL.astype(np.int32))
     if any(a.visibility == "encoder" for _, a in self.spec.augmenting):
       raise InputError(
         "logits(tokens) cannot tell where the prompts end, which "
@@ -134,7 +130,7 @@ class LanguageModel:
     Raises:
       InputError: the anchor's tokenizer cannot tell what its ids spell.
     """
-    return beside.of_model(self, tokens_BL, prompt_length)
+    return inputs_lib.of_model(self, tokens_BL, prompt_length)
 
   def generate(
     self,
@@ -172,7 +168,7 @@ class LanguageModel:
       seeds = list(seed)
     if len(seeds) != len(prompts):
       raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts")
-    texts = generation.generate(
+    texts = text_lib.generate(
       self,
       prompts,
       max_new_tokens,
@@ -193,7 +189,7 @@ class LanguageModel:
     **sampling,
   ) -> Iterator[str]:
     """The continuation of one text in pieces; arguments of `generate`."""
-    return generation.stream(
+    return text_lib.stream(
       self,
       prompt,
       max_new_tokens,
@@ -203,11 +199,7 @@ class LanguageModel:
     )
 
   def score(
-    self,
-    prompts: list[str],
-    completions: list[str],
-    *,
-    batch_size: int = 16,
+    self, prompts: list[str], completions: list[str], *, batch_size: int = 16
   ) -> list[Score]:
     """How likely completions are after prompts, in nats.
 
@@ -223,13 +215,13 @@ class LanguageModel:
       InputError: the model has no tokenizer, a prompt is too long, or has no
         tokens while there is no BOS to begin with.
     """
-    return generation.score(self, prompts, completions, batch_size)
+    return text_lib.score(self, prompts, completions, batch_size)
 
   def readers(self) -> dict:
     """By name, makers of `batching.Reader`s of models with other tokens."""
     return {
       name: functools.partial(
-        beside.TextReader, self.text(), ChunkEncoder(tokenizer)
+        inputs_lib.TextReader, self.text(), ChunkEncoder(tokenizer)
       )
       for name, tokenizer in self.tokenizers.items()
     }
@@ -246,7 +238,7 @@ class LanguageModel:
       InputError: as `cross_attention`, or the model has no tokenizer.
     """
     tokenizer = self.text()
-    ids = generation.with_bos(tokenizer, tokenizer.encode(prompt))
+    ids = text_lib.with_bos(tokenizer, tokenizer.encode(prompt))
     new = tokenizer.encode_continuation(prompt, completion)
     return self.cross_attention(ids + new, len(ids)) | {
       "prompt_length": len(ids)
@@ -271,7 +263,7 @@ class LanguageModel:
       InputError: this is not a composition, or one of several augmenting models
         with different tokenizers.
     """
-    return looking.cross_attention(self, ids, prompt_length)
+    return attention_maps.cross_attention(self, ids, prompt_length)
 
   def export_hf(
     self,
@@ -291,7 +283,7 @@ class LanguageModel:
       InputError: a composition, a quantised model, a folder that holds a
         model, or parameters that are not those of the config.json.
     """
-    exporting.export_hf(self, folder, max_shard_size)
+    export.export_hf(self, folder, max_shard_size)
 
   def save(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
     """Saves a composition: Θ_C, and what it was trained with.
@@ -308,7 +300,7 @@ class LanguageModel:
       InputError: a single model; a model that was not loaded from a
         checkpoint or is no longer what the checkpoint holds.
     """
-    artefact.save(self, folder, dtype)
+    checkpoint.save(self, folder, dtype)
 
   def push_to_hub(
     self,
@@ -332,7 +324,7 @@ class LanguageModel:
     Raises:
       InputError: what `save` raises, or the hub refuses.
     """
-    return artefact.push(self, repo_id, private, token, dtype)
+    return checkpoint.push(self, repo_id, private, token, dtype)
 
   def part(self, name: str) -> LanguageModel:
     """One model of a composition: "anchor" or "augmenting/<name>".

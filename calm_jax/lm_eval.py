@@ -22,9 +22,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from calm_jax import batching, cli, decode, opening, scoring
-from calm_jax.errors import InputError
-from calm_jax.sampling import Sampler
+from calm_jax import cli
+from calm_jax.composition import opening
+from calm_jax.core.errors import InputError
+from calm_jax.generation import batching, decode, scoring
+from calm_jax.generation.sampling import Sampler
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _AUTO = 16  # rows at once, for batch_size=auto

@@ -22,8 +22,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from calm_jax import batching, cli, decode
-from calm_jax.errors import InputError
+from calm_jax import cli
+from calm_jax.core.errors import InputError
+from calm_jax.generation import batching, decode
 from calm_jax.planning import (
   estimate,
   printing,

@@ -27,8 +27,8 @@ from typing import Any
 from rich.console import Console
 
 from calm_jax import cli
+from calm_jax.core.files import write_results, write_text
 from calm_jax.reporting import runs, tables
-from calm_jax.reporting.files import write_results, write_text
 from calm_jax.reporting.grid import HOW_TO_READ
 from calm_jax.reporting.page import page
 from calm_jax.reporting.table import as_csv, as_markdown, print_tables

@@ -6,7 +6,8 @@ Started again by the same command, it goes on where it stopped.
 
 With --config.mesh.fsdp=-1 it runs on all devices of this machine; with
 --config.distributed too, on those of all processes, each of which is started
-by the same command and of which the first writes; see calm_jax.processes.
+by the same command and of which the first writes; see
+calm_jax.parallel.processes.
 """
 
 from __future__ import annotations
@@ -20,17 +21,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from calm_jax import (
-  cli,
-  fitting,
-  overhead,
-  processes,
-  quantising,
-  report,
-  tree,
-)
+from calm_jax import cli, report
+from calm_jax.core import hub, trees
+from calm_jax.experiments import quantising, recipe
 from calm_jax.language_model import LanguageModel
-from calm_jax.models import folders, lora
+from calm_jax.models import lora
+from calm_jax.parallel import processes
+from calm_jax.planning import overhead
 
 
 def main(config: ConfigDict) -> dict[str, Any]:
@@ -43,7 +40,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
 
 
 def _main(settings: dict[str, Any]) -> dict[str, Any]:
-  fitted = fitting.fit(settings)
+  fitted = recipe.fit(settings)
   experiment, stages = fitted.experiment, settings["stages"]
   last, *others = fitted.models
   final = fitted.models[last]
@@ -74,7 +71,7 @@ def _main(settings: dict[str, Any]) -> dict[str, Any]:
   return results
 
 
-def _flops(fitted: fitting.Fitted, stage: dict[str, Any]) -> dict[str, Any]:
+def _flops(fitted: recipe.Fitted, stage: dict[str, Any]) -> dict[str, Any]:
   """Of a step of the last stage, and of what it could have been (C.2)."""
   return overhead.training_flops(
     fitted.whole.spec,
@@ -84,7 +81,7 @@ def _flops(fitted: fitting.Fitted, stage: dict[str, Any]) -> dict[str, Any]:
   )
 
 
-def _keep(fitted: fitting.Fitted, settings: dict[str, Any]) -> None:
+def _keep(fitted: recipe.Fitted, settings: dict[str, Any]) -> None:
   """Writes the composition, and the models that this run trained itself.
 
   A run that adapted m_B instead writes that, LoRA merged into its kernels.
@@ -107,7 +104,9 @@ def _keep(fitted: fitting.Fitted, settings: dict[str, Any]) -> None:
   ]
   before = quantising.undo(trained, fitted.exact)
   changed = {
-    name for name, on in tree.flatten(tree.mask(before, patterns)).items() if on
+    name
+    for name, on in trees.flatten(trees.mask(before, patterns)).items()
+    if on
   }
   exact = quantising.undo(params, fitted.exact)
   for part in ["anchor", *(f"augmenting/{n}" for n in params["augmenting"])]:
@@ -125,10 +124,10 @@ def _keep(fitted: fitting.Fitted, settings: dict[str, Any]) -> None:
   model.save(fitted.folder / "composition")
 
 
-def _export(model: LanguageModel, part: str, folder: Path) -> folders.Source:
+def _export(model: LanguageModel, part: str, folder: Path) -> hub.Source:
   shutil.rmtree(folder, ignore_errors=True)  # of an earlier call
   model.part(part).export_hf(folder)
-  return folders.locate(folder)
+  return hub.locate(folder)
 
 
 def plain(value: Any) -> Any:

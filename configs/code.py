@@ -64,7 +64,7 @@ def get_config(variant: str = "full") -> ConfigDict:
           data + FOLDER + "/valid.jsonl",
           completion="{original_string}",
           rows=":500",
-        ),
+        )
       }
     ),
     evals=_evals(data),

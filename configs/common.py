@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 
 _ROWS = ("data", "fsdp")
 # Regexes over names to axes of the last dimensions; the first that matches
@@ -47,7 +47,7 @@ def model(**changes) -> ConfigDict:
 
 
 def stage(**changes) -> ConfigDict:
-  """One run of the training loop; see calm_jax.trainer.Stage."""
+  """One run of the training loop; see calm_jax.training.trainer.Stage."""
   return ConfigDict(
     {
       "model": "composed",
@@ -170,13 +170,13 @@ def get_config() -> ConfigDict:
   config.remat = "auto"
   config.loss_chunk = 2**24
   # Devices along each axis of the mesh; -1, on one axis, for what is left. All
-  # 1: one device, without a mesh. See calm_jax.sharding.
+  # 1: one device, without a mesh. See calm_jax.parallel.sharding.
   config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1})
   config.sharding = SHARDING
   # Regexes of leaves that every device holds whole, whatever the rules above
   # say, such as "augmenting/.*".
   config.replicated = ()
-  # Whether this is one of several processes; see calm_jax.processes.
+  # Whether this is one of several processes; see calm_jax.parallel.processes.
   config.distributed = False
   # Faults, in seconds; see docs/faults.md. What a process has to save and end
   # after a signal, before it is ended; spot machines are gone after 30.

@@ -101,10 +101,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         length=512,
       ),
       "compose": common.stage(
-        data=composed,
-        steps=2000,
-        learning_rate=3e-4,
-        length=512,
+        data=composed, steps=2000, learning_rate=3e-4, length=512
       ),
     }
   )

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import tiny
 
-from calm_jax import state_cache
 from calm_jax.data import packing
 from calm_jax.data.rows import Epochs, RowTable, TextSource
 from calm_jax.data.segments import Aligned, Segments, Truncation
-from calm_jax.data.states import StateStore
+from calm_jax.training import state_cache
+from calm_jax.training.state_store import StateStore
 
 LENGTH, OTHER_LENGTH, STEPS = 12, 16, 12
 

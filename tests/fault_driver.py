@@ -22,8 +22,11 @@ import jax
 import numpy as np
 import tiny
 
-from calm_jax import cli, mesh, processes, sharding, stopping, trainer, tree
+from calm_jax import cli
+from calm_jax.core import trees
 from calm_jax.data import packing
+from calm_jax.parallel import mesh, processes, sharding
+from calm_jax.training import signals, trainer
 from configs import common
 
 STEPS, EVERY, BATCH = 40, 5, 8
@@ -63,8 +66,8 @@ def train(
     Source(share, hangs, broken=broken, poisoned=poisoned), [], folder,
     origins={}, seed=0, layout=layout, watchdog=watchdog,
   )  # fmt: skip
-  trained, _ = tree.partition(params, tree.mask(params, stage.trainable))
-  trained = processes.fetch(tree.flatten(trained))
+  trained, _ = trees.partition(params, trees.mask(params, stage.trainable))
+  trained = processes.fetch(trees.flatten(trained))
   if jax.process_index() == 0:
     np.savez(folder / "trained.npz", **trained)
 
@@ -190,7 +193,7 @@ def _live(folder: Path, programs: Path, log: Path, devices: int, **options):
     several = "JAX_COORDINATOR_ADDRESS" in os.environ
 
     def main():
-      with stopping.raised(GRACE, lambda: "the checkpoints are kept"):
+      with signals.raised(GRACE, lambda: "the checkpoints are kept"):
         if several:
           processes.start(HEARTBEAT)
         with tiny.compilation_cache(programs):

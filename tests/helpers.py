@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm_jax import composition
-from calm_jax.composition import Sequence
-from calm_jax.connections import Augmenting, Composition, Connection
+from calm_jax.composition import forward
+from calm_jax.composition.connections import Augmenting, Composition, Connection
+from calm_jax.core.batch import Sequence
 from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.rope import Rope
@@ -71,7 +71,7 @@ def decode_rows(params, config: ModelConfig, sequence: Sequence):
 
 
 composed = jax.jit(
-  lambda params, spec, sequence, **kw: composition.forward(
+  lambda params, spec, sequence, **kw: forward.forward(
     params, spec, sequence, **kw
   )[0],
   static_argnums=1,
@@ -130,12 +130,12 @@ def compose(
 
 def theta_shapes(spec: Composition):
   """The composition subtree as ShapeDtypeStructs."""
-  return jax.eval_shape(lambda: composition.init(jax.random.key(0), spec))
+  return jax.eval_shape(lambda: forward.init(jax.random.key(0), spec))
 
 
 def fresh(spec: Composition, params: dict) -> dict:
   """The tree before training: a composition subtree from `init`."""
-  init = jax.jit(composition.init, static_argnums=1)
+  init = jax.jit(forward.init, static_argnums=1)
   return params | {"composition": init(jax.random.key(3), spec)}
 
 

@@ -25,26 +25,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from calm_jax import (
-  composing,
-  decode,
-  mesh,
-  opening,
-  optim,
-  placing,
-  processes,
-  sharding,
-  train,
-  trainer,
-  training_step,
-  tree,
-)
-from calm_jax.connections import Composition
+from calm_jax import train
+from calm_jax.composition import composing, opening
+from calm_jax.composition.connections import Composition
+from calm_jax.core import trees
 from calm_jax.data import packing
+from calm_jax.experiments import placement
+from calm_jax.generation import decode
+from calm_jax.generation.sampling import Sampler
 from calm_jax.language_model import LanguageModel
-from calm_jax.metrics import read_metrics
-from calm_jax.models import attention, decoder, loading
-from calm_jax.sampling import Sampler
+from calm_jax.models import attention, decoder
+from calm_jax.models.hf import loading
+from calm_jax.parallel import mesh, processes, sharding
+from calm_jax.training import optimizer, trainer
+from calm_jax.training import step as step_lib
+from calm_jax.training.metrics import read_metrics
 from configs import common, kv
 
 STEPS, ROWS, LENGTH, VOCABULARY = 20, 16, 12, 61
@@ -117,7 +112,7 @@ def run(
 ) -> None:
   """A stage, and a few texts: metrics, "trained.npz" and "texts.json"."""
   layout = layout_of(axes)
-  model = placing.place(LanguageModel(*compose()), layout)
+  model = placement.place(LanguageModel(*compose()), layout)
   asked = stage(**changes)
   share = layout.share(ROWS, asked.accumulate) if layout else (0, 1)
   source = Source(share, broken)
@@ -130,8 +125,8 @@ def run(
     )  # fmt: skip
   except OSError:
     return
-  trained, _ = tree.partition(params, tree.mask(params, asked.trainable))
-  trained = processes.fetch(tree.flatten(trained))
+  trained, _ = trees.partition(params, trees.mask(params, asked.trainable))
+  trained = processes.fetch(trees.flatten(trained))
   if jax.process_index() == 0:
     np.savez(folder / "trained.npz", **trained)
   if generates:
@@ -154,17 +149,17 @@ def memory(folder: Path, axes: dict) -> None:
     {"kv": LanguageModel(Composition(other), decoder.param_shapes(other))},
     ((2, 3), (5, 5)),
   )
-  spec = placing.configure(
+  spec = placement.configure(
     model.spec, lambda part: {"place": layout.at(f"{part}/")}
   )
   asked = stage()
-  mask = tree.mask(model.params, asked.trainable)
-  rate = optim.schedule("constant", 1e-3, 10, 0, 0.0)
-  tx = optim.optimizer(
+  mask = trees.mask(model.params, asked.trainable)
+  rate = optimizer.schedule("constant", 1e-3, 10, 0, 0.0)
+  tx = optimizer.optimizer(
     mask, rate, b1=0.9, b2=0.9, eps=1e-8, weight_decay=0.1, decay="kernel",
     clip=1.0,
   )  # fmt: skip
-  trainable, frozen = tree.partition(model.params, mask)
+  trainable, frozen = trees.partition(model.params, mask)
   state = {
     "trainable": trainable,
     "opt_state": jax.eval_shape(tx.init, model.params),
@@ -182,14 +177,14 @@ def memory(folder: Path, axes: dict) -> None:
   state = at(state, layout.following(state))
   frozen = at(frozen, layout.shardings(frozen))
   batch = layout.batch(Source()[0], ROWS)
-  step = training_step.make_step(spec, "composed", tx, rate, 1, layout)
+  step = step_lib.make_step(spec, "composed", tx, rate, 1, layout)
   compiled = step.lower(state, frozen, batch).compile()
   # No step needs m_A's last norm, nor this one where prompts end: they are no
   # arguments of the program.
   del batch["prompt_ends"]
   used = {
     name: leaf
-    for name, leaf in tree.flatten(frozen).items()
+    for name, leaf in trees.flatten(frozen).items()
     if name != "augmenting/kv/final_norm/scale"
   }
   found = {
@@ -225,15 +220,15 @@ def load(folder: Path, axes: dict) -> None:
   loading.save_params(folder / "model", config, params)
   whole, cut = (
     opening.load_model(
-      str(folder / "model"), shardings=placing.shardings(of, "anchor")
+      str(folder / "model"), shardings=placement.shardings(of, "anchor")
     )
     for of in (None, layout)
   )
   places = layout.shardings({"anchor": cut.params})["anchor"]
-  placed = placing.place(cut, layout)
-  for name, leaf in tree.flatten(cut.params).items():
-    assert leaf.sharding == tree.flatten(places)[name], name
-    assert tree.flatten(placed.params)[name] is leaf
+  placed = placement.place(cut, layout)
+  for name, leaf in trees.flatten(cut.params).items():
+    assert leaf.sharding == trees.flatten(places)[name], name
+    assert trees.flatten(placed.params)[name] is leaf
   tokens = np.arange(12).reshape(2, 6)
   np.testing.assert_allclose(
     processes.fetch(placed.logits(tokens)), whole.logits(tokens), atol=1e-5
@@ -242,7 +237,7 @@ def load(folder: Path, axes: dict) -> None:
   saved = folder / f"composed_{jax.process_index()}"
   joined.save(saved)
   np.testing.assert_allclose(
-    processes.fetch(placing.load(saved, layout).logits(tokens)),
+    processes.fetch(placement.load(saved, layout).logits(tokens)),
     joined.logits(tokens),
     atol=1e-5,
   )

@@ -16,10 +16,11 @@ from typing import Any
 
 import jax
 
-from calm_jax import fitting, training_step
+from calm_jax.experiments import recipe
 from calm_jax.planning import estimate, programs, search, shapes, topology
 from calm_jax.planning.shapes import Job
 from calm_jax.train import plain
+from calm_jax.training import step as step_lib
 from configs import kv
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
@@ -31,7 +32,7 @@ class _FirstStep(Exception):
 
 def first_step(run: Callable[[], Any]) -> Any:
   """The step that a run of the trainer compiles, which is not run."""
-  make = training_step.make_step
+  make = step_lib.make_step
 
   def recording(*arguments):
     step = make(*arguments)
@@ -41,13 +42,13 @@ def first_step(run: Callable[[], Any]) -> Any:
 
     return record
 
-  training_step.make_step = recording
+  step_lib.make_step = recording
   try:
     run()
   except _FirstStep as found:
     return found.args[0]
   finally:
-    training_step.make_step = make
+    step_lib.make_step = make
   raise AssertionError("the run made no step")
 
 
@@ -96,7 +97,7 @@ def truth(folder: str, axes: dict[str, int], **changes) -> dict[str, dict]:
   """What both say of one config."""
   settings = plain(config_of(folder, axes, **changes))
   return {
-    "compiler": by_compiler(first_step(lambda: fitting.fit(settings))),
+    "compiler": by_compiler(first_step(lambda: recipe.fit(settings))),
     "plan": by_plan(shapes.job(settings), ONE | axes, jax.device_count()),
   }
 

@@ -17,7 +17,7 @@ from tokenizers import (
 )
 from tokenizers import Tokenizer as Backend
 
-from calm_jax.tokenizer import Tokenizer, load_tokenizer
+from calm_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = [
   "once upon a time the cat sat on the mat; the end",

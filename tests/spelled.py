@@ -6,8 +6,8 @@ from pathlib import Path
 
 import helpers
 
-from calm_jax import tokenizer
-from calm_jax.models import loading
+from calm_jax.models.hf import loading
+from calm_jax.text import tokenizer
 
 ALPHABET = "abcdefghij kl."
 VOCAB = 4 + len(ALPHABET)

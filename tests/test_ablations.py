@@ -13,9 +13,12 @@ from rich.console import Console
 from test_train import small
 
 import calm_jax
-from calm_jax import ablations, checkpoint, fitting, train, training_step, tree
-from calm_jax.errors import InputError
+from calm_jax import ablations, train
+from calm_jax.core import trees
+from calm_jax.core.errors import InputError
+from calm_jax.experiments import recipe
 from calm_jax.reporting import table, trials
+from calm_jax.training import checkpoint, step
 from configs import common
 
 KINDS = ("composed", "lora")
@@ -51,7 +54,7 @@ def finished(tmp_path_factory):
 def trained(workdir, kind, trial):
   folder = workdir / "ablations" / kind / str(trial) / "compose"
   saved, meta = checkpoint.restore_trainable(folder / "checkpoints")
-  return tree.flatten(saved), meta
+  return trees.flatten(saved), meta
 
 
 def test_what_is_trained_and_how_often(finished):
@@ -128,7 +131,7 @@ def test_a_cell_is_the_mean_and_the_range():
 
 def test_started_again_it_makes_what_is_missing_only(finished, monkeypatch):
   workdir, summary = finished
-  monkeypatch.setattr(training_step, "make_step", None)  # No stage is trained.
+  monkeypatch.setattr(step, "make_step", None)  # No stage is trained.
   # Killed between the last stage and the end of its evaluation.
   (workdir / "ablations/lora/1/results.json").unlink()
   assert ablations.main(asked(workdir)) == summary
@@ -140,7 +143,7 @@ def test_started_again_it_makes_what_is_missing_only(finished, monkeypatch):
 def test_a_fine_tuned_m_b_is_written_as_a_checkpoint(finished):
   workdir, _ = finished
   settings = train.plain(quick(workdir, "finetune"))
-  fitted = fitting.fit(settings)  # Which takes the m_B that is there.
+  fitted = recipe.fit(settings)  # Which takes the m_B that is there.
   counts = fitted.parameters
   assert counts["trained"] == counts["anchor"]
   assert list(fitted.alone) == ["anchor"]  # There is no m_A in it.
@@ -150,7 +153,7 @@ def test_a_fine_tuned_m_b_is_written_as_a_checkpoint(finished):
   saved, _ = checkpoint.restore_trainable(folder)
   jax.tree.map(np.testing.assert_array_equal, model.params, saved["anchor"])
   base, _ = checkpoint.restore_trainable(workdir / "anchor" / "checkpoints")
-  assert tree.fingerprint(base) != tree.fingerprint(saved)
+  assert trees.fingerprint(base) != trees.fingerprint(saved)
 
 
 def test_lora_by_the_training_command(finished):
@@ -180,7 +183,7 @@ def test_a_random_m_a_is_another_in_each_trial(tmp_path):
     config = asked(tmp_path)
     settings = ablations._settings(config, kind, trial)
     tokenizer = type("T", (), {"vocab_size": 50, "fingerprint": ""})
-    made.append(fitting.build_models(settings, tokenizer, {}).params)
+    made.append(recipe.build_models(settings, tokenizer, {}).params)
   kernels = [p["augmenting"]["kv"]["embed"]["embedding"] for p in made]
   for i, j in ((0, 1), (0, 2), (1, 2)):
     assert np.abs(kernels[i] - kernels[j]).max() > 1e-3

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import generate, machine, pairs, steps, traffic
-from calm_jax import flops, tree
+from calm_jax.core import trees
+from calm_jax.planning import flops
 
 GENERATE = [
   "--pair=tiny", "--dtype=bfloat16", "--rows=2", "--prompt=20", "--new=48",
@@ -58,11 +59,11 @@ def shapes(spec, dtype="float32"):
 def test_the_gemma_pair_has_the_published_sizes():
   spec = pairs.pair("gemma")
   params = shapes(spec)
-  assert tree.count(params["anchor"]) == 2_614_341_888
+  assert trees.count(params["anchor"]) == 2_614_341_888
   # Of m_A's own vocabulary of 262,144 tokens there are the anchor's.
   missing = (262_144 - 256_000) * 640
-  assert tree.count(params["augmenting"]) == 268_098_176 - missing
-  assert tree.count(params["composition"]) == 4 * (
+  assert trees.count(params["augmenting"]) == 268_098_176 - missing
+  assert trees.count(params["composition"]) == 4 * (
     640 * 2304 + 4 * 2304**2 + 640 + 2304
   )
 
@@ -132,7 +133,7 @@ def test_generation_is_measured(probed):
     assert got["whole"] > 0
   params = shapes(pairs.pair("tiny"))
   for part in (params["anchor"], params):
-    assert f"{tree.count(part):,}" in "\n".join(probed)
+    assert f"{trees.count(part):,}" in "\n".join(probed)
 
 
 def test_decoding_is_the_difference_of_two_continuations(monkeypatch):

@@ -13,7 +13,7 @@ import spelled
 from safetensors.numpy import load_file, save_file
 
 from calm_jax import train
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from configs import compose
 
 ROOT = Path(__file__).parents[1]

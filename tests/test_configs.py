@@ -11,15 +11,19 @@ import helpers
 import jax
 import pytest
 
-from calm_jax import composition, fitting, optim, train, trainer, tree
-from calm_jax.connections import CONTROLS, Composition
+from calm_jax import train
+from calm_jax.composition import forward
+from calm_jax.composition.connections import CONTROLS, Composition
+from calm_jax.core import trees
+from calm_jax.core.errors import InputError
 from calm_jax.data import arithmetic
 from calm_jax.data.sources import Source
-from calm_jax.errors import InputError
 from calm_jax.evals import tasks
+from calm_jax.experiments import recipe
 from calm_jax.experiments.key_values import KeyValueTask
 from calm_jax.experiments.text import TextTask
 from calm_jax.language_model import LanguageModel
+from calm_jax.training import optimizer, trainer
 from configs import common
 
 FOLDER = pathlib.Path(common.__file__).parent
@@ -62,7 +66,7 @@ def shapes(settings) -> tuple[Composition, dict]:
   found = []
 
   def make():
-    whole = fitting.build_models(settings, tokenizer, loaded)
+    whole = recipe.build_models(settings, tokenizer, loaded)
     found.append(whole.spec)
     return whole.params
 
@@ -90,7 +94,7 @@ def test_a_variant_that_is_not_there(file):
 @pytest.mark.parametrize(("file", "variant"), VARIANTS)
 def test_every_stage_can_be_run(file, variant):
   settings = train.plain(load(file, variant))
-  _, task = fitting.EXPERIMENTS[settings["experiment"]]
+  _, task = recipe.EXPERIMENTS[settings["experiment"]]
   task(**settings["task"], seed=settings["seed"])
   spec, params = shapes(settings)
   names = [*settings["recipe"], *settings["alternatives"]]
@@ -98,19 +102,19 @@ def test_every_stage_can_be_run(file, variant):
   for name in names:
     stage = trainer.Stage(**settings["stages"][name])
     # A pattern that matches no leaf raises.
-    trainable, frozen = tree.partition(
-      params, tree.mask(params, stage.trainable)
+    trainable, frozen = trees.partition(
+      params, trees.mask(params, stage.trainable)
     )
-    composition.alone(spec, params, stage.model)
+    forward.alone(spec, params, stage.model)
     assert stage.batch_size % stage.accumulate == 0
-    optim.schedule(
+    optimizer.schedule(
       stage.schedule, stage.learning_rate, stage.steps, stage.warmup,
       stage.final,
     )  # fmt: skip
     part = "composition" if stage.model == "composed" else stage.model
-    for leaf in tree.flatten(trainable):
+    for leaf in trees.flatten(trainable):
       assert leaf.startswith(f"{part}/")
-    for leaf in tree.flatten(frozen):
+    for leaf in trees.flatten(frozen):
       assert not leaf.startswith(f"{part}/")
     if settings["experiment"] == "key_values":
       assert stage.length <= spec.anchor.max_length
@@ -147,10 +151,10 @@ def test_the_papers_size():
   [(name, joined)] = spec.augmenting
   assert (name, joined.config.num_layers, joined.config.width) == ("kv", 8, 512)
   assert list(joined.connections) == [(4, 6), (8, 12)]
-  assert tree.count(params["composition"]) == 2 * (
+  assert trees.count(params["composition"]) == 2 * (
     512 * 768 + 4 * 768**2 + 512 + 768
   )
-  assert 80e6 < tree.count(params["anchor"]) < 150e6
+  assert 80e6 < trees.count(params["anchor"]) < 150e6
   assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"float32"}
 
 
@@ -218,18 +222,18 @@ def test_every_kind_of_every_config(file, kind):
     train.plain(load(file, first(file) + more)) for more in ("", f",{kind}")
   )
   spec, params = shapes(settings)
-  params = jax.eval_shape(lambda p: fitting.with_lora(p, settings)[0], params)
+  params = jax.eval_shape(lambda p: recipe.with_lora(p, settings)[0], params)
   last, old = settings["recipe"][-1], plain["recipe"][-1]
   assert last == old
   stage = trainer.Stage(**settings["stages"][last])
-  trainable, _ = tree.partition(params, tree.mask(params, stage.trainable))
-  composition.alone(spec, params, stage.model)
+  trainable, _ = trees.partition(params, trees.mask(params, stage.trainable))
+  forward.alone(spec, params, stage.model)
   # The same data and steps for all, and about as many parameters.
   before = plain["stages"][last]
   assert (stage.steps, stage.data) == (before["steps"], before["data"])
-  theta = tree.count(params["composition"])
+  theta = trees.count(params["composition"])
   if kind != "finetune":
-    assert tree.count(trainable) == pytest.approx(theta, rel=0.06)
+    assert trees.count(trainable) == pytest.approx(theta, rel=0.06)
   joined = spec.augmenting[0][1]
   assert joined.visibility == {
     "encoder": "encoder",

@@ -10,7 +10,7 @@ import spelled
 
 import calm_jax
 from calm_jax import evaluate
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.evaluate import Options
 from configs import compose, kv
 

@@ -12,8 +12,8 @@ from test_language_model import spell
 
 import calm_jax
 from calm_jax import cli, generate, info
-from calm_jax.connections import Composition
-from calm_jax.models import loading
+from calm_jax.composition.connections import Composition
+from calm_jax.models.hf import loading
 
 
 @pytest.fixture(scope="module")

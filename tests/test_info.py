@@ -5,9 +5,10 @@ from __future__ import annotations
 import helpers
 import pytest
 
-from calm_jax import cli, info, overhead
-from calm_jax.connections import Connection
-from calm_jax.models import loading
+from calm_jax import cli, info
+from calm_jax.composition.connections import Connection
+from calm_jax.models.hf import loading
+from calm_jax.planning import overhead
 
 
 @pytest.fixture

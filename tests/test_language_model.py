@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 import calm_jax
-from calm_jax import generation, tokenizer, tree
-from calm_jax.errors import InputError
-from calm_jax.models import loading
+from calm_jax.core import trees
+from calm_jax.core.errors import InputError
+from calm_jax.generation import text as text_lib
+from calm_jax.models.hf import loading
+from calm_jax.text import tokenizer
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 7))
 
@@ -59,7 +61,7 @@ def test_a_loaded_model(models, folders):
   sequence = helpers.rows(*([row] for row in TOKENS), length=7)
   want = helpers.decode_rows(params, config, sequence)
   np.testing.assert_allclose(logits, want, atol=1e-6)
-  assert model.num_params == tree.count(params)
+  assert model.num_params == trees.count(params)
   assert model.num_composition_params == 0
   assert not model.is_composed
   assert model.origin == str(folders["anchor"])
@@ -239,7 +241,7 @@ def test_scores_are_the_log_probabilities_of_the_tokens(tmp_path):
   for prompt, completion, score in zip(
     prompts, completions, scores, strict=True
   ):
-    given = generation.with_bos(model.tokenizer, model.tokenizer.encode(prompt))
+    given = text_lib.with_bos(model.tokenizer, model.tokenizer.encode(prompt))
     ids = given + model.tokenizer.encode_continuation(prompt, completion)
     logits = np.asarray(model.logits(np.array([ids]))[0], np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -28,7 +28,7 @@ from stand_ins import (
   verbs,
 )  # fmt: skip
 
-from calm_jax.errors import EXIT_CODES, HUNG, LostProcess, Preempted
+from calm_jax.core.errors import EXIT_CODES, HUNG, LostProcess, Preempted
 
 AWKWARD = [
   "--config=configs/kv.py:paper",

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 import calm_jax
-from calm_jax import decode, tokenizer
-from calm_jax.errors import InputError
-from calm_jax.models import loading
+from calm_jax.core.errors import InputError
+from calm_jax.generation import decode
+from calm_jax.models.hf import loading
+from calm_jax.text import tokenizer
 
 pytest.importorskip(
   "lm_eval", reason="lm-evaluation-harness is not installed (extra eval)"

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from calm_jax import report
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 VOID = {"meta", "link", "img", "br"}

@@ -10,9 +10,10 @@ import pytest
 import tiny
 
 import calm_jax
-from calm_jax import checkpoint, train, trainer, training_step
-from calm_jax.errors import InputError
-from calm_jax.metrics import read_metrics
+from calm_jax import train
+from calm_jax.core.errors import InputError
+from calm_jax.training import checkpoint, step, trainer
+from calm_jax.training.metrics import read_metrics
 from configs import kv
 
 
@@ -142,7 +143,7 @@ def test_a_second_call_trains_nothing_and_says_the_same(finished, monkeypatch):
     raise AssertionError("a finished stage ran")
 
   workdir, results = finished
-  monkeypatch.setattr(training_step, "make_step", never)
+  monkeypatch.setattr(step, "make_step", never)
   again = train.main(small(workdir))
   assert again == results
 

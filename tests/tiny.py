@@ -13,9 +13,11 @@ from jax.experimental.compilation_cache import (
   compilation_cache as compilation_cache_lib,
 )
 
-from calm_jax import composition, trainer, tree
-from calm_jax.connections import Augmenting, Composition, Connection
+from calm_jax.composition import forward
+from calm_jax.composition.connections import Augmenting, Composition, Connection
+from calm_jax.core import trees
 from calm_jax.data import packing
+from calm_jax.training import trainer
 from configs import common
 
 SHAPE = {
@@ -33,7 +35,7 @@ def compose(dtype: str = "float32") -> tuple[Composition, dict]:
   params = {
     "anchor": anchor_params,
     "augmenting": {"kv": other_params},
-    "composition": composition.init(jax.random.key(3), spec),
+    "composition": forward.init(jax.random.key(3), spec),
   }
   return spec, params
 
@@ -113,7 +115,7 @@ class Run:
 
 def leaves(params: dict) -> dict[str, np.ndarray]:
   """By name, as numpy."""
-  return {n: np.asarray(x) for n, x in tree.flatten(params).items()}
+  return {n: np.asarray(x) for n, x in trees.flatten(params).items()}
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from calm_jax.core.errors import InputError
 from calm_jax.data.arithmetic_source import ArithmeticSource
 from calm_jax.data.arithmetic_words import PROMPTS, TASKS, check_task
 from calm_jax.data.key_values import (
@@ -34,8 +35,7 @@ from calm_jax.data.key_values import (
   sample_expressions,
   unrelated,
 )
-from calm_jax.errors import InputError
-from calm_jax.tokenizer import Tokenizer, train_sentencepiece
+from calm_jax.text.tokenizer import Tokenizer, train_sentencepiece
 
 __all__ = [
   "OPERATORS",

@@ -8,6 +8,7 @@ import operator
 
 import numpy as np
 
+from calm_jax.core.errors import InputError
 from calm_jax.data.arithmetic_words import (
   PROMPTS,
   TASKS,
@@ -22,8 +23,7 @@ from calm_jax.data.key_values import (
   unrelated,
 )
 from calm_jax.data.packing import Batch, assemble, host_rows, pack_rows
-from calm_jax.errors import InputError
-from calm_jax.tokenizer import Tokenizer
+from calm_jax.text.tokenizer import Tokenizer
 
 _CHECKED = 256
 _OF_KEYS = np.array([t.asked == "keys" for t in TASKS.values()])

@@ -10,15 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from calm_jax.data.key_values import (
-  OPERATORS,
-  Expressions,
-  KeyValues,
-  evaluate,
-)
+from calm_jax.core.errors import InputError
+from calm_jax.data.key_values import OPERATORS, Expressions, KeyValues, evaluate
 from calm_jax.data.packing import ragged_range
-from calm_jax.errors import InputError
-from calm_jax.tokenizer import Tokenizer
+from calm_jax.text.tokenizer import Tokenizer
 
 
 class Task(NamedTuple):

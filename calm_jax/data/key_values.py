@@ -8,7 +8,7 @@ import hashlib
 
 import numpy as np
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 
 OPERATORS = "+-*"
 _PLUS, _MINUS, _TIMES = range(3)
@@ -224,9 +224,7 @@ def _sum_products(values_NT: np.ndarray, codes: np.ndarray) -> np.ndarray:
     # The sign travels with the first factor of the product that it precedes.
     total = np.where(code == _TIMES, total, total + product)
     product = np.where(
-      code == _TIMES,
-      product * value,
-      np.where(code == _MINUS, -value, value),
+      code == _TIMES, product * value, np.where(code == _MINUS, -value, value)
     )
   return total + product
 

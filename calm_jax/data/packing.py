@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 
 Batch = dict[str, np.ndarray]
 

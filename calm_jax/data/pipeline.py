@@ -7,12 +7,12 @@ from typing import Protocol
 
 import grain
 
-from calm_jax.alignment import ChunkEncoder
+from calm_jax.core.errors import InputError
 from calm_jax.data.packing import Batch, host_rows
 from calm_jax.data.rows import Epochs, RowTable, TextSource
 from calm_jax.data.segments import TextLike, segments
-from calm_jax.errors import InputError
-from calm_jax.tokenizer import Tokenizer
+from calm_jax.text.alignment import ChunkEncoder
+from calm_jax.text.tokenizer import Tokenizer
 
 
 class BatchSource(Protocol):
@@ -188,8 +188,7 @@ def _make(
     # grain scales the least to 100 and drops the rest; here, nothing is left.
     weights = {n: round(100 * w / least) for n, (_, w) in parts.items()}
     order = grain.MapDataset.mix(
-      [grain.MapDataset.source(rows) for rows in orders],
-      list(weights.values()),
+      [grain.MapDataset.source(rows) for rows in orders], list(weights.values())
     )
   return TextSource(
     table,
@@ -225,10 +224,7 @@ class BatchIterator(Iterator[Batch]):
 
   def get_state(self) -> dict:
     """Where the iteration stands, as JSON can hold it."""
-    return {
-      "next_index": self.next_index,
-      "source": self._source.fingerprint,
-    }
+    return {"next_index": self.next_index, "source": self._source.fingerprint}
 
   def set_state(self, state: dict) -> None:
     """Continues exactly from a state of `get_state`.

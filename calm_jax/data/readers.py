@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 
 Record = dict[str, Any]
 Row = tuple[str, Callable[[], Record | None]]

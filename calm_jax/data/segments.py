@@ -8,9 +8,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from calm_jax.alignment import ChunkEncoder, align, prompt_ends
-from calm_jax.errors import InputError
-from calm_jax.tokenizer import Tokenizer
+from calm_jax.core.errors import InputError
+from calm_jax.text.alignment import ChunkEncoder, align, prompt_ends
+from calm_jax.text.tokenizer import Tokenizer
 
 
 class TextLike(Protocol):

@@ -9,10 +9,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from calm_jax.core.errors import InputError
 from calm_jax.data import readers
 from calm_jax.data.readers import BadRecord
 from calm_jax.data.templates import own_fields, templates
-from calm_jax.errors import InputError
 
 T = TypeVar("T")
 

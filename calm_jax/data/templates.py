@@ -8,8 +8,8 @@ import re
 import string
 from collections.abc import Callable, Sequence
 
+from calm_jax.core.errors import InputError
 from calm_jax.data.readers import BadRecord, Record
-from calm_jax.errors import InputError
 
 Texts = Callable[[Record], tuple[str, str]]
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from calm_jax import sandbox
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.evals.base import Generate, Outcome
-from calm_jax.sandbox import Program
+from calm_jax.sandbox import runner
+from calm_jax.sandbox.runner import Program
 
 # Austin et al. 2021 (arXiv 2108.07732), as in the README of the data.
 MBPP_TEST = range(11, 511)
@@ -196,13 +196,13 @@ def _pass_at_1(
   options: dict[str, Any],
 ) -> Outcome:
   # Before the model works for hours in vain.
-  sandbox.require(allow_code_execution)
+  runner.require(allow_code_execution)
   predictions = generate(prompts)
   programs = [
     program(problem, prediction)
     for problem, prediction in zip(problems, predictions, strict=True)
   ]
-  verdicts = sandbox.run(
+  verdicts = runner.run(
     programs, allow_code_execution=allow_code_execution, **options
   )
   rows = [

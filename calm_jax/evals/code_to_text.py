@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.evals import chrf, fewshot
 from calm_jax.evals.base import Generate, Outcome
 

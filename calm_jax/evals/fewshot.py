@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from calm_jax.core.errors import InputError
 from calm_jax.data.sources import row_slice
-from calm_jax.errors import InputError
 from calm_jax.evals.base import Generate
 
 PROMPTS = Path(__file__).parent / "prompts"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from sacrebleu.metrics import BLEU
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.evals import statistics
 from calm_jax.evals.base import Outcome
 

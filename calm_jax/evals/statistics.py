@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 
 Metric = Callable[[np.ndarray], np.ndarray]
 _AT_ONCE = 2**22  # numbers of a block of resamples

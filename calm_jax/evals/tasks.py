@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from calm_jax import sandbox
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.evals import (
   chrf,
   code_execution,
@@ -25,6 +24,7 @@ from calm_jax.evals import (
   translation,
 )
 from calm_jax.evals.base import Generate, Outcome
+from calm_jax.sandbox import runner
 
 Fits = Callable[[str], bool]
 Rows = list[dict[str, Any]]
@@ -188,7 +188,7 @@ def _mbpp(
   limit: int = 0,
 ) -> Evaluation:
   """MBPP's test split, 3-shot, pass@1."""
-  sandbox.require(allow_code_execution)
+  runner.require(allow_code_execution)
   problems = code_execution.read_mbpp(Path(path))
   task_ids = _first(list(code_execution.MBPP_TEST), limit)
   return Evaluation(
@@ -220,7 +220,7 @@ def _humaneval(
   limit: int = 0,
 ) -> Evaluation:
   """HumanEval, zero-shot, pass@1."""
-  sandbox.require(allow_code_execution)
+  runner.require(allow_code_execution)
   problems = _first(code_execution.read_humaneval(Path(path)), limit)
   return Evaluation(
     "humaneval",

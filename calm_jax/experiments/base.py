@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from calm_jax.language_model import LanguageModel
-from calm_jax.tokenizer import Tokenizer
-from calm_jax.trainer import Stage
+from calm_jax.text.tokenizer import Tokenizer
+from calm_jax.training.trainer import Stage
 
 
 class Experiment(Protocol):

@@ -12,7 +12,7 @@ from calm_jax.data import arithmetic
 from calm_jax.evals.base import write_rows
 from calm_jax.evals.exact_match import exact_match
 from calm_jax.language_model import LanguageModel
-from calm_jax.trainer import Stage
+from calm_jax.training.trainer import Stage
 
 # Which keys the expressions of an evaluation set are drawn from.
 SPLITS = ("held_in", "mixed", "held_out")

@@ -14,8 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from calm_jax import processes, trainer, training_step
-from calm_jax.alignment import ChunkEncoder
+from calm_jax.core.errors import InputError
 from calm_jax.data import pipeline
 from calm_jax.data.sources import (
   Source,
@@ -23,14 +22,16 @@ from calm_jax.data.sources import (
   read_source,
   take_fraction,
 )
-from calm_jax.errors import InputError
 from calm_jax.evals import suite, tasks
 from calm_jax.evals.base import write_rows
 from calm_jax.evals.perplexity import perplexity
 from calm_jax.experiments.languages import expand
-from calm_jax.generation import with_bos
+from calm_jax.generation.text import with_bos
 from calm_jax.language_model import LanguageModel
-from calm_jax.tokenizer import Tokenizer
+from calm_jax.parallel import processes
+from calm_jax.text.alignment import ChunkEncoder
+from calm_jax.text.tokenizer import Tokenizer
+from calm_jax.training import step, trainer
 
 ANCHOR_DOMAIN = "anchor_domain"
 LOOK_TOKENS = 40
@@ -270,7 +271,7 @@ class Text:
 
   def _score(self, model: LanguageModel, examples) -> list[tuple]:
     """What `evals.perplexity` asks for; long texts go on in a next window."""
-    score = jax.jit(training_step.row_losses, static_argnums=1)
+    score = jax.jit(step.row_losses, static_argnums=1)
     source = pipeline.text_source(
       examples,
       batch_size=self.task.eval_batch_size,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.models.config import ATTENTIONS, ModelConfig
 from calm_jax.models.layers import at_least_float32
 

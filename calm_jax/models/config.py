@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.models.rope import Rope
 
 NORMS = ("rms", "rms_plus_one", "layer")

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.models import cache as cache_lib
 from calm_jax.models.attention import Segments
 from calm_jax.models.block import Block, Context, window_mask
@@ -145,11 +145,7 @@ def make_context(
 
   if segments is not None:
     return Context(
-      turn(config.rope),
-      None,
-      index,
-      turn(config.local_rope),
-      segments=segments,
+      turn(config.rope), None, index, turn(config.local_rope), segments=segments
     )
   windowed = None
   if config.window is not None:

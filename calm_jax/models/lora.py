@@ -14,8 +14,8 @@ import re
 import jax
 import jax.numpy as jnp
 
-from calm_jax import tree
-from calm_jax.errors import InputError
+from calm_jax.core import trees
+from calm_jax.core.errors import InputError
 from calm_jax.models import quantisation
 
 _ADAPTED = re.compile(r"layers/(attention|mlp)/\w+/kernel")
@@ -34,14 +34,14 @@ def add(params: dict, rank: int, rng: jax.Array) -> dict:
   """
   if rank < 1:
     raise InputError(f"a LoRA of rank {rank}: give 1 or more")
-  leaves = dict(tree.flatten(params))
+  leaves = dict(trees.flatten(params))
   for i, (name, kernel) in enumerate(_kernels(params).items()):
     layers, wide_in, wide_out = kernel.shape
     key, shape = jax.random.fold_in(rng, i), (layers, wide_in, rank)
     owner = name.removesuffix("kernel")
     leaves[f"{owner}lora_a"] = jax.random.normal(key, shape) * wide_in**-0.5
     leaves[f"{owner}lora_b"] = jnp.zeros((layers, rank, wide_out))
-  return tree.unflatten(leaves)
+  return trees.unflatten(leaves)
 
 
 def merge(params: dict) -> dict:
@@ -49,19 +49,19 @@ def merge(params: dict) -> dict:
 
   A quantised tree with LoRA becomes one of arrays, in the norms' dtype.
   """
-  leaves = dict(tree.flatten(params))
+  leaves = dict(trees.flatten(params))
   if quantisation.kind_of(params) and any(
     n.endswith("/lora_a") for n in leaves
   ):
     dtype = params["final_norm"]["scale"].dtype
-    leaves = dict(tree.flatten(quantisation.dequantise(params, dtype)))
+    leaves = dict(trees.flatten(quantisation.dequantise(params, dtype)))
   for name in [n for n in leaves if n.endswith("/lora_a")]:
     owner = name.removesuffix("lora_a")
     a, b = leaves.pop(name), leaves.pop(f"{owner}lora_b")
     kernel = leaves[f"{owner}kernel"]
     change = jnp.matmul(a, b, precision="highest")
     leaves[f"{owner}kernel"] = (kernel + change).astype(kernel.dtype)
-  return tree.unflatten(leaves)
+  return trees.unflatten(leaves)
 
 
 def closest_rank(params: dict, target: int) -> int:
@@ -72,7 +72,7 @@ def closest_rank(params: dict, target: int) -> int:
 
 
 def _kernels(params: dict) -> dict:
-  leaves = tree.flatten(jax.eval_shape(quantisation.dequantise, params))
+  leaves = trees.flatten(jax.eval_shape(quantisation.dequantise, params))
   if any("/experts/" in name for name in leaves):
     raise InputError("LoRA of a mixture of experts is not built")
   return {n: leaf for n, leaf in leaves.items() if _ADAPTED.fullmatch(n)}

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.models.quantisation import matmul
 
 Array = jax.Array

@@ -21,8 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from calm_jax import tree
-from calm_jax.errors import InputError
+from calm_jax.core import trees
+from calm_jax.core.errors import InputError
 
 Array = jax.Array
 
@@ -59,8 +59,8 @@ def quantise(params: dict, kind: str) -> dict:
   found = kind_of(params)
   if kind and found:
     raise InputError(f"the model is in {found} already: load it anew")
-  return tree.unflatten(
-    {name: of_leaf(name, x, kind) for name, x in tree.flatten(params).items()}
+  return trees.unflatten(
+    {name: of_leaf(name, x, kind) for name, x in trees.flatten(params).items()}
   )
 
 
@@ -150,7 +150,7 @@ def is_quantised(weight: Any) -> bool:
 
 def kind_of(params: dict) -> str:
   """One of KINDS: what a tree was quantised to."""
-  ends = {name.rpartition("/")[2] for name in tree.flatten(params)}
+  ends = {name.rpartition("/")[2] for name in trees.flatten(params)}
   return next((kind for kind in ("int4", "int8") if kind in ends), "")
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 
 Array = jax.Array
 

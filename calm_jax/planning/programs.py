@@ -9,25 +9,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from calm_jax import (
-  batching,
-  composition,
-  cross_attention,
-  decode,
-  fitting,
-  flops,
-  placing,
-  sharding,
-  trainer,
-  training_step,
-  tree,
-)
-from calm_jax.composition import Sequence
-from calm_jax.errors import InputError
-from calm_jax.planning import shapes
+from calm_jax.composition import cross_attention, forward
+from calm_jax.core import trees
+from calm_jax.core.batch import Sequence
+from calm_jax.core.errors import InputError
+from calm_jax.experiments import placement, recipe
+from calm_jax.generation import batching, decode
+from calm_jax.generation.sampling import GREEDY
+from calm_jax.parallel import sharding
+from calm_jax.planning import flops, shapes
 from calm_jax.planning.shapes import Job
 from calm_jax.planning.topology import Target
-from calm_jax.sampling import GREEDY
+from calm_jax.training import step as step_lib
+from calm_jax.training import trainer
 
 PyTree = Any
 KINDS = ("frozen", "trainable", "optimizer", "caches", "batch")
@@ -79,7 +73,7 @@ def place(job: Job, target: Target, axes: dict[str, int]) -> Placed:
     InputError: the devices do not form such a mesh.
   """
   try:
-    layout = placing.layout_of(job.settings | {"mesh": axes}, target.devices)
+    layout = placement.layout_of(job.settings | {"mesh": axes}, target.devices)
   except (NotImplementedError, ValueError) as error:
     # What JAX raises, where a torus cannot hold the mesh.
     raise InputError(f"mesh={axes} on {target.name}: {error}") from error
@@ -87,9 +81,9 @@ def place(job: Job, target: Target, axes: dict[str, int]) -> Placed:
   if not target.exact:
     # The CPU's compiler stands in, and it has no other.
     settings = settings | {"attention": "xla"}
-  spec = fitting.configured(job.spec, settings, target.devices[0])
+  spec = recipe.configured(job.spec, settings, target.devices[0])
   if layout is not None:
-    spec = placing.configure(
+    spec = placement.configure(
       spec, lambda part: {"place": layout.at(f"{part}/")}
     )
   return Placed(job._replace(spec=spec), layout, target)
@@ -126,9 +120,9 @@ def training_given(placed: Placed, rows: int) -> Given:
     InputError: the devices cannot share the rows.
   """
   job, layout = placed.job, placed.layout
-  mask = tree.mask(job.params, job.stage.trainable)
+  mask = trees.mask(job.params, job.stage.trainable)
   tx, _ = trainer.optimizer(job.stage, mask)
-  trainable, frozen = tree.partition(job.params, mask)
+  trainable, frozen = trees.partition(job.params, mask)
   state = {
     "trainable": trainable,
     "opt_state": jax.eval_shape(tx.init, job.params),
@@ -181,10 +175,10 @@ def training_flops(placed: Placed, rows: int) -> int:
 
 def _traced_training(placed: Placed, rows: int) -> tuple:
   stage = placed.job.stage
-  mask = tree.mask(placed.job.params, stage.trainable)
+  mask = trees.mask(placed.job.params, stage.trainable)
   tx, rate = trainer.optimizer(stage, mask)
   given = training_given(placed, rows)
-  step = training_step.make_step(
+  step = step_lib.make_step(
     placed.job.spec, stage.model, tx, rate, stage.accumulate, placed.layout
   )
   return given, step.trace(*given.arguments)
@@ -196,7 +190,7 @@ def decoding(placed: Placed, rows: int, slots: int) -> Program:
   Caches have `slots` slots, all of which are multiplied with, read or not.
   """
   job, layout = placed.job, placed.layout
-  spec, params = composition.alone(job.spec, job.params, job.stage.model)
+  spec, params = forward.alone(job.spec, job.params, job.stage.model)
   params = jax.eval_shape(cross_attention.fold, params)
   if placed.target.chip.name == "cpu" and layout is None:
     params = _unstacked(params)

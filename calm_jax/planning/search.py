@@ -12,8 +12,8 @@ import math
 import time
 from collections.abc import Callable, Iterator
 
-from calm_jax import tree
-from calm_jax.errors import InputError
+from calm_jax.core import trees
+from calm_jax.core.errors import InputError
 from calm_jax.models import decoder
 from calm_jax.planning import estimate, programs
 from calm_jax.planning.estimate import Estimate
@@ -117,9 +117,9 @@ def _rough(job: Job, target: Target, case: Case) -> tuple[float, float]:
   fsdp, tensor, sequence = (
     case.axes[name] for name in ("fsdp", "tensor", "sequence")
   )
-  theta = tree.count(job.params["composition"])
+  theta = trees.count(job.params["composition"])
   anchor, *others = (
-    tree.count(decoder.param_shapes(config)["layers"])
+    trees.count(decoder.param_shapes(config)["layers"])
     for config in (c, *(a.config for _, a in job.spec.augmenting))
   )
   if job.stage.cache_states:

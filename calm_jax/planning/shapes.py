@@ -11,20 +11,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from calm_jax import (
-  composing,
-  composition,
-  fitting,
-  quantising,
-  state_cache,
-  trainer,
-  tree,
-)
-from calm_jax.connections import Composition
+from calm_jax.composition import composing, forward
+from calm_jax.composition.connections import Composition
+from calm_jax.core import hub, trees
+from calm_jax.core.errors import InputError
 from calm_jax.data.rows import TextSource
-from calm_jax.errors import InputError
-from calm_jax.models import decoder, families, folders, loading, quantisation
+from calm_jax.experiments import quantising
+from calm_jax.experiments import recipe as recipe_lib
+from calm_jax.models import decoder, quantisation
 from calm_jax.models.config import ModelConfig
+from calm_jax.models.hf import families, loading
+from calm_jax.training import state_cache, trainer
 
 
 class Job(NamedTuple):
@@ -76,20 +73,20 @@ def job(settings: dict[str, Any], stage: str = "") -> Job:
   }
   models = _quantised(_kept(models, settings, stage), settings, stage)
   params = models | {
-    "composition": jax.eval_shape(
-      lambda: composition.init(jax.random.key(0), spec)
-    )
+    "composition": jax.eval_shape(lambda: forward.init(jax.random.key(0), spec))
   }
-  params = jax.eval_shape(lambda p: fitting.with_lora(p, settings)[0], params)
+  params = jax.eval_shape(
+    lambda p: recipe_lib.with_lora(p, settings)[0], params
+  )
   state_cache.check_frozen(stage, asked, params)
-  chosen = tree.flatten(tree.mask(params, asked.trainable))
-  params = tree.unflatten(
+  chosen = trees.flatten(trees.mask(params, asked.trainable))
+  params = trees.unflatten(
     {
       leaf: jax.ShapeDtypeStruct(
         x.shape, jnp.promote_types(x.dtype, jnp.float32) if chosen[leaf]
         else x.dtype,
       )
-      for leaf, x in tree.flatten(params).items()
+      for leaf, x in trees.flatten(params).items()
     }
   )  # fmt: skip
   own = {}
@@ -111,7 +108,9 @@ def _kept(models: dict, settings: dict[str, Any], stage: str) -> dict:
     dtype = jnp.float32 if wide else jnp.dtype(settings["dtype"])
     return jax.ShapeDtypeStruct(x.shape, dtype)
 
-  return tree.unflatten({n: one(n, x) for n, x in tree.flatten(models).items()})
+  return trees.unflatten(
+    {n: one(n, x) for n, x in trees.flatten(models).items()}
+  )
 
 
 def _quantised(models: dict, settings: dict[str, Any], stage: str) -> dict:
@@ -141,7 +140,7 @@ def _models(settings) -> dict[str, ModelConfig]:
     sizes = [c.vocab_size for c in found.values()]
     size = sizes[0] if sizes else _tokenizer(settings).vocab_size
     found |= {
-      side: fitting.scratch(settings, side, size)
+      side: recipe_lib.scratch(settings, side, size)
       for side in sides
       if side not in found
     }
@@ -153,9 +152,9 @@ def _models(settings) -> dict[str, ModelConfig]:
 
 def _read(path_or_hub_id: str) -> ModelConfig:
   if path_or_hub_id.endswith(".json"):
-    return families.from_hf(folders.read_json(Path(path_or_hub_id)))
-  files = [folders.CONFIG]
-  return loading.load_config(folders.locate(path_or_hub_id, None, files).folder)
+    return families.from_hf(hub.read_json(Path(path_or_hub_id)))
+  files = [hub.CONFIG]
+  return loading.load_config(hub.locate(path_or_hub_id, None, files).folder)
 
 
 def _tokenizer(settings):
@@ -165,7 +164,7 @@ def _tokenizer(settings):
       "--config.anchor= or --config.augmenting= a folder, a hub id or a "
       "config.json"
     )
-  make, task = fitting.EXPERIMENTS[settings["experiment"]]
+  make, task = recipe_lib.EXPERIMENTS[settings["experiment"]]
   with tempfile.TemporaryDirectory() as folder:
     asked = task(**settings["task"], seed=settings["seed"])
     return make(asked, Path(folder), {}).tokenizer
@@ -182,7 +181,7 @@ def batch(job: Job, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
       for name in names
     }
 
-  sequence = composition.Sequence._fields
+  sequence = forward.Sequence._fields
   others = ("targets", "weights", "prompt_ends")
   found = arrays("", sequence + others, job.stage.length)
   if job.stage.model == "composed":

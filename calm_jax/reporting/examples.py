@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.reporting.predictions import RIGHT, is_right, read_rows
 from calm_jax.reporting.runs import MODELS, Run
 

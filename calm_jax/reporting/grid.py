@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.reporting import paper
 from calm_jax.reporting.costs import ours
 from calm_jax.reporting.runs import LABELS, Column, Experiment, Run, number

@@ -10,8 +10,8 @@ from html import escape
 from importlib import resources
 from typing import Any
 
+from calm_jax.core.files import plain
 from calm_jax.reporting import examples, figures
-from calm_jax.reporting.files import plain
 from calm_jax.reporting.grid import HOW_TO_READ
 from calm_jax.reporting.pictures import Picture, pictures
 from calm_jax.reporting.predictions import is_right
@@ -97,10 +97,7 @@ def _of_experiment(
   parts["files"] = "Runs, files and settings", _files(experiment)
   name = experiment.name
   return {
-    f"{key}-{experiment.slug}": (
-      f"{title}, {name}" if named else title,
-      text,
-    )
+    f"{key}-{experiment.slug}": (f"{title}, {name}" if named else title, text)
     for key, (title, text) in parts.items()
   }
 

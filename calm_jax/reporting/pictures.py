@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from calm_jax.errors import InputError
-from calm_jax.metrics import read_metrics
+from calm_jax.core.errors import InputError
 from calm_jax.reporting import figures
 from calm_jax.reporting.predictions import count_by_terms
 from calm_jax.reporting.runs import Experiment, Run
+from calm_jax.training.metrics import read_metrics
 
 
 class Picture(NamedTuple):

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.reporting.runs import MODELS, Run
 
 # A sentence's chrF1 from which a prediction passes for right.

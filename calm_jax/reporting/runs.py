@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from calm_jax import kinds
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
+from calm_jax.experiments import variants
 
 RESULTS = "results.json"
 ABLATIONS = "ablations"
@@ -21,7 +21,7 @@ LABELS = {
   "base": "m_A before",
   "augmenting": "m_A",
   "anchor": "m_B",
-} | kinds.NAMES
+} | variants.NAMES
 
 # Kinds whose m_A has not been trained on its domain.
 _OTHER_MA = ("vanilla", "random")
@@ -220,7 +220,7 @@ def _join(groups: list, run: Run) -> None:
 
 
 def _order(kind: str) -> int:
-  return [*kinds.NAMES, kind].index(kind)
+  return [*variants.NAMES, kind].index(kind)
 
 
 def _by_kind(path: Path) -> tuple[int, str, int]:

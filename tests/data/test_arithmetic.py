@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from calm_jax.core.errors import InputError
 from calm_jax.data.arithmetic import (
   PROMPTS,
   TASKS,
@@ -19,8 +20,7 @@ from calm_jax.data.arithmetic import (
   sample_expressions,
   train_tokenizer,
 )
-from calm_jax.errors import InputError
-from calm_jax.tokenizer import train_sentencepiece
+from calm_jax.text.tokenizer import train_sentencepiece
 
 KV = make_key_values(40, 0.5, seed=0)
 BIG_KV = make_key_values(25_000, 0.2, seed=0)
@@ -151,12 +151,7 @@ def test_tokens_equal_the_tokenizer(tmp_path, keys, digits):
 def test_big_results_equal_the_tokenizer(tmp_path):
   made = train_tokenizer(BIG_KV, tmp_path / "t", digits="grouped")
   batches = source(
-    made,
-    kv=BIG_KV,
-    max_terms=6,
-    operators="*",
-    batch_size=64,
-    pack=False,
+    made, kv=BIG_KV, max_terms=6, operators="*", batch_size=64, pack=False
   )
   values = dict(zip(BIG_KV.keys, BIG_KV.values.tolist(), strict=True))
   longest = 0

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from calm_jax.core.errors import InputError
 from calm_jax.data.arithmetic import examples
 from calm_jax.data.key_values import (
   Expressions,
@@ -11,7 +12,6 @@ from calm_jax.data.key_values import (
   make_key_values,
   sample_expressions,
 )
-from calm_jax.errors import InputError
 
 
 def rng(seed=0):

@@ -8,8 +8,8 @@ import pytest
 import text_data
 from text_data import assert_same, documents, flat, joined, questions, texts_of
 
+from calm_jax.core.errors import InputError
 from calm_jax.data.pipeline import make_iterator, mix, text_source
-from calm_jax.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 import text_data
 from text_data import assert_same, documents, flat, joined, questions, texts_of
 
+from calm_jax.core.errors import InputError
 from calm_jax.data.arithmetic import (
   ArithmeticSource,
   examples,
@@ -19,7 +20,6 @@ from calm_jax.data.arithmetic import (
 )
 from calm_jax.data.pipeline import eval_batches, make_iterator, text_source
 from calm_jax.data.sources import TextExample
-from calm_jax.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from calm_jax.core.errors import InputError
 from calm_jax.data.sources import Source, read_source
-from calm_jax.errors import InputError
 
 PAIRS = {"prompt": "{source} =", "completion": " {target}"}
 

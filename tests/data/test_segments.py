@@ -5,10 +5,10 @@ import pytest
 import text_data
 from text_data import flat, questions, texts_of
 
+from calm_jax.core.errors import InputError
 from calm_jax.data.pipeline import text_source
 from calm_jax.data.segments import Truncation
 from calm_jax.data.sources import TextExample
-from calm_jax.errors import InputError
 
 LONG = " ".join(text_data.WORDS)
 

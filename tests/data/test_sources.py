@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from calm_jax.core.errors import InputError
 from calm_jax.data.sources import (
   Source,
   TextExample,
@@ -12,7 +13,6 @@ from calm_jax.data.sources import (
   read_source,
   take_fraction,
 )
-from calm_jax.errors import InputError
 
 
 def write(path, *lines):

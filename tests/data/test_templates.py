@@ -2,9 +2,9 @@
 
 import pytest
 
+from calm_jax.core.errors import InputError
 from calm_jax.data.readers import BadRecord
 from calm_jax.data.templates import own_fields, templates
-from calm_jax.errors import InputError
 
 
 def test_templates():

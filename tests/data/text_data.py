@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from calm_jax.alignment import ChunkEncoder
 from calm_jax.data.sources import TextExample
-from calm_jax.tokenizer import train_sentencepiece
+from calm_jax.text.alignment import ChunkEncoder
+from calm_jax.text.tokenizer import train_sentencepiece
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 

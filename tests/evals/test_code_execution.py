@@ -8,13 +8,13 @@ import pathlib
 
 import pytest
 
-from calm_jax import sandbox
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.evals import code_execution
 from calm_jax.evals.code_execution import extract_code, humaneval, mbpp
+from calm_jax.sandbox import runner
 
 try:
-  sandbox.require(True)
+  runner.require(True)
   WHY_NOT = ""
 except InputError as error:
   WHY_NOT = str(error)

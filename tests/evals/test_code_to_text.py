@@ -7,7 +7,7 @@ import json
 import eval_data
 import pytest
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.evals.code_to_text import code_to_text, read_codexglue
 
 LINE = {

@@ -17,10 +17,7 @@ def test_the_whole_answer_counts_and_nothing_else_does():
     return [given[p] for p in prompts]
 
   outcome = exact_match(
-    tuple(given),
-    ["1", "1=2", "3", "1=2"],
-    generate,
-    num_terms=[1, 2, 3, 4],
+    tuple(given), ["1", "1=2", "3", "1=2"], generate, num_terms=[1, 2, 3, 4]
   )
   assert asked == [list(given)]
   assert outcome.metrics == {"accuracy": 50.0}

@@ -8,7 +8,7 @@ from decimal import Decimal
 import eval_data
 import pytest
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.evals import maths
 from calm_jax.evals.maths import final_number, read_gsm
 

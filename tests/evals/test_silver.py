@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.evals.silver import silver
 
 ORIGINALS = ["Ann has 3 red apples.", "How many are left now?", "She eats one."]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sacrebleu.metrics import CHRF
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.evals import chrf, statistics
 from calm_jax.evals.statistics import compare, interval, mean_interval, mean_of
 

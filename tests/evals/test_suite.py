@@ -7,7 +7,7 @@ import json
 import pytest
 from eval_data import folder
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.evals import chrf, suite, tasks
 from calm_jax.evals.statistics import count_better
 

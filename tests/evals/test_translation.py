@@ -7,7 +7,7 @@ import zipfile
 import eval_data
 import pytest
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.evals.translation import language_name, read_flores, translation
 
 FILES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.experiments.languages import expand
 
 

@@ -8,9 +8,9 @@ import json
 import numpy as np
 import pytest
 
-from calm_jax import trainer
 from calm_jax.data import arithmetic
 from calm_jax.experiments.key_values import KeyValues, KeyValueTask
+from calm_jax.training import trainer
 from configs import kv as kv_config
 
 TASK = KeyValueTask(

@@ -12,7 +12,7 @@ import spelled
 import tiny
 
 import calm_jax
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.experiments.text import LOOK_TOKENS, Text, TextTask
 
 LENGTH = 8
@@ -147,8 +147,7 @@ def test_the_fraction_of_the_data(tmp_path, model):
 
 
 @pytest.mark.parametrize(
-  ("record", "length"),
-  [(LINES[0], 4), (LINES[1], 1), ({"text": 60 * "a"}, 1)],
+  ("record", "length"), [(LINES[0], 4), (LINES[1], 1), ({"text": 60 * "a"}, 1)]
 )
 def test_where_the_model_looks(record, length, tmp_path, model):
   experiment = make(

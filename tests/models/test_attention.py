@@ -18,8 +18,8 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from calm_jax import composition
-from calm_jax.errors import InputError
+from calm_jax.composition import forward
+from calm_jax.core.errors import InputError
 from calm_jax.models import attention, decoder
 from calm_jax.models.block import window_mask
 
@@ -198,14 +198,12 @@ def composed(attention_kernel: str, at=4, cap: float | None = 3.0, **changes):
   segments = np.repeat([[1, 2, 0], [1, 1, 2]], [50, 70, 13], 1)
   starts = np.repeat([[0, 50, 120], [0, 0, 120]], [50, 70, 13], 1)
   tokens = np.random.default_rng(1).integers(0, 61, segments.shape)
-  sequence = composition.Sequence(
+  sequence = forward.Sequence(
     *map(jnp.asarray, (tokens, segments, np.arange(133) - starts))
   )
 
   def loss(theta):
-    logits, _ = composition.forward(
-      params | {"composition": theta}, spec, sequence
-    )
+    logits, _ = forward.forward(params | {"composition": theta}, spec, sequence)
     return (jnp.sin(logits) * (segments > 0)[..., None]).sum()
 
   return loss, params["composition"]
@@ -217,8 +215,7 @@ def test_a_composition_by_splash_is_the_plain_one():
     loss, theta = composed(kernel)
     losses.append(jax.jit(jax.value_and_grad(loss))(theta))
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
-    *losses,
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *losses
   )
 
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from golden import cases, options
 
-from calm_jax.errors import InputError
-from calm_jax.models import decoder, families, loading
+from calm_jax.core.errors import InputError
+from calm_jax.models import decoder
 from calm_jax.models.block import window_mask
 from calm_jax.models.config import ModelConfig
+from calm_jax.models.hf import families, loading
 from calm_jax.models.rope import Rope
 
 LENGTH = sum(cases.LENGTHS)

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm_jax import decode, tree
-from calm_jax.connections import Composition
-from calm_jax.errors import InputError
-from calm_jax.models import decoder, loading, lora
+from calm_jax.composition.connections import Composition
+from calm_jax.core import trees
+from calm_jax.core.errors import InputError
+from calm_jax.generation import decode
+from calm_jax.models import decoder, lora
+from calm_jax.models.hf import loading
 from calm_jax.models.layers import Linear
 
 RANK = 3
@@ -37,9 +39,9 @@ def adapted():
     name: jnp.asarray(random.normal(0, 0.1, leaf.shape), leaf.dtype)
     if name.endswith("lora_b")
     else leaf
-    for name, leaf in tree.flatten(params).items()
+    for name, leaf in trees.flatten(params).items()
   }
-  return config, base, tree.unflatten(leaves)
+  return config, base, trees.unflatten(leaves)
 
 
 def test_a_linear_layer_is_the_formula():
@@ -64,7 +66,7 @@ def test_it_starts_as_the_base_bit_for_bit():
   )
   a = np.concatenate([
     np.ravel(leaf) * leaf.shape[1] ** 0.5
-    for name, leaf in tree.flatten(fresh).items()
+    for name, leaf in trees.flatten(fresh).items()
     if name.endswith("lora_a")
   ])  # fmt: skip
   assert a.mean() == pytest.approx(0, abs=0.05)
@@ -79,7 +81,7 @@ def test_which_leaves_there_are():
     for name in names
     for leaf in ("lora_a", "lora_b")
   }
-  leaves, old = tree.flatten(params), tree.flatten(base)
+  leaves, old = trees.flatten(params), trees.flatten(base)
   assert leaves.keys() - old.keys() == new
   assert all(leaves[name] is leaf for name, leaf in old.items())
   for name in new:
@@ -88,20 +90,20 @@ def test_which_leaves_there_are():
     want = (wide_in, RANK) if name.endswith("a") else (RANK, wide_out)
     assert leaves[name].shape == (layers, *want)
   # Nothing of it where nobody asked.
-  assert tree.flatten(decoder.param_shapes(config)).keys() == old.keys()
+  assert trees.flatten(decoder.param_shapes(config)).keys() == old.keys()
 
 
 def test_the_pattern_of_the_configs_is_those_leaves():
   _, base, params = adapted()
-  mask = tree.mask({"anchor": params}, ("anchor/.*/lora_.",))
-  trainable, frozen = tree.partition({"anchor": params}, mask)
-  assert tree.fingerprint(frozen["anchor"]) == tree.fingerprint(base)
-  assert len(tree.flatten(trainable)) == 14
+  mask = trees.mask({"anchor": params}, ("anchor/.*/lora_.",))
+  trainable, frozen = trees.partition({"anchor": params}, mask)
+  assert trees.fingerprint(frozen["anchor"]) == trees.fingerprint(base)
+  assert len(trees.flatten(trainable)) == 14
 
 
 def test_merged_kernels_compute_the_same(x64):
   config, base, params = adapted()
-  tree.check_same_structure(lora.merge(params), base, "the merged tree")
+  trees.check_same_structure(lora.merge(params), base, "the merged tree")
   config = helpers.retype(Composition(config), dtype="float64").anchor
   params, base = (helpers.in_dtype(p, "float64") for p in (params, base))
   got, dense, old = (
@@ -115,7 +117,7 @@ def test_merged_kernels_compute_the_same(x64):
 def test_a_base_in_bfloat16_keeps_its_dtype():
   _, base, _ = adapted()
   half = lora.add(helpers.in_dtype(base, "bfloat16"), 1, jax.random.key(0))
-  dtypes = {name[-6:]: x.dtype for name, x in tree.flatten(half).items()}
+  dtypes = {name[-6:]: x.dtype for name, x in trees.flatten(half).items()}
   assert dtypes["lora_a"] == dtypes["lora_b"] == jnp.float32
   merged = lora.merge(half)
   assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype("bfloat16")}
@@ -161,14 +163,14 @@ def test_what_is_not_merged_is_not_exported(tmp_path):
 @pytest.mark.parametrize("target", [1, 5_000, 17_536, 99_999, 312_192])
 def test_the_rank_closest_to_a_number_of_parameters(target):
   _, base, params = adapted()
-  of_one, rest = divmod(tree.count(params) - tree.count(base), RANK)
+  of_one, rest = divmod(trees.count(params) - trees.count(base), RANK)
   assert rest == 0
   away = {rank: abs(rank * of_one - target) for rank in range(1, 400)}
   chosen = lora.closest_rank(base, target)
   assert away[chosen] == min(away.values())
   adapt = functools.partial(lora.add, base, chosen)
   made = jax.eval_shape(adapt, jax.random.key(0))
-  assert tree.count(made) == tree.count(base) + chosen * of_one
+  assert trees.count(made) == trees.count(base) + chosen * of_one
 
 
 def test_what_cannot_be_adapted():

@@ -13,7 +13,7 @@ import torch
 import transformers
 from golden import options
 
-from calm_jax.models import loading
+from calm_jax.models.hf import loading
 
 LENGTH = sum(options.LENGTHS)
 # Threads that wait for each other cost more than these models do.

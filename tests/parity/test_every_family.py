@@ -17,7 +17,7 @@ pytest.importorskip(
 )
 import reference
 
-from calm_jax.models import loading
+from calm_jax.models.hf import loading
 
 
 @functools.cache

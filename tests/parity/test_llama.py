@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from golden import cases
 
-from calm_jax.models import loading
+from calm_jax.models.hf import loading
 
 torch = pytest.importorskip(
   "torch", reason="parity is measured against torch, which is not installed"

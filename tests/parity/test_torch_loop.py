@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from benchmarks import pairs, steps
-from calm_jax import tree
-from calm_jax.models import decoder, loading
+from calm_jax.core import trees
+from calm_jax.models import decoder
+from calm_jax.models.hf import loading
 
 torch = pytest.importorskip(
   "torch", reason="parity is measured against torch, which is not installed"
@@ -44,7 +45,7 @@ def test_the_same_loss_from_the_same_weights(tmp_path):
     ),
     state["trainable"],
   )
-  theta = tree.flatten(state["trainable"])
+  theta = trees.flatten(state["trainable"])
   batch = steps.batch_of(2, 24, spec.anchor.vocab_size)
   loop = torch_loop.Loop(
     read(
@@ -79,6 +80,6 @@ def test_its_models_have_our_shapes(name):
   configs = [spec.anchor, *(a.config for _, a in spec.augmenting)]
   for described, config in zip(pairs.jsons(name), configs, strict=True):
     model = torch_loop.random_model(described, "bfloat16", "meta")
-    assert sum(p.numel() for p in model.parameters()) == tree.count(
+    assert sum(p.numel() for p in model.parameters()) == trees.count(
       decoder.param_shapes(config)
     )

@@ -3,7 +3,7 @@ import json
 import made_runs
 import pytest
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.reporting import examples, runs
 
 NEITHER, ONLY_A, ONLY_B, BOTH, LOST, NONE = dict.fromkeys(

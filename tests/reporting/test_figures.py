@@ -9,7 +9,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.reporting import figures
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +108,7 @@ def test_attention_rows_are_the_predicted_tokens():
   first, last = figure.axes[:2]
   assert [t.get_text() for t in first.get_yticklabels()] == ["1", "2", "</s>"]
   assert [t.get_text() for t in last.get_xticklabels()] == [
-    *("a", "$+$", "␣b", "=", "1", "2"),
+    *("a", "$+$", "␣b", "=", "1", "2")
   ]
   shown = first.images[0].get_array()
   assert shown.shape == (3, 6)

@@ -4,7 +4,7 @@ import made_runs
 import numpy as np
 import pytest
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.reporting import pictures, runs
 
 

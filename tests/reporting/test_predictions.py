@@ -1,7 +1,7 @@
 import made_runs
 import pytest
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.reporting import predictions, runs
 
 

@@ -3,7 +3,7 @@ import json
 import made_runs
 import pytest
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.reporting import runs
 
 

@@ -7,7 +7,7 @@ import made_runs
 import pytest
 from rich.console import Console
 
-from calm_jax.errors import InputError
+from calm_jax.core.errors import InputError
 from calm_jax.reporting import runs, table, tables
 
 

@@ -1,0 +1,60 @@
+"""Controls that the paper lacks: m_A's states destroyed on their way to m_B.
+
+What a composition still does with them is not what m_A knows.
+
+B batch, M augmenting length, E augmenting width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from calm_jax.composition.connections import Augmenting
+from calm_jax.core.errors import InputError
+
+Array = jax.Array
+
+
+def controlled(
+  joined: Augmenting, h_BME: Array, positions_BM: Array, layer: int
+) -> Array:
+  """The states of one tapped layer as the anchor is given them.
+
+  The same in training, in one pass and while a cache grows.
+
+  Args:
+    joined: whose `control` it is; see `Augmenting`.
+    h_BME: hidden states.
+    positions_BM: of the tokens in their sequences.
+    layer: that was tapped.
+
+  Raises:
+    InputError: "shuffled", and a batch of one row.
+  """
+  if joined.control == "zeroed":
+    return jnp.zeros_like(h_BME)
+  if joined.control == "shuffled":
+    if len(h_BME) == 1:
+      raise InputError("control='shuffled' takes two rows of a batch or more")
+    return jnp.roll(h_BME, 1, axis=0)
+  if joined.control == "noise":
+    rng = jax.random.fold_in(jax.random.key(joined.control_seed), layer)
+    return _noise_like(h_BME, rng, positions_BM)
+  return h_BME
+
+
+def _noise_like(h_BME: Array, rng: Array, positions_BM: Array) -> Array:
+  """Normal noise that follows from the position alone, as long as the state."""
+
+  def one(position):
+    key = jax.random.fold_in(rng, position)
+    return jax.random.normal(key, h_BME.shape[-1:])
+
+  def length(x):
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.linalg.norm(wide, axis=-1, keepdims=True)
+
+  noise_BME = jax.vmap(jax.vmap(one))(positions_BM)
+  scaled_BME = noise_BME * (length(h_BME) / length(noise_BME))
+  return scaled_BME.astype(h_BME.dtype)

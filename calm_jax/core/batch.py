@@ -1,0 +1,62 @@
+"""Batches: rows of tokens as every model of a composition reads them.
+
+A batch is made once, by data or from a prompt, and read by training, scoring
+and generation. Arrays may be NumPy's or JAX's; both types are JAX pytrees.
+
+B rows, L slots of an anchor's row, M slots of an augmenting model's row.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = Any  # of NumPy or JAX
+
+
+class Sequence(NamedTuple):
+  """Rows of tokens, each array int32 [B, L].
+
+  Attributes:
+    tokens: token ids, 0 at padding.
+    segments: the number of the example within its row, from 1; 0 at padding.
+    positions: the place of the token within its segment, from 0.
+  """
+
+  tokens: Array
+  segments: Array
+  positions: Array
+
+
+class Batch(NamedTuple):
+  """Rows of tokens for all models, and what is to be predicted.
+
+  Attributes:
+    anchor: the anchor's rows, [B, L].
+    augmenting: by name the rows [B, M] of each augmenting model whose tokens
+      are not the anchor's; a model without an entry reads `anchor`.
+    visible: by the same names int32 [B, L], how many slots of the augmenting
+      row each slot of the anchor's may see by causality alone, 0 at padding.
+    prompt_ends: int32 [B, L], the slot one past the last prompt token of the
+      segment (one past the BOS for plain text), 0 at padding; None if there
+      is no prompt.
+    targets: int32 [B, L], the next token of the segment, 0 where there is
+      none; None if nothing is predicted.
+    weights: float32 [B, L], 1 where a target counts, else 0; None with
+      `targets`.
+  """
+
+  anchor: Sequence
+  augmenting: dict[str, Sequence]
+  visible: dict[str, Array]
+  prompt_ends: Array | None = None
+  targets: Array | None = None
+  weights: Array | None = None
+
+
+def plain_sequence(tokens_BL: Array) -> Sequence:
+  """Full rows of one segment each, for token ids int32 [B, L]."""
+  shape = tokens_BL.shape
+  positions_BL = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+  return Sequence(tokens_BL, np.ones(shape, np.int32), positions_BL)

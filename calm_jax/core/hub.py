@@ -1,0 +1,122 @@
+"""Folders of Hugging Face checkpoints: found, downloaded, opened.
+
+safetensors only: a pickled checkpoint (*.bin, *.pt) runs any code it likes
+when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from calm_jax.core.errors import InputError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HUB_FILES = (
+  "model*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt"
+)  # fmt: skip
+# What belongs to a tokenizer and to generation, copied along with a model.
+TEXT_FILES = (
+  "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+  "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+  "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class Source(NamedTuple):
+  """Where a checkpoint came from.
+
+  Attributes:
+    name: the folder or hub id that was asked for.
+    revision: the commit on the hub; None for a folder.
+    folder: where its files are.
+    config: its config.json.
+  """
+
+  name: str
+  revision: str | None
+  folder: pathlib.Path
+  config: dict[str, Any] | None = None
+
+
+def locate(
+  path_or_hub_id: str | os.PathLike,
+  revision: str | None = None,
+  files: Sequence[str] = HUB_FILES,
+) -> Source:
+  """Finds a checkpoint's folder, downloaded first if need be.
+
+  Args:
+    path_or_hub_id: a folder, or an id on the Hugging Face hub, `org/name`.
+    revision: a branch, tag or commit on the hub; its main branch if None.
+    files: patterns of what is downloaded; by default safetensors, JSON and
+      tokenizer files only.
+
+  Raises:
+    InputError: no such folder, a revision of a folder, or the hub does not
+      have it or cannot be reached. What cannot be a hub id fails without
+      asking the network.
+  """
+  name = str(path_or_hub_id)
+  path = pathlib.Path(name).expanduser()
+  if name and path.is_dir():
+    if revision is not None:
+      raise InputError(
+        f"{name} is a folder, which has no revision {revision!r}; only an id "
+        "on the hub has revisions"
+      )
+    return Source(name, None, path)
+  if name and path.exists():
+    raise InputError(f"{name} is a file; give the folder that it is in")
+  if not _HUB_ID.fullmatch(name):
+    raise InputError(
+      f"no folder {name!r}; give one with {CONFIG} and {WEIGHTS}, or an id on "
+      "the Hugging Face hub, which looks like org/name"
+    )
+  try:
+    found = huggingface_hub.snapshot_download(
+      name, revision=revision, allow_patterns=list(files)
+    )
+  except (OSError, HfHubHTTPError, HFValidationError) as error:
+    at = "" if revision is None else f" at revision {revision!r}"
+    raise InputError(
+      f"cannot get {name}{at}: there is no such folder here, and the Hugging "
+      f"Face hub answered: {error}\nCheck the spelling and the network; a "
+      "gated model needs `hf auth login`; without a network, run `hf download "
+      f"{name} --local-dir FOLDER` elsewhere and give FOLDER"
+    ) from error
+  folder = pathlib.Path(found)
+  # The cache names a snapshot's folder by its commit, whatever was asked for.
+  return Source(name, folder.name, folder)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """A JSON object; InputError if the file is missing or anything else."""
+  try:
+    read = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError as error:
+    raise InputError(
+      f"{path} is missing: {path.parent} holds no Hugging Face checkpoint"
+    ) from error
+  except (OSError, ValueError) as error:
+    raise InputError(f"{path} is not readable JSON: {error}") from error
+  if not isinstance(read, dict):
+    raise InputError(f"{path} is not a JSON object but {type(read).__name__}")
+  return read
+
+
+def sha256(path: pathlib.Path) -> str:
+  """The hash of a file, as the hub shows it."""
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()

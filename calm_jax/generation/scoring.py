@@ -1,0 +1,98 @@
+"""Log-likelihood of completions, for one model or a composition."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from calm_jax.composition import forward
+from calm_jax.composition.connections import Composition
+from calm_jax.generation import batching
+from calm_jax.generation.batching import Batch, Reader
+from calm_jax.parallel import processes
+
+
+class Score(NamedTuple):
+  """How likely a completion is.
+
+  Attributes:
+    logprob: the sum over its tokens, in nats.
+    num_tokens: how many there are.
+    is_greedy: whether each is the likeliest at its place.
+  """
+
+  logprob: float
+  num_tokens: int
+  is_greedy: bool
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _token_scores(params, spec, batch: Batch, targets_BL):
+  """Log-probability of each target [B, L], and whether it is the likeliest."""
+  x_BLD, _ = forward.states(
+    params, spec, batch.anchor, batch.augmenting, batch.visible
+  )
+
+  def row(x_and_targets):  # one row's logits at a time are held
+    x_LD, targets_L = x_and_targets
+    logits_LV = forward.logits(params, spec, x_LD[None])[0]
+    picked_L = jnp.take_along_axis(logits_LV, targets_L[:, None], -1)[:, 0]
+    logprob_L = picked_L - jax.nn.logsumexp(logits_LV, axis=-1)
+    return logprob_L, logits_LV.argmax(-1) == targets_L
+
+  return jax.lax.map(row, (x_BLD, targets_BL))
+
+
+def score(
+  params: dict,
+  spec: Composition,
+  prompts: Rows[Rows[int]],
+  completions: Rows[Rows[int]],
+  *,
+  readers: dict[str, Callable[[], Reader]] | None = None,
+  batch_size: int = 16,
+) -> list[Score]:
+  """Log-likelihood of completions after prompts.
+
+  Args:
+    params, spec, prompts, readers: as for `stream`.
+    completions: one a prompt; may be empty.
+    batch_size: rows that are computed together.
+
+  Raises:
+    InputError: a prompt is empty, or too long for the models.
+  """
+  readers = readers or {}
+  limit = batching.max_length(spec, readers)
+  # The last token is only predicted: the models need not read it.
+  rows_of_ids = [
+    [*p, *c[:-1]] for p, c in zip(prompts, completions, strict=True)
+  ]
+  batching.check_prompts(prompts, 0, limit)
+  batching.check_prompts(rows_of_ids, 0, limit)
+  scores: list[Score] = [Score(0.0, 0, True)] * len(prompts)
+  for chosen, rows in batching.batches(rows_of_ids, batch_size):
+    ids = [rows_of_ids[i] for i in chosen]
+    given = [len(prompts[i]) for i in chosen]
+    own = {name: [make() for _ in ids] for name, make in readers.items()}
+    batch = batching.lay_out(spec, ids, given, own, rows=rows)
+    targets_BL = np.roll(batch.anchor.tokens, -1, axis=1)
+    for row, i in enumerate(chosen):
+      targets_BL[row, -1:] = completions[i][-1:] or 0
+    logprob_BL, likeliest_BL = processes.fetch(
+      _token_scores(params, spec, batch, targets_BL)
+    )
+    for row, i in enumerate(chosen):
+      here = slice(len(targets_BL[row]) - len(completions[i]), None)
+      scores[i] = Score(
+        float(logprob_BL[row, here].sum()),
+        len(completions[i]),
+        bool(likeliest_BL[row, here].all()),
+      )
+  return scores

@@ -1,0 +1,182 @@
+"""What of a config.json takes more than copying; one function a family.
+
+Each takes the config.json with its defaults, and returns fields of
+ModelConfig; `models/known.py` says which family is read by which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from calm_jax.core.errors import InputError
+from calm_jax.models import moe, rope
+
+Json = dict[str, Any]
+_KINDS = ("full_attention", "sliding_attention")
+
+
+def _head_dim(hf: Json, width="hidden_size", heads="num_attention_heads"):
+  if hf.get("head_dim"):
+    return hf["head_dim"]
+  if hf[width] % hf[heads]:
+    raise InputError(
+      f"{width}={hf[width]} is not a multiple of {heads}={hf[heads]}"
+    )
+  return hf[width] // hf[heads]
+
+
+def rotary(hf: Json, theta: float = 10_000.0, fraction: float | None = None):
+  """Rotary positions, and the width of a head."""
+  head_dim = _head_dim(hf)
+  read = rope.from_hf(hf, head_dim, theta, fraction)
+  return {"rope": read, "head_dim": head_dim}
+
+
+def _windows(
+  hf: Json, sliding: Callable[[int], bool] = lambda layer: True
+) -> Json:
+  """The window, of layers that layer_types, or else `sliding`, gives it to."""
+  layers = range(hf["num_hidden_layers"])
+  window, types = hf["sliding_window"], hf.get("layer_types")
+  if not hf.get("use_sliding_window", True):
+    window = None
+  if types is None:
+    given = window is not None
+    types = [_KINDS[bool(given and sliding(i))] for i in layers]
+  if len(types) != len(layers) or not set(types) <= set(_KINDS):
+    raise InputError(
+      f"layer_types={types!r} are not num_hidden_layers={len(layers)} of "
+      f"{_KINDS}, the kinds that are computed here"
+    )
+  full = tuple(i for i in layers if types[i] == _KINDS[0])
+  if len(full) == len(layers):
+    return {}
+  if window is None:
+    raise InputError(
+      "layer_types has sliding_attention, but sliding_window is not given or "
+      "use_sliding_window not set"
+    )
+  return {"window": window, "full_layers": full}
+
+
+def _alternating(hf: Json, every: int) -> Json:
+  """A window, without fail, in all layers but each `every`-th."""
+  types = hf["layer_types"] or [
+    _KINDS[bool((i + 1) % every)] for i in range(hf["num_hidden_layers"])
+  ]
+  return _windows(hf | {"layer_types": types})
+
+
+def windowed(hf: Json) -> Json:
+  """Rotary positions, and a window in all layers or none."""
+  return rotary(hf) | _windows(hf)
+
+
+def qwen(hf: Json) -> Json:
+  return rotary(hf) | _windows(hf, lambda i: i >= hf["max_window_layers"])
+
+
+def smollm3(hf: Json) -> Json:
+  layers, every = range(hf["num_hidden_layers"]), hf["no_rope_layer_interval"]
+  turned = hf["no_rope_layers"]  # 1 where there is rope, whatever its name
+  if turned is None:
+    turned = [(i + 1) % every != 0 for i in layers]
+  if len(turned) < len(layers):
+    raise InputError(f"no_rope_layers={turned!r} are fewer than the layers")
+  nope = tuple(i for i in layers if not turned[i])
+  windows = _windows(hf, lambda i: i in nope)
+  return rotary(hf, 2_000_000.0) | windows | {"nope_layers": nope}
+
+
+def gemma(hf: Json) -> Json:
+  activation = hf["hidden_act"]
+  if activation == "gelu":  # of the first releases; they meant the other one
+    activation = "gelu_pytorch_tanh"
+  if hf["hidden_activation"] not in (None, activation):
+    raise InputError(
+      f"hidden_activation={hf['hidden_activation']!r} contradicts "
+      f"hidden_act={hf['hidden_act']!r}"
+    )
+  return rotary(hf) | {
+    "embedding_scale": hf["hidden_size"] ** 0.5,
+    "activation": activation,
+  }
+
+
+def gemma2(hf: Json) -> Json:
+  return {
+    "embedding_scale": hf["hidden_size"] ** 0.5,
+    "attention_scale": hf["query_pre_attn_scalar"] ** -0.5,
+    **rotary(hf),
+    **_alternating(hf, 2),
+  }
+
+
+def gemma3(hf: Json) -> Json:
+  """As Gemma 2, with rotary positions of their own for windowed layers."""
+  thetas = {"full_attention": 1e6, "sliding_attention": 1e4}
+  for key in ("rope_theta", "rope_local_base_freq"):
+    if hf.get("rope_parameters") and hf.get(key):
+      raise InputError(f"rope_parameters and {key} are both given")
+  head_dim = _head_dim(hf)
+  ropes = rope.by_layer_type_from_hf(hf, head_dim, thetas)
+  windows = _alternating(hf, hf["sliding_window_pattern"])
+  return {
+    "embedding_scale": hf["hidden_size"] ** 0.5,
+    "attention_scale": hf["query_pre_attn_scalar"] ** -0.5,
+    "head_dim": head_dim,
+    "rope": ropes["full_attention"],
+    "local_rope": ropes["sliding_attention"] if windows else None,
+    **windows,
+  }
+
+
+def gpt2(hf: Json) -> Json:
+  return {
+    "num_kv_heads": hf["n_head"],
+    "head_dim": _head_dim(hf, "n_embd", "n_head"),
+    "mlp_width": hf["n_inner"] or 4 * hf["n_embd"],
+    "attention_scale": None if hf["scale_attn_weights"] else 1.0,
+  }
+
+
+def phi3(hf: Json) -> Json:
+  fields = rotary(hf, fraction=1.0) | _windows(hf)
+  if fields["rope"].kind not in ("default", "longrope"):
+    raise InputError(
+      f"rope_type={fields['rope'].kind!r} is none of transformers' for it"
+    )
+  return fields
+
+
+def mixtral(hf: Json) -> Json:
+  return _experts(hf) | rotary(hf, 1e6) | _windows(hf)
+
+
+def qwen3_moe(hf: Json) -> Json:
+  return _experts(hf) | windowed(hf)
+
+
+def _experts(hf: Json) -> Json:
+  fields = moe.fields_from_hf(hf)
+  fields["normalise_experts"] = fields.pop("normalise")
+  return fields
+
+
+def granite(hf: Json) -> Json:
+  return rotary(hf) | {"logit_scale": 1 / hf["logits_scaling"]}
+
+
+def neox(hf: Json) -> Json:
+  # Some versions of transformers write both spellings; all read their own.
+  nested = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+  for general, own in (
+    ("rope_theta", "rotary_emb_base"),
+    ("partial_rotary_factor", "rotary_pct"),
+  ):
+    alone = hf.get(own) is None and nested.get(general) is None
+    if alone and hf.get(general) is not None:
+      raise InputError(f"{general} is given without {own}, which counts here")
+  heads = {"num_kv_heads": hf["num_attention_heads"]}
+  return rotary(hf, fraction=0.25) | heads

@@ -1,0 +1,157 @@
+"""Hugging Face's config.json of every family, as a ModelConfig and back.
+
+Strict: a key in none of the family's tables is unknown and raises, and so does
+an option that is not computed here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from calm_jax.core.errors import InputError
+from calm_jax.models.config import HOW_COMPUTED, ModelConfig
+from calm_jax.models.hf.config_tables import FAMILIES, Family, Json
+
+# transformers' names of activations.
+ACTIVATIONS = {
+  "silu": "silu", "swish": "silu", "relu": "relu",
+  "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "gelu_fast": "gelu",
+  "gelu": "gelu_exact",
+}  # fmt: skip
+
+# Bookkeeping, dropout, initialisation, generation: no arithmetic of inference.
+_NO_ARITHMETIC = {
+  "model_type", "architectures", "_name_or_path", "name_or_path", "auto_map",
+  "transformers_version", "torch_dtype", "dtype", "use_cache", "_num_labels",
+  "cache_implementation", "initializer_range", "attention_dropout",
+  "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout",
+  "classifier_dropout", "residual_dropout", "embedding_dropout",
+  "attention_probs_dropout_prob", "hidden_dropout_prob",
+  "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
+  "sep_token_id", "cls_token_id", "mask_token_id", "decoder_start_token_id",
+  "pretraining_tp", "chunk_size_feed_forward", "gradient_checkpointing",
+  "output_attentions", "output_hidden_states", "return_dict", "id2label",
+  "label2id", "problem_type", "tokenizer_class", "prefix", "is_decoder",
+  "torchscript", "use_bfloat16", "tf_legacy_loss", "finetuning_task",
+  "task_specific_params", "tie_encoder_decoder", "generation_config",
+  "cross_attention_hidden_size", "_attn_implementation",
+  "_attn_implementation_autoset", "max_length",
+  "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+  "diversity_penalty", "temperature", "top_k", "top_p", "typical_p",
+  "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+  "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
+  "output_scores", "return_dict_in_generate", "forced_bos_token_id",
+  "forced_eos_token_id", "remove_invalid_values", "suppress_tokens",
+  "exponential_decay_length_penalty", "begin_suppress_tokens",
+  "transformers.js_config",
+}  # fmt: skip
+_NEVER = {
+  "quantization_config": (None,),
+  "is_encoder_decoder": (None, False),
+  "add_cross_attention": (None, False),
+  "pruned_heads": (None, {}),
+  "per_layer_config": (None, {}),
+  "use_bidirectional_attention": (None, False),
+}
+
+
+def from_hf(hf: Json) -> ModelConfig:
+  """Reads a Hugging Face config.json.
+
+  Args:
+    hf: the parsed config.json.
+
+  Returns:
+    The ModelConfig that computes the same function.
+
+  Raises:
+    InputError: the family is unknown, a required key is missing, or an option
+      is set that this decoder does not compute. Never an approximation.
+  """
+  name = hf.get("model_type")
+  if name not in FAMILIES:
+    raise InputError(
+      f"model_type={name!r} is not supported; known: {sorted(FAMILIES)}"
+    )
+  family = FAMILIES[name]
+  try:
+    return ModelConfig(**_fields(family, hf))
+  except KeyError as error:
+    raise InputError(f"config.json of a {name} lacks the key {error}") from None
+  except InputError as error:
+    raise InputError(f"config.json of a {name}: {error}") from error
+
+
+def _fields(family: Family, hf: Json) -> Json:
+  only = _NEVER | family.only
+  known = {*family.copied, *family.defaults, *only, *family.rope_keys}
+  unknown = set(hf) - known - family.ignored - _NO_ARITHMETIC
+  if unknown:
+    raise InputError(
+      f"there are options that we do not know: {sorted(unknown)}"
+    )
+  for key, computed in only.items():
+    if hf.get(key) not in computed:
+      raise InputError(
+        f"{key}={hf[key]!r} is not computed here (only {computed})"
+      )
+  hf = family.defaults | hf
+  fields = dict(family.fixed)
+  for key, ours in family.copied.items():
+    fields |= dict.fromkeys((ours,) if isinstance(ours, str) else ours, hf[key])
+  fields |= family.read(hf)
+  if fields["num_kv_heads"] is None:
+    fields["num_kv_heads"] = fields["num_heads"]
+  if fields["activation"] not in ACTIVATIONS:
+    raise InputError(
+      f"the activation {fields['activation']!r} is not computed here (only "
+      f"{sorted(ACTIVATIONS)})"
+    )
+  return fields | {"activation": ACTIVATIONS[fields["activation"]]}
+
+
+def to_hf(config: ModelConfig, dtype: str) -> Json:
+  """The config.json of a model trained from scratch, a llama.
+
+  Raises:
+    InputError: the config is not one that a llama can have.
+  """
+  names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+  hf = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": config.vocab_size,
+    "hidden_size": config.width,
+    "num_hidden_layers": config.num_layers,
+    "num_attention_heads": config.num_heads,
+    "num_key_value_heads": config.num_kv_heads,
+    "head_dim": config.head_dim,
+    "intermediate_size": config.mlp_width,
+    "max_position_embeddings": config.max_length,
+    "hidden_act": names[config.activation],
+    "rms_norm_eps": config.norm_eps,
+    "rope_theta": config.rope.theta if config.rope else None,
+    "tie_word_embeddings": config.tie_embeddings,
+    "attention_bias": config.attention_bias,
+    "mlp_bias": config.mlp_bias,
+    "torch_dtype": dtype,
+    # transformers' defaults are ids of Llama's own vocabulary.
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+  }
+  back = from_hf(hf)
+  kept = dataclasses.replace(
+    config, **{name: getattr(back, name) for name in HOW_COMPUTED}
+  )
+  if back != kept:
+    differ = [
+      f"{f.name}={getattr(kept, f.name)!r}"
+      for f in dataclasses.fields(back)
+      if getattr(kept, f.name) != getattr(back, f.name)
+    ]
+    raise InputError(
+      f"a model with {', '.join(differ)} is not a llama; only llamas have a "
+      "config.json of our making, so keep the one that it was read from"
+    )
+  return hf

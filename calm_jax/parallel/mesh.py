@@ -1,0 +1,60 @@
+"""The devices of a run, along named axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from calm_jax.core.errors import InputError
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+
+
+def make_mesh(
+  axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
+) -> Mesh | None:
+  """The mesh that a config asks for; None for one device.
+
+  Args:
+    axes: how many devices along each of AXES; -1, for one of them, takes what
+      the others leave.
+    devices: all devices of all processes if None.
+
+  Raises:
+    InputError: other axes, no such number, or not as many as there are devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  if set(axes) != set(AXES):
+    raise InputError(f"mesh={dict(axes)} does not have the axes {AXES}")
+  sizes = {name: axes[name] for name in AXES}
+  if any(n < 1 and n != -1 for n in sizes.values()):
+    raise InputError(
+      f"mesh={sizes}: give each axis 1 or more, or one of them -1"
+    )
+  given = math.prod(n for n in sizes.values() if n != -1)
+  rest = [name for name, n in sizes.items() if n == -1]
+  if len(rest) > 1:
+    raise InputError(f"mesh={sizes}: only one axis can take what is left, -1")
+  if rest and len(devices) % given == 0:
+    sizes[rest[0]] = len(devices) // given
+  elif rest:
+    raise InputError(
+      f"mesh={sizes}: {len(devices)} devices are not a multiple of {given}"
+    )
+  total = math.prod(sizes.values())
+  if total == 1 and len({d.process_index for d in devices}) == 1:
+    return None
+  if total != len(devices):
+    raise InputError(
+      f"mesh={sizes} is of {total} devices, and there are {len(devices)}; -1 "
+      "on one axis takes what is left"
+    )
+  return jax.make_mesh(
+    tuple(sizes.values()),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+    devices=devices,
+  )

@@ -1,0 +1,132 @@
+"""Several processes that compute together, of which the first one writes."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from calm_jax.core.errors import InputError, LostProcess
+
+PyTree = Any
+
+_COORDINATOR = "JAX_COORDINATOR_ADDRESS"
+_NUMBERS = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def start(heartbeat: int = 100) -> None:
+  """Joins the other processes; before anything else is asked of JAX.
+
+  TPU pods, Slurm, Open MPI and Kubernetes tell each process what it is. Where
+  nothing does, the environment has to: JAX_COORDINATOR_ADDRESS (host:port of
+  the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID, from 0.
+
+  Args:
+    heartbeat: seconds after which a process that is silent counts as gone;
+      JAX then ends the others.
+
+  Raises:
+    InputError: the environment gives some of them only, or no number.
+    LostProcess: not all processes came.
+  """
+  if jax.distributed.is_initialized():
+    return
+  numbers: dict[str, int] = {}
+  if _COORDINATOR in os.environ:
+    for argument, name in zip(
+      ("num_processes", "process_id"), _NUMBERS, strict=True
+    ):
+      value = os.environ.get(name, "")
+      if not value.isdigit():
+        raise InputError(
+          f"{_COORDINATOR} is set, and {name}={value!r} is no number: give "
+          f"both of {_NUMBERS}"
+        )
+      numbers[argument] = int(value)
+  # It would take SIGTERM for itself, from before the training to after it.
+  jax.config.update("jax_enable_preemption_service", False)
+  try:
+    jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat, **numbers)
+  except jax.errors.JaxRuntimeError as error:
+    raise LostProcess(f"not all processes came together: {error}") from error
+
+
+class Poll:
+  """Whether any process says yes: the same answer on all, call by call.
+
+  It answers the call before, so that no device waits for the question.
+  """
+
+  def __init__(self):
+    """All processes make one and call it equally often."""
+    if jax.process_count() > 1:
+      mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
+      spec = jax.sharding.PartitionSpec
+      self._cut = jax.sharding.NamedSharding(mesh, spec("all"))
+      whole = jax.sharding.NamedSharding(mesh, spec())
+      self._any = jax.jit(jnp.any, out_shardings=whole)
+    self._last: jax.Array | None = None
+
+  def __call__(self, mine: bool) -> bool:
+    """Asks, and returns what the call before was told; alone, says `mine`."""
+    if jax.process_count() == 1:
+      return mine
+    before = self._last
+    votes = jax.make_array_from_callback(
+      (jax.device_count(),), self._cut, lambda _: np.array([mine])
+    )
+    self._last = self._any(votes)
+    return before is not None and bool(before)
+
+
+@contextlib.contextmanager
+def quiet_but_first() -> Iterator[None]:
+  """What all but the first process print is thrown away."""
+  if jax.process_index() == 0:
+    yield
+    return
+  with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    yield
+
+
+def own_folder(folder: Path) -> Path:
+  """The folder for the first process; one to be thrown away for others.
+
+  All processes run the same program: what they would all write, the others
+  write there.
+  """
+  if jax.process_index() == 0:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+  scratch = Path(tempfile.mkdtemp(prefix="calm_jax_"))
+  atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+  return scratch
+
+
+def fetch(values: PyTree) -> PyTree:
+  """Arrays of all processes as numpy arrays; all processes call it together.
+
+  A leaf that other processes hold a part of is gathered, one after the other.
+  """
+
+  if jax.process_count() == 1:
+    return jax.device_get(values)
+
+  def one(x):
+    if isinstance(x, jax.Array) and not (
+      x.is_fully_addressable or x.is_fully_replicated
+    ):
+      return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+  return jax.tree.map(one, values)

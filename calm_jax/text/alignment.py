@@ -1,0 +1,214 @@
+"""Two tokenizers on one text: what an anchor token may see of the other's.
+
+The augmenting model does not read the tokens of the whole text: those of its
+beginning can depend on what follows. The text is cut into chunks by what has
+been read so far, and the augmenting model reads the tokens of one chunk after
+the other. All tokens of a chunk become visible together, when the chunk is
+closed: at the byte at which it is known where it ends. So what an anchor token
+sees follows from the text up to its own last byte, whatever the tokenizers,
+and is the same for a text that is being generated and for the finished one.
+
+A chunk is a word with the whitespace before it, closed by the whitespace after
+it; an ideograph or kana by itself, closed at once; or MAX_CHUNK characters of
+anything longer. The end of a prompt closes a chunk too, unless that is nothing
+but whitespace. The price: the augmenting model is up to a word behind, and
+words longer than MAX_CHUNK get tokens that it would not have split them into.
+
+    ends     e_t, the byte of the text at which anchor token t ends
+    closes   the byte at which each token of the augmenting model is visible
+    visible  how many of them have closes <= e_t (design: visibility)
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from calm_jax.text.tokenizer import Tokenizer
+
+MAX_CHUNK = 16
+_CACHED = 1 << 16
+# Kana, ideographs, their compatibility forms and halfwidth kana.
+_ALONE = re.compile(
+  "[\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+  "\uff66-\uff9d\U00020000-\U0003ffff]"
+)
+
+
+class Chunk(NamedTuple):
+  """Bytes start .. end of a text, known to be a chunk at byte `close`."""
+
+  text: str
+  start: int
+  end: int
+  close: int
+
+
+class Chunker:
+  """Cuts a text that grows into chunks, in whatever pieces it arrives."""
+
+  def __init__(self):
+    self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    self._read = 0  # bytes
+    self._text, self._start, self._end = "", 0, 0  # of the open chunk
+
+  def push(self, data: bytes) -> list[Chunk]:
+    """The chunks that more of the text closes.
+
+    Args:
+      data: UTF-8, which may begin and end within a character. What is not
+        UTF-8 reads as U+FFFD.
+    """
+    closed: list[Chunk] = []
+    rest, _ = self._decoder.getstate()
+    try:
+      text = (rest + data).decode()
+    except UnicodeDecodeError:
+      # Byte by byte, to know at which of them each character is complete.
+      for i in range(len(data)):
+        self._read += 1
+        for character in self._decoder.decode(data[i : i + 1]):
+          self._add(character, self._read, closed)
+      return closed
+    self._decoder.reset()
+    self._read -= len(rest)
+    for character in text:
+      self._read += 1 if character < "\x80" else len(character.encode())
+      self._add(character, self._read, closed)
+    return closed
+
+  def cut(self) -> list[Chunk]:
+    """Closes the open chunk where the text stands, as a prompt's end does.
+
+    Whitespace stays open: it belongs to the word that follows.
+    """
+    if not self._text or self._text.isspace():
+      return []
+    return [self._close(self._end)]
+
+  def _add(self, character: str, end: int, closed: list[Chunk]) -> None:
+    alone = _ALONE.match(character) is not None
+    ends_word = character.isspace() and not self._text[-1:].isspace()
+    if self._text and (alone or ends_word):
+      closed.append(self._close(end))
+    self._text += character
+    self._end = end
+    if alone or len(self._text) == MAX_CHUNK:
+      closed.append(self._close(end))
+
+  def _close(self, close: int) -> Chunk:
+    chunk = Chunk(self._text, self._start, self._end, close)
+    self._text, self._start = "", self._end
+    return chunk
+
+
+def chunks(text: str | bytes) -> list[Chunk]:
+  """The chunks of a text, without the one that is open at its end."""
+  return Chunker().push(text.encode() if isinstance(text, str) else text)
+
+
+class ChunkEncoder:
+  """An augmenting model's tokens of chunks; remembers frequent ones."""
+
+  def __init__(self, tokenizer: Tokenizer):
+    self.tokenizer = tokenizer
+    self._remembered = functools.lru_cache(_CACHED)(self._tokens)
+
+  def tokens(self, chunk: Chunk) -> tuple[int, ...]:
+    """Token ids of a chunk where it stands in its text."""
+    return self._remembered(chunk.text, chunk.start == 0)
+
+  def encode(
+    self, prompt: str, completion: str
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """All tokens that a text makes visible, BOS first if there is one.
+
+    Args:
+      prompt: text that is given, whose end closes a chunk; "" for plain text.
+      completion: the text after it.
+
+    Returns:
+      (int64 [M] token ids, int64 [M] their closes), closes not decreasing.
+    """
+    stream = AugmentingStream(self)
+    stream.push(prompt.encode())
+    stream.cut()
+    stream.push(completion.encode())
+    return np.array(stream.ids, np.int64), np.array(stream.closes, np.int64)
+
+  def _tokens(self, text: str, first: bool) -> tuple[int, ...]:
+    tokenizer = self.tokenizer
+    return tuple(
+      tokenizer.encode(text) if first else tokenizer.encode_within(text)
+    )
+
+
+class AugmentingStream:
+  """An augmenting model's tokens beside a text that is being generated.
+
+  After the bytes of the anchor's tokens up to t have been pushed, t may see all
+  tokens in `ids`; so may the last token of a prompt after `cut`:
+
+      stream = AugmentingStream(encoder)
+      ids, ends = prompt_ends(anchor, prompt)
+      stream.push(prompt.encode())
+      stream.cut()
+      visible = align(ends, stream.closes)  # of the prompt's tokens
+      [data] = anchor.spell([new], previous=ids)
+      stream.push(data)                     # what `new` may see: all of it
+
+  Attributes:
+    ids: all visible token ids, BOS first if there is one.
+    closes: the byte of the text at which each became visible.
+  """
+
+  def __init__(self, encoder: ChunkEncoder):
+    self._encoder, self._chunker = encoder, Chunker()
+    bos = encoder.tokenizer.bos_id
+    self.ids = [] if bos is None else [bos]
+    self.closes = [0] * len(self.ids)
+
+  def push(self, data: bytes) -> list[int]:
+    """The tokens that more of the text makes visible."""
+    return self._add(self._chunker.push(data))
+
+  def cut(self) -> list[int]:
+    """The tokens that the end of the prompt makes visible."""
+    return self._add(self._chunker.cut())
+
+  def _add(self, found: list[Chunk]) -> list[int]:
+    before = len(self.ids)
+    for chunk in found:
+      tokens = self._encoder.tokens(chunk)
+      self.ids += tokens
+      self.closes += [chunk.close] * len(tokens)
+    return self.ids[before:]
+
+
+def prompt_ends(anchor: Tokenizer, prompt: str) -> tuple[list[int], np.ndarray]:
+  """An anchor's ids of a prompt, BOS first if there is one, and their ends.
+
+  The last of them ends with the prompt, whatever its tokenizer drops there.
+
+  Raises:
+    InputError: the tokenizer cannot tell where its tokens end.
+  """
+  ids, ends = anchor.byte_ends(prompt)
+  bos = [] if anchor.bos_id is None else [anchor.bos_id]
+  ends = np.concatenate([np.zeros(len(bos), np.int64), ends])
+  ends[-1:] = len(prompt.encode())
+  return bos + ids, ends
+
+
+def align(ends_L: np.ndarray, closes_M: np.ndarray) -> np.ndarray:
+  """How many augmenting tokens each anchor token may see, int64 [L].
+
+  Args:
+    ends_L: the byte at which each anchor token ends (a BOS: 0).
+    closes_M: of `ChunkEncoder.encode`.
+  """
+  return np.searchsorted(closes_M, ends_L, side="right")

@@ -1,0 +1,91 @@
+"""The files that a tokenizer comes in, and its special ids in them."""
+
+import json
+from pathlib import Path
+
+import tokenizers
+
+from calm_jax.core.errors import InputError
+
+
+def convert_slow(folder: Path) -> tokenizers.Tokenizer:
+  """A tokenizer.json made of other files, such as vocab and merges."""
+  # Loaded here: slow to import, and few checkpoints lack tokenizer.json.
+  import transformers
+
+  try:
+    slow = transformers.AutoTokenizer.from_pretrained(
+      str(folder), trust_remote_code=False
+    )
+  except (OSError, ValueError, KeyError) as error:
+    raise InputError(f"cannot read the tokenizer {folder}: {error}") from error
+  return slow.backend_tokenizer
+
+
+def special_ids(
+  folder: Path | None, vocab: dict[str, int], own: dict[str, int]
+) -> dict:
+  """The special ids: by name in the tokenizer's files, else by number.
+
+  Order: tokenizer_config.json, special_tokens_map.json, the model file itself
+  (`own`), generation_config.json, config.json. A null in the tokenizer's file
+  means that there is none, whatever the model's config says (Qwen's bos).
+  """
+  by_name = [
+    (name, _read_json(folder, name))
+    for name in ("tokenizer_config.json", "special_tokens_map.json")
+  ]
+  generation = _read_json(folder, "generation_config.json")
+  by_number = [generation, _read_json(folder, "config.json")]
+  ids = {}
+  for kind in ("bos", "eos", "pad"):
+    ids[kind] = _special_id(kind, by_name, by_number, vocab, own)
+  stops = [ids["eos"], *_as_list(generation.get("eos_token_id"))]
+  return {
+    "bos_id": ids["bos"],
+    "eos_id": ids["eos"],
+    "pad_id": ids["pad"],
+    "stop_ids": tuple(dict.fromkeys(i for i in stops if i is not None)),
+  }
+
+
+def _special_id(kind, by_name, by_number, vocab, own) -> int | None:
+  for file, config in by_name:
+    if f"{kind}_token" not in config:
+      continue
+    token = config[f"{kind}_token"]
+    if token is None:
+      return None
+    content = token["content"] if isinstance(token, dict) else token
+    if content in vocab:
+      return vocab[content]
+    if kind == "pad":
+      # Often added to the config alone; padding is masked, so none is needed.
+      return None
+    raise InputError(
+      f"{file} names the {kind} token {content!r}, which the vocabulary lacks;"
+      " the tokenizer files do not belong together"
+    )
+  if kind in own:
+    return own[kind]
+  for config in by_number:
+    numbers = _as_list(config.get(f"{kind}_token_id"))
+    if numbers:
+      # A number beyond the vocabulary, such as -1, stands for no token.
+      return numbers[0] if 0 <= numbers[0] < len(vocab) else None
+  return None
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+  if value is None:
+    return []
+  return value if isinstance(value, list) else [value]
+
+
+def _read_json(folder: Path | None, name: str) -> dict:
+  if folder is None or not (folder / name).is_file():
+    return {}
+  try:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise InputError(f"cannot read {folder / name}: {error}") from error

@@ -1,0 +1,366 @@
+"""One face over Hugging Face tokenizers and SentencePiece models."""
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import tokenizers
+
+from calm_jax.core import hub
+from calm_jax.core.errors import InputError
+from calm_jax.text import special_tokens, token_bytes
+from calm_jax.text.token_bytes import Spans, Spelling
+
+# Text after which a continuation is encoded alone: one of them does not merge
+# with the first character of the continuation.
+_JOINTS = ("\n", ".", "a", "0")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Tokenizer:
+  """Text to token ids and back. Made by `load_tokenizer`.
+
+  Attributes:
+    pieces: the vocabulary, piece by id; "" at ids that the vocabulary skips.
+    bos_id, eos_id, pad_id: ids of the special tokens, None where there is none.
+    stop_ids: ids that end a generation: `eos_id` first, then the others that
+      generation_config.json names.
+    source: the file or hub id that it was loaded from.
+  """
+
+  pieces: tuple[str, ...]
+  bos_id: int | None
+  eos_id: int | None
+  pad_id: int | None
+  stop_ids: tuple[int, ...]
+  source: str
+  _encode: Callable[[str], list[int]]
+  _decode: Callable[[list[int]], str]
+  _spans: Callable[[str], Spans]
+  _spelling: Spelling
+
+  def __repr__(self) -> str:
+    return f"Tokenizer({self.source!r}, vocab_size={self.vocab_size})"
+
+  @property
+  def vocab_size(self) -> int:
+    """The highest token id plus one (a model's table may be larger)."""
+    return len(self.pieces)
+
+  @property
+  def fingerprint(self) -> str:
+    """sha256 of the vocabulary in order of id; equal ids mean equal pieces."""
+    return hashlib.sha256(json.dumps(self.pieces).encode()).hexdigest()
+
+  def encode(self, text: str) -> list[int]:
+    """Token ids of `text`; no special token is added."""
+    return list(self._encode(text))
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Text of `ids`; special tokens and ids outside the vocabulary skipped.
+
+    A Llama-style tokenizer strips one leading space: text generated after a
+    prompt is decoded by `decode_continuation`.
+    """
+    size = self.vocab_size
+    return self._decode([int(i) for i in ids if 0 <= i < size])
+
+  def encode_continuation(self, prompt: str, completion: str) -> list[int]:
+    """Token ids of `completion` where it follows the tokens of `prompt`.
+
+    `encode(prompt) + encode_continuation(prompt, completion)` is what a model
+    sees when it is prompted with `encode(prompt)` and answers `completion`.
+    """
+    return self._continue(prompt, completion)[1]
+
+  def encode_within(self, text: str) -> list[int]:
+    """Token ids of `text` behind any other text, which they are no part of."""
+    return self._behind(_JOINTS, text)[1]
+
+  def byte_ends(self, text: str) -> tuple[list[int], np.ndarray]:
+    """`encode(text)`, and the byte of the text's UTF-8 that each id ends at.
+
+    Exact for byte-level BPE and SentencePiece; if they normalise the text, and
+    for other tokenizers, by the offsets that they give. A token that no text
+    stands behind ends where the one before it does, and one that ends within
+    a character that the offsets do not divide, before that character. The ends
+    never decrease.
+
+    Raises:
+      InputError: the tokenizer gives no offsets that can be relied upon.
+    """
+    spans = self._spans(text)
+    if self._spelling.pieces is not None:
+      spelled = self.spell(spans.ids)
+      ends = token_bytes.known_ends(spelled, text)
+      if ends is None and self._spelling.skips:
+        # Its own offsets leave out the characters that it passes over.
+        ends = token_bytes.found_ends(spelled, text)
+      if ends is not None:
+        return spans.ids, ends
+    if self._spelling.skips:
+      raise InputError(
+        f"the tokenizer of {self.source} passes over characters that it does"
+        " not know and changes others, so that nobody can tell where its"
+        " tokens end in a text; it cannot be the anchor's of models with"
+        " different tokenizers"
+      )
+    return spans.ids, token_bytes.covered_ends(spans)
+
+  def continuation_ends(
+    self, prompt: str, completion: str
+  ) -> tuple[list[int], np.ndarray]:
+    """`encode_continuation`, and the byte of the whole that each id ends at.
+
+    Raises:
+      InputError: as `byte_ends`.
+    """
+    context, ids = self._continue(prompt, completion)
+    ends = self.byte_ends(context + completion)[1]
+    ends = ends[len(ends) - len(ids) :] - len(context.encode())
+    return ids, len(prompt.encode()) + np.maximum(ends, 0)
+
+  def spell(
+    self, ids: Sequence[int], previous: Sequence[int] = ()
+  ) -> list[bytes]:
+    """The bytes that each of `ids` adds to the text of those before it.
+
+    A token may hold a part of a character. Special and unknown tokens add
+    nothing.
+
+    Args:
+      ids: token ids.
+      previous: the ids before them; what starts a text may lose a space.
+
+    Raises:
+      InputError: the tokenizer's decoder changes text that it has written.
+    """
+    pieces, strips, _ = self._spelling
+    if pieces is None:
+      return self._spell_by_decoding(ids, previous)
+    size = self.vocab_size
+    parts = [pieces[i] if 0 <= i < size else b"" for i in ids]
+    first = next((n for n, part in enumerate(parts) if part), None)
+    begins = not any(pieces[i] for i in previous if 0 <= i < size)
+    if strips and begins and first is not None:
+      parts[first] = parts[first].removeprefix(b" ")
+    return parts
+
+  def decode_continuation(
+    self, prompt_ids: Sequence[int], new_ids: Sequence[int]
+  ) -> str:
+    """Text that `new_ids` add to the text of `prompt_ids`, spaces included."""
+    prompt = self.decode(prompt_ids)
+    joined = self.decode([*prompt_ids, *new_ids])
+    if not joined.startswith(prompt):
+      # The prompt ended within a character, which `new_ids` complete.
+      prompt = prompt.rstrip("\ufffd")
+    return joined.removeprefix(prompt)
+
+  def _continue(self, prompt: str, completion: str) -> tuple[str, list[int]]:
+    """What `completion` is to be encoded behind, and its ids there."""
+    ids = self.encode(prompt)
+    joined = self.encode(prompt + completion)
+    if joined[: len(ids)] == ids:
+      return prompt, joined[len(ids) :]
+    # A token straddles the boundary. Encoding the completion alone would add
+    # the space that Llama-style tokenizers put before a text.
+    return self._behind(_JOINTS, completion)
+
+  def _behind(self, contexts: Sequence[str], text: str) -> tuple[str, list]:
+    for context in contexts:
+      ids = self.encode(context)
+      joined = self.encode(context + text)
+      if ids and joined[: len(ids)] == ids:
+        return context, joined[len(ids) :]
+    return "", self.encode(text)
+
+  def _spell_by_decoding(self, ids, previous) -> list[bytes]:
+    before, parts = list(previous), []
+    text = self.decode(before)
+    for index in ids:
+      before.append(int(index))
+      longer = self.decode(before)
+      if not longer.startswith(text):
+        raise InputError(
+          f"the tokenizer of {self.source} changes text that it has already"
+          " written when more tokens follow, so that nobody can tell where"
+          " they end; it cannot be the anchor's of models with different"
+          " tokenizers"
+        )
+      parts.append(longer[len(text) :].encode())
+      text = longer
+    return parts
+
+
+def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
+  """Loads the tokenizer of a checkpoint folder, a file or a hub repository.
+
+  A folder's tokenizer.json is preferred, then tokenizer.model (SentencePiece),
+  then vocab.json with merges.txt. No code of the repository is run.
+
+  Raises:
+    InputError: nothing there, no tokenizer in it, or a file cannot be read.
+  """
+  path = Path(path_or_hub_id).expanduser()
+  if path.is_dir():
+    return _load_folder(path, str(path_or_hub_id))
+  if path.is_file():
+    named = path.name in ("tokenizer.json", "tokenizer.model")
+    return _load_file(path, path.parent if named else None, str(path))
+  name = str(path_or_hub_id)
+  if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+    raise InputError(
+      f"no tokenizer at {name}: neither a file nor a folder; give a checkpoint"
+      " folder, a tokenizer file, or a hub id such as owner/name"
+    )
+  files = (*hub.TEXT_FILES, hub.CONFIG)
+  return _load_folder(hub.locate(name, files=files).folder, name)
+
+
+def find_tokenizer(folder: Path) -> Tokenizer | None:
+  """The tokenizer of a checkpoint's folder, None if it has none."""
+  names = "tokenizer.json", "tokenizer.model", "merges.txt"
+  if not any((folder / name).is_file() for name in names):
+    return None
+  return load_tokenizer(folder)
+
+
+def train_sentencepiece(
+  texts: Iterable[str],
+  path_prefix: str | Path,
+  *,
+  vocab_size: int,
+  user_defined_symbols: Sequence[str] = (),
+  split_digits: bool = True,
+  model_type: str = "bpe",
+  character_coverage: float = 1.0,
+) -> Tokenizer:
+  """Trains a SentencePiece model and writes it to `path_prefix`.model.
+
+  Text is kept as it is: no normalisation, no space put in front. Ids 0 to 3
+  are pad, bos, eos and unk. Two runs on the same texts write the same bytes.
+
+  Raises:
+    InputError: SentencePiece refuses the settings, such as a `vocab_size` that
+      the texts cannot fill.
+  """
+  path = Path(f"{path_prefix}.model")
+  written = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(texts),
+      # Written through memory: the model file records the path it was given.
+      model_writer=written,
+      vocab_size=vocab_size,
+      user_defined_symbols=list(user_defined_symbols),
+      split_digits=split_digits,
+      model_type=model_type,
+      character_coverage=character_coverage,
+      normalization_rule_name="identity",
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      pad_id=0,
+      bos_id=1,
+      eos_id=2,
+      unk_id=3,
+      num_threads=1,
+      minloglevel=2,
+    )
+  except (RuntimeError, OSError, ValueError) as error:
+    raise InputError(f"cannot train the tokenizer {path}: {error}") from error
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_bytes(written.getvalue())
+  return load_tokenizer(path)
+
+
+def _load_folder(folder: Path, source: str) -> Tokenizer:
+  for name in ("tokenizer.json", "tokenizer.model"):
+    if (folder / name).is_file():
+      return _load_file(folder / name, folder, source)
+  if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    return _from_huggingface(
+      special_tokens.convert_slow(folder), folder, source
+    )
+  raise InputError(
+    f"no tokenizer in {source}: it has none of tokenizer.json, tokenizer.model,"
+    " vocab.json with merges.txt; copy one of them there"
+  )
+
+
+def _load_file(path: Path, folder: Path | None, source: str) -> Tokenizer:
+  if path.suffix == ".json":
+    try:
+      backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # The library raises bare Exception.
+      raise InputError(f"cannot read the tokenizer {path}: {error}") from error
+    return _from_huggingface(backend, folder, source)
+  try:
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+  except (RuntimeError, OSError) as error:
+    raise InputError(
+      f"cannot read {path} as a SentencePiece model: {error}"
+    ) from error
+  return _from_sentencepiece(processor, folder, source)
+
+
+def _from_huggingface(
+  backend: tokenizers.Tokenizer, folder: Path | None, source: str
+) -> Tokenizer:
+  # Some tokenizer.json carry the limits of the run that saved them.
+  backend.no_truncation()
+  backend.no_padding()
+  vocab = backend.get_vocab(with_added_tokens=True)
+  pieces = [""] * (max(vocab.values(), default=-1) + 1)
+  for piece, index in vocab.items():
+    pieces[index] = piece
+  description = json.loads(backend.to_str())
+  added = backend.get_added_tokens_decoder().items()
+  left_out = {index for index, token in added if token.special}
+  left_out |= token_bytes.unknown_ids(description["model"], vocab)
+  return Tokenizer(
+    pieces=tuple(pieces),
+    source=source,
+    _encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
+    _decode=lambda ids: backend.decode(
+      [i for i in ids if i not in left_out], skip_special_tokens=True
+    ),
+    _spans=token_bytes.huggingface_spans(backend),
+    _spelling=token_bytes.huggingface_spelling(description, pieces, left_out),
+    **special_tokens.special_ids(folder, vocab, {}),
+  )
+
+
+def _from_sentencepiece(
+  processor: sentencepiece.SentencePieceProcessor,
+  folder: Path | None,
+  source: str,
+) -> Tokenizer:
+  size = processor.vocab_size()
+  pieces = tuple(processor.id_to_piece(i) for i in range(size))
+  skipped = {
+    i for i in range(size) if processor.is_control(i) or processor.is_unknown(i)
+  }
+  own = {
+    "bos": processor.bos_id(),
+    "eos": processor.eos_id(),
+    "pad": processor.pad_id(),
+  }
+  own = {kind: index for kind, index in own.items() if index >= 0}
+  vocab = {piece: i for i, piece in enumerate(pieces)}
+  return Tokenizer(
+    pieces=pieces,
+    source=source,
+    _encode=lambda text: processor.encode(text),
+    _decode=lambda ids: processor.decode([i for i in ids if i not in skipped]),
+    _spans=token_bytes.sentencepiece_spans(processor),
+    _spelling=token_bytes.sentencepiece_spelling(processor, skipped),
+    **special_tokens.special_ids(
+      folder, vocab, {k: v for k, v in own.items() if v >= 0}
+    ),
+  )

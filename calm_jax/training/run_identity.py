@@ -1,0 +1,68 @@
+"""What a run is, so that no other run goes on where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from calm_jax.composition import forward
+from calm_jax.core import trees
+from calm_jax.core.errors import InputError
+from calm_jax.parallel import processes
+
+
+def describe(stage, spec, params, frozen, origins, seed, source) -> dict:
+  """What a checkpoint depends on besides the saved leaves; JSON."""
+  part, _ = forward.alone(spec, params, stage.model)
+  settings = dataclasses.asdict(stage) | {
+    "seed": seed, "source": source.fingerprint, "spec": repr(part)
+  }  # fmt: skip
+  # How often something is written changes no weight, and what
+  # augmenting_length changes is in the source.
+  for key in (
+    "log_every", "checkpoint_every", "eval_every", "keep_last", "keep_best",
+    "augmenting_length", "cache_folder",
+  ):  # fmt: skip
+    del settings[key]
+  if not stage.cache_states:
+    del settings["cache_states"]
+  models = {}
+  for name in ["anchor", *(f"augmenting/{n}" for n in params["augmenting"])]:
+    leaves = {
+      leaf: x
+      for leaf, x in trees.flatten(frozen).items()
+      if leaf.startswith(f"{name}/")
+    }
+    if leaves and stage.model in ("composed", name):
+      models[name] = {
+        "origin": origins.get(name, "trained by this run"),
+        "sha256": trees.fingerprint(leaves, processes.fetch),
+      }
+  return {"frozen": models, "settings": settings}
+
+
+def check(saved: dict, current: dict, directory: Path) -> None:
+  """Raises InputError unless a directory holds the run that is asked for."""
+  old, new = _flat(saved), _flat(current)
+  odd = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+  if odd:
+    lines = [f"  {k}: was {old.get(k)}, is {new.get(k)}" for k in odd]
+    raise InputError(
+      f"{directory} holds a run that differs in\n"
+      + "\n".join(lines)
+      + "\nchoose another --config.workdir, or remove that folder"
+    )
+
+
+def _flat(nested: dict, prefix: str = "") -> dict[str, Any]:
+  flat: dict[str, Any] = {}
+  for key, value in nested.items():
+    if isinstance(value, dict):
+      flat |= _flat(value, f"{prefix}{key}.")
+    else:
+      # JSON has no tuples.
+      flat[f"{prefix}{key}"] = (
+        list(value) if isinstance(value, tuple) else value
+      )
+  return flat

@@ -1,0 +1,169 @@
+"""What one step computes: the loss of a batch, and the jitted update."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from calm_jax.composition import forward
+from calm_jax.composition.connections import Composition
+from calm_jax.composition.cross_attention import limit_visible
+from calm_jax.core import trees
+from calm_jax.core.batch import Sequence
+from calm_jax.models import decoder
+from calm_jax.parallel.sharding import Layout
+from calm_jax.training import loss as loss_lib
+from calm_jax.training import optimizer, state_cache
+
+Array = jax.Array
+
+
+def row_losses(params: dict, spec: Composition, batch: dict[str, Array]):
+  """Cross-entropy in nats and weights of each row of a batch, [B] each.
+
+  Args:
+    params: tree of the composition, or {"anchor": ...} of one model.
+    spec: what they are.
+    batch: see `data.packing`.
+  """
+  return loss_lib.chunked_rows(*_head(params, spec, batch))
+
+
+def summed_loss(params: dict, spec: Composition, batch: dict[str, Array]):
+  """The sum of the losses of `row_losses`, to be differentiated."""
+  return loss_lib.chunked_sum(*_head(params, spec, batch))
+
+
+def _head(params, spec, batch) -> tuple:
+  """The arguments of `losses.chunked_rows`."""
+  config = spec.anchor
+  limit, place = config.loss_chunk, config.place
+  if place is not None:
+    limit *= place.layout.mesh.size
+
+  def head(weights, x_BLD):
+    return decoder.logits(weights, config, x_BLD)
+
+  return (
+    head,
+    decoder.head_weights(params["anchor"], config),
+    batch_states(params, spec, batch),
+    batch["targets"],
+    batch["weights"],
+    limit,
+  )
+
+
+def batch_logits(params: dict, spec: Composition, batch: dict[str, Array]):
+  """The logits of a batch [B, L, V]; arguments as `row_losses`."""
+  return forward.logits(params, spec, batch_states(params, spec, batch))
+
+
+def batch_states(params: dict, spec: Composition, batch: dict[str, Array]):
+  """Hidden states [B, L, D] after the last layer."""
+  sequence = _sequence(batch)
+  augmenting, visible = {}, {}
+  for name, joined in spec.augmenting:
+    part = f"augmenting/{name}/"
+    if f"{part}visible" in batch:
+      augmenting[name] = _sequence(batch, part)
+      visible[name] = limit_visible(
+        joined.visibility, batch[f"{part}visible"], batch["prompt_ends"]
+      )
+    else:
+      augmenting[name] = sequence
+      if joined.visibility != "causal":
+        visible[name] = forward.visible_tokens(
+          joined.visibility, batch["tokens"].shape, batch["prompt_ends"]
+        )
+  return forward.states(
+    params,
+    spec,
+    sequence,
+    augmenting,
+    visible,
+    taps=state_cache.taps(spec, batch),
+  )[0]
+
+
+def _sequence(batch: dict[str, Array], part: str = "") -> Sequence:
+  return Sequence(*(batch[part + field] for field in Sequence._fields))
+
+
+def make_step(
+  spec: Composition,
+  model: str,
+  tx,
+  learning_rate,
+  accumulate: int,
+  layout: Layout | None = None,
+) -> Callable:
+  """The jitted update: (state, frozen, batch) -> (state, metrics).
+
+  `state` is {"trainable", "opt_state", "step", "rng"} and is donated;
+  gradients are taken of the trainable leaves only.
+  """
+
+  def piece_loss(trainable, frozen, piece, total):
+    part, params = forward.alone(spec, trees.merge(trainable, frozen), model)
+    return summed_loss(params, part, piece) / total
+
+  def gradients(trainable, frozen, batch):
+    total = jnp.maximum(batch["weights"].sum(), 1)
+    value_and_grad = jax.value_and_grad(piece_loss)
+    if accumulate == 1:
+      return value_and_grad(trainable, frozen, batch, total)
+    pieces = jax.tree.map(
+      lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch
+    )
+    if layout is not None:
+      pieces = layout.pieces(pieces)
+
+    def add(carry, piece):
+      new = value_and_grad(trainable, frozen, piece, total)
+      return jax.tree.map(jnp.add, carry, new), None
+
+    zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable)
+    return jax.lax.scan(add, zeros, pieces)[0]
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state, frozen, batch):
+    trainable = state["trainable"]
+    loss, grads = gradients(trainable, frozen, batch)
+    new, opt_state = optimizer.update(
+      tx, grads, state["opt_state"], trainable, frozen
+    )
+    metrics = {
+      "loss": loss,
+      "grad_norm": optax.tree.norm(grads),
+      "learning_rate": learning_rate(state["step"]),
+      "tokens": (batch["segments"] > 0).sum(),
+    }
+    state = {
+      "trainable": new,
+      "opt_state": opt_state,
+      "step": state["step"] + 1,
+      "rng": state["rng"],
+    }
+    if layout is not None:
+      places = layout.following(state)
+      state = jax.lax.with_sharding_constraint(state, places)
+    return state, metrics
+
+  return step
+
+
+def make_eval(spec: Composition, model: str) -> Callable:
+  """Jitted (trainable, frozen, batch) -> (summed loss, weights)."""
+
+  @jax.jit
+  def evaluate(trainable, frozen, batch):
+    part, params = forward.alone(spec, trees.merge(trainable, frozen), model)
+    loss_B, weight_B = row_losses(params, part, batch)
+    return loss_B.sum(), weight_B.sum()
+
+  return evaluate

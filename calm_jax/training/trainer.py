@@ -1,0 +1,345 @@
+"""The one training loop: any model or composition, any trainable leaves.
+
+A stage is one run of it. It resumes from its newest checkpoint, ends
+bit-equal to a run that was never interrupted, and is skipped once complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from calm_jax.composition.connections import Composition
+from calm_jax.core import trees
+from calm_jax.core.errors import InputError, StorageError, TrainingDiverged
+from calm_jax.data import pipeline
+from calm_jax.parallel import processes
+from calm_jax.parallel.sharding import Layout
+from calm_jax.training import checkpoint, run_identity, signals, state_cache
+from calm_jax.training import optimizer as optimizer_lib
+from calm_jax.training import step as step_lib
+from calm_jax.training.metrics import MetricWriter, Progress
+from calm_jax.training.watchdog import Watchdog
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """What one run of the loop does; every default is in configs/common.py.
+
+  Attributes:
+    model: what is run: "composed", "anchor" or "augmenting/<name>".
+    trainable: regexes over leaf names; all other leaves are frozen.
+    data: which data, for the experiment to make sense of.
+    steps: updates.
+    batch_size: rows of one update.
+    length: tokens of a row.
+    augmenting_length: tokens of a row of an augmenting model with another
+      tokenizer; 0 for what the longest row of the data needs.
+    accumulate: pieces that a batch is computed in, one after the other.
+    learning_rate, schedule, warmup, final: see `optim.schedule`.
+    b1, b2, eps, weight_decay, decay, clip: see `optim.optimizer`.
+    log_every: steps between two lines of metrics.
+    eval_every: steps between two measurements of the held-out loss.
+    checkpoint_every: steps between two checkpoints.
+    keep_last, keep_best: checkpoints kept.
+    cache_states: whether the frozen augmenting models are run once, and their
+      states kept on disk: "" or one of `state_cache.KINDS`.
+    cache_folder: where to; in the folder of the stage if empty.
+  """
+
+  model: str
+  trainable: tuple[str, ...]
+  data: dict[str, Any]
+  steps: int
+  batch_size: int
+  length: int
+  augmenting_length: int
+  accumulate: int
+  learning_rate: float
+  schedule: str
+  warmup: int
+  final: float
+  b1: float
+  b2: float
+  eps: float
+  weight_decay: float
+  decay: str
+  clip: float
+  log_every: int
+  eval_every: int
+  checkpoint_every: int
+  keep_last: int
+  keep_best: int
+  cache_states: str
+  cache_folder: str
+
+
+def run_stage(
+  name: str,
+  stage: Stage,
+  spec: Composition,
+  params: dict,
+  source,
+  eval_batches: list[dict],
+  directory: Path,
+  *,
+  origins: dict[str, str],
+  seed: int,
+  layout: Layout | None = None,
+  watchdog: float = 0,
+) -> tuple[dict, float]:
+  """Runs a stage to its end, from wherever an earlier process left it.
+
+  Args:
+    name: of the stage, for the progress bar.
+    stage: what to do.
+    spec: the whole composition.
+    params: its whole tree.
+    source: random access to batches, with `describe(index)`: all of their rows,
+      or this process's `layout.share`.
+    eval_batches: held-out batches, measured every `eval_every` steps.
+    directory: where checkpoints and metrics go.
+    origins: where each frozen model came from, for the checkpoint.
+    seed: of the run.
+    layout: of all arrays, on several devices; all processes call this together
+      and the first one writes.
+    watchdog: seconds after which a step, or a batch of the pass over the
+      states, counts as hung; 0 for never.
+
+  Returns:
+    (the whole tree with the trained leaves, seconds of training).
+
+  Raises:
+    InputError: the directory holds a run of other settings or other models.
+    TrainingDiverged: the loss is not finite.
+    StorageError: a batch cannot be read, or a checkpoint not be written or,
+      where no other is left, read.
+    Preempted: a signal came, and what was done is saved.
+  """
+  if stage.batch_size % stage.accumulate:
+    raise InputError(
+      f"stage {name!r}: batch_size={stage.batch_size} cannot be cut into "
+      f"accumulate={stage.accumulate} equal pieces"
+    )
+  if layout is not None:
+    params = layout.place(params)
+  mask = trees.mask(params, stage.trainable)
+  trainable, frozen = trees.partition(params, mask)
+  # A step of Adam is lost in the rounding of bfloat16. A copy, because the
+  # step donates it and the caller may hold `params`.
+  trainable = jax.tree.map(
+    lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32)), trainable
+  )
+  meta = run_identity.describe(
+    stage, spec, params, frozen, origins, seed, source
+  )
+  done = checkpoint.is_complete(directory)
+  checkpoints_dir = directory / "checkpoints"
+  if done:
+    run_identity.check(done["meta"], meta, directory)
+    try:
+      trained, _ = checkpoint.restore_trainable(
+        checkpoints_dir, done["step"], abstract=trainable
+      )
+      return trees.merge(trained, frozen), done["seconds"]
+    except StorageError as error:
+      print(
+        f"warning: stage {name!r} was complete: {error}\nit goes on from an "
+        "earlier checkpoint",
+        file=sys.stderr,
+        flush=True,
+      )
+      # Stopped before that step comes again, it must not be looked for.
+      checkpoint.unmark(directory)
+
+  tx, rate = optimizer(stage, mask)
+  if stage.cache_states:
+    source = state_cache.cached(
+      name, stage, spec, params, source, directory, meta["frozen"], layout,
+      watchdog,
+    )  # fmt: skip
+  state = _fresh(tx, trainable, frozen, seed, layout)
+  with checkpoint.Checkpoints(
+    checkpoints_dir,
+    keep_last=stage.keep_last,
+    keep_best=stage.keep_best if eval_batches else 0,
+    best_metric="eval_loss",
+  ) as checkpoints:
+    data, first, seconds = {"iterator": None}, 0, 0.0
+    if checkpoints.latest() is not None:
+      state, data, saved = checkpoints.restore(state)
+      run_identity.check(saved, meta, directory)
+      first, seconds = int(state["step"]), data["seconds"]
+    iterator = pipeline.make_iterator(source)
+    if data["iterator"] is not None:
+      iterator.set_state(data["iterator"])
+    loop = _Loop(
+      name, stage, source, eval_batches, checkpoints, meta, directory, layout,
+      watchdog,
+    )  # fmt: skip
+    step = step_lib.make_step(
+      spec, stage.model, tx, rate, stage.accumulate, layout
+    )
+    evaluate = step_lib.make_eval(spec, stage.model)
+    state, seconds = loop.run(
+      step, evaluate, state, frozen, iterator, first, seconds
+    )
+  checkpoint.mark_complete(
+    directory, {"step": stage.steps, "seconds": seconds, "meta": meta}
+  )
+  return trees.merge(state["trainable"], frozen), seconds
+
+
+def optimizer(stage: Stage, mask: dict) -> tuple:
+  """(optimizer of the masked leaves, learning rate by step)."""
+  rate = optimizer_lib.schedule(
+    stage.schedule, stage.learning_rate, stage.steps, stage.warmup, stage.final
+  )
+  return optimizer_lib.optimizer(
+    mask, rate, b1=stage.b1, b2=stage.b2, eps=stage.eps,
+    weight_decay=stage.weight_decay, decay=stage.decay, clip=stage.clip,
+  ), rate  # fmt: skip
+
+
+def _fresh(tx, trainable, frozen, seed: int, layout: Layout | None) -> dict:
+  """The state before the first step."""
+
+  def rest(trainable, frozen):
+    return {
+      "opt_state": tx.init(trees.merge(trainable, frozen)),
+      "step": jnp.int32(0),
+      "rng": jax.random.key(seed),
+    }
+
+  state = {"trainable": trainable}
+  if layout is None:
+    return state | rest(trainable, frozen)
+  shapes = state | jax.eval_shape(rest, trainable, frozen)
+  places = layout.following(shapes)
+  del places["trainable"]
+  return state | jax.jit(rest, out_shardings=places)(trainable, frozen)
+
+
+@dataclasses.dataclass
+class _Loop:
+  """The loop itself; step N is dispatched before N-1's metrics are read."""
+
+  name: str
+  stage: Stage
+  source: Any
+  eval_batches: list[dict]
+  checkpoints: checkpoint.Checkpoints
+  meta: dict
+  directory: Path
+  layout: Layout | None
+  watchdog: float
+
+  def run(self, step, evaluate, state, frozen, iterator, first, seconds):
+    stage = self.stage
+    began = time.monotonic() - seconds
+    writes = jax.process_index() == 0
+    with (
+      MetricWriter(self.directory, resume_step=first, active=writes) as writer,
+      Progress(stage.steps, first, self.name, active=writes) as progress,
+      signals.deferred() as request,
+      Watchdog(self.watchdog) as watch,
+    ):
+      self._last_log, self._tokens = time.monotonic(), 0
+      pending, poll = None, processes.Poll()
+      for number in range(first + 1, stage.steps + 1):
+        watch.expect(f"step {number}", compiles=number == first + 1)
+        batch = self._placed(self._next(iterator, number))
+        state, metrics = step(state, frozen, batch)
+        if pending is not None:
+          self._read(*pending, writer, progress)
+        pending = number, metrics
+        self.checkpoints.check()
+        last = number == stage.steps
+        stops = poll(request.signal is not None)
+        evaluates = self.eval_batches and (
+          last or number % stage.eval_every == 0
+        )
+        saves = last or stops or number % stage.checkpoint_every == 0
+        if not (evaluates or saves):
+          continue
+        # Nothing may be saved before its loss is known to be finite.
+        self._read(*pending, writer, progress)
+        pending, scores = None, None
+        if evaluates:
+          watch.expect(f"the evaluation after step {number}", compiles=True)
+          scores = {
+            "eval_loss": self._evaluate(evaluate, state["trainable"], frozen)
+          }
+          writer.write(number, scores)
+        if saves:
+          watch.expect(f"the save of step {number}")
+          data = {
+            "iterator": iterator.get_state(),
+            "seconds": time.monotonic() - began,
+          }
+          self.checkpoints.save(number, state, data, self.meta, scores)
+        if stops:
+          self.checkpoints.wait()
+          raise request.error(f"{self._here(number)} is saved")
+      watch.expect("the last save")
+      self.checkpoints.wait()
+    return state, time.monotonic() - began
+
+  def _here(self, number: int) -> str:
+    return f"stage {self.name!r}, step {number}"
+
+  def _kept(self) -> str:
+    self.checkpoints.wait()
+    return (
+      f"the last good checkpoint is step {self.checkpoints.latest()} in "
+      f"{self.directory}/checkpoints"
+    )
+
+  def _next(self, iterator, number):
+    try:
+      return next(iterator)
+    except OSError as error:
+      raise StorageError(
+        f"{self._here(number)}: its batch, {self.source.describe(number - 1)}, "
+        f"cannot be read: {error}; {self._kept()}: bring the file back and "
+        "start again by the same command"
+      ) from error
+
+  def _read(self, number, metrics, writer, progress):
+    """Fetches the metrics of a step, which waits until it is done."""
+    values = {k: v.item() for k, v in processes.fetch(metrics).items()}
+    if not all(math.isfinite(values[k]) for k in ("loss", "grad_norm")):
+      raise TrainingDiverged(
+        f"{self._here(number)}: loss {values['loss']}, gradient norm "
+        f"{values['grad_norm']}; the batch was "
+        f"{self.source.describe(number - 1)}; {self._kept()}. Started again, "
+        "it comes to the same: lower the learning rate, or look at the batch"
+      )
+    self._tokens += values.pop("tokens")
+    if number % self.stage.log_every == 0 or number == self.stage.steps:
+      now = time.monotonic()
+      speed = self._tokens / (now - self._last_log)
+      self._last_log, self._tokens = now, 0
+      writer.write(number, values | {"tokens_per_second": speed})
+      progress.update(number, loss=values["loss"], tokens_per_second=speed)
+
+  def _placed(self, batch):
+    if self.layout is None:
+      return batch
+    return self.layout.batch(batch, self.stage.batch_size)
+
+  def _evaluate(self, evaluate, trainable, frozen) -> float:
+    sums = [
+      evaluate(trainable, frozen, self._placed(b)) for b in self.eval_batches
+    ]
+    loss, weight = map(sum, zip(*processes.fetch(sums), strict=True))
+    return float(loss / weight)

@@ -1,0 +1,60 @@
+"""Ends a process whose work hangs, so that it can be started again."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from typing import Self
+
+from calm_jax.core.errors import HUNG
+
+_COMPILING = 10  # What compiles as well may take so many times as long.
+
+
+class Watchdog:
+  """Prints all stacks and ends the process with `HUNG` when nothing moves.
+
+  A thread of its own: a hung collective cannot be interrupted, and what
+  faulthandler would end the process with is the code of any fault.
+  """
+
+  def __init__(self, seconds: float):
+    """Does nothing for 0 seconds."""
+    self._seconds = seconds
+    self._what, self._deadline = "", float("inf")
+    self._over = threading.Event()
+    self._thread = threading.Thread(target=self._watch, daemon=True)
+
+  def expect(self, what: str, *, compiles: bool = False) -> None:
+    """Starts to count the seconds for what comes next."""
+    allowance = self._seconds * (_COMPILING if compiles else 1)
+    self._what, self._deadline = what, time.monotonic() + allowance
+
+  def __enter__(self) -> Self:
+    if self._seconds:
+      self._thread.start()
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    self._over.set()
+
+  def _watch(self) -> None:
+    while not self._over.wait(min(1.0, self._seconds / 4)):
+      late = time.monotonic() - self._deadline
+      if late > 0:
+        break
+    else:
+      return
+    print(
+      f"error: watchdog: {self._what} did not come to its end in its "
+      f"{self._seconds:g} s (--config.watchdog; {_COMPILING} times that where "
+      "programs are compiled); the checkpoints are as they were. The stacks "
+      "of all threads:",
+      file=sys.__stderr__,
+      flush=True,
+    )
+    faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+    os._exit(HUNG)

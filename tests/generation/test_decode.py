@@ -1,0 +1,283 @@
+"""Generation, against a loop over full forward passes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import helpers
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm_jax.composition import forward
+from calm_jax.composition.connections import Composition
+from calm_jax.core.batch import plain_sequence
+from calm_jax.core.errors import InputError
+from calm_jax.generation import batching, decode
+from calm_jax.generation.sampling import Sampler
+from calm_jax.models.rope import Rope
+
+NEW = 6
+RANDOM = np.random.default_rng(0)
+# Of lengths on both sides of a bucket, and of one token.
+PROMPTS = [
+  RANDOM.integers(0, 61, length).tolist() for length in (5, 1, 16, 17, 9)
+]
+
+
+def made(kind: str):
+  """(spec, params) of "single", "causal" or "encoder"."""
+  if kind == "single":
+    config, params = helpers.model(1)
+    return Composition(config), {"anchor": params}
+  return helpers.compose(visibility=kind)
+
+
+def naive(params, spec, prompt, new=NEW):
+  """Greedy decoding without a cache: every token from a whole pass."""
+  ids, length = list(prompt), 17 + NEW
+  for _ in range(new):
+    sequence = helpers.rows([np.array(ids), length - len(ids)], length=length)
+    visible = {
+      name: forward.visible_tokens(
+        joined.visibility, (1, length), jnp.full((1, length), len(prompt))
+      )
+      for name, joined in spec.augmenting
+    }
+    logits = helpers.composed(params, spec, sequence, visible=visible)
+    ids.append(int(logits[0, len(ids) - 1].argmax()))
+  return ids[len(prompt) :]
+
+
+def generate(params, spec, prompts=PROMPTS, **options):
+  options = {"max_new_tokens": NEW} | options
+  return decode.generate(params, spec, prompts, **options)
+
+
+@pytest.mark.parametrize("kind", ["single", "causal", "encoder"])
+def test_a_ragged_batch_equals_the_naive_loop(kind):
+  spec, params = made(kind)
+  want = [naive(params, spec, prompt) for prompt in PROMPTS]
+  assert generate(params, spec) == want
+  # What is compared says something: the continuations are not all alike.
+  assert len({tuple(ids) for ids in want}) == len(PROMPTS)
+  assert max(len(set(ids)) for ids in want) > 1
+
+
+class Spelled:
+  """A made-up tokenizer: anchor tokens up to a multiple of 3 are a word.
+
+  A word of n tokens is n % 3 tokens of the augmenting model; what is not yet
+  a word is held back.
+  """
+
+  def __init__(self):
+    self.word: list[int] = []
+
+  def push(self, token):
+    self.word.append(token)
+    if token % 3:
+      return []
+    word, self.word = self.word, []
+    return [(sum(word) + i) % 61 for i in range(len(word) % 3)]
+
+  def read(self, ids, prompt_length):
+    out, counts = [], []
+    for token in ids:
+      out += self.push(token)
+      counts.append(len(out))
+    return out, counts
+
+
+CASES = {
+  "single": {"names": ()},
+  "causal": {"names": ("kv",)},
+  "encoder": {"names": ("kv",), "visibility": "encoder"},
+  "noise": {"names": ("kv",), "control": "noise"},
+  "positions": {"names": ("kv",), "positions": "rope"},
+  "own and positions": {"names": ("kv",), "own": ("kv",), "positions": "rope"},
+  "two models": {"names": ("kv", "code")},
+  "own tokenizer": {"names": ("kv",), "own": ("kv",)},
+  "own and encoder": {
+    "names": ("kv",), "own": ("kv",), "visibility": "encoder"
+  },
+  "one of each": {"names": ("kv", "code"), "own": ("code",)},
+  # Shorter than most prompts, and longer than all.
+  "short windows": {"names": ("kv",), "own": ("kv",), "window": 3},
+  "long windows": {"names": ("kv",), "window": 25},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_while_generating_are_those_of_the_finished_text(
+  case, monkeypatch
+):
+  options = dict(CASES[case])
+  own = dict.fromkeys(options.pop("own", ()), Spelled)
+  window = options.pop("window", None)
+  spec, params = helpers.compose(options.pop("names"), **options)
+  spec = helpers.retype(spec, window=window)
+  new = 40  # long enough for an own tokenizer to outgrow its first cache
+  seen: list[np.ndarray] = []
+  # Steps of one token, so that the logits of each are seen.
+  monkeypatch.setattr(decode, "CHUNK", 1)
+
+  def watched(step):
+    def run(*args, **kwargs):
+      out = step(*args, **kwargs)
+      state = out if isinstance(out, decode.State) else out[0]
+      seen.append(np.asarray(state.logits_BV))
+      return out
+
+    return run
+
+  for name in ("start", "advance"):
+    monkeypatch.setattr(decode, name, watched(getattr(decode, name)))
+  got = decode.generate(params, spec, PROMPTS, max_new_tokens=new, readers=own)
+  assert len(seen) == new
+  order = sorted(range(len(PROMPTS)), key=lambda i: len(PROMPTS[i]))
+  worst = 0.0
+  for row, i in enumerate(order):
+    ids = PROMPTS[i] + got[i]
+    given = len(PROMPTS[i])
+    batch = batching.lay_out(
+      spec, [ids], [given], {n: [make()] for n, make in own.items()}, rows=1
+    )
+    # The plain forward pass: nothing folded, cached or unstacked.
+    full = helpers.composed(
+      params, spec, batch.anchor, augmenting=batch.augmenting,
+      visible=batch.visible,
+    )  # fmt: skip
+    full = np.asarray(full)[0, -new - 1 : -1]
+    cached = np.stack([s[row] for s in seen])
+    worst = max(worst, np.abs(cached - full).max())
+    assert got[i] == full.argmax(-1).tolist()
+  assert worst < 1e-4
+
+
+def test_positions_that_depend_on_the_length_of_the_text():
+  # Told from the longest text that there can be, which is what comes out.
+  config, params = helpers.model(1)
+  scaled = Rope(8, theta=100.0, kind="dynamic", factor=2.0, original_length=10)
+  new = 30  # more slots than the original length, some texts shorter
+  spec = Composition(dataclasses.replace(config, rope=scaled))
+  got = decode.generate({"anchor": params}, spec, PROMPTS, max_new_tokens=new)
+  for prompt, ids in zip(PROMPTS, got, strict=True):
+    whole = plain_sequence(jnp.array([prompt + ids]))
+    full = helpers.composed({"anchor": params}, spec, whole)
+    assert ids == full[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+  plain = decode.generate(
+    {"anchor": params}, Composition(config), PROMPTS, max_new_tokens=new
+  )
+  assert plain != got
+
+
+def test_an_own_tokenizer_that_reads_too_much_is_an_error():
+  spec, params = helpers.compose()
+  joined = dict(spec.augmenting)["kv"]
+  short = dataclasses.replace(
+    joined, config=dataclasses.replace(joined.config, max_length=6)
+  )
+  spec = Composition(spec.anchor, (("kv", short),))
+  with pytest.raises(InputError, match=r"'kv' would read .* limit is 6"):
+    decode.generate(
+      params, spec, PROMPTS, max_new_tokens=40, readers={"kv": Spelled}
+    )
+
+
+def test_many_lengths_are_few_programs():
+  spec, params = helpers.compose(names=("a",))  # shapes of no other test
+  before = decode.start._cache_size() + decode.advance._cache_size()
+  prompts = [[1 + i % 60] * (3 * i + 1) for i in range(32)]
+  decode.generate(params, spec, prompts, max_new_tokens=3, batch_size=8)
+  after = decode.start._cache_size() + decode.advance._cache_size()
+  assert 2 <= after - before <= 6
+
+
+def test_weights_on_a_cpu_are_read_without_a_copy():
+  config, params = helpers.model(1, width=64)
+  layers = decode.prepare({"anchor": params})["anchor"]["layers"]
+  stack = params["layers"]["mlp"]["up"]["kernel"]
+  for i, layer in enumerate(layers):
+    kernel = layer["mlp"]["up"]["kernel"]
+    np.testing.assert_array_equal(kernel, stack[i])
+    offset = kernel.unsafe_buffer_pointer() - stack.unsafe_buffer_pointer()
+    assert offset == i * kernel.nbytes
+  assert len(layers) == config.num_layers
+
+
+def test_visibility_matters():
+  # Else the test above would not notice which one is decoded with.
+  spec, params = made("causal")
+  encoder, _ = made("encoder")
+  assert generate(params, spec) != generate(params, encoder)
+
+
+def test_neighbours_and_padding_change_nothing(monkeypatch):
+  spec, params = helpers.compose(connections=((3, 4),))
+  want = generate(params, spec)
+  assert generate(params, spec, PROMPTS[::-1]) == want[::-1]
+  alone = [generate(params, spec, [prompt])[0] for prompt in PROMPTS]
+  assert alone == want
+  monkeypatch.setattr(batching, "SHORTEST", 64)
+  assert generate(params, spec, batch_size=2) == want
+
+
+def test_the_stop_token_ends_a_row_and_is_not_returned():
+  spec, params = made("single")
+  free = generate(params, spec)
+  stop = free[0][2]
+  want = [list(itertools.takewhile(lambda i: i != stop, r)) for r in free]
+  assert len(want[0]) < NEW == max(map(len, want))
+  assert generate(params, spec, stop_ids=[stop]) == want
+  first = generate(params, spec, stop_ids=[61, free[1][0]])
+  assert first[1] == []
+
+
+def test_sampling_follows_the_seed():
+  spec, params = made("single")
+  greedy = generate(params, spec)
+  samples = [
+    generate(params, spec, sampler=Sampler(1.0), seeds=range(seed, seed + 5))
+    for seed in (0, 0, 10)
+  ]
+  assert samples[0] == samples[1]
+  assert samples[0] != samples[2]
+  assert samples[0] != greedy
+  # Rows draw independently of one another.
+  same = generate(
+    params, spec, [PROMPTS[0]] * 5, sampler=Sampler(1.0), seeds=range(5)
+  )
+  assert len({tuple(ids) for ids in same}) > 1
+
+
+def test_prompts_that_cannot_be_continued():
+  spec, params = made("single")
+  limit = batching.max_length(spec)
+  with pytest.raises(InputError, match="prompt 1 has no tokens"):
+    generate(params, spec, [[3], []])
+  too_long = [3] * (limit - NEW + 1)
+  with pytest.raises(InputError, match=rf"prompt 0 has {limit - NEW + 1} .*"):
+    generate(params, spec, [too_long])
+
+
+def test_a_prompt_of_the_longest_length_is_continued():
+  # Shorter than the bucket would pad it to.
+  config, params = helpers.model(1, max_length=21)
+  spec, params = Composition(config), {"anchor": params}
+  prompt = RANDOM.integers(0, 61, 21 - NEW).tolist()
+  assert generate(params, spec, [prompt]) == [naive(params, spec, prompt)]
+
+
+def test_the_limit_is_that_of_the_shortest_model():
+  spec, _ = helpers.compose()
+  shorter = helpers.retype(Composition(spec.anchor), max_length=10)
+  assert batching.max_length(Composition(shorter.anchor, spec.augmenting)) == 10
+  augmenting = helpers.retype(spec, max_length=10).augmenting
+  assert batching.max_length(Composition(spec.anchor, augmenting)) == 10
+
+
+def test_no_prompts():
+  spec, params = made("single")
+  assert generate(params, spec, []) == []

@@ -1,0 +1,314 @@
+"""Small compositions of models with different tokenizers."""
+
+from __future__ import annotations
+
+import random
+
+import helpers
+import jax
+import numpy as np
+import pytest
+import real_tokenizers
+
+import calm_jax
+from calm_jax.composition import composing, cross_attention
+from calm_jax.composition.connections import Composition
+from calm_jax.core.batch import plain_sequence
+from calm_jax.core.errors import InputError
+from calm_jax.data import pipeline
+from calm_jax.data.sources import TextExample
+from calm_jax.language_model import LanguageModel
+from calm_jax.text.alignment import ChunkEncoder, align, prompt_ends
+from calm_jax.training import step
+
+TEXTS = [
+  ("", "the cat sat on a mat; 日本 ﬁn é  end of it"),
+  ("once upon", " a time the cat"),
+  ("the mats:  ", "cats and 123"),
+  ("", "straightforwardnesses of cats\nand mats"),
+  ("a cat ", "."),
+]
+EXAMPLES = [TextExample(p, c, f"line {i}") for i, (p, c) in enumerate(TEXTS)]
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+  return real_tokenizers.toys(tmp_path_factory.mktemp("toys"))
+
+
+def decoder(tokenizer, seed, **changes) -> LanguageModel:
+  config, params = helpers.model(
+    seed, vocab_size=tokenizer.vocab_size, num_layers=2, **changes
+  )
+  return LanguageModel(Composition(config), params, tokenizer)
+
+
+@pytest.fixture(scope="module", params=["byte_level", "unigram_nfkc"])
+def anchor(request, toys):
+  return decoder(toys[request.param], 1)
+
+
+@pytest.fixture(scope="module")
+def augmenting(toys):
+  """Two with other tokens, one of them without a BOS."""
+  small = {"width": 24, "num_heads": 3, "num_kv_heads": 1}
+  return {
+    "bpe": decoder(toys["bpe_bytes"], 2, **small),
+    "letters": decoder(toys["one_dropped"], 3, **small),
+  }
+
+
+def compose(anchor, augmenting, **options) -> LanguageModel:
+  """With random connections, as if it were trained."""
+  spec = Composition(
+    anchor.spec.anchor,
+    tuple(
+      (n, composing.join(m.spec.anchor, anchor.spec.anchor, 2, **options))
+      for n, m in augmenting.items()
+    ),
+  )
+  params = {
+    "anchor": anchor.params,
+    "augmenting": {n: m.params for n, m in augmenting.items()},
+    "composition": helpers.random_params(helpers.theta_shapes(spec), 5),
+  }
+  tokenizers = {n: m.tokenizer for n, m in augmenting.items()}
+  return LanguageModel(spec, params, anchor.tokenizer, tokenizers=tokenizers)
+
+
+def encoders(model):
+  return {n: ChunkEncoder(t) for n, t in model.tokenizers.items()}
+
+
+def batches(model, examples=EXAMPLES, **options):
+  settings = {"batch_size": 2, "length": 64, "pack": True} | options
+  return list(
+    pipeline.eval_batches(
+      examples, model.tokenizer, augmenting=encoders(model), **settings
+    )
+  )
+
+
+run = jax.jit(step.batch_logits, static_argnums=1)
+
+
+def logits_of(model, batch):
+  return np.asarray(run(model.tree, model.spec, batch))
+
+
+def test_scrambling_the_future_changes_no_logit(anchor, augmenting):
+  model = compose(anchor, augmenting)
+  shuffle, compared, changed = random.Random(0), 0, 0
+  for example in EXAMPLES:
+    text = example.prompt + example.completion
+    for at in shuffle.sample(range(1, len(text)), 4 if len(text) > 8 else 1):
+      rest = list(text[at:])
+      shuffle.shuffle(rest)
+      both = [text, text[:at] + "".join(rest)]
+      [batch] = batches(
+        model,
+        [TextExample("", t, "x") for t in both],
+        pack=False,
+        augmenting_length=96,
+      )
+      logits = logits_of(model, batch)
+      ends = [prompt_ends(anchor.tokenizer, t)[1] for t in both]
+      size = len(text[:at].encode())
+      for t, pair in enumerate(zip(*ends, strict=False)):
+        before = slice(0, t + 1)
+        same = (batch["tokens"][0, before] == batch["tokens"][1, before]).all()
+        if not same or max(pair) > size:
+          changed += (logits[0, t] != logits[1, t]).any()
+          break
+        np.testing.assert_array_equal(logits[0, t], logits[1, t])
+        compared += 1
+  assert compared > 60 and changed > 5
+
+
+def test_packed_rows_equal_each_text_by_itself(toys, augmenting):
+  """By itself: what `beside` reads from the anchor's ids alone."""
+  model = compose(decoder(toys["byte_level"], 1), augmenting)
+  [batch] = batches(model, EXAMPLES[1:3], batch_size=1)
+  logits = logits_of(model, batch)
+  assert batch["segments"].max() == 2
+  for number in (1, 2):
+    where = batch["segments"][0] == number
+    ids = batch["tokens"][:, where]
+    given = batch["prompt_ends"][0, where][0] - np.argmax(where)
+    expected = helpers.composed(
+      model.tree,
+      model.spec,
+      plain_sequence(ids),
+      **dict(
+        zip(
+          ("augmenting", "visible"), model.beside(ids, int(given)), strict=True
+        )
+      ),
+    )
+    np.testing.assert_allclose(
+      logits[0, where], expected[0], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_batch_by_hand(toys):
+  augmenting = {"a": decoder(toys["bpe_bytes"], 2)}
+  model = compose(decoder(toys["byte_level"], 1), augmenting)
+  [batch] = batches(model, EXAMPLES[1:3], batch_size=1, length=96)
+  part = {
+    k.rpartition("/")[2]: v[0]
+    for k, v in batch.items()
+    if k.startswith("augmenting/a/")
+  }
+  encoder, anchor = ChunkEncoder(toys["bpe_bytes"]), toys["byte_level"]
+  slot = first = 0
+  for number, (prompt, completion) in enumerate(TEXTS[1:3], start=1):
+    ids, closes = encoder.encode(prompt, completion)
+    given, ends = prompt_ends(anchor, prompt)
+    new, new_ends = anchor.continuation_ends(prompt, completion)
+    ends = [*ends, *new_ends]
+    visible = align(np.array(ends), closes)
+    assert visible[len(given) - 1] > 1  # The prompt's last word is closed.
+    ids = ids[: visible[-1]]
+    where = part["segments"] == number
+    assert np.flatnonzero(where)[0] == first
+    assert part["tokens"][where].tolist() == ids.tolist()
+    assert part["positions"][where].tolist() == list(range(len(ids)))
+    seen = part["visible"][slot : slot + len(ends)]
+    assert seen.tolist() == (first + visible).tolist()
+    slot, first = slot + len(given + new), first + len(ids)
+  assert len(part["tokens"]) % 8 == 0
+  assert not part["segments"][first:].any() and not part["visible"][slot:].any()
+
+
+def test_same_tokens_add_nothing(toys):
+  anchor = decoder(toys["byte_level"], 1)
+  model = calm_jax.compose(anchor, anchor, 1)
+  plain = list(
+    pipeline.eval_batches(EXAMPLES, anchor.tokenizer, batch_size=2, length=64)
+  )
+  for batch, expected in zip(batches(model, pack=False), plain, strict=True):
+    assert batch.keys() == expected.keys()
+  assert model.beside([[1]]) == (None, None)
+
+
+def test_rows_hold_no_more_than_both_lengths(anchor, augmenting):
+  model = compose(anchor, augmenting)
+  examples = EXAMPLES * 4
+  made = batches(model, examples, augmenting_length=70)
+  longest = batches(model, examples)
+  assert len(made) > len(longest)
+  for name in augmenting:
+    key = f"augmenting/{name}/segments"
+    assert {batch[key].shape for batch in made} == {(2, 70)}
+    assert len({batch[key].shape for batch in longest}) == 1
+  for total in (made, longest):
+    assert sum(batch["segments"].max(1).sum() for batch in total) == 20
+
+
+def test_long_text_goes_on_in_windows_of_both(anchor, augmenting):
+  model = compose(anchor, augmenting)
+  text = "the cat sat on a mat; 日本 é  end of it and on. " * 4
+  whole = anchor.tokenizer.encode(text)
+  for limit, length in ((0, 24), (20, 64)):
+    made = batches(
+      model,
+      [TextExample("", text, "x")],
+      length=length,
+      augmenting_length=limit,
+      pack=False,
+    )
+    targets = np.concatenate(
+      [b["targets"][b["weights"] > 0] for b in made]
+    ).tolist()
+    targets = [t for t in targets if t != anchor.tokenizer.eos_id]
+    assert targets == whole[len(whole) - len(targets) :]
+    for batch in made:
+      for name in augmenting:
+        rows = batch[f"augmenting/{name}/segments"] > 0
+        assert not limit or rows.sum(1).max() <= limit
+        # All that it has read is of use to the window's last token.
+        seen = batch[f"augmenting/{name}/visible"].max(1)
+        assert seen.tolist() == rows.sum(1).tolist()
+
+
+def test_a_prompt_too_long_for_the_augmenting_model(anchor, augmenting):
+  with pytest.raises(InputError, match=r"line 1: .* more than 8 tokens"):
+    batches(compose(anchor, augmenting), EXAMPLES[1:2], augmenting_length=8)
+
+
+def test_an_encoder_shows_the_prompt_only(toys, augmenting):
+  anchor = decoder(toys["byte_level"], 1)
+  model = compose(anchor, augmenting, visibility="encoder")
+  [batch] = batches(model, EXAMPLES[1:3], pack=False, augmenting_length=96)
+  before, real = logits_of(model, batch), batch["segments"] > 0
+  for name in augmenting:
+    part = f"augmenting/{name}/"
+    causal = batch[f"{part}visible"]
+    shown = cross_attention.limit_visible(
+      "encoder", causal, batch["prompt_ends"]
+    )
+    for row in range(2):
+      given = batch["prompt_ends"][row, 0]
+      limit = causal[row, given - 1]
+      assert causal[row].max() > limit > 1
+      expected = np.minimum(causal[row], limit)
+      assert (shown[row] == expected)[real[row]].all()
+      # Other tokens after the prompt, which nobody may see.
+      batch[f"{part}tokens"][row, limit:] = 5
+  after = logits_of(model, batch)
+  np.testing.assert_array_equal(before[real], after[real])
+
+
+def test_where_it_looks(toys):
+  anchor = decoder(toys["byte_level"], 1)
+  model = compose(anchor, {"a": decoder(toys["bpe_bytes"], 2)})
+  ids = anchor.tokenizer.encode("the cat sat on")
+  look = model.cross_attention(ids, 3)
+  L, M = len(look["tokens"]), len(look["augmenting_tokens"])
+  assert look["weights"].shape == (2, 4, L, M)
+  assert "▁cat" in "".join(look["augmenting_tokens"])
+  [visible] = model.beside([ids], 3)[1].values()
+  for t, count in enumerate(visible[0]):
+    assert not look["weights"][:, :, t, count:].any()
+
+
+def test_a_model_without_a_tokenizer_cannot_be_aligned(toys):
+  anchor = decoder(toys["byte_level"], 1)
+  config, params = helpers.model(2)
+  with pytest.raises(InputError, match="both models need a tokenizer"):
+    calm_jax.compose(anchor, LanguageModel(Composition(config), params))
+
+
+def test_data_names_what_it_was_aligned_with(anchor, augmenting):
+  model = compose(anchor, augmenting)
+
+  def fingerprint(**changes):
+    return pipeline.text_source(
+      EXAMPLES,
+      anchor.tokenizer,
+      batch_size=2,
+      length=64,
+      seed=0,
+      **{"augmenting": encoders(model)} | changes,
+    ).fingerprint
+
+  plain = fingerprint(augmenting={})
+  assert len({plain, fingerprint(), fingerprint(augmenting_length=90)}) == 3
+  assert fingerprint() == fingerprint()
+
+
+def test_hosts_share_aligned_batches(anchor, augmenting):
+  model = compose(anchor, augmenting)
+  whole, *parts = (
+    pipeline.text_source(
+      EXAMPLES * 3, anchor.tokenizer, batch_size=4, length=64, seed=0,
+      augmenting=encoders(model), process_index=i, process_count=n,
+    )
+    for i, n in ((0, 1), (0, 2), (1, 2))
+  )  # fmt: skip
+  for index in range(3):
+    batch = whole[index]
+    shares = [part[index] for part in parts]
+    for key, value in batch.items():
+      both = np.concatenate([share[key] for share in shares])
+      np.testing.assert_array_equal(both, value)

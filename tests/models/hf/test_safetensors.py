@@ -1,0 +1,217 @@
+"""Tensors read into place: any view, any part, in pieces."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+import tracemalloc
+
+import helpers
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from golden import options
+from safetensors.numpy import load_file, save_file
+
+from calm_jax.core import hub, trees
+from calm_jax.core.errors import InputError
+from calm_jax.models import decoder
+from calm_jax.models.hf import families, loading, safetensors, weight_files
+
+VIEWS = {
+  "whole": lambda x: x,
+  "transposed": np.transpose,
+  "rows of a fused one": lambda x: x[3:8].T,
+  "one of many": lambda x: x[2].T,
+  "heads": lambda x: x.reshape(5, -1, x.shape[-1]).transpose(2, 0, 1),
+  "interleaved": lambda x: x.reshape(5, 2, -1, x.shape[-1])[:, 1].transpose(),
+  "every second": lambda x: x[::2, 1:],
+}
+DTYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
+
+
+def stored(path: pathlib.Path, array: np.ndarray) -> safetensors.Tensor:
+  save_file({"other": np.ones(3, np.float32), "x": array}, path)
+  return weight_files.read_header(path)["x"]
+
+
+def read_tensor(tensor: safetensors.Tensor) -> np.ndarray:
+  """A whole tensor in its own dtype."""
+  array = safetensors.empty(tensor.shape, safetensors.FLOATS[tensor.dtype])
+  safetensors.read_all([safetensors.Read(tensor, lambda x: x, (), array)])
+  return array
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("piece", [16, 1000, 4 << 20])
+def test_any_view_of_any_dtype(view, dtype, piece, tmp_path, monkeypatch):
+  monkeypatch.setattr(safetensors, "_PIECE", piece)
+  random = np.random.default_rng(piece)
+  shape = (5, 11, 7) if view == "one of many" else (20, 13)
+  array = random.standard_normal(shape).astype(DTYPES[dtype])
+  tensor = stored(tmp_path / "x", array)
+  for target_dtype in ("float32", "bfloat16"):
+    want = VIEWS[view](array).astype(target_dtype)
+    for region in (
+      (slice(None),) * want.ndim,
+      tuple(slice(1, n - 1) for n in want.shape),
+      (slice(0, 2), *(slice(None) for _ in want.shape[1:])),
+    ):
+      # As in a stack of layers, part of a larger array.
+      stack = np.zeros((3, *want[region].shape), target_dtype)
+      read = safetensors.Read(tensor, VIEWS[view], region, stack[1])
+      safetensors.read_all([read])
+      np.testing.assert_array_equal(stack[1], want[region])
+      assert not stack[::2].any()
+
+
+@pytest.mark.parametrize("view", [lambda x: x, np.transpose])
+def test_every_bit_of_bfloat16_is_kept(view, tmp_path):
+  bits = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
+  tensor = stored(tmp_path / "x", bits.view(ml_dtypes.bfloat16))
+  got = safetensors.empty((256, 256), "bfloat16")
+  everything = (slice(None), slice(None))
+  safetensors.read_all([safetensors.Read(tensor, view, everything, got)])
+  np.testing.assert_array_equal(got.view(np.uint16), view(bits))
+  whole = read_tensor(tensor)
+  np.testing.assert_array_equal(whole.view(np.uint16), bits)
+
+
+def test_only_what_is_wanted_is_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(safetensors, "_PIECE", 1024)
+  tensor = stored(tmp_path / "x", np.ones((64, 96), np.float32))
+
+  def size(view, *region):
+    target = view(np.empty((64, 96), np.float32))[region]
+    found = safetensors.pieces(safetensors.Read(tensor, view, region, target))
+    return sum(piece.stop - piece.start for piece in found)
+
+  whole = 64 * 96 * 4
+  assert size(lambda x: x, slice(None), slice(None)) == whole
+  assert size(lambda x: x, slice(16), slice(None)) == whole / 4
+  # Columns of a kernel are rows of torch's Linear.
+  assert size(np.transpose, slice(None), slice(8, 24)) == whole / 4
+  assert size(lambda x: x[8:40].T, slice(None), slice(16)) == whole / 4
+  assert size(lambda x: x[:0], slice(None), slice(None)) == 0
+
+
+def test_memory_is_taken_over_without_a_copy():
+  for shape, dtype in {(3, 5): "bfloat16", (7,): "float32"}.items():
+    array = safetensors.empty(shape, dtype)
+    assert array.shape == shape
+    assert array.dtype == dtype
+    taken = jax.device_put(array)
+    assert taken.unsafe_buffer_pointer() == array.ctypes.data
+
+
+def test_views_that_copy_and_files_that_end(tmp_path):
+  array = np.ones((4, 6), np.float32)
+  tensor = stored(tmp_path / "x", array)
+  everything = (slice(None), slice(None))
+  copied = safetensors.Read(tensor, np.copy, everything, array)
+  with pytest.raises(ValueError, match=r"view of x \[4, 6\].* is a copy"):
+    safetensors.read_all([copied])
+  later = tensor._replace(start=tensor.start + 8)
+  with pytest.raises(InputError, match="8 more are needed"):
+    read_tensor(later)
+  with pytest.raises(InputError, match=r"cannot read .*gone"):
+    read_tensor(tensor._replace(path=tmp_path / "gone"))
+
+
+def test_same_bits(tmp_path, monkeypatch):
+  monkeypatch.setattr(safetensors, "_PIECE", 64)
+  array = np.arange(100, dtype=np.float32)
+  one = stored(tmp_path / "a", array)
+  assert safetensors.same(one, stored(tmp_path / "b", array))
+  array[-1] += 1
+  assert not safetensors.same(one, stored(tmp_path / "c", array))
+  assert not safetensors.same(one, stored(tmp_path / "d", array[:50]))
+
+
+def test_shards_are_not_larger_than_asked(tmp_path):
+  config, params = helpers.model(0)
+  loading.save_params(tmp_path, config, params, max_shard_size=20_000)
+  files = weight_files.weight_files(tmp_path)
+  assert len(files) > 2
+  assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+  for file in files:
+    named = load_file(file)
+    assert len(named) == 1 or sum(x.nbytes for x in named.values()) <= 20_000
+  total = hub.read_json(tmp_path / hub.INDEX)["metadata"]["total_size"]
+  assert total == 4 * trees.count(params)
+  jax.tree.map(
+    np.testing.assert_array_equal, loading.load_params(tmp_path, config), params
+  )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_copy_of_the_model_is_held(dtype, tmp_path, monkeypatch):
+  monkeypatch.setattr(safetensors, "_PIECE", 1 << 16)
+  monkeypatch.setattr(safetensors, "_THREADS", 2)
+  config, params = helpers.model(0, width=256, mlp_width=512)
+  loading.save_params(tmp_path, config, params)
+  decoder.param_shapes(config)  # what tracing allocates is no weight
+  tracemalloc.start()
+  try:
+    loaded = loading.load_params(tmp_path, config, dtype)
+    peak = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
+  assert peak <= 1.25 * size
+
+
+SHARDED = """
+import sys
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from calm_jax import tree
+from calm_jax.errors import InputError
+from calm_jax.models import decoder, loading
+
+jax.config.update("jax_num_cpu_devices", 4)
+config = loading.load_config(sys.argv[1])
+whole = tree.flatten(loading.load_params(sys.argv[1], config))
+mesh = jax.make_mesh((2, 2), ("data", "model"))
+for dtype in ("float32", "bfloat16"):
+  for spec in (P(None, "model"), P(None, None, "model"), P("data", "model")):
+    shardings = {
+      name: NamedSharding(mesh, P(*spec[:leaf.ndim]) if leaf.ndim > 1 else P())
+      for name, leaf in whole.items()
+    }
+    got = loading.load_params(
+      sys.argv[1], config, dtype, tree.unflatten(shardings))
+    for name, leaf in tree.flatten(got).items():
+      assert leaf.sharding == shardings[name], name
+      np.testing.assert_array_equal(leaf, whole[name].astype(dtype), name)
+del shardings["final_norm/scale"]
+for options, said in (
+  (("float32", tree.unflatten(shardings)), "differ in ['final_norm/scale']"),
+  (("float64", jax.tree.map(lambda x: x.sharding, got)), "jax_enable_x64"),
+):
+  try:
+    loading.load_params(sys.argv[1], config, *options)
+  except InputError as error:
+    assert said in str(error), error
+  else:
+    raise AssertionError(said)
+"""
+
+
+# GPT-NeoX has queries, keys and values of one head side by side.
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_sharded_over_four_devices(family, tmp_path):
+  config_json = options.config_json(family) | {"vocab_size": 62}
+  config = families.from_hf(config_json)
+  params = helpers.random_params(decoder.param_shapes(config), 0)
+  loading.save_params(tmp_path, config, params, config_json)
+  run = subprocess.run(
+    [sys.executable, "-c", SHARDED, str(tmp_path)],
+    cwd=pathlib.Path(__file__).parents[3],
+    capture_output=True,
+    text=True,
+  )
+  assert run.returncode == 0, run.stderr[-3000:]

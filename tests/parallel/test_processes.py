@@ -1,0 +1,37 @@
+"""Several processes; that they compute together is in test_mesh.py."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from calm_jax.core.errors import InputError
+from calm_jax.parallel import processes
+
+
+def test_processes_are_told_apart(monkeypatch):
+  monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+  monkeypatch.delenv("JAX_NUM_PROCESSES", raising=False)
+  with pytest.raises(InputError, match="JAX_NUM_PROCESSES=''"):
+    processes.start()
+
+
+def test_only_the_first_writes_and_prints(monkeypatch, tmp_path, capsys):
+  run = tmp_path / "run"
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  scratch = processes.own_folder(run)
+  assert scratch.is_dir() and scratch != run and not run.exists()
+  with processes.quiet_but_first():
+    print("second")
+  monkeypatch.setattr(jax, "process_index", lambda: 0)
+  assert processes.own_folder(run) == run and run.is_dir()
+  with processes.quiet_but_first():
+    print("first")
+  assert capsys.readouterr().out == "first\n"
+
+
+def test_fetch_gives_numpy():
+  got = processes.fetch({"a": jax.numpy.arange(3), "b": [np.float32(2)]})
+  assert isinstance(got["a"], np.ndarray)
+  assert got["a"].tolist() == [0, 1, 2] and got["b"] == [2]

@@ -1,0 +1,361 @@
+"""Plans of tiny models, by the CPU's compiler and by the TPU's."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from calm_jax import plan
+from calm_jax.core.errors import InputError
+from calm_jax.generation import decode
+from calm_jax.plan import Options
+from calm_jax.planning import estimate, hlo, programs, search, shapes, topology
+from calm_jax.planning.chips import TPUS
+from calm_jax.train import plain
+from configs import kv
+
+ONE = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
+
+
+def tiny():
+  config = kv.get_config("tiny")
+  config.unroll = 1
+  for side in ("anchor", "augmenting"):
+    config[f"{side}_model"].update(num_layers=3, width=32, num_heads=4)
+  config.composition.num_connections = 1
+  return config
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+  """The plan of one device, as printed JSON."""
+  file = tmp_path_factory.mktemp("plan") / "plan.json"
+  options = Options("cpu", json=str(file), largest_batch=False, decode_rows=4)
+  result = plan.main(tiny(), options)
+  return result, json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def job():
+  return shapes.job(plain(tiny()))
+
+
+def test_json_is_what_was_found(planned):
+  result, read = planned
+  assert json.loads(json.dumps(result)) == read
+  assert read["best"]["found"]["fits"]
+  assert read["decode"]["memory"]["caches"] > 0
+  assert read["decode"]["flops"] > 0
+
+
+def test_memory_by_kind_adds_up_to_what_the_compiler_says(job):
+  placed = programs.place(job, topology.target("cpu"), ONE)
+  program = programs.training(placed, 4)
+  found = estimate.of(placed, program)
+  says = program.compiled.memory_analysis()
+  given = sum(found.memory[kind] for kind in programs.KINDS)
+  read = given - found.unread + found.memory["alignment"]
+  assert read == says.argument_size_in_bytes
+  assert found.memory["alignment"] == 0
+  assert found.memory["temporaries"] == says.temp_size_in_bytes > 0
+  assert found.total == sum(found.memory.values())
+  # Of m_A's head nothing is read, and Adam keeps two of each trainable.
+  assert found.unread > 0
+  theta = found.memory["trainable"]
+  assert 2 * theta <= found.memory["optimizer"] < 2 * theta + 64
+  assert found.memory["frozen"] == sum(
+    x.size * x.dtype.itemsize
+    for part in ("anchor", "augmenting")
+    for x in jax.tree.leaves(job.params[part])
+  )
+
+
+def decoded_by_hand(job, rows, slots):
+  """(FLOPs of a token of each row, bytes of weights, of caches of a layer)."""
+  a, ((_, joined),) = job.spec.anchor, job.spec.augmenting
+  m, (pair,) = joined.config, joined.connections
+  # The slots, and those of the tokens that are not settled yet.
+  keys = slots + decode.CHUNK
+
+  def layer(c):
+    heads = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim
+    return c.width * (heads + 3 * c.mlp_width)
+
+  weights = a.num_layers * layer(a) + pair.augmenting * layer(m)
+  # Queries and outputs; keys and values, with the projection in them.
+  weights += 2 * a.width * a.width + 2 * m.width * a.width
+  weights += a.width * a.vocab_size
+  queries = a.num_layers * a.num_heads * a.head_dim + a.width
+  queries += pair.augmenting * m.num_heads * m.head_dim
+  cached = a.num_layers * a.num_kv_heads * a.head_dim + a.width
+  cached += pair.augmenting * m.num_kv_heads * m.head_dim
+  flops = 2 * rows * (weights + 2 * keys * queries)
+  return flops, 4 * weights, 4 * rows * 2 * keys * cached
+
+
+def test_a_decoded_token_is_as_counted_by_hand():
+  config = tiny()
+  for side in ("anchor", "augmenting"):
+    config[f"{side}_model"].update(width=128, num_heads=2, num_kv_heads=2)
+  config.anchor_model.num_layers, config.augmenting_model.num_layers = 2, 1
+  job = shapes.job(plain(config))
+  target = topology.target("cpu")
+  chip = target.chip._replace(flops=1e9, bandwidth=1e7, links=1.0)
+  placed = programs.place(job, target._replace(chip=chip), ONE)
+  found, caches = [], []
+  for slots in (2048, 4096):
+    program = programs.decoding(placed, 4, slots)
+    one = estimate.of(placed, program, decode.CHUNK)
+    flops, weights, cache = decoded_by_hand(job, 4, slots)
+    assert one.flops == one.worked == flops
+    # States, scores and the newest tokens are read and written besides.
+    assert 1 <= one.moved / (weights + cache) < 1.2
+    assert one.seconds["compute"] == flops / 1e9
+    assert one.seconds["memory"] == one.moved / 1e7 == one.step
+    found.append(one.moved)
+    caches.append(cache)
+  assert 1 <= (found[1] - found[0]) / (caches[1] - caches[0]) < 1.1
+
+
+def test_search_prunes_compiles_and_ranks(job):
+  target = topology.target("cpu")
+  small = target._replace(chip=target.chip._replace(hbm=1))
+  said = []
+  options = {"compiles": 1, "until": float("inf"), "say": said.append}
+  assert all(c.reason for c in search.search(job, small, 4, **options))
+  fast = target._replace(chip=target.chip._replace(flops=1e9, bandwidth=1e9))
+  fast = fast._replace(chip=fast.chip._replace(links=1e9))
+  best, *rest = search.search(job, fast, 4, **options)
+  assert best.found.fits and best.found.step > 0
+  assert [c.found for c in rest] == [None, None]
+  assert {best.remat, *(c.remat for c in rest)} == set(search.REMATS)
+  assert best.arguments == sum(best.found.memory[k] for k in programs.KINDS)
+  assert best.seconds <= min(c.seconds for c in rest)
+
+
+def test_of_bounds_as_good_as_equal_the_least_memory_is_best():
+  def case(step, total):
+    found = estimate.Estimate({}, total, True, step=step)
+    return search.Case(ONE, "full", 8, found=found)
+
+  cases = [case(3.52, 9), case(3.50, 14), case(3.3, 15), case(3.53, 8)]
+  ranked = sorted(cases, key=search._rank)
+  assert [c.found.total for c in ranked] == [15, 8, 9, 14]
+
+
+def test_the_largest_batch_is_compiled(job, monkeypatch):
+  """Memory grows by a line, so that its limit is found by the third compile."""
+  seen = []
+
+  def compiled(job, target, case):
+    seen.append(case.rows)
+    total = 100 + 7 * case.rows
+    found = estimate.Estimate({}, total, total <= target.chip.hbm)
+    return dataclasses.replace(case, found=found)
+
+  monkeypatch.setattr(search, "compiled", compiled)
+  target = topology.target("cpu")
+  target = target._replace(chip=target.chip._replace(hbm=500))
+  axes = ONE | {"fsdp": 4}
+  first = compiled(job, target, search.Case(axes, "full", 8))
+  rows, _ = search.largest(job, target, first, until=float("inf"))
+  assert rows == 56
+  assert seen == [8, 16, 56]
+
+
+def test_a_loop_moves_as_often_as_it_runs():
+  x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+
+  def run(steps):
+    def body(x, _):
+      return jnp.sin(x @ x), None
+
+    function = jax.jit(lambda x: jax.lax.scan(body, x, None, length=steps)[0])
+    return hlo.moved(function.lower(x).compile().as_text())
+
+  few, many = run(10), run(30)
+  assert not few.unknown_loops
+  assert many.memory / few.memory == pytest.approx(3, rel=0.1)
+  # A product reads two matrices and writes one, the sine one of each.
+  assert few.memory >= 10 * 4 * 256**2 * 3
+
+
+TEXT = """
+HloModule example, num_partitions=16
+
+%limit (p: (s32[], f32[8])) -> pred[] {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] constant(5)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%body (q: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %q = (s32[], f32[8]{0}) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%q), index=1
+  %g = f32[32]{0:T(128)} all-gather(%x), replica_groups=mesh['a'=4,'b'=4] {'a'}
+  %r = f32[8]{0} all-reduce(%x), replica_groups=[2,8]<=[16], to_apply=%add
+  %s = f32[2]{0} reduce-scatter(%x), replica_groups={{0,1,2,3},{4,5,6,7}}
+  %chip = f32[8]{0:S(1)} copy(%x)
+  %moved = f32[8]{0} copy(%x)
+  %p-start = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), channel_id=1
+  ROOT %t = (s32[], f32[8]{0}) tuple(%i, %moved)
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %w = (s32[], f32[8]{0}) while(%a), condition=%limit, body=%body
+  ROOT %out = f32[8]{0} get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_collectives_send_their_share_of_each_turn():
+  found = hlo.moved(TEXT)
+  assert found.sent == {
+    "all-gather": 5 * 128 * 3 / 4,
+    "all-reduce": 5 * 32 * 2 * 7 / 8,
+    "reduce-scatter": 5 * 8 * 4 * 3 / 4,
+    "collective-permute": 5 * 32,
+  }
+  unknown = TEXT.replace("constant(5)", "negate(%i)")
+  assert hlo.moved(unknown, 7).sent["collective-permute"] == 7 * 32
+  assert hlo.moved(unknown, 7).unknown_loops == 1
+
+
+NESTED = """
+HloModule example
+
+%slice (p: f32[9,64], i: s32[]) -> f32[1,64] {
+  %p = f32[9,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %s = f32[1,64]{1,0} dynamic-slice(%p, %i, %i), dynamic_slice_sizes={1,64}
+}
+
+%outer (j: s32[], q: f32[9,64]) -> f32[1,64] {
+  %j = s32[] parameter(0)
+  %q = f32[9,64]{1,0} parameter(1)
+  %layer = f32[1,64]{1,0} fusion(%q, %j), kind=kLoop, calls=%slice
+  ROOT %sine = f32[1,64]{1,0} sine(%layer)
+}
+
+ENTRY %main (a: f32[9,64], n: s32[]) -> f32[1,64] {
+  %a = f32[9,64]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  ROOT %out = f32[1,64]{1,0} fusion(%n, %a), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_a_fusion_within_a_fusion_reads_its_layer_only():
+  layer, index = 4 * 64, 4
+  assert hlo.moved(NESTED).memory == 2 * layer + index
+
+
+PRODUCTS = """
+HloModule example
+
+ENTRY %main (a: f32[8,2,3,64], b: f32[8,2,16,64]) -> f32[7,5] {
+  %a = f32[8,2,3,64]{3,2,1,0} parameter(0)
+  %b = f32[8,2,16,64]{3,2,1,0} parameter(1)
+  %scores = f32[8,2,3,16]{3,2,1,0} convolution(%a, %b), window={size=8x2 stride=7x1 lhs_dilate=8x2}, dim_labels=01bf_01oi->01bf
+  %x = f32[7,6]{1,0} constant({...})
+  %w = f32[6,5]{1,0} constant({...})
+  %y = f32[7,5]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+  ROOT %z = f32[7,5]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""  # noqa: E501
+
+
+def test_a_tpus_products_are_written_as_convolutions():
+  scores = (8 * 2) * 3 * 16 * 64
+  assert hlo.moved(PRODUCTS).flops == 2 * (scores + 2 * 7 * 6 * 5)
+
+
+@pytest.mark.parametrize(
+  ("name", "reason"),
+  [
+    ("v9:2x2", "none of the forms"),
+    ("v5e", "none of the forms"),
+    ("gpu:8xB9000", "chips are"),
+    ("gpu:8xH100", "8 devices to stand in"),
+  ],
+)
+def test_what_is_no_topology(name, reason):
+  with pytest.raises(InputError, match=reason):
+    topology.target(name)
+
+
+def test_without_libtpu(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(InputError, match=r"calm_jax\[tpu\]"):
+    topology.target("v5e:2x2")
+
+
+def test_shapes_of_published_models_and_their_errors(tmp_path):
+  settings = plain(tiny()) | {"anchor": "configs/shapes/gemma2-27b.json"}
+  settings["augmenting"] = "configs/shapes/gemma2-2b.json"
+  found = shapes.job(settings)
+  counts = [
+    sum(x.size for x in jax.tree.leaves(found.params[part]))
+    for part in ("anchor", "augmenting")
+  ]
+  assert counts == [27_227_128_320, 2_614_341_888]
+  with pytest.raises(InputError, match="is none of"):
+    shapes.job(settings, "nothing")
+  with pytest.raises(InputError, match="is missing"):
+    shapes.job(settings | {"anchor": str(tmp_path / "no.json")})
+  with pytest.raises(InputError, match="vocabulary is not known"):
+    shapes.job(
+      settings | {"anchor": "", "augmenting": "", "experiment": "text"}
+    )
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="libtpu is not installed: pip install 'calm_jax[tpu]'",
+)
+def test_a_tpu_step_runs_the_splash_kernel(job):
+  effort = jax.config.jax_exec_time_optimization_effort
+  topology.prepare("v5e:2x2", -1.0)
+  try:
+    target = topology.target("v5e:2x2")
+    settings = job.settings | {"attention": "auto", "dtype": "bfloat16"}
+    job = job._replace(settings=settings)
+    placed = programs.place(job, target, ONE | {"fsdp": 2, "tensor": 2})
+    program = programs.training(placed, 4)
+  finally:
+    jax.config.update("jax_exec_time_optimization_effort", effort)
+  found = estimate.of(placed, program)
+  parts = {name.split("_")[2] for name in found.kernels}
+  assert parts == {"fwd", "dq", "dkv"}
+  assert all(name.startswith("splash_mha_") for name in found.kernels)
+  assert found.fits and target.chip == TPUS["v5e"]
+  assert found.worked == pytest.approx(found.flops / 4, rel=0.02)
+  assert found.sent["all-gather"] > 0 and not found.unknown_loops
+  assert found.bound in found.seconds
+
+
+def test_frozen_models_are_planned_in_their_bits(job):
+  config = tiny()
+  config.quantise.anchor = "int4"
+  made = shapes.job(plain(config))
+
+  def size(of):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(of))
+
+  assert size(made.params["anchor"]) < 0.3 * size(job.params["anchor"])
+  assert made.params["augmenting"] == job.params["augmenting"]
+  # Before the last stage it is trained, and whole.
+  whole = shapes.job(plain(config), "anchor")
+  assert size(whole.params["anchor"]) == size(job.params["anchor"])
+  placed = programs.place(made, topology.target("cpu"), ONE)
+  found = estimate.of(placed, programs.training(placed, 4))
+  assert found.memory["frozen"] == size(
+    [made.params["anchor"], made.params["augmenting"]]
+  )

@@ -1,0 +1,147 @@
+import io
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event
+
+from calm_jax.training.metrics import MetricWriter, Progress, read_metrics
+
+
+def lines(directory):
+  return (directory / "metrics.jsonl").read_text().splitlines()
+
+
+def events(directory):
+  """All TensorBoard events, read straight from the TFRecord framing."""
+  found = []
+  for path in sorted(directory.glob("events.*")):
+    data, at = path.read_bytes(), 0
+    while at < len(data):
+      length = int.from_bytes(data[at : at + 8], "little")
+      found.append(Event.FromString(data[at + 12 : at + 12 + length]))
+      at += 12 + length + 4
+  return found
+
+
+def test_one_line_and_one_scalar_per_value(tmp_path):
+  with MetricWriter(tmp_path) as writer:
+    writer.write(1, {"loss": jnp.float32(0.5), "tokens": 12})
+    # Readable while the run goes on, not only once it is closed.
+    assert [json.loads(x) for x in lines(tmp_path)] == [
+      {"step": 1, "loss": 0.5, "tokens": 12}
+    ]
+    writer.write(np.int64(2), {"loss": np.array([0.25])})
+  assert read_metrics(tmp_path)[1] == {"step": 2, "loss": 0.25}
+  scalars = [
+    (event.step, value.tag, value.simple_value)
+    for event in events(tmp_path)
+    for value in event.summary.value
+  ]
+  assert scalars == [(1, "loss", 0.5), (1, "tokens", 12), (2, "loss", 0.25)]
+
+
+def test_non_finite_values_stay_json(tmp_path):
+  values = {"a": math.nan, "b": math.inf, "c": jnp.float32(-math.inf)}
+
+  def refuse(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+  with MetricWriter(tmp_path) as writer:
+    writer.write(1, values)
+  json.loads(lines(tmp_path)[0], parse_constant=refuse)
+  (row,) = read_metrics(tmp_path)
+  assert math.isnan(row["a"])
+  assert (row["b"], row["c"]) == (math.inf, -math.inf)
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path):
+  with MetricWriter(tmp_path) as writer:
+    for step in range(1, 6):
+      writer.write(step, {"loss": step})
+  with MetricWriter(tmp_path, resume_step=3) as writer:
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    for step in range(4, 7):
+      writer.write(step, {"loss": 10 * step})
+  rows = read_metrics(tmp_path)
+  assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+  assert [row["loss"] for row in rows] == [1, 2, 3, 40, 50, 60]
+  # What makes TensorBoard drop the events of the first process.
+  assert 4 in [e.step for e in events(tmp_path) if e.session_log.status == 1]
+  assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_run_that_starts_anew_drops_every_line(tmp_path):
+  for _ in range(2):
+    with MetricWriter(tmp_path) as writer:
+      writer.write(0, {"loss": 1.0})
+  assert len(read_metrics(tmp_path)) == 1
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+  assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}]
+  with MetricWriter(tmp_path, resume_step=2) as writer:
+    writer.write(2, {"loss": 2.0})
+  assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('oops\n{"step": 1}\n')
+  with pytest.raises(ValueError, match="line 1: not JSON"):
+    MetricWriter(tmp_path, resume_step=1)
+
+
+def test_a_metric_may_not_be_called_step(tmp_path):
+  with MetricWriter(tmp_path) as writer, pytest.raises(ValueError):
+    writer.write(1, {"step": 2})
+
+
+def test_an_inactive_writer_leaves_no_trace(tmp_path):
+  with MetricWriter(tmp_path / "new", active=False) as writer:
+    writer.write(1, {"loss": 1.0})
+  assert not (tmp_path / "new").exists()
+
+
+def test_plain_progress_prints_the_first_and_the_last_step():
+  out = io.StringIO()
+  with Progress(100, 10, "train kv", console=Console(file=out)) as progress:
+    for step in range(11, 101):
+      progress.update(step, loss=0.5, tokens_per_second=12345.6)
+  first, last = out.getvalue().splitlines()
+  assert first.startswith("train kv: step 11/100  loss 0.5000  12,346 tokens/s")
+  assert last.startswith("train kv: step 100/100") and last.endswith("0:00:00")
+  assert "\x1b" not in out.getvalue()
+
+
+def test_plain_progress_shows_the_last_step_of_a_failed_run():
+  out = io.StringIO()
+  with (
+    pytest.raises(RuntimeError),
+    Progress(9, console=Console(file=out)) as progress,
+  ):
+    progress.update(1)
+    progress.update(2, loss=math.nan)
+    raise RuntimeError
+  assert "step 2/9  loss nan" in out.getvalue()
+
+
+def test_progress_on_a_terminal_is_a_bar():
+  out = io.StringIO()
+  console = Console(file=out, force_terminal=True, width=120)
+  with Progress(10, 0, "train [kv]", console=console) as progress:
+    progress.update(10, loss=0.5, tokens_per_second=100)
+  shown = out.getvalue()
+  assert "train [kv]" in shown and "10/10" in shown
+  assert "loss 0.5000" in shown and "100 tokens/s" in shown
+
+
+def test_inactive_progress_is_silent():
+  out = io.StringIO()
+  with Progress(9, console=Console(file=out), active=False) as progress:
+    progress.update(1, loss=1.0)
+  assert out.getvalue() == ""
