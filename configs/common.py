@@ -1,33 +1,12 @@
 """EVERY default of every experiment; the other files change a few."""
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from calm_jax.core.errors import InputError
-
-_ROWS = ("data", "fsdp")
-# Regexes over names to axes of the last dimensions; the first that matches
-# holds. What writes into a wide state is cut along it by `tensor`, what reads
-# it along its input, so that the two meet without communication.
-SHARDING = (
-  (r"states|batch/.*/states/.*", (_ROWS, "sequence", None)),
-  (r"heads", (_ROWS, "tensor", "sequence", None)),
-  (r"batch/.*", (_ROWS, "sequence")),
-  (r"cache/.*/(key|value)", (_ROWS, "tensor", None, None)),
-  (r"cache/.*/segments", (_ROWS, None)),
-  (r".*norm/\w+|.*/bias", ()),
-  (r".*/embedding(/\w+)?", ("tensor", "fsdp")),
-  (r".*/position_embedding", (None, "fsdp")),
-  (r".*/router/kernel", ("fsdp", None)),
-  (r".*/projection/kernel", ("fsdp", None)),
-  # Queries, keys, values and the wide side of MLPs, each expert's too; of
-  # connections; the head.
-  (r".*/(query|key|value|gate|up|head)/kernel(/\w+)?", ("fsdp", "tensor")),
-  (r".*/(output|down)/kernel(/\w+)?", ("tensor", "fsdp")),
-  (r".*/(query|key|value|gate|up)/lora_a", ("fsdp", None)),
-  (r".*/(query|key|value|gate|up)/lora_b", (None, "tensor")),
-  (r".*/(output|down)/lora_a", ("tensor", None)),
-  (r".*/(output|down)/lora_b", (None, "fsdp")),
-)
+from calm_jax.parallel.rules import SHARDING
+from calm_jax.training.trainer import Stage
 
 
 def model(**changes) -> ConfigDict:
@@ -48,38 +27,7 @@ def model(**changes) -> ConfigDict:
 
 def stage(**changes) -> ConfigDict:
   """One run of the training loop; see calm_jax.training.trainer.Stage."""
-  return ConfigDict(
-    {
-      "model": "composed",
-      "trainable": ("composition/.*",),
-      "data": ConfigDict(),
-      "steps": 1000,
-      "batch_size": 64,
-      "length": 128,
-      "augmenting_length": 0,
-      "accumulate": 1,
-      "learning_rate": 1e-3,
-      "schedule": "cosine",
-      "warmup": 50,
-      "final": 0.05,
-      "b1": 0.9,
-      "b2": 0.98,
-      "eps": 1e-8,
-      "weight_decay": 0.01,
-      "decay": "kernel|embedding",
-      "clip": 1.0,
-      "log_every": 20,
-      "eval_every": 500,
-      "checkpoint_every": 500,
-      "keep_last": 2,
-      "keep_best": 1,
-      # "float32", "bfloat16" or "int8": m_A runs once over the data, before
-      # the first step, and its states are on disk. See docs/cached_states.md.
-      "cache_states": "",
-      "cache_folder": "",
-    }
-    | changes
-  )
+  return ConfigDict(dataclasses.asdict(Stage(**changes)))
 
 
 def text_task(**changes) -> ConfigDict:

@@ -33,12 +33,12 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """What one run of the loop does; every default is in configs/common.py.
+  """One run of the training loop, and its defaults.
 
   Attributes:
     model: what is run: "composed", "anchor" or "augmenting/<name>".
     trainable: regexes over leaf names; all other leaves are frozen.
-    data: which data, for the experiment to make sense of.
+    data: the batches to learn from, in a type of the experiment.
     steps: updates.
     batch_size: rows of one update.
     length: tokens of a row.
@@ -56,31 +56,31 @@ class Stage:
     cache_folder: where to; in the folder of the stage if empty.
   """
 
-  model: str
-  trainable: tuple[str, ...]
-  data: dict[str, Any]
-  steps: int
-  batch_size: int
-  length: int
-  augmenting_length: int
-  accumulate: int
-  learning_rate: float
-  schedule: str
-  warmup: int
-  final: float
-  b1: float
-  b2: float
-  eps: float
-  weight_decay: float
-  decay: str
-  clip: float
-  log_every: int
-  eval_every: int
-  checkpoint_every: int
-  keep_last: int
-  keep_best: int
-  cache_states: str
-  cache_folder: str
+  model: str = "composed"
+  trainable: tuple[str, ...] = ("composition/.*",)
+  data: Any = dataclasses.field(default_factory=dict)
+  steps: int = 1000
+  batch_size: int = 64
+  length: int = 128
+  augmenting_length: int = 0
+  accumulate: int = 1
+  learning_rate: float = 1e-3
+  schedule: str = "cosine"
+  warmup: int = 50
+  final: float = 0.05
+  b1: float = 0.9
+  b2: float = 0.98
+  eps: float = 1e-8
+  weight_decay: float = 0.01
+  decay: str = "kernel|embedding"
+  clip: float = 1.0
+  log_every: int = 20
+  eval_every: int = 500
+  checkpoint_every: int = 500
+  keep_last: int = 2
+  keep_best: int = 1
+  cache_states: str = ""
+  cache_folder: str = ""
 
 
 def run_stage(
