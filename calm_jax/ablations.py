@@ -80,7 +80,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
     # Also of what there is if this is stopped.
     summary = summarise(runs)
     folder = Path(config.workdir) / FOLDER
-    files.write_results(folder / "ablations.json", summary)
+    files.write_json(folder / "ablations.json", summary)
     text = table.as_markdown(trials_table(summary))
     (folder / "ablations.md").write_text(f"{text}\n", encoding="utf-8")
   # Its columns are numbers that are to stay whole.
@@ -130,7 +130,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     "eval_loss": losses[-1] if losses else None,
     "config": settings,
   }
-  files.write_results(fitted.folder / RESULTS, results)
+  files.write_json(fitted.folder / RESULTS, results)
   return results
 
 

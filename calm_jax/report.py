@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 
 from calm_jax import cli
-from calm_jax.core.files import write_results, write_text
+from calm_jax.core.files import write_atomically, write_json
 from calm_jax.reporting import runs, tables
 from calm_jax.reporting.grid import HOW_TO_READ
 from calm_jax.reporting.page import page
@@ -60,12 +60,12 @@ def write(folders: Iterable[str | os.PathLike], out: str | os.PathLike) -> Path:
   made = tables.tables(found)
   html = page(found, made)
   for table in made:
-    write_text(out / "tables" / f"{table.name}.csv", as_csv(table))
+    write_atomically(out / "tables" / f"{table.name}.csv", as_csv(table))
   # What no run has numbers for comes last, as on the page.
   made = sorted(made, key=lambda table: table.empty)
   text = "\n\n".join(["# Report", HOW_TO_READ, *map(as_markdown, made)])
-  write_text(out / "report.md", text + "\n")
-  write_text(out / "report.html", html)
+  write_atomically(out / "report.md", text + "\n")
+  write_atomically(out / "report.html", html)
   return out / "report.html"
 
 
@@ -84,7 +84,7 @@ def write_report(
   Returns, raises: see `write`.
   """
   # First of all: no fault found below may lose the numbers.
-  write_results(Path(workdir) / runs.RESULTS, results)
+  write_json(Path(workdir) / runs.RESULTS, results)
   return write([workdir], workdir)
 
 

@@ -22,7 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from calm_jax.composition import joining
 from calm_jax.composition.connections import Augmenting
-from calm_jax.core import hub, trees
+from calm_jax.core import files, hub, trees
 from calm_jax.core.errors import InputError
 from calm_jax.core.version import __version__
 from calm_jax.models import quantisation
@@ -82,7 +82,7 @@ def save(
     "format": _FORMAT,
     "calm_jax_version": __version__,
     "num_params": model.num_composition_params,
-    "sha256": hub.sha256(folder / WEIGHTS),
+    "sha256": files.sha256(folder / WEIGHTS),
     "models": described,
     "augmenting": [
       {"name": name} | {
@@ -130,8 +130,8 @@ def _describe(model, part: str, keep_paths: bool) -> dict[str, Any]:
 
 def hashes(folder: pathlib.Path) -> dict[str, str]:
   """SHA-256 by name of the files that a checkpoint's weights come from."""
-  files = [folder / hub.CONFIG, *weight_files.weight_files(folder)]
-  return {file.name: hub.sha256(file) for file in files}
+  paths = [folder / hub.CONFIG, *weight_files.weight_files(folder)]
+  return {path.name: files.sha256(path) for path in paths}
 
 
 def _card(config: dict[str, Any]) -> str:

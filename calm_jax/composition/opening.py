@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from calm_jax.composition import checkpoint, composing, joining
 from calm_jax.composition.connections import Composition
-from calm_jax.core import hub, trees
+from calm_jax.core import files, hub, trees
 from calm_jax.core.errors import InputError
 from calm_jax.language_model import LanguageModel
 from calm_jax.models import decoder, quantisation
@@ -232,7 +232,7 @@ def _read_theta(folder: pathlib.Path, config, fresh) -> dict[str, Any]:
   path = folder / checkpoint.WEIGHTS
   if not path.exists():
     raise InputError(f"{path} is missing")
-  if hub.sha256(path) != config["sha256"]:
+  if files.sha256(path) != config["sha256"]:
     raise InputError(
       f"{path} is not what {checkpoint.CONFIG} describes: its sha256 is not "
       f"{config['sha256']}; copy the composition again"

@@ -1,24 +1,72 @@
-"""Writing results and reports."""
+"""Reading and writing small files: atomic writes, JSON, JSON lines, hashes.
+
+Errors name the file, and the line of a file of lines. Nothing here needs JAX.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from calm_jax.core.errors import InputError
 
-def plain(value: Any) -> Any:
-  """Of JSON's types only."""
+
+def write_atomically(path: os.PathLike, content: str | bytes) -> None:
+  """Writes a file completely or not at all, even if the process is killed.
+
+  Args:
+    path: a local path, or an `epath.Path` of an object store; folders above it
+      are made if absent.
+    content: bytes, or text, which is written as UTF-8.
+  """
+  if isinstance(content, str):
+    content = content.encode()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if "://" in os.fspath(path):
+    # An object store has no rename, and its writes are atomic themselves.
+    path.write_bytes(content)
+    return
+  temporary = path.with_name(path.name + ".tmp")
+  with open(temporary, "wb") as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+def sha256(path: os.PathLike) -> str:
+  """Returns the sha256 (hex) of a file, as the Hugging Face hub shows it."""
+  digest = hashlib.sha256()
+  # Not hashlib.file_digest: files of an object store may lack `readinto`.
+  with path.open("rb") as file:
+    while chunk := file.read(1 << 22):
+      digest.update(chunk)
+  return digest.hexdigest()
+
+
+# JSON has no number for these; `float` reads all three.
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+
+
+def to_json(value: Any) -> Any:
+  """Returns a value with JSON's types only.
+
+  Arrays and NumPy's numbers become lists and plain numbers, tuples lists, paths
+  strings, and a number that is not finite the string "NaN", "Infinity" or
+  "-Infinity". What JSON does not know is left as it is.
+  """
   if isinstance(value, Mapping):
-    return {str(name): plain(item) for name, item in value.items()}
+    return {str(name): to_json(item) for name, item in value.items()}
   if isinstance(value, list | tuple):
-    return [plain(item) for item in value]
+    return [to_json(item) for item in value]
   # A type has it too, unbound: a dtype in a configuration.
   if hasattr(value, "tolist") and not isinstance(value, type):
-    return plain(value.tolist())
+    return to_json(value.tolist())
   if isinstance(value, os.PathLike):
     return os.fspath(value)
   if isinstance(value, float) and not math.isfinite(value):
@@ -28,24 +76,129 @@ def plain(value: Any) -> Any:
   return value
 
 
-def write_results(path: Path, results: Mapping[str, Any]) -> None:
-  """Writes results as JSON, whole or not at all.
+def number_from_json(value: Any) -> Any:
+  """Returns a number that `to_json` wrote; any other value as it is."""
+  is_number = isinstance(value, str) and value in _NOT_FINITE
+  return float(value) if is_number else value
 
-  NumPy numbers become plain ones; a number that is not finite becomes the
-  string "NaN", "Infinity" or "-Infinity", all three of which `float` reads.
-  """
+
+def write_json(path: os.PathLike, value: Any) -> None:
+  """Writes `to_json(value)` atomically; what JSON does not know as its str."""
   text = json.dumps(
-    plain(results), indent=2, ensure_ascii=False, allow_nan=False, default=str
+    to_json(value), indent=2, ensure_ascii=False, allow_nan=False, default=str
   )
-  write_text(path, text + "\n")
+  write_atomically(path, text + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-  """Writes a file, whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+def read_json(path: os.PathLike) -> dict[str, Any]:
+  """Reads a JSON object.
+
+  Raises:
+    InputError: the file cannot be read, or holds anything else.
+  """
+  path = Path(path)
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError as error:
+    raise InputError(f"{path}: no such file") from error
+  except (OSError, ValueError, RecursionError) as error:
+    raise InputError(f"{path} is not JSON: {error}") from error
+  if not isinstance(value, dict):
+    raise InputError(f"{path}: {_not_an_object(value)}")
+  return value
+
+
+def write_json_lines(
+  path: os.PathLike, records: Sequence[Mapping[str, Any]]
+) -> None:
+  """Writes one JSON object a line, atomically."""
+  lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+  write_atomically(path, "".join(lines))
+
+
+def read_json_lines(
+  path: os.PathLike,
+  fields: Sequence[str] = (),
+  *,
+  drop_unfinished: bool = False,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+  """Reads one JSON object a line; blank lines are passed over.
+
+  Args:
+    path: a file of UTF-8 text, with or without a byte order mark.
+    fields: that each object must have; it may have others.
+    drop_unfinished: leaves out a last line without a newline, which a process
+      that was killed may have cut short.
+
+  Yields:
+    (line number from 1, object).
+
+  Raises:
+    InputError: the file does not exist, or a line is anything else; names the
+      file and the line.
+  """
+  for number, line in read_lines(path):
+    if drop_unfinished and not line.endswith(b"\n"):
+      return
+    try:
+      record = parse_json_line(line, number)
+    except ValueError as error:
+      raise InputError(f"{path}, line {number}: {error}") from error
+    if record is None:
+      continue
+    if missing := [field for field in fields if field not in record]:
+      names = " and no ".join(map(repr, missing))
+      raise InputError(f"{path}, line {number}: it has no {names}")
+    yield number, record
+
+
+def read_lines(path: os.PathLike) -> Iterator[tuple[int, bytes]]:
+  """Yields (number from 1, line) of a file; see `decode_line`.
+
+  Lines are split as bytes: str.splitlines also splits at U+2028.
+
+  Raises:
+    InputError: the file does not exist.
+  """
+  path = Path(path)
+  if not path.exists() or path.is_dir():
+    raise InputError(f"{path}: no such file")
+  with path.open("rb") as file:
+    yield from enumerate(file, start=1)
+
+
+def decode_line(line: bytes, number: int) -> str:
+  """Returns the text of a line, without its end and a byte order mark.
+
+  Raises:
+    ValueError: it is not UTF-8 text.
+  """
+  try:
+    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"not UTF-8 text ({error}); convert the file") from error
+  return text.rstrip("\r\n")
+
+
+def parse_json_line(line: bytes, number: int) -> dict[str, Any] | None:
+  """Returns the JSON object of a line, None for a blank one.
+
+  Raises:
+    ValueError: it is not UTF-8 text, not JSON, or no object.
+  """
+  text = decode_line(line, number)
+  if not text.strip():
+    return None
+  try:
+    record = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(
+      f"not JSON ({error}); a line must be one JSON object"
+    ) from error
+  if not isinstance(record, dict):
+    raise ValueError(_not_an_object(record))
+  return record
+
+
+def _not_an_object(value: Any) -> str:
+  return f"a JSON {type(value).__name__}, where an object is expected"

@@ -6,7 +6,6 @@ when it is read.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pathlib
@@ -114,9 +113,3 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   if not isinstance(read, dict):
     raise InputError(f"{path} is not a JSON object but {type(read).__name__}")
   return read
-
-
-def sha256(path: pathlib.Path) -> str:
-  """The hash of a file, as the hub shows it."""
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flax import traverse_util
 
 from calm_jax.core.errors import InputError
 
@@ -21,9 +20,16 @@ Tree = Mapping[str, Any]
 _SHOWN = 12
 
 
-def flatten(tree: Tree) -> dict[str, Any]:
+def flatten(tree: Tree, separator: str = "/") -> dict[str, Any]:
   """Returns {"a/b/c": leaf} in the order of the tree."""
-  return traverse_util.flatten_dict(tree, sep="/")
+  leaves: dict[str, Any] = {}
+  for key, value in tree.items():
+    if not isinstance(value, Mapping):
+      leaves[key] = value
+      continue
+    for name, leaf in flatten(value, separator).items():
+      leaves[f"{key}{separator}{name}"] = leaf
+  return leaves
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,12 +38,16 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     ValueError: a name is a leaf and also the prefix of another leaf.
   """
-  for name in leaves:
-    parts = name.split("/")
-    for end in range(1, len(parts)):
-      if (prefix := "/".join(parts[:end])) in leaves:
+  tree: dict[str, Any] = {}
+  for name, leaf in leaves.items():
+    *parents, last = name.split("/")
+    node = tree
+    for end, parent in enumerate(parents, start=1):
+      if (prefix := "/".join(parents[:end])) in leaves:
         raise ValueError(f"{prefix!r} is a leaf and the parent of {name!r}")
-  return traverse_util.unflatten_dict(dict(leaves), sep="/")
+      node = node.setdefault(parent, {})
+    node[last] = leaf
+  return tree
 
 
 def mask(tree: Tree, patterns: Sequence[str]) -> dict[str, Any]:

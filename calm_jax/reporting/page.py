@@ -10,7 +10,8 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from calm_jax.core.files import plain
+from calm_jax.core import trees
+from calm_jax.core.files import to_json
 from calm_jax.reporting import examples, figures
 from calm_jax.reporting.grid import HOW_TO_READ
 from calm_jax.reporting.pictures import Picture, pictures
@@ -205,7 +206,7 @@ def _files(experiment: Experiment) -> str:
     items = "".join(f"<li><code>{escape(path)}</code></li>" for path in paths)
     settings = "".join(
       f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
-      for name, value in _flat(run.config)
+      for name, value in _settings(run.config)
     )
     kind = escape(LABELS.get(run.kind, run.kind))
     parts.append(
@@ -221,12 +222,6 @@ def _files(experiment: Experiment) -> str:
   return f"<p>{escape(rule)}</p>{''.join(parts)}"
 
 
-def _flat(
-  tree: Mapping[str, Any], prefix: str = ""
-) -> Iterable[tuple[str, str]]:
-  for name, value in tree.items():
-    if isinstance(value, Mapping):
-      yield from _flat(value, f"{prefix}{name}.")
-    else:
-      text = json.dumps(plain(value), ensure_ascii=False, default=str)
-      yield f"{prefix}{name}", text
+def _settings(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+  for name, value in trees.flatten(to_json(config), ".").items():
+    yield name, json.dumps(value, ensure_ascii=False, default=str)

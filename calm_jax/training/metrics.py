@@ -12,6 +12,8 @@ from rich import progress as rich_progress
 from rich.console import Console
 from tensorboardX import SummaryWriter
 
+from calm_jax.core import files
+
 FILE_NAME = "metrics.jsonl"
 
 
@@ -34,8 +36,7 @@ class MetricWriter:
       active: False makes every call a no-op, for all processes but the first.
 
     Raises:
-      ValueError: metrics.jsonl holds a line that is not JSON, other than a
-        last one cut short.
+      InputError: see `read_metrics`.
     """
     self._active = active
     if not active:
@@ -68,11 +69,9 @@ class MetricWriter:
     if "step" in values:
       raise ValueError('a metric may not be called "step"')
     scalars = {name: _scalar(value) for name, value in values.items()}
-    line = {name: _json_number(value) for name, value in scalars.items()}
+    line = files.to_json({"step": int(step), **scalars})
     # A single write, so that a kill can cut the line but not interleave it.
-    self._file.write(
-      json.dumps({"step": int(step), **line}, allow_nan=False) + "\n"
-    )
+    self._file.write(json.dumps(line, allow_nan=False) + "\n")
     self._file.flush()
     for name, value in scalars.items():
       self._board.add_scalar(name, value, int(step))
@@ -95,12 +94,12 @@ def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:
   """Reads metrics.jsonl: one dict per line, non-finite values as floats.
 
   Raises:
-    FileNotFoundError: the directory has no metrics.jsonl.
-    ValueError: a line is not JSON, other than a last one cut short.
+    InputError: the directory has no metrics.jsonl, or a line other than a last
+      one cut short is not what `MetricWriter` writes.
   """
   return [
-    {name: _from_json(value) for name, value in json.loads(line).items()}
-    for line in _lines(Path(directory) / FILE_NAME)
+    {name: files.number_from_json(value) for name, value in record.items()}
+    for record in _records(Path(directory) / FILE_NAME)
   ]
 
 
@@ -199,43 +198,18 @@ class Progress:
 
 
 def _drop_after(path: Path, step: int) -> None:
-  kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-  temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("w", encoding="utf-8") as file:
-    file.writelines(line + "\n" for line in kept)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  kept = [record for record in _records(path) if record["step"] <= step]
+  files.write_json_lines(path, kept)
 
 
-def _lines(path: Path) -> list[str]:
-  """The lines of a JSON lines file, less a last one that was cut short."""
-  *lines, last = path.read_text(encoding="utf-8").split("\n")
-  # The newline is written last, so whatever follows the last one was cut.
-  del last
-  for number, line in enumerate(lines, start=1):
-    try:
-      json.loads(line)
-    except json.JSONDecodeError as error:
-      raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-  return lines
+def _records(path: Path) -> list[dict[str, Any]]:
+  lines = files.read_json_lines(path, ["step"], drop_unfinished=True)
+  return [record for _, record in lines]
 
 
 def _scalar(value: Any) -> int | float:
   value = value.item() if hasattr(value, "item") else value
   return value if isinstance(value, int) else float(value)
-
-
-def _json_number(value: int | float) -> int | float | str:
-  if math.isfinite(value):
-    return value
-  if math.isnan(value):
-    return "NaN"
-  return "Infinity" if value > 0 else "-Infinity"
-
-
-def _from_json(value: Any) -> Any:
-  return float(value) if isinstance(value, str) else value
 
 
 def _describe(loss: float | None, tokens_per_second: float | None) -> str:

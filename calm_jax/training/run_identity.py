@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from calm_jax.composition import forward
-from calm_jax.core import trees
+from calm_jax.core import files, trees
 from calm_jax.core.errors import InputError
 from calm_jax.parallel import processes
 
@@ -44,7 +43,8 @@ def describe(stage, spec, params, frozen, origins, seed, source) -> dict:
 
 def check(saved: dict, current: dict, directory: Path) -> None:
   """Raises InputError unless a directory holds the run that is asked for."""
-  old, new = _flat(saved), _flat(current)
+  # JSON has no tuples.
+  old, new = (trees.flatten(files.to_json(x), ".") for x in (saved, current))
   odd = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
   if odd:
     lines = [f"  {k}: was {old.get(k)}, is {new.get(k)}" for k in odd]
@@ -53,16 +53,3 @@ def check(saved: dict, current: dict, directory: Path) -> None:
       + "\n".join(lines)
       + "\nchoose another --config.workdir, or remove that folder"
     )
-
-
-def _flat(nested: dict, prefix: str = "") -> dict[str, Any]:
-  flat: dict[str, Any] = {}
-  for key, value in nested.items():
-    if isinstance(value, dict):
-      flat |= _flat(value, f"{prefix}{key}.")
-    else:
-      # JSON has no tuples.
-      flat[f"{prefix}{key}"] = (
-        list(value) if isinstance(value, tuple) else value
-      )
-  return flat
