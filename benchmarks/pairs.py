@@ -8,7 +8,6 @@ the anchor's 256,000, so that both models read the same tokens.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,7 @@ def _join(anchor: ModelConfig, other: ModelConfig, connections: int = 0):
 
 
 def computed(spec: Composition, kernel: str = "xla", **how: Any) -> Composition:
-  """The pair with `how` it is computed, fields of ModelConfig.
+  """The pair with `how` it is computed, fields of `Compute`.
 
   Args:
     spec: the pair.
@@ -101,17 +100,12 @@ def computed(spec: Composition, kernel: str = "xla", **how: Any) -> Composition:
     **how: other fields, of both models.
   """
 
-  def one(config):
-    config = dataclasses.replace(config, **how)
-    chosen = attention.choose(kernel, jax.devices()[0], config)
-    return dataclasses.replace(config, attention=chosen)
-
-  return Composition(
-    one(spec.anchor),
-    tuple(
-      (n, dataclasses.replace(a, config=one(a.config)))
-      for n, a in spec.augmenting
-    ),
+  spec = spec.with_compute(lambda _: how)
+  models = {"anchor": spec.anchor}
+  models |= {f"augmenting/{n}": a.config for n, a in spec.augmenting}
+  device = jax.devices()[0]
+  return spec.with_compute(
+    lambda part: {"attention": attention.choose(kernel, device, models[part])}
   )
 
 
@@ -125,10 +119,14 @@ def parameters(spec: Composition, dtype: str) -> dict:
     return whole(key)
 
   first, second, third = jax.random.split(jax.random.key(0), 3)
-  params = {"anchor": made(decoder.init, first, spec.anchor, spec.anchor.dtype)}
+  params = {
+    "anchor": made(decoder.init, first, spec.anchor, spec.anchor.compute.dtype)
+  }
   if spec.augmenting:
     params["augmenting"] = {
-      name: made(decoder.init, second, joined.config, joined.config.dtype)
+      name: made(
+        decoder.init, second, joined.config, joined.config.compute.dtype
+      )
       for name, joined in spec.augmenting
     }
     params["composition"] = made(forward.init, third, spec, dtype)

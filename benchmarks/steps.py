@@ -174,7 +174,9 @@ def measure(
 def unrolled_flops(spec: Composition, rows: int, length: int) -> float:
   """XLA's count, which has the body of a loop once: so there is none."""
   layers = {"unroll": spec.anchor.num_layers, "loss_chunk": 0}
-  step, make = parts(pairs.computed(spec, spec.anchor.attention, **layers))
+  step, make = parts(
+    pairs.computed(spec, spec.anchor.compute.attention, **layers)
+  )
   batch = batch_of(rows, length, spec.anchor.vocab_size)
   compiled = step.lower(*jax.eval_shape(make), batch).compile()
   return compiled.cost_analysis()["flops"]

@@ -18,7 +18,7 @@ from calm_jax.composition import forward
 from calm_jax.composition.connections import Augmenting, Composition, Connection
 from calm_jax.core.batch import Sequence
 from calm_jax.models import decoder
-from calm_jax.models.config import ModelConfig
+from calm_jax.models.config import Compute, ModelConfig
 from calm_jax.models.rope import Rope
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +99,8 @@ def model(seed: int, **changes) -> tuple[ModelConfig, dict]:
     "vocab_size": 61, "width": 32, "num_layers": 4, "num_heads": 4,
     "num_kv_heads": 2, "head_dim": 8, "mlp_width": 40,
   } | changes  # fmt: skip
+  compute = {"dtype": shape.pop("dtype")} if "dtype" in shape else {}
+  shape["compute"] = Compute(**compute)
   shape.setdefault("rope", Rope(shape["head_dim"], theta=100.0))
   config = ModelConfig(**shape)
   return config, random_params(decoder.param_shapes(config), seed)
@@ -145,7 +147,10 @@ def in_dtype(params, dtype: str):
 
 
 def retype(spec: Composition, **changes) -> Composition:
-  """The same composition with other fields in every model's config."""
+  """The composition with other fields in each model's config or `compute`."""
+  names = {field.name for field in dataclasses.fields(Compute)}
+  compute = {n: changes.pop(n) for n in names & changes.keys()}
+  spec = spec.with_compute(lambda _: compute)
   return Composition(
     dataclasses.replace(spec.anchor, **changes),
     tuple(

@@ -149,9 +149,7 @@ def memory(folder: Path, axes: dict) -> None:
     {"kv": LanguageModel(Composition(other), decoder.param_shapes(other))},
     ((2, 3), (5, 5)),
   )
-  spec = placement.configure(
-    model.spec, lambda part: {"place": layout.at(f"{part}/")}
-  )
+  spec = model.spec.with_compute(lambda part: {"place": layout.at(f"{part}/")})
   asked = stage()
   mask = trees.mask(model.params, asked.trainable)
   rate = optimizer.schedule("constant", 1e-3, 10, 0, 0.0)

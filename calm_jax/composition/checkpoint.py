@@ -118,7 +118,7 @@ def _describe(model, part: str, keep_paths: bool) -> dict[str, Any]:
   return {
     "name": name,
     "revision": source.revision,
-    "dtype": config.dtype,
+    "dtype": config.compute.dtype,
     "quantise": quantisation.kind_of(single.params),
     "sha256": hashes(source.folder),
     "tokenizer": text and {

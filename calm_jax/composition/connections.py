@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 from calm_jax.core.errors import InputError
@@ -85,6 +86,24 @@ class Composition:
   def __post_init__(self):
     for name, augmenting in self.augmenting:
       check_connections(name, augmenting, self.anchor)
+
+  def with_compute(self, changes: Callable[[str], dict]) -> Composition:
+    """The same composition, computed in another way.
+
+    Args:
+      changes: for a model, "anchor" or "augmenting/<name>", the fields of its
+        `Compute` that change.
+    """
+    augmenting = {
+      name: dataclasses.replace(
+        joined,
+        config=joined.config.with_compute(**changes(f"augmenting/{name}")),
+      )
+      for name, joined in self.augmenting
+    }
+    return Composition(
+      self.anchor.with_compute(**changes("anchor")), tuple(augmenting.items())
+    )
 
 
 def default_connections(

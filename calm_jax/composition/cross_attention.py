@@ -34,7 +34,7 @@ class CrossAttention(nn.Module):
   folded: bool = False  # f_proj is in W_K and W_V already; see `fold`
 
   def setup(self):
-    width, dtype = self.anchor.width, self.anchor.dtype
+    width, dtype = self.anchor.width, self.anchor.compute.dtype
     inner = self.anchor.num_heads * (width // self.anchor.num_heads)
     output_init = {
       "zeros": nn.initializers.zeros, "normal": nn.initializers.normal(0.02)
@@ -97,7 +97,7 @@ class CrossAttention(nn.Module):
         keys_values["key"].swapaxes(1, 2),
         keys_values["value"].swapaxes(1, 2),
         mask_BLM,
-        place=self.anchor.place,
+        place=self.anchor.compute.place,
       )
       return self.output(out_BLNH.reshape(*out_BLNH.shape[:2], -1))
     mask_B1LM = mask_BLM[:, None]

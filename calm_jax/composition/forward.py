@@ -92,7 +92,7 @@ def empty_cache(
   def cross(name):
     width = spec.anchor.width // heads
     return cache_lib.empty(
-      1, batch, heads, slots[name], width, spec.anchor.dtype
+      1, batch, heads, slots[name], width, spec.anchor.compute.dtype
     )
 
   cache = {
@@ -102,7 +102,7 @@ def empty_cache(
       n: {c.name: cross(n) for c in a.connections} for n, a in spec.augmenting
     },
   }
-  place = spec.anchor.place
+  place = spec.anchor.compute.place
   return cache if place is None else place.cache(cache)
 
 
@@ -128,7 +128,7 @@ def _start(params, config, sequence: Sequence, cache, index, lengths_B):
       cache["segments"], segments, (0, index)
     )
     cache = cache["layers"]
-  if cache is None and config.attention == "splash":
+  if cache is None and config.compute.attention == "splash":
     mask = Segments(segments, segments, sequence.positions)
   else:
     mask = decoder.self_attention_mask(
@@ -283,7 +283,7 @@ def states(
       if visible is not None and name in visible:
         mask = cross_mask(visible[name], anchor.segments, keys_BM)
       elif (
-        spec.anchor.attention == "splash"
+        spec.anchor.compute.attention == "splash"
         and joined.visibility == "causal"
         and (augmenting is None or augmenting[name] is anchor)
         and cache is look is None

@@ -56,7 +56,7 @@ def from_source(
 ) -> LanguageModel:
   """`load_model` of a checkpoint that was located."""
   folder = source.folder
-  config = dataclasses.replace(loading.load_config(folder), dtype=dtype)
+  config = loading.load_config(folder).with_compute(dtype=dtype)
   quantisation.check(quantise)
   places = shardings and shardings(
     quantisation.shapes(decoder.param_shapes(config), quantise)

@@ -6,9 +6,18 @@ docs/faults.md has the whole table.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 
 class InputError(ValueError):
   """Bad input: says what was wrong, where, and what to do about it."""
+
+
+def check_choice(name: str, value: Any, known: Collection) -> None:
+  """Raises InputError unless `value`, of an option `name`, is a known one."""
+  if value not in known:
+    raise InputError(f"{name}={value!r} is none of {known}")
 
 
 class TrainingDiverged(RuntimeError):

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 
 from calm_jax.composition import opening
-from calm_jax.composition.connections import Composition
 from calm_jax.core import trees
 from calm_jax.language_model import LanguageModel
 from calm_jax.parallel import mesh
@@ -42,7 +41,7 @@ def place(model: LanguageModel, layout: Layout | None) -> LanguageModel:
   """
   if layout is None:
     return model
-  spec = configure(model.spec, lambda part: {"place": layout.at(f"{part}/")})
+  spec = model.spec.with_compute(lambda part: {"place": layout.at(f"{part}/")})
   params = layout.place(model.tree)
   if not model.is_composed:
     params = params["anchor"]
@@ -80,18 +79,3 @@ def shardings(layout: Layout | None, part: str) -> Callable | None:
     return trees.unflatten({n[len(part) + 1 :]: s for n, s in placed.items()})
 
   return of_shapes
-
-
-def configure(spec: Composition, changes: Callable[[str], dict]) -> Composition:
-  """The composition with the fields of changes(part) in each model's config."""
-
-  def one(part, config):
-    return dataclasses.replace(config, **changes(part))
-
-  return Composition(
-    one("anchor", spec.anchor),
-    tuple(
-      (n, dataclasses.replace(a, config=one(f"augmenting/{n}", a.config)))
-      for n, a in spec.augmenting
-    ),
-  )

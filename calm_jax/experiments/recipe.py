@@ -18,7 +18,7 @@ from calm_jax.experiments.key_values import KeyValues, KeyValueTask
 from calm_jax.experiments.text import Text, TextTask
 from calm_jax.language_model import LanguageModel
 from calm_jax.models import attention, decoder, lora
-from calm_jax.models.config import ModelConfig
+from calm_jax.models.config import Compute, ModelConfig
 from calm_jax.parallel import processes, sharding
 from calm_jax.training import state_cache, trainer
 
@@ -284,7 +284,7 @@ def scratch(settings, side: str, vocab_size: int) -> ModelConfig:
   return ModelConfig(
     vocab_size=vocab_size,
     head_dim=shape["width"] // shape["num_heads"],
-    dtype=settings["dtype"],
+    compute=Compute(dtype=settings["dtype"]),
     **shape,
   )
 
@@ -308,7 +308,7 @@ def configured(
     how = {name: settings[name] for name in ("unroll", "remat", "loss_chunk")}
     return how | {"attention": attention.choose(asked, device, models[part])}
 
-  return placement.configure(spec, changes)
+  return spec.with_compute(changes)
 
 
 def _random(model: LanguageModel, key) -> LanguageModel:

@@ -41,7 +41,7 @@ class Segments(NamedTuple):
 
 
 def choose(asked: str, device: jax.Device, config: ModelConfig) -> str:
-  """The kernel of one model: `ModelConfig.attention`.
+  """The kernel of one model: `Compute.attention`.
 
   Args:
     asked: one of config.ATTENTIONS, or "auto" for splash on TPUs, cudnn on
@@ -73,8 +73,8 @@ def _why_not(kernel: str, device: jax.Device, config: ModelConfig) -> str:
     return ""
   if device.platform != "gpu":
     return "runs on NVIDIA GPUs only"
-  if config.dtype not in _HALVES:
-    return f"takes {' or '.join(_HALVES)}, not {config.dtype}"
+  if config.compute.dtype not in _HALVES:
+    return f"takes {' or '.join(_HALVES)}, not {config.compute.dtype}"
   if config.attention_cap is not None:
     return "has no soft cap of scores, and this model has one"
   # "9.0"; of other makers' GPUs a name.
@@ -114,7 +114,7 @@ def splash(
     window: keys that a query sees, its own among them; all if None.
     scale: as for `dot_product_attention`.
     cap: as there.
-    place: of the model, see `ModelConfig.place`; None on one device.
+    place: of the model, see `Compute.place`; None on one device.
   """
   # Here: no one but TPUs needs it at the start of a program.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
@@ -191,7 +191,7 @@ def dot_product_attention(
 
   Scores are multiplied by `scale`, H^-1/2 if None, and with a cap they become
   cap tanh(scores / cap). `kernel` is "xla" or, without a cap, "cudnn"; `place`
-  is the model's, see `ModelConfig.place`. What a query gets that sees no key is
+  is the model's, see `Compute.place`. What a query gets that sees no key is
   finite, and otherwise up to the kernel.
   """
   if kernel == "cudnn":

@@ -95,7 +95,12 @@ def _segmented(c: ModelConfig, q_BLNH, k_BSKH, v_BSKH, segments, layer):
 
   def within(window):
     return lambda *qkv: splash(
-      *qkv, segments, window, c.attention_scale, c.attention_cap, c.place
+      *qkv,
+      segments,
+      window,
+      c.attention_scale,
+      c.attention_cap,
+      c.compute.place,
     )
 
   qkv = q_BLNH, k_BSKH, v_BSKH
@@ -119,9 +124,9 @@ class Attention(nn.Module):
     rope, mask = at_layer(c, context, layer)
 
     def project(name, heads, qk_norm=None):
-      y = Linear(heads * c.head_dim, c.attention_bias, c.dtype, name=name)(
-        x_BLD
-      )
+      y = Linear(
+        heads * c.head_dim, c.attention_bias, c.compute.dtype, name=name
+      )(x_BLD)
       if qk_norm == "full":
         y = norm(c, f"{name}_norm")(y)
       y = y.reshape(B, L, heads, c.head_dim)
@@ -139,7 +144,7 @@ class Attention(nn.Module):
       out_BLNH = _segmented(c, q_BLNH, k_BSKH, v_BSKH, context.segments, layer)
     elif cache is None:
       out_BLNH = dot_product_attention(
-        q_BLNH, k_BSKH, v_BSKH, mask, *how, c.attention, c.place
+        q_BLNH, k_BSKH, v_BSKH, mask, *how, c.compute.attention, c.compute.place
       )
     else:
       # A cache may be of this layer alone; see `decoder.unstack`.
@@ -147,7 +152,7 @@ class Attention(nn.Module):
       new = {"key": k_BSKH.swapaxes(1, 2), "value": v_BSKH.swapaxes(1, 2)}
       cache = extend(cache, new, row, context.index)
       out_BLNH = attend(q_BLNH, blocks(cache, row, mask), *how)
-    out = Linear(D, c.output_bias, c.dtype, name="output")
+    out = Linear(D, c.output_bias, c.compute.dtype, name="output")
     return out(out_BLNH.reshape(B, L, -1)), cache
 
 
@@ -170,13 +175,15 @@ class MLP(nn.Module):
     act = activation(c.activation)
 
     def widen(name):
-      return Linear(c.mlp_width, c.mlp_bias, c.dtype, name=name)(x_BLD)
+      return Linear(c.mlp_width, c.mlp_bias, c.compute.dtype, name=name)(x_BLD)
 
     if c.gated_mlp:
       hidden_BLF = act(widen("gate")) * widen("up")
     else:
       hidden_BLF = act(widen("up"))
-    return Linear(x_BLD.shape[-1], c.mlp_bias, c.dtype, name="down")(hidden_BLF)
+    return Linear(x_BLD.shape[-1], c.mlp_bias, c.compute.dtype, name="down")(
+      hidden_BLF
+    )
 
 
 def _experts(c: ModelConfig) -> MoE:
@@ -186,7 +193,7 @@ def _experts(c: ModelConfig) -> MoE:
     c.mlp_width,
     c.normalise_experts,
     activation(c.activation),
-    c.dtype,
+    c.compute.dtype,
     name="mlp",
   )
 

@@ -1,23 +1,109 @@
-"""What a decoder is: one frozen dataclass."""
+"""Which model a decoder is (`ModelConfig`), and how it is run (`Compute`)."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import typing
+from collections.abc import Callable
 from typing import Any
 
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_choice
 from calm_jax.models.rope import Rope
 
 NORMS = ("rms", "rms_plus_one", "layer")
 QK_NORMS = (None, "head", "full")
-_KINDS = {"int": int, "float": (int, float), "bool": bool}
 ATTENTIONS = ("xla", "cudnn", "splash")
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_exact")
 REMATS = ("auto", "none", "dots", "full")
-# Fields that say how a model is computed, and not which model it is.
-HOW_COMPUTED = (
-  "dtype", "unroll", "attention", "remat", "loss_chunk", "place"
-)  # fmt: skip
+_SCALARS = {int, float, bool, type(None)}
+
+
+@functools.cache
+def _scalar_fields(owner: type) -> dict[str, Any]:
+  """The annotations of a dataclass's fields that are numbers or bools."""
+  hints = typing.get_type_hints(owner)
+  return {
+    name: hint
+    for name, hint in hints.items()
+    if {*(typing.get_args(hint) or [hint])} <= _SCALARS
+  }
+
+
+def _check_scalars(instance: Any) -> None:
+  """Raises InputError unless the numbers and bools have their types."""
+  for name, hint in _scalar_fields(type(instance)).items():
+    value, kinds = getattr(instance, name), typing.get_args(hint) or (hint,)
+    if isinstance(value, bool):  # which Python counts among the ints
+      fits = bool in kinds
+    else:
+      fits = isinstance(value, kinds) or (
+        float in kinds and isinstance(value, int)
+      )
+    if not fits:
+      raise InputError(
+        f"{name}={value!r} is no {getattr(hint, '__name__', hint)}"
+      )
+
+
+class Placement(typing.Protocol):
+  """Places a model's arrays while several devices compute it.
+
+  Each method returns the array that it is given, with a sharding constraint.
+
+  Attributes:
+    sequence: the number of pieces that the queries of an attention kernel are
+      cut into along their length.
+  """
+
+  sequence: int
+
+  def weight(self, name: str, weight: Any) -> Any:
+    """One layer's leaf, by its name in the model's tree."""
+
+  def states(self, x_BLD: Any) -> Any:
+    """Hidden states between two layers."""
+
+  def cache(self, cache: Any) -> Any:
+    """The KV cache."""
+
+  def attention(self, function: Callable, kernel: Any, *arrays: Any) -> Any:
+    """Calls an attention kernel on each device's rows and heads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+  """How a decoder is computed; two models that differ in it only are the same.
+
+  Attributes:
+    dtype: dtype of the computation; norms, softmax and logits are float32
+      at least.
+    unroll: layers compiled out per step of the scan over layers; more is
+      faster for small models on a CPU, and compiles for longer.
+    attention: the kernel of training and scoring, one of ATTENTIONS; see
+      `attention.choose`. Decoding always uses "xla".
+    remat: what the backward pass recomputes of a layer: nothing ("none"), all
+      but its matrix products ("dots"), or the whole layer ("full"); "auto" is
+      "none" where all layers run at once, or else "dots".
+    loss_chunk: logits that exist at a time in training, on each device; 0 for
+      all of them.
+    place: where the arrays lie on several devices; None on one device.
+
+  Raises:
+    InputError: an attention kernel or a remat that does not exist.
+  """
+
+  dtype: str = "float32"
+  unroll: int = 1
+  attention: str = "xla"
+  remat: str = "auto"
+  loss_chunk: int = 0
+  place: Placement | None = None
+
+  def __post_init__(self):
+    _check_scalars(self)
+    check_choice("attention", self.attention, ATTENTIONS)
+    check_choice("remat", self.remat, REMATS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,21 +159,7 @@ class ModelConfig:
     logit_cap: c, logits become c tanh(logits / c); None for none.
     embedding_scale: embeddings are multiplied by it; rounded to `dtype`.
     tie_embeddings: whether the head is the embedding table, transposed.
-    dtype: dtype of the computation; norms, softmax and logits are float32
-      at least.
-    unroll: layers compiled out per step of the scan over layers; more is
-      faster for small models on a CPU, and compiles for longer.
-    attention: the kernel of training and scoring, one of ATTENTIONS; see
-      `attention.choose`. Decoding is "xla" always.
-    remat: what of a layer the backward pass computes again: "none" of it, all
-      but its matrix products ("dots"), or the "full" layer; "auto" is "none"
-      where all layers run at once, or else "dots".
-    loss_chunk: logits that exist at a time in training, on each device; 0 for
-      all of them.
-    place: says where arrays lie while several devices compute: `weight(name,
-      array)` of a layer, `states(array)` [B, L, D] between layers and
-      `cache(tree)`, each of which returns what it is given, and how a kernel
-      of attention is shared by them. None on one device.
+    compute: how the model is computed, which is no part of which model it is.
 
   Raises:
     InputError: values that contradict each other.
@@ -129,36 +201,18 @@ class ModelConfig:
   logit_cap: float | None = None
   embedding_scale: float = 1.0
   tie_embeddings: bool = False
-  dtype: str = "float32"
-  unroll: int = 1
-  # These change no number but its last bits, so they are no part of what a run
-  # is told by.
-  attention: str = dataclasses.field(default="xla", repr=False)
-  remat: str = dataclasses.field(default="auto", repr=False)
-  loss_chunk: int = dataclasses.field(default=0, repr=False)
-  place: Any = dataclasses.field(default=None, repr=False)
+  compute: Compute = Compute()
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      kind, _, nullable = field.type.partition(" | ")
-      value = getattr(self, field.name)
-      if kind not in _KINDS or (value is None and nullable):
-        continue
-      is_bool = isinstance(value, bool)  # which Python takes for an int
-      if is_bool != (kind == "bool") or not isinstance(value, _KINDS[kind]):
-        raise InputError(f"{field.name}={value!r} is no {field.type}")
+    _check_scalars(self)
+    check_choice("activation", self.activation, ACTIVATIONS)
+    check_choice("norm", self.norm, NORMS)
+    check_choice("qk_norm", self.qk_norm, QK_NORMS)
     if self.num_heads % self.num_kv_heads:
       raise InputError(
         f"num_heads={self.num_heads} is not a multiple of "
         f"num_kv_heads={self.num_kv_heads}"
       )
-    for name, known in (
-      ("activation", ACTIVATIONS), ("norm", NORMS), ("qk_norm", QK_NORMS),
-      ("attention", ATTENTIONS),
-      ("remat", REMATS),
-    ):  # fmt: skip
-      if getattr(self, name) not in known:
-        raise InputError(f"{name}={getattr(self, name)!r} is none of {known}")
     if self.num_experts and (self.mlp_bias or not self.gated_mlp):
       raise InputError("experts are gated MLPs without biases")
     if self.window is not None and self.window < 1:
@@ -172,3 +226,8 @@ class ModelConfig:
         raise InputError(
           f"rotary_dim={rope.rotary_dim} exceeds head_dim={self.head_dim}"
         )
+
+  def with_compute(self, **changes: Any) -> ModelConfig:
+    """The same model with other fields of `compute`."""
+    compute = dataclasses.replace(self.compute, **changes)
+    return dataclasses.replace(self, compute=compute)

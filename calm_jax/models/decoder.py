@@ -141,7 +141,9 @@ def make_context(
   def turn(rope):
     if rope is None:
       return None
-    return tables(rope, positions_BL, at_least_float32(config.dtype), lengths)
+    return tables(
+      rope, positions_BL, at_least_float32(config.compute.dtype), lengths
+    )
 
   if segments is not None:
     return Context(
@@ -182,13 +184,17 @@ def embed(
   """
   embed = params["embed"]
   rows = jax.tree.map(lambda table: table[tokens_BL], embed["embedding"])
-  x_BLD = dense(rows, config.dtype)
+  x_BLD = dense(rows, config.compute.dtype)
   if config.embedding_scale != 1:
     x_BLD = x_BLD * jnp.asarray(config.embedding_scale, x_BLD.dtype)
   if config.learned_positions:
-    table_PD = embed["position_embedding"].astype(config.dtype)
+    table_PD = embed["position_embedding"].astype(config.compute.dtype)
     x_BLD = x_BLD + jnp.take(table_PD, positions_BL, axis=0, mode="fill")
-  return x_BLD if config.place is None else config.place.states(x_BLD)
+  return (
+    x_BLD
+    if config.compute.place is None
+    else config.compute.place.states(x_BLD)
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -241,21 +247,21 @@ def run_layers(
     else:
       weights = _placed(config, weights)
     y = Block(config).apply({"params": weights}, x, context, cache, layer)
-    if config.place is not None:
-      y = config.place.states(y[0]), y[1]
+    if config.compute.place is not None:
+      y = config.compute.place.states(y[0]), y[1]
     return y, None
 
   # The gradient of indexing would add into the whole stack once per layer. But
   # slicing the stack before the scan would copy it, so index inside then.
   weights = params["layers"] if whole else None
-  policy = _saved(config.remat, indexed=not whole)
+  policy = _saved(config.compute.remat, indexed=not whole)
   if policy is not None:
     body = jax.checkpoint(body, policy=policy, prevent_cse=False)
   (x_BLD, cache), _ = jax.lax.scan(
     body,
     (x_BLD, cache),
     (jnp.arange(start, stop), weights),
-    unroll=min(config.unroll, stop - start),
+    unroll=min(config.compute.unroll, stop - start),
   )
   return x_BLD, cache
 
@@ -294,10 +300,10 @@ def _placed(config: ModelConfig, weights: dict, part: str = "layers") -> dict:
 
 
 def _placed_weight(config, path, weight: Array, part: str = "layers") -> Array:
-  if config.place is None:
+  if config.compute.place is None:
     return weight
   name = jax.tree_util.keystr(path, simple=True, separator="/")
-  return config.place.weight(f"{part}/{name}", weight)
+  return config.compute.place.weight(f"{part}/{name}", weight)
 
 
 def head_weights(params: dict, config: ModelConfig) -> dict:
@@ -315,13 +321,13 @@ def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:
   Of the parameters, `head_weights` are enough.
   """
   x = norm(config).apply({"params": params["final_norm"]}, x_BLD)
-  flat = x.reshape(-1, x.shape[-1]).astype(config.dtype)
+  flat = x.reshape(-1, x.shape[-1]).astype(config.compute.dtype)
   if config.tie_embeddings:
     flat = matmul(flat, params["embed"]["embedding"], transposed=True)
   else:
     flat = matmul(flat, params["head"]["kernel"])
   logits_BLV = flat.reshape(*x.shape[:-1], -1)
-  logits_BLV = logits_BLV.astype(at_least_float32(config.dtype))
+  logits_BLV = logits_BLV.astype(at_least_float32(config.compute.dtype))
   if config.logit_scale != 1:
     logits_BLV = logits_BLV * config.logit_scale
   if config.logit_cap is not None:
@@ -339,7 +345,12 @@ def empty_cache(
 
   def zeros(layers):
     return cache_lib.empty(
-      layers, batch, config.num_kv_heads, slots, config.head_dim, config.dtype
+      layers,
+      batch,
+      config.num_kv_heads,
+      slots,
+      config.head_dim,
+      config.compute.dtype,
     )
 
   if stacked:

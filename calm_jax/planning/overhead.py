@@ -45,7 +45,6 @@ from calm_jax.composition.connections import (
 from calm_jax.core import trees
 from calm_jax.core.batch import plain_sequence
 from calm_jax.core.errors import InputError
-from calm_jax.experiments import placement
 from calm_jax.models import decoder, lora
 from calm_jax.models.config import ModelConfig
 from calm_jax.planning import flops
@@ -136,8 +135,8 @@ def training_flops(
     raise InputError("there is no augmenting model, so no overhead to count")
   own = augmenting_length or length
   # Of the models, whatever kernel, remat and mesh they run with.
-  spec = placement.configure(
-    spec, lambda part: {"attention": "xla", "remat": "auto", "place": None}
+  spec = spec.with_compute(
+    lambda part: {"attention": "xla", "remat": "auto", "place": None}
   )
   theta = _theta(spec)
   parts = {name: joined.config for name, joined in spec.augmenting}

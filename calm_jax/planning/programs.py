@@ -83,9 +83,7 @@ def place(job: Job, target: Target, axes: dict[str, int]) -> Placed:
     settings = settings | {"attention": "xla"}
   spec = recipe.configured(job.spec, settings, target.devices[0])
   if layout is not None:
-    spec = placement.configure(
-      spec, lambda part: {"place": layout.at(f"{part}/")}
-    )
+    spec = spec.with_compute(lambda part: {"place": layout.at(f"{part}/")})
   return Placed(job._replace(spec=spec), layout, target)
 
 

@@ -142,7 +142,7 @@ def _rough(job: Job, target: Target, case: Case) -> tuple[float, float]:
     seconds = max(flops / count / chip.flops, sent / chip.links)
   inner = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 2 * c.mlp_width
   layer = here * (2 * c.width + inner / tensor) * _HALF
-  if c.attention == "xla":
+  if c.compute.attention == "xla":
     layer += 4 * here * job.stage.length * c.num_heads / tensor
   kept = {"full": here * c.width * _HALF, "dots": layer, "none": 2 * layer}
   memory = c.num_layers * kept[case.remat] + 3 * layer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import tempfile
 from pathlib import Path
@@ -145,7 +144,7 @@ def _models(settings) -> dict[str, ModelConfig]:
       if side not in found
     }
   return {
-    side: dataclasses.replace(config, dtype=settings["dtype"])
+    side: config.with_compute(dtype=settings["dtype"])
     for side, config in found.items()
   }
 

@@ -8,12 +8,20 @@ from pathlib import Path
 from calm_jax.composition import forward
 from calm_jax.core import files, trees
 from calm_jax.core.errors import InputError
+from calm_jax.models.config import Compute
 from calm_jax.parallel import processes
 
 
 def describe(stage, spec, params, frozen, origins, seed, source) -> dict:
   """What a checkpoint depends on besides the saved leaves; JSON."""
   part, _ = forward.alone(spec, params, stage.model)
+  # A run may be resumed with another kernel, remat, loss chunk or mesh, but not
+  # in another dtype or with another number of unrolled layers.
+  default = Compute()
+  resumable = ("attention", "remat", "loss_chunk", "place")
+  part = part.with_compute(
+    lambda _: {name: getattr(default, name) for name in resumable}
+  )
   settings = dataclasses.asdict(stage) | {
     "seed": seed, "source": source.fingerprint, "spec": repr(part)
   }  # fmt: skip

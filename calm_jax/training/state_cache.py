@@ -10,7 +10,6 @@ B batch, M augmenting length, E augmenting width, S width of a scale's part.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,7 +88,8 @@ def taps(
         stored.setdefault(int(layer), {})[kind] = array
     if stored:
       found[name] = {
-        layer: decode(s, joined.config.dtype) for layer, s in stored.items()
+        layer: decode(s, joined.config.compute.dtype)
+        for layer, s in stored.items()
       }
   return found
 
@@ -200,7 +200,7 @@ def cached(
         fields(stage.cache_states, joined),
         {
           "model": frozen[f"augmenting/{model}"]["sha256"],
-          "config": repr(dataclasses.replace(joined.config, unroll=1)),
+          "config": repr(joined.config.with_compute(unroll=1)),
         },
         writes=writes,
       )

@@ -41,7 +41,7 @@ def summed_loss(params: dict, spec: Composition, batch: dict[str, Array]):
 def _head(params, spec, batch) -> tuple:
   """The arguments of `losses.chunked_rows`."""
   config = spec.anchor
-  limit, place = config.loss_chunk, config.place
+  limit, place = config.compute.loss_chunk, config.compute.place
   if place is not None:
     limit *= place.layout.mesh.size
 

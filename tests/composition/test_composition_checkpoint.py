@@ -140,7 +140,7 @@ def test_theta_in_another_dtype(composed, tmp_path):
   trees.check_same_structure(theta, want, "Θ_C")
   jax.tree.map(np.testing.assert_array_equal, theta, want)
   halved = calm_jax.load_composed(tmp_path, dtype="bfloat16")
-  assert halved.spec.anchor.dtype == "bfloat16"
+  assert halved.spec.anchor.compute.dtype == "bfloat16"
   with pytest.raises(InputError, match="int8"):
     composed.save(tmp_path / "new", "int8")
 

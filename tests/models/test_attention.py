@@ -244,7 +244,7 @@ def test_a_composition_by_cudnn_keeps_no_scores_of_its_models(hopper):
 
 def test_what_is_chosen():
   model = helpers.model(1, dtype="bfloat16")[0]
-  single = dataclasses.replace(model, dtype="float32")
+  single = model.with_compute(dtype="float32")
   capped = dataclasses.replace(model, attention_cap=50.0)
   wide = dataclasses.replace(model, head_dim=256)
   cpu, tpu = (types.SimpleNamespace(platform=p) for p in ("cpu", "tpu"))

@@ -80,7 +80,7 @@ def test_unroll_changes_nothing():
   config, params = helpers.model(0)
   sequence = helpers.rows([np.arange(9)], length=9)
   rolled = helpers.decode_rows(params, config, sequence)
-  unrolled = dataclasses.replace(config, unroll=4)
+  unrolled = config.with_compute(unroll=4)
   np.testing.assert_allclose(
     helpers.decode_rows(params, unrolled, sequence), rolled, rtol=0, atol=1e-5
   )
@@ -246,7 +246,7 @@ def test_float64_path_computes_what_float32_does(x64):
   low = helpers.decode_rows(params, config, sequence)
   high = helpers.decode_rows(
     helpers.in_dtype(params, "float64"),
-    dataclasses.replace(config, dtype="float64"),
+    config.with_compute(dtype="float64"),
     sequence,
   )
   assert (low.dtype, high.dtype) == (jnp.float32, jnp.float64)
@@ -259,7 +259,7 @@ def test_bfloat16_computation_gives_float32_logits():
   sequence = helpers.rows([np.arange(9)], length=9)
   logits = helpers.decode_rows(params, config, sequence)
   assert logits.dtype == jnp.float32
-  float32 = dataclasses.replace(config, dtype="float32")
+  float32 = config.with_compute(dtype="float32")
   np.testing.assert_allclose(
     logits, helpers.decode_rows(params, float32, sequence), rtol=0, atol=0.1
   )

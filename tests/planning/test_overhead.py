@@ -14,7 +14,6 @@ from calm_jax.composition import forward as forward_lib
 from calm_jax.composition.connections import Augmenting, Composition, Connection
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError
-from calm_jax.experiments import placement
 from calm_jax.models import decoder, lora
 from calm_jax.models.config import ModelConfig
 from calm_jax.planning import flops, overhead
@@ -111,7 +110,7 @@ def test_forward_passes_and_steps_by_hand(read, counted):
 
 
 def test_flops_are_the_model_s_and_not_of_how_it_is_computed(counted):
-  spec = placement.configure(SPEC, lambda part: {"remat": "full"})
+  spec = SPEC.with_compute(lambda part: {"remat": "full"})
   assert overhead.training_flops(spec, B, L) == counted
 
 
@@ -181,9 +180,10 @@ def test_the_trainer_does_what_was_counted(run, counted):
 
 def three(unroll: int) -> Composition:
   """Two models of three layers."""
-  anchor, small = model(200, 3, unroll=unroll), model(104, 3, unroll=unroll)
+  anchor, small = model(200, 3), model(104, 3)
   pairs = Connection(1, 1), Connection(2, 3)
-  return Composition(anchor, (("a", Augmenting(small, pairs)),))
+  spec = Composition(anchor, (("a", Augmenting(small, pairs)),))
+  return spec.with_compute(lambda part: {"unroll": unroll})
 
 
 @functools.cache

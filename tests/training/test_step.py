@@ -14,7 +14,7 @@ from calm_jax.composition.connections import Augmenting, Composition, Connection
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError
 from calm_jax.models import decoder
-from calm_jax.models.config import ModelConfig
+from calm_jax.models.config import Compute, ModelConfig
 from calm_jax.training import step
 
 THETA, ANCHOR = "composition/.*", "anchor/.*"
@@ -71,7 +71,8 @@ def temporary_bytes(spec, trainable, rows, length) -> int:
 @pytest.mark.parametrize("tied", [False, True])
 def test_memory_does_not_grow_with_the_vocabulary(tied):
   def peak(vocabulary):
-    shape = {"loss_chunk": 2**20, "tie_embeddings": tied}
+    compute = Compute(loss_chunk=2**20)
+    shape = {"compute": compute, "tie_embeddings": tied}
     spec = pair(shape | {"vocab_size": vocabulary}, ((1, 1),), num_layers=1)
     return temporary_bytes(spec, THETA, rows=1, length=256)
 
@@ -127,7 +128,8 @@ def test_chunks_train_as_all_logits_do(head):
 @pytest.mark.parametrize("trainable", [THETA, ANCHOR])
 def test_what_is_computed_again_needs_no_memory(trainable):
   def peak(remat):
-    anchor = {"num_layers": 17, "remat": remat, "loss_chunk": 2**12}
+    compute = Compute(remat=remat, loss_chunk=2**12)
+    anchor = {"num_layers": 17, "compute": compute}
     spec = pair(anchor, ((1, 1),))
     if trainable == ANCHOR:  # all layers at once
       spec = Composition(spec.anchor)
@@ -154,4 +156,4 @@ def test_remat_changes_no_number(trainable):
 
 def test_there_is_no_other_remat():
   with pytest.raises(InputError, match="remat='some' is none of"):
-    pair({"remat": "some"})
+    Compute(remat="some")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from calm_jax.core.errors import InputError
-from calm_jax.models.config import HOW_COMPUTED, ModelConfig
+from calm_jax.models.config import ModelConfig
 from calm_jax.models.hf.config_tables import FAMILIES, Family, Json
 
 # transformers' names of activations.
@@ -141,9 +141,7 @@ def to_hf(config: ModelConfig, dtype: str) -> Json:
     "pad_token_id": None,
   }
   back = from_hf(hf)
-  kept = dataclasses.replace(
-    config, **{name: getattr(back, name) for name in HOW_COMPUTED}
-  )
+  kept = dataclasses.replace(config, compute=back.compute)
   if back != kept:
     differ = [
       f"{f.name}={getattr(kept, f.name)!r}"

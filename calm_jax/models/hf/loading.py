@@ -22,7 +22,7 @@ from calm_jax.core import trees
 from calm_jax.core.errors import InputError
 from calm_jax.core.hub import CONFIG, read_json
 from calm_jax.models import decoder, quantisation
-from calm_jax.models.config import HOW_COMPUTED, ModelConfig
+from calm_jax.models.config import ModelConfig
 from calm_jax.models.hf import families, reading, safetensors, tensors
 from calm_jax.models.hf.safetensors import FLOATS, INDEX, WEIGHTS, Tensor
 from calm_jax.models.hf.weight_files import open_tensors
@@ -281,7 +281,7 @@ def save_params(
 
   Args:
     folder: is created; must not hold a checkpoint yet.
-    config: the architecture; what is in HOW_COMPUTED is not kept.
+    config: the architecture; `compute` is not kept.
     params: the tree of `decoder.param_shapes(config)`, of one dtype.
     config_json: the config.json to write, whose family says how the tensors
       are called; a Llama's made from `config` if None.
@@ -334,8 +334,7 @@ def _check_same_config(
   config_json: Mapping[str, Any], config: ModelConfig
 ) -> None:
   says = dataclasses.replace(
-    families.from_hf(dict(config_json)),
-    **{name: getattr(config, name) for name in HOW_COMPUTED},
+    families.from_hf(dict(config_json)), compute=config.compute
   )
   if says != config:
     raise InputError(

@@ -168,9 +168,10 @@ SHARDED = """
 import sys
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from calm_jax import tree
-from calm_jax.errors import InputError
-from calm_jax.models import decoder, loading
+from calm_jax.core import trees as tree
+from calm_jax.core.errors import InputError
+from calm_jax.models import decoder
+from calm_jax.models.hf import loading
 
 jax.config.update("jax_num_cpu_devices", 4)
 config = loading.load_config(sys.argv[1])
