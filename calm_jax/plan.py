@@ -88,11 +88,6 @@ def main(config: ConfigDict, options: Options) -> dict[str, Any]:
     best = search.compiled(job, target, case)
     cases = [best]
   found = {"topology": target, "job": job, "cases": cases, "largest": None}
-  if job.stage.cache_states:
-    runs_all = dataclasses.replace(job.stage, cache_states="")
-    uncached = search.with_case(job._replace(stage=runs_all), best)
-    placed = programs.place(uncached, target, best.axes)
-    found["uncached_flops"] = programs.training_flops(placed, best.rows)
   if options.largest_batch and time.monotonic() < until:
     found["largest"], more = search.largest(job, target, best, until=until)
     found["batches"] = more

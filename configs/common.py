@@ -233,21 +233,13 @@ def _in_place_of_its_own(config: ConfigDict, stages: tuple[str, ...]) -> None:
   config.recipe = (*stages, *rest)
 
 
-def _other_states(config: ConfigDict) -> None:
-  """Another m_A has states of its own."""
-  for stage in _last(config):
-    stage.cache_folder = ""
-
-
 def _vanilla(config: ConfigDict) -> None:
   _in_place_of_its_own(config, config.vanilla)
-  _other_states(config)
 
 
 def _random(config: ConfigDict) -> None:
   _in_place_of_its_own(config, ())
   config.random_augmenting = True
-  _other_states(config)
 
 
 def _encoder(config: ConfigDict) -> None:
@@ -272,13 +264,12 @@ def _lora(config: ConfigDict) -> None:
     # As a composition's kernels do.
     decay = f"{stage.decay}|lora_a|lora_b"
     stage.update(model="anchor", trainable=("anchor/.*/lora_.",), decay=decay)
-    stage.cache_states = ""
 
 
 def _finetune(config: ConfigDict) -> None:
   _in_place_of_its_own(config, ())
   for stage in _last(config):
-    stage.update(model="anchor", trainable=("anchor/.*",), cache_states="")
+    stage.update(model="anchor", trainable=("anchor/.*",))
   config.quantise.anchor = ""
 
 

@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import cached_runs
 import helpers
 import jax
 import jax.numpy as jnp
@@ -103,12 +102,7 @@ def compose() -> tuple[Composition, dict]:
 
 
 def run(
-  folder: Path,
-  axes: dict,
-  broken=None,
-  generates=False,
-  epochs=False,
-  **changes,
+  folder: Path, axes: dict, broken=None, generates=False, **changes
 ) -> None:
   """A stage, and a few texts: metrics, "trained.npz" and "texts.json"."""
   layout = layout_of(axes)
@@ -116,8 +110,6 @@ def run(
   asked = stage(**changes)
   share = layout.share(ROWS, asked.accumulate) if layout else (0, 1)
   source = Source(share, broken)
-  if epochs:
-    source = cached_runs.source(examples=90, batch_size=ROWS, share=share)
   try:
     params, _ = trainer.run_stage(
       "compose", asked, model.spec, model.params, source,

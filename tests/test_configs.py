@@ -274,13 +274,8 @@ def test_which_stages_a_kind_needs():
 def test_kinds_drop_what_they_cannot_have(kind):
   config = load("compose", "domain")
   config.quantise.anchor = "int8"
-  config.stages.compose.update(cache_states="int8", cache_folder="states")
   common.become([kind], config)
   assert config.quantise.anchor == ("" if kind == "finetune" else "int8")
-  if kind in ("vanilla", "random"):
-    assert config.stages.compose.cache_folder == ""
-  elif config.stages.compose.cache_states:
-    assert config.stages.compose.cache_folder == "states"
 
 
 def test_a_vanilla_m_a_of_the_key_value_task_learns_of_no_values():

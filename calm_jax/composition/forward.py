@@ -176,7 +176,6 @@ def read_on(
   cache: dict | None = None,
   index: Array | None = None,
   lengths_B: Array | None = None,
-  taps: dict[int, Array] | None = None,
 ) -> dict:
   """An augmenting model reads tokens, and its connections make of them what
   the anchor attends to.
@@ -189,23 +188,20 @@ def read_on(
     cache: {"augmenting", "cross"} of this model, or None.
     index: int32 [], the slot of the first token; with a cache only.
     lengths_B: how long its rows will have become; see `states`.
-    taps: what `tap` gives by layer, if it is known; without a cache only.
 
   Returns:
     {"augmenting": its cache, whose "segments" [B, S] are there without a cache
     too, "cross": {connection: {"key", "value"}}}.
   """
   joined = dict(spec.augmenting)[name]
-  segments, kept = sequence.segments, None
-  if taps is None:
-    taps, segments, kept = tap(
-      params["augmenting"][name],
-      joined,
-      sequence,
-      cache and cache["augmenting"],
-      index,
-      lengths_B,
-    )
+  taps, segments, kept = tap(
+    params["augmenting"][name],
+    joined,
+    sequence,
+    cache and cache["augmenting"],
+    index,
+    lengths_B,
+  )
   cross = {}
   for connection in joined.connections:
     layer = connection.augmenting
@@ -236,7 +232,6 @@ def states(
   index: Array | None = None,
   look: dict | None = None,
   lengths: dict[str, Array] | None = None,
-  taps: dict[str, dict[int, Array]] | None = None,
 ) -> tuple[Array, dict | None]:
   """The composed layers: H'_Bj = H_Bj + f_cross(f_proj(H_Ai), H_Bj).
 
@@ -255,8 +250,6 @@ def states(
     lengths: with a cache, int32 [B] by "anchor" and the augmenting names, how
       long each row will have become, for rotary scalings that depend on it;
       see `decoder.make_context`.
-    taps: by augmenting name its hidden states {layer: [B, M, E]}, if they are
-      known; such a model is not run. Without a cache only.
 
   Returns:
     Hidden states after the last layer [B, L, D], and the updated cache (None
@@ -272,9 +265,8 @@ def states(
         heard = read_on(params, spec, name, anchor, old, index, length_B)
       elif name in augmenting or cache is None:
         heard = read_on(
-          params, spec, name, augmenting[name], old, index, length_B,
-          (taps or {}).get(name),
-        )  # fmt: skip
+          params, spec, name, augmenting[name], old, index, length_B
+        )
       else:
         heard = old
       for kind, value in heard.items():

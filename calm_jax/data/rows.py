@@ -183,26 +183,6 @@ class TextSource:
     """The batch at `index`: this process's rows [B / processes, L]."""
     return self._table.batch(self._row_ids(index)[self._rows])
 
-  def once(self, num_batches: int, batch_size: int) -> TextSource:
-    """One pass over the rows that the first batches hold, in another order.
-
-    A batch is whole, whatever share of it this process takes of the others.
-    """
-    rows: set[int] = set()
-    for index in range(num_batches):
-      rows.update(self._row_ids(index).tolist())
-      if len(rows) == self.num_rows:
-        break
-    return TextSource(
-      self._table,
-      sorted(rows) + [-1] * (-len(rows) % batch_size),
-      batch_size=batch_size,
-      seed=None,
-      rows=slice(None),
-      weights={},
-      truncation=self.truncation,
-    )
-
   def describe(self, index: int) -> str:
     """Names the examples of the global batch at `index`, for messages."""
     several = len(self._table.ranges) > 1

@@ -20,7 +20,7 @@ from calm_jax.language_model import LanguageModel
 from calm_jax.models import attention, decoder, lora
 from calm_jax.models.config import Compute, ModelConfig
 from calm_jax.parallel import processes, sharding
-from calm_jax.training import state_cache, trainer
+from calm_jax.training import trainer
 
 EXPERIMENTS = {
   "key_values": (KeyValues, KeyValueTask),
@@ -103,7 +103,6 @@ def fit(settings: dict[str, Any]) -> Fitted:
     if layout is not None:
       share = layout.share(stage.batch_size, stage.accumulate)
     sources[name] = experiment.source(stage, trained, seeds[name], share)
-    state_cache.check(name, stage, sources[name])
     eval_batches[name] = experiment.eval_batches(stage, trained)
   # What is quantised later is not to be held besides as it was.
   del loaded, trained

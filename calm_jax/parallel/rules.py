@@ -8,7 +8,7 @@ without communication. See `parallel.sharding`.
 
 _ROWS = ("data", "fsdp")
 SHARDING = (
-  (r"states|batch/.*/states/.*", (_ROWS, "sequence", None)),
+  (r"states", (_ROWS, "sequence", None)),
   (r"heads", (_ROWS, "tensor", "sequence", None)),
   (r"batch/.*", (_ROWS, "sequence")),
   (r"cache/.*/(key|value)", (_ROWS, "tensor", None, None)),

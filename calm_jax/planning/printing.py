@@ -38,8 +38,6 @@ def report(found: dict[str, Any]) -> dict[str, Any]:
     "best": _case(best, tokens),
     "cases": [_case(c, c.rows * job.stage.length) for c in found["cases"]],
   }
-  if "uncached_flops" in found:
-    result["uncached_flops"] = found["uncached_flops"]
   if found["largest"] is not None:
     result["largest_batch"] = found["largest"]
     result["batches"] = {
@@ -82,11 +80,6 @@ def show(result: dict[str, Any]) -> None:
   _show_speed(console, columns)
   for name, count in best["found"]["kernels"].items():
     console.print(f"kernel in {count} places of the step: {name}")
-  if "uncached_flops" in result:
-    console.print(
-      f"cached states: {best['found']['flops']:.4g} FLOPs a step, where m_A's "
-      f"forward pass would make it {result['uncached_flops']:.4g}"
-    )
   if len(result["cases"]) > 1:
     _show_cases(console, result["cases"])
   if "tokens_per_second" in best["found"]:

@@ -161,17 +161,6 @@ class Program(NamedTuple):
 
 def training(placed: Placed, rows: int) -> Program:
   """One step of training on `rows` rows."""
-  given, traced = _traced_training(placed, rows)
-  return _compile(traced, given)
-
-
-def training_flops(placed: Placed, rows: int) -> int:
-  """`Program.flops` of a step, which is not compiled."""
-  _, traced = _traced_training(placed, rows)
-  return flops.of_jaxpr(traced.jaxpr.jaxpr)
-
-
-def _traced_training(placed: Placed, rows: int) -> tuple:
   stage = placed.job.stage
   mask = trees.mask(placed.job.params, stage.trainable)
   tx, rate = trainer.optimizer(stage, mask)
@@ -179,7 +168,7 @@ def _traced_training(placed: Placed, rows: int) -> tuple:
   step = step_lib.make_step(
     placed.job.spec, stage.model, tx, rate, stage.accumulate, placed.layout
   )
-  return given, step.trace(*given.arguments)
+  return _compile(step.trace(*given.arguments), given)
 
 
 def decoding(placed: Placed, rows: int, slots: int) -> Program:

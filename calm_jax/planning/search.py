@@ -122,8 +122,6 @@ def _rough(job: Job, target: Target, case: Case) -> tuple[float, float]:
     trees.count(decoder.param_shapes(config)["layers"])
     for config in (c, *(a.config for _, a in job.spec.augmenting))
   )
-  if job.stage.cache_states:
-    others = []
   head = c.width * c.vocab_size
   tokens = case.rows * job.stage.length
   passes = 2 + (case.remat == "full")

@@ -14,13 +14,12 @@ from calm_jax.composition import composing, forward
 from calm_jax.composition.connections import Composition
 from calm_jax.core import hub, trees
 from calm_jax.core.errors import InputError
-from calm_jax.data.rows import TextSource
 from calm_jax.experiments import quantising
 from calm_jax.experiments import recipe as recipe_lib
 from calm_jax.models import decoder, quantisation
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.hf import families, loading
-from calm_jax.training import state_cache, trainer
+from calm_jax.training import trainer
 
 
 class Job(NamedTuple):
@@ -55,9 +54,6 @@ def job(settings: dict[str, Any], stage: str = "") -> Job:
   if stage not in settings["stages"]:
     raise InputError(f"stage={stage!r} is none of {list(settings['stages'])}")
   asked = trainer.Stage(**settings["stages"][stage])
-  # Of the data of experiments, those of text come again.
-  repeats = TextSource if settings["experiment"] == "text" else None
-  state_cache.check(stage, asked, repeats)
   configs = _models(settings)
   anchor, augmenting = configs["anchor"], configs["augmenting"]
   name, joint = settings["augmenting_name"], dict(settings["composition"])
@@ -77,7 +73,6 @@ def job(settings: dict[str, Any], stage: str = "") -> Job:
   params = jax.eval_shape(
     lambda p: recipe_lib.with_lora(p, settings)[0], params
   )
-  state_cache.check_frozen(stage, asked, params)
   chosen = trees.flatten(trees.mask(params, asked.trainable))
   params = trees.unflatten(
     {
@@ -170,7 +165,7 @@ def _tokenizer(settings):
 
 
 def batch(job: Job, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """The arrays of a training batch; see `data.packing` and `state_cache`."""
+  """The arrays of a training batch; see `data.packing`."""
 
   def arrays(prefix, names, length):
     return {
@@ -188,12 +183,4 @@ def batch(job: Job, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
       prefix = f"augmenting/{name}/"
       found |= arrays(prefix, sequence, length)
       found |= arrays(prefix, ("visible",), job.stage.length)
-  if job.stage.cache_states:
-    for name, joined in job.spec.augmenting:
-      length = job.own.get(name, job.stage.length)
-      stored = state_cache.fields(job.stage.cache_states, joined)
-      for field, (dtype, width) in stored.items():
-        found[f"augmenting/{name}/states/{field}"] = jax.ShapeDtypeStruct(
-          (rows, length, width), jnp.dtype(dtype)
-        )
   return found

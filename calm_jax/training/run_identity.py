@@ -29,11 +29,9 @@ def describe(stage, spec, params, frozen, origins, seed, source) -> dict:
   # augmenting_length changes is in the source.
   for key in (
     "log_every", "checkpoint_every", "eval_every", "keep_last", "keep_best",
-    "augmenting_length", "cache_folder",
+    "augmenting_length",
   ):  # fmt: skip
     del settings[key]
-  if not stage.cache_states:
-    del settings["cache_states"]
   models = {}
   for name in ["anchor", *(f"augmenting/{n}" for n in params["augmenting"])]:
     leaves = {

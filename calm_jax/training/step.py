@@ -17,7 +17,7 @@ from calm_jax.core.batch import Sequence
 from calm_jax.models import decoder
 from calm_jax.parallel.sharding import Layout
 from calm_jax.training import loss as loss_lib
-from calm_jax.training import optimizer, state_cache
+from calm_jax.training import optimizer
 
 Array = jax.Array
 
@@ -80,14 +80,7 @@ def batch_states(params: dict, spec: Composition, batch: dict[str, Array]):
         visible[name] = forward.visible_tokens(
           joined.visibility, batch["tokens"].shape, batch["prompt_ends"]
         )
-  return forward.states(
-    params,
-    spec,
-    sequence,
-    augmenting,
-    visible,
-    taps=state_cache.taps(spec, batch),
-  )[0]
+  return forward.states(params, spec, sequence, augmenting, visible)[0]
 
 
 def _sequence(batch: dict[str, Array], part: str = "") -> Sequence:

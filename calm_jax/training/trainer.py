@@ -22,7 +22,7 @@ from calm_jax.core.errors import InputError, StorageError, TrainingDiverged
 from calm_jax.data import pipeline
 from calm_jax.parallel import processes
 from calm_jax.parallel.sharding import Layout
-from calm_jax.training import checkpoint, run_identity, signals, state_cache
+from calm_jax.training import checkpoint, run_identity, signals
 from calm_jax.training import optimizer as optimizer_lib
 from calm_jax.training import step as step_lib
 from calm_jax.training.metrics import MetricWriter, Progress
@@ -51,9 +51,6 @@ class Stage:
     eval_every: steps between two measurements of the held-out loss.
     checkpoint_every: steps between two checkpoints.
     keep_last, keep_best: checkpoints kept.
-    cache_states: whether the frozen augmenting models are run once, and their
-      states kept on disk: "" or one of `state_cache.KINDS`.
-    cache_folder: where to; in the folder of the stage if empty.
   """
 
   model: str = "composed"
@@ -79,8 +76,6 @@ class Stage:
   checkpoint_every: int = 500
   keep_last: int = 2
   keep_best: int = 1
-  cache_states: str = ""
-  cache_folder: str = ""
 
 
 def run_stage(
@@ -112,8 +107,7 @@ def run_stage(
     seed: of the run.
     layout: of all arrays, on several devices; all processes call this together
       and the first one writes.
-    watchdog: seconds after which a step, or a batch of the pass over the
-      states, counts as hung; 0 for never.
+    watchdog: seconds after which a step counts as hung; 0 for never.
 
   Returns:
     (the whole tree with the trained leaves, seconds of training).
@@ -162,11 +156,6 @@ def run_stage(
       checkpoint.unmark(directory)
 
   tx, rate = optimizer(stage, mask)
-  if stage.cache_states:
-    source = state_cache.cached(
-      name, stage, spec, params, source, directory, meta["frozen"], layout,
-      watchdog,
-    )  # fmt: skip
   state = _fresh(tx, trainable, frozen, seed, layout)
   with checkpoint.Checkpoints(
     checkpoints_dir,

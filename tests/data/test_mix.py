@@ -120,26 +120,6 @@ def test_no_row_comes_twice_in_an_epoch_of_its_part(tokenizer):
     assert len(set(map(tuple, epochs))) == len(epochs)
 
 
-def test_one_pass_over_what_is_read(tokenizer, augmenting):
-  def content(batches):
-    rows = [
-      tuple(array[row].tobytes() for array in batch.values())
-      for batch in batches
-      for row in range(len(batch["tokens"]))
-    ]
-    return {row: rows.count(row) for row in rows if any(map(any, row))}
-
-  options = {"augmenting": augmenting}
-  half = make(tokenizer, process_count=2, process_index=1, **options)
-  whole = make(tokenizer, **options)
-  for steps, batch_size in ((1, 3), (5, 2), (500, 8)):
-    # All rows of a batch, not this process's; the last is filled up.
-    once = half.once(steps, batch_size)
-    assert {len(batch["tokens"]) for batch in once} == {batch_size}
-    read = content(whole[i] for i in range(steps))
-    assert content(once) == dict.fromkeys(read, 1)
-
-
 def test_a_part_has_its_order_whatever_the_others_are(tokenizer):
   def order(parts):
     source = mix(parts, tokenizer, batch_size=4, length=32, seed=0)

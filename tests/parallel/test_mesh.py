@@ -31,7 +31,6 @@ MESHES = {
   "all": {"data": 2, "fsdp": 2, "tensor": 2},
   "sequence": {"fsdp": 2, "sequence": 4},
 }
-EPOCHS = {"epochs": True, "steps": 6, "accumulate": 2}
 FINETUNED = {"model": "anchor", "trainable": ("anchor/.*",), "steps": 4}
 
 
@@ -76,10 +75,6 @@ def finished(tmp_path_factory):
   on_both = {
     "two": ("run", {"axes": MESHES["all"], "generates": True}),
     "command": ("command", {"axes": {"fsdp": -1}}),
-    "cached": (
-      "run",
-      {"axes": {"fsdp": 4, "sequence": 2}, "cache_states": "float32"} | EPOCHS,
-    ),
   }
   with socket.socket() as free:
     free.bind(("localhost", 0))
@@ -94,7 +89,6 @@ def finished(tmp_path_factory):
   try:
     mesh_driver.run(folder / "one", {}, generates=True)
     mesh_driver.run(folder / "finetuned_on_one", {}, accumulate=2, **FINETUNED)
-    mesh_driver.run(folder / "uncached", {}, **EPOCHS)
     mesh_driver.command(folder / "command_on_one", {})
     said = [child.communicate()[0] for child in children]
   finally:
@@ -133,14 +127,6 @@ def test_the_twenty_steps_train(finished):
 
 def test_a_sharded_model_is_finetuned_as_on_one_device(finished):
   assert_same(finished[0], "finetuned", "finetuned_on_one")
-
-
-def test_cached_states_on_two_processes(finished):
-  assert_same(finished[0], "cached", "uncached")
-  states = finished[0] / "cached" / "states" / "kv"
-  assert {p.name for p in states.iterdir()} == {
-    "00000.index", "00000.states", "lock", "store.json"
-  }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["all", "two"])

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import cached_runs
 import jax
+import numpy as np
 import plan_driver
 import pytest
 import tiny
 
-from calm_jax import plan
-from calm_jax.composition import forward as forward_lib
-from calm_jax.core.errors import InputError
+from calm_jax.core.batch import Sequence
 from calm_jax.experiments import recipe
-from calm_jax.plan import Options
-from calm_jax.planning import flops, programs, shapes, topology
-from calm_jax.train import plain
-from configs import common, compose, kv
+from calm_jax.planning import shapes
+from configs import common
 
 ALL = {
   "axes": {"fsdp": 2, "tensor": 2, "sequence": 2},
@@ -62,75 +56,29 @@ def on_eight(child):
   return json.loads(out.splitlines()[-1])
 
 
-# Cached states.
+# One device.
 
 
-def test_a_step_on_cached_states_is_that_of_a_run(tmp_path):
-  """m_A reads tokens of its own, and its states have another length."""
+class OtherTokens(tiny.Source):
+  """Rows in which m_A reads 16 tokens of its own."""
+
+  def __getitem__(self, index):
+    batch = super().__getitem__(index)
+    own_BM = np.ones((self.batch_size, 16), np.int32)
+    batch |= {f"augmenting/kv/{name}": own_BM for name in Sequence._fields}
+    return batch | {"augmenting/kv/visible": batch["positions"]}
+
+
+def test_a_step_with_other_tokens_is_that_of_a_run(tmp_path):
   settings = common.get_config().to_dict()
-  stage = tiny.stage(length=cached_runs.LENGTH, cache_states="int8")
-  run = tiny.Run(tmp_path, stage, cached_runs.source(names=("kv",)))
+  run = tiny.Run(tmp_path, tiny.stage(), OtherTokens())
   run.spec = recipe.configured(run.spec, settings)
   told = plan_driver.by_compiler(plan_driver.first_step(run))
   params = jax.eval_shape(lambda: run.params)
-  own = {"kv": cached_runs.OTHER_LENGTH}
-  job = shapes.Job(settings, stage, run.spec, params, own)
+  job = shapes.Job(settings, run.stage, run.spec, params, {"kv": 16})
   found = plan_driver.by_plan(job, plan_driver.ONE, 1)
   for kind in ("arguments", "results", "temporaries"):
     assert found[kind] == told[kind] > 0, kind
-  # Without the cache m_A's forward pass is what comes to it.
-  runs_all = dataclasses.replace(stage, cache_states="")
-  cached, uncached = (
-    programs.training_flops(
-      programs.place(j, topology.target("cpu"), plan_driver.ONE), 8
-    )
-    for j in (job, job._replace(stage=runs_all))
-  )
-  joined = dict(run.spec.augmenting)["kv"]
-  tokens = jax.ShapeDtypeStruct((8, cached_runs.OTHER_LENGTH), "int32")
-  forward = flops.count(
-    lambda p, x: forward_lib.tap(p, joined, forward_lib.Sequence(x, x, x))[0],
-    params["augmenting"]["kv"],
-    tokens,
-  )
-  assert uncached - cached == forward > 0
-
-
-def shape_files(folder: Path) -> dict[str, str]:
-  """Files of two small models, for a config."""
-  given = json.loads(Path("configs/shapes/gemma2-2b.json").read_text())
-  small = {
-    "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "vocab_size": 99,
-  }  # fmt: skip
-  path = folder / "small.json"
-  path.write_text(json.dumps(given | small))
-  return {"anchor": str(path), "augmenting": str(path)}
-
-
-def test_a_plan_says_what_cached_states_save(tmp_path, capsys):
-  config = compose.get_config()
-  config.update(shape_files(tmp_path))
-  config.stages.compose.update(length=32, batch_size=4, cache_states="bfloat16")
-  result = plan.main(config, Options("cpu", largest_batch=False, decode_rows=0))
-  found = result["best"]["found"]
-  assert 0 < found["flops"] < result["uncached_flops"]
-  # m_A lies there for measurements, and no step reads it.
-  job = shapes.job(plain(config))
-  size = sum(x.size * 4 for x in jax.tree.leaves(job.params["augmenting"]))
-  assert size <= found["unread"] < 1.1 * size
-  assert "m_A's forward pass would make it" in capsys.readouterr().out
-  config.stages.compose.trainable = ("augmenting/.*",)
-  with pytest.raises(InputError, match="for frozen augmenting models"):
-    shapes.job(plain(config))
-
-
-def test_data_that_do_not_come_again_have_no_cached_states():
-  config = kv.get_config("tiny")
-  config.stages.compose.cache_states = "int8"
-  with pytest.raises(InputError, match="made afresh"):
-    shapes.job(plain(config))
 
 
 # Eight devices.

@@ -6,15 +6,11 @@ import os
 import subprocess
 import sys
 
-import cached_runs
 import pytest
-import tiny
-
-from calm_jax.training import state_cache, watchdog
 
 HANGS = """
 import threading, time
-from calm_jax.watchdog import Watchdog
+from calm_jax.training.watchdog import Watchdog
 def waits_forever():
   threading.Event().wait()
 with Watchdog(float({seconds})) as watch:
@@ -51,37 +47,3 @@ def test_what_moves_is_not_ended(seconds, pause):
   done = run(seconds=seconds, pause=pause, then="pass")
   assert done.returncode == 0, done.stderr
   assert done.stdout == "ended\n"
-
-
-class Recorder(watchdog.Watchdog):
-  """Notes what it is told."""
-
-  def __init__(self, seconds: float):
-    super().__init__(0)
-    self.seconds, self.told = seconds, []
-
-  def expect(self, what, *, compiles=False):
-    self.told.append((what, compiles))
-
-
-def test_every_batch_of_states_is_watched(tmp_path, monkeypatch):
-  made = []
-
-  def make(seconds):
-    made.append(Recorder(seconds))
-    return made[-1]
-
-  monkeypatch.setattr(state_cache, "Watchdog", make)
-  spec, params = tiny.compose()
-  stage = tiny.stage(cache_states="float32")
-  frozen = {"augmenting/kv": {"sha256": ""}}
-  state_cache.cached(
-    "compose", stage, spec, params, cached_runs.source(), tmp_path, frozen,
-    None, 3.0,
-  )  # fmt: skip
-  [watch] = made
-  assert watch.seconds == 3
-  assert len(watch.told) > 2
-  assert watch.told == [
-    (f"states of kv, batch {i}", i == 1) for i in range(1, len(watch.told) + 1)
-  ]
