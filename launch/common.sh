@@ -1,4 +1,4 @@
-# Shared by the scripts of this folder, which source it. See docs/launch.md.
+# Functions that all scripts of this folder source. See docs/launch.md.
 # shellcheck shell=bash
 
 if ((BASH_VERSINFO[0] < 5)); then
@@ -7,28 +7,28 @@ if ((BASH_VERSINFO[0] < 5)); then
 fi
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# What the package is installed with, by uv. Its own dependencies are at the
-# lower bounds of setup.cfg, the versions it was tested with.
+# The versions of uv, which installs the package, and of Python. Dependencies
+# are installed at the lower bounds of setup.cfg, the versions that were tested.
 uv=0.13.9
 python=3.12
-# The trainer ended with one of these: the same command goes on from there.
-# See docs/faults.md.
+# After these exit codes of the trainer, the same command goes on where it
+# stopped. See docs/faults.md.
 resumable=(75 76 77 134 137 143)
-# Of a script: its options and their defaults. Of the trainer: what follows --.
+# `opt` holds the options of the script, `trainer` the arguments after --.
 declare -A opt
 trainer=()
-# What --dry-run prints its commands to, from within $(...) too.
+# Where --dry-run prints commands, also from within $(...).
 exec 3>&1
 
 say() { echo "$(basename "$0"): $*" >&2; }
 
-# Wrong arguments, and what to do about them.
+# wrong MESSAGE: ends the script because of wrong arguments.
 wrong() {
-  say "error: $*; --help says more"
+  say "error: $*; see --help"
   exit 2
 }
 
-# Words for a shell to read, in one line.
+# quoted WORD...: the words on one line, quoted for a shell.
 quoted() {
   local word line=""
   for word; do
@@ -38,7 +38,7 @@ quoted() {
   echo "${line:1}"
 }
 
-# Runs a command; with --dry-run prints it.
+# run COMMAND...: runs a command; with --dry-run only prints it.
 run() {
   if [[ ${opt[dry-run]} == yes ]]; then
     quoted "$@" >&3
@@ -47,7 +47,8 @@ run() {
   fi
 }
 
-# The output of a command; with --dry-run prints it and assumes an answer.
+# ask ANSWER COMMAND...: the output of a command; with --dry-run prints the
+# command and takes ANSWER for its output.
 ask() {
   local answer=$1
   shift
@@ -56,8 +57,8 @@ ask() {
 
 pause() { [[ ${opt[dry-run]} == yes ]] || sleep "$1"; }
 
-# Reads --name=value, --flag and what comes after --, into `opt` and `trainer`.
-# `opt` holds all names and defaults; "no" is that of a flag.
+# Reads --name=value and --flag into `opt`, and the arguments after -- into
+# `trainer`. `opt` must hold the default of every option: "no" for a flag.
 parse() {
   local word name
   while (($#)); do
@@ -70,7 +71,7 @@ parse() {
       trainer=("$@")
       break
     elif [[ ! $word =~ ^--[a-z-]+(=|$) || -z ${opt[$name]+known} ]]; then
-      wrong "no option $word; those of the trainer come after --"
+      wrong "there is no option $word; put the trainer's arguments after --"
     elif [[ ${opt[$name]} == no || ${opt[$name]} == yes ]]; then
       [[ $word != *=* ]] || wrong "--$name takes no value"
       opt[$name]=yes
@@ -81,13 +82,13 @@ parse() {
   done
   for name in retries backoff poll wait grace; do
     [[ ${opt[$name]:-0} =~ ^[0-9]+$ ]] ||
-      wrong "--$name=${opt[$name]} is no number"
+      wrong "--$name=${opt[$name]} must be a whole number"
   done
   [[ " ${trainer[*]}" == *" --config="* ]] ||
-    wrong "the trainer needs at least --config=FILE, after --"
+    wrong "give the trainer at least --config=FILE, after --"
 }
 
-# require NAME...: options that must have been given.
+# require NAME...: ends the script unless these options were given.
 require() {
   local name
   for name; do
@@ -95,16 +96,17 @@ require() {
   done
 }
 
-# need COMMAND HOW: a program that has to be there, and where it comes from.
+# need COMMAND HOW: ends the script unless a program is installed; HOW says
+# how to install it.
 need() {
   [[ ${opt[dry-run]} == yes ]] || command -v "$1" >/dev/null || {
-    say "error: there is no $1 on PATH; $2"
+    say "error: there is no $1 on PATH: $2"
     exit 127
   }
 }
 
-# for_all FOLDER: tells the trainer where its folder is, and to use all devices
-# unless the user has another mesh in mind.
+# for_all FOLDER: gives the trainer its folder, and all devices unless the
+# arguments name a mesh.
 for_all() {
   local own=" ${trainer[*]}"
   [[ $own != *" --config.workdir"* ]] ||
@@ -113,14 +115,16 @@ for_all() {
   [[ $own == *" --config.mesh."* ]] || trainer+=(--config.mesh.fsdp=-1)
 }
 
-# within SECONDS: tells the trainer how long it has to save after SIGTERM.
+# within SECONDS: tells the trainer how many seconds it has to save after
+# SIGTERM, unless the arguments do.
 within() {
   [[ " ${trainer[*]}" == *" --config.grace"* ]] ||
     trainer+=(--config.grace="$(($1 > 10 ? $1 - 5 : $1)).0")
 }
 
-# Sets `pinned` (a short name), `archive` (the source; empty for a release) and
-# `source` (what pip installs, with an extra) from --ref.
+# pin EXTRA: sets from --ref `pinned` (a short name), `archive` (the file with
+# the source; empty for a release) and `source` (the requirement that is
+# installed, with EXTRA).
 pin() {
   local extra=$1 file
   if [[ ${opt[ref]} == ==* ]]; then
@@ -130,7 +134,7 @@ pin() {
   need git "install git, or give a release: --ref===VERSION"
   commit=$(git -C "$root" rev-parse --verify --quiet \
     "${opt[ref]:-HEAD}^{commit}") ||
-    wrong "--ref=${opt[ref]} is no commit of $root"
+    wrong "--ref=${opt[ref]} is not a commit of $root"
   pinned=${commit:0:12} source=".[$extra]"
   archive="$root/build/calm_jax-$pinned.tar.gz"
   for file in "${trainer[@]}"; do
@@ -140,7 +144,7 @@ pin() {
       wrong "--config=$file is not in commit $pinned; commit it, or give --ref="
   done
   [[ -n ${opt[ref]} || -z $(git -C "$root" status --porcelain -uno) ]] ||
-    say "warning: runs commit $pinned, without the changes not yet committed"
+    say "warning: runs commit $pinned, without changes that are not committed"
 }
 
 make_archive() {
@@ -148,28 +152,26 @@ make_archive() {
     run git -C "$root" archive --format=tar.gz --output="$archive" "$commit"
 }
 
-# Shell text that leaves `source` installed in .venv of the present folder.
+# Shell text that installs `source` into .venv of the current folder.
 install_text() {
   echo "uv venv --allow-existing --python $python .venv &&" \
     "uv pip install --python .venv/bin/python --resolution lowest-direct" \
     "$(quoted "$source")"
 }
 
-# Shell text that leaves the folder where install_text installed in $at, and
-# goes where configs/ is: of a release, that is where it was installed.
+# Shell text that sets $at to the folder where install_text installed, and goes
+# to the folder that holds configs/. A release puts it into share/ of .venv.
 # shellcheck disable=SC2016 # Another shell expands it.
 at_text() {
-  local configs="import configs, os;"
-  configs+=" print(os.path.dirname(configs.__path__[0]))"
   if [[ -n $archive ]]; then
     echo 'at=$PWD'
   else
-    echo "at=\$PWD && cd \"\$(.venv/bin/python -c '$configs')\""
+    echo 'at=$PWD && cd .venv/share/calm_jax'
   fi
 }
 
-# train_text PLATFORM: shell text that trains. A process that cannot have its
-# devices must not go on without them, so it is told which they are.
+# train_text PLATFORM: shell text that trains. It names the platform, so that a
+# process that cannot use its devices fails instead of training on the CPU.
 train_text() {
   echo "env JAX_PLATFORMS=$1,cpu \"\$at/.venv/bin/python\" -m calm_jax.train" \
     "$(quoted "${trainer[@]}")"
@@ -177,8 +179,8 @@ train_text() {
 
 can_resume() { [[ " ${resumable[*]} " == *" $1 "* ]]; }
 
-# Runs a function again while it ends in a way that `again CODE` approves of,
-# --retries times at most, with growing pauses.
+# retrying FUNCTION: runs a function again as long as it fails and `again CODE`
+# is true, at most --retries times, with growing pauses.
 retrying() {
   local tries=0 code seconds
   while true; do
@@ -189,7 +191,7 @@ retrying() {
       say "ended with exit code $code; starting again would not help"
       return "$code"
     elif ((tries >= opt[retries])); then
-      say "ended with exit code $code; given up after $tries retries"
+      say "ended with exit code $code; gave up after $tries retries"
       return "$code"
     fi
     seconds=$((opt[backoff] << (tries < 5 ? tries : 5)))
@@ -200,8 +202,8 @@ retrying() {
   done
 }
 
-# The rest is for TPU VMs. The scripts define `state`, `create` and `delete` of
-# what they rent, in terms of this.
+# The rest is for TPU VMs. The scripts that use it define `state`, `create` and
+# `delete` for the machines that they rent.
 tpus() { run gcloud compute tpus "$@" "${place[@]}"; }
 
 begin_tpu() {
@@ -214,20 +216,21 @@ begin_tpu() {
   read -ra create_flags <<<"${opt[create-flags]}"
   read -ra ssh_flags <<<"${opt[ssh-flags]}"
   [[ ${opt[spot]} == no ]] || create_flags+=(--spot)
-  # Each worker sees a bucket as the same folder.
+  # Every worker mounts a bucket at the same folder.
   workdir=${opt[workdir]} bucket=""
   if [[ $workdir == gs://* ]]; then
     bucket=${workdir#gs://} bucket=${bucket%%/*}
     workdir=/mnt/$bucket${workdir#gs://"$bucket"}
-    [[ $bucket =~ ^[a-z0-9._-]+$ ]] || wrong "--workdir=$workdir: no bucket"
+    [[ $bucket =~ ^[a-z0-9._-]+$ ]] ||
+      wrong "--workdir=$workdir does not name a bucket"
   fi
   for_all "$workdir"
   folder=calm_jax-$pinned
-  # Machines made so far, and whether there ever were any.
+  # How often machines were created, and whether they were ever ready.
   created=0 met=no
 }
 
-# Waits for machines that are ready; rents them if there are none.
+# Waits until machines are ready; rents them if there are none.
 ready() {
   local now waited=0
   while true; do
@@ -239,13 +242,13 @@ ready() {
         ;;
       absent)
         ((++created <= opt[retries] + 1)) || {
-          say "error: preempted $created times before it was of use"
+          say "error: preempted $created times before it was ready"
           return 1
         }
         create || return
         ;;
       gone)
-        say "${opt[name]} has been preempted; it is made anew"
+        say "${opt[name]} has been preempted; it is created again"
         delete || return
         ;;
       waiting)
@@ -257,14 +260,14 @@ ready() {
         waited=$((waited + opt[poll]))
         ;;
       *)
-        say "error: ${opt[name]} is in state $now, which waiting does not help"
+        say "error: ${opt[name]} is in state $now, which will not change"
         return 1
         ;;
     esac
   done
 }
 
-# The state of a VM or slice, in the words of `ready`.
+# vm_state ASSUMED: the state of a VM or slice, in the words that `ready` uses.
 vm_state() {
   local now
   now=$(ask "$1" gcloud compute tpus tpu-vm list "${place[@]}" \
@@ -282,8 +285,8 @@ on_workers() {
   tpus tpu-vm ssh "${opt[name]}" --worker=all "${ssh_flags[@]}" --command="$1"
 }
 
-# Shell text that shows a bucket as a folder. Other workers see at once what one
-# has written: nothing of it is remembered.
+# Shell text that mounts a bucket as a folder. Nothing is cached, so that all
+# workers see at once what one of them has written.
 mount_text() {
   local list=/etc/apt/sources.list.d/gcsfuse.list
   local keys=/usr/share/keyrings/cloud.google.asc
@@ -313,8 +316,9 @@ install() {
   on_workers "$text"
 }
 
-# What a worker does: start the trainer, free of this connection, or find the
-# one that a lost connection has left; show its log; end with its exit code.
+# Shell text that a worker runs. It starts the trainer independently of the ssh
+# connection, or finds the trainer that an earlier connection started; shows its
+# log; and ends with its exit code.
 # shellcheck disable=SC2016
 worker_text() {
   local keep='"$@" >~/calm_jax.log 2>&1; echo $? >~/calm_jax.exit'
@@ -329,9 +333,10 @@ worker_text() {
 
 attempt() { ready && install && on_workers "$(worker_text)"; }
 
-# Whether to go on: if a machine is no longer there, the connection was lost
-# (255), or every worker has ended in a way that it can go on from. One worker's
-# own fault ends the others too, with codes that by themselves could go on.
+# again CODE: whether to start again: if a machine is no longer there, if the
+# connection was lost (255), or if every worker ended with a resumable code. The
+# codes of all workers are read, because one worker's own error ends the others
+# with codes that look resumable.
 again() {
   local now codes code
   [[ $1 != 2 ]] || return 1
@@ -347,11 +352,12 @@ again() {
   done
 }
 
-# Deletes what it rented, after a failure too, if asked.
+# Trains. With --delete, deletes the machines at the end, after a failure too.
 train_on_tpu() {
   local code=0
   [[ ${opt[delete]} == no ]] || trap 'delete || say "DELETE IT YOURSELF"' EXIT
   retrying attempt || code=$?
-  [[ ${opt[delete]} == yes ]] || say "${opt[name]} goes on costing: --delete"
+  [[ ${opt[delete]} == yes ]] ||
+    say "${opt[name]} goes on costing money: delete it, or give --delete"
   return "$code"
 }

@@ -6,21 +6,21 @@
 #     -- --config=configs/kv.py:paper
 #
 # The cluster starts the workload again after preemption, and the run goes on.
-# This script may be stopped; started again, it follows the run, or starts one
-# that has ended anew.
+# You may stop this script: started again, it follows the run, or starts it once
+# more if it has ended.
 #
 #   --project= --zone= --cluster= --tpu-type=   as xpk calls them
-#   --name=          of the workload
+#   --name=          the name of the workload
 #   --workdir=       a folder that all hosts share, under the mount point of:
-#   --storage=       what `xpk storage attach` or `create` has named
-#   --ref=COMMIT     of this checkout, or ==VERSION of a release; default: HEAD
-#   --image=python:3.12-slim     on which the package is installed
+#   --storage=       the name given to `xpk storage attach` or `create`
+#   --ref=COMMIT     a commit of this checkout (default: HEAD), or ==VERSION
+#   --image=python:3.12-slim     the image to install the package on
 #   --create-flags=  further flags of `xpk workload create`, such as --spot
 #   --delete         delete the workload at the end, after a failure too
 #   --retries=20     how often the cluster starts it again
 #   --grace=120      seconds to save in, between SIGTERM and SIGKILL
-#   --poll=30        seconds between two looks at a state
-#   --dry-run        print every command, and run none
+#   --poll=30        seconds between two looks at the state of the workload
+#   --dry-run        print every command and run none
 set -euo pipefail
 declare -A opt=([project]="" [zone]="" [cluster]="" [tpu-type]="" [name]=""
   [workdir]="" [storage]="" [ref]="" [image]=python:3.12-slim [create-flags]=""
@@ -30,7 +30,7 @@ source "$(dirname "$0")/common.sh"
 parse "$@"
 require project zone cluster tpu-type name workdir storage
 [[ ${opt[workdir]} == /* ]] ||
-  wrong "--workdir=${opt[workdir]}: a folder under the mount point of --storage"
+  wrong "--workdir=${opt[workdir]} must lie under the mount point of --storage"
 for_all "${opt[workdir]}"
 within "${opt[grace]}"
 trainer+=(--config.distributed)
@@ -44,7 +44,8 @@ place=(--project="${opt[project]}" --zone="${opt[zone]}"
 pods=(--selector=xpk.google.com/workload="${opt[name]}")
 read -ra create_flags <<<"${opt[create-flags]}"
 
-# Nothing if there is no such workload, else its name and how it ended.
+# state ASSUMED: empty if there is no such workload, else its name and how it
+# ended.
 state() {
   ask "$1" kubectl get jobsets "${opt[name]}" --ignore-not-found \
     --output=jsonpath="{.metadata.name} {.status.terminalState}"
@@ -53,7 +54,7 @@ delete() {
   run xpk workload delete --workload="${opt[name]}" "${place[@]}" --force
 }
 
-# xpk lays this folder over the image, and works in it.
+# Makes the folder that xpk adds to the image and runs the workload in.
 sources() {
   folder="$root/build/xpk-$pinned"
   run mkdir -p "$folder" || return
@@ -63,7 +64,7 @@ sources() {
 }
 
 create() {
-  # xpk's SIGTERM reaches the text's last process, which is the trainer then.
+  # SIGTERM reaches the last process of the text; exec makes it the trainer.
   local text
   text="pip install uv==$uv && $(install_text) && $(at_text)"
   text+=" && exec $(train_text tpu)"
@@ -77,7 +78,7 @@ create() {
     --command="$text"
 }
 
-# Shows the log, of every start, until the cluster gives the workload up.
+# Shows the log of every start, until the workload completes or fails for good.
 follow() {
   local now since=()
   while true; do
@@ -90,7 +91,7 @@ follow() {
     case $now in
       *" Completed") return 0 ;;
       *" Failed")
-        say "failed; kubectl describe jobset ${opt[name]} says why"
+        say "failed; see why: kubectl describe jobset ${opt[name]}"
         return 1
         ;;
       "") say "error: ${opt[name]} has been deleted"; return 1 ;;
@@ -103,7 +104,7 @@ run gcloud container clusters get-credentials "${opt[cluster]}" \
   --project="${opt[project]}" --location="${opt[zone]%-*}"
 now=$(state "")
 if [[ $now == *[a-z] ]]; then
-  say "${opt[name]} has ended before; it is started anew"
+  say "${opt[name]} has ended before; it is started again"
   delete
   now=""
 fi

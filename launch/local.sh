@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Trains on this machine, and goes on after what a run can go on from.
+# Trains on this machine, and starts again after faults that a run can resume
+# from.
 #
 #   launch/local.sh -- --config=configs/kv.py --config.mesh.fsdp=-1
 #
-# SIGTERM and Ctrl-C are passed on: the trainer saves, and this script ends with
-# its exit code.
+# SIGTERM and Ctrl-C are passed on to the trainer, which saves; this script then
+# ends with the trainer's exit code.
 #
 #   --python=PATH    default: .venv of the checkout, else python3
-#   --retries=20     how often to go on, after a hung step or a lost process
-#   --backoff=10     seconds before the first of them; doubles five times
-#   --dry-run        print every command, and run none
+#   --retries=20     how often to start again after a hung step or lost process
+#   --backoff=10     seconds before the first retry; doubles five times
+#   --dry-run        print every command and run none
 set -euo pipefail
 declare -A opt=([python]="" [retries]=20 [backoff]=10 [dry-run]=no)
 # shellcheck source=launch/common.sh
@@ -35,15 +36,15 @@ train() {
     run "${command[@]}"
     return
   fi
-  # Told to stop while it waited to go on.
+  # A signal came during the pause before this retry.
   [[ $stopped == no ]] || return 143
-  # Not `run`, whose process the signals would end in the trainer's stead.
+  # Not through `run`: signals would end its process instead of the trainer.
   "${command[@]}" &
   child=$!
   while true; do
     code=0 interrupted=no
     wait "$child" || code=$?
-    # A signal ends `wait`, not the trainer.
+    # A signal interrupts `wait` while the trainer still runs.
     [[ $interrupted == yes ]] || return "$code"
   done
 }

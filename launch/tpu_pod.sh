@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# Trains on a slice of any number of hosts, which is queued for if there is none
-# of the name.
+# Trains on a TPU slice of any number of hosts. If there is no slice of that
+# name, the script queues for one.
 #
 #   launch/tpu_pod.sh --project=P --zone=us-east5-a --name=calm \
 #     --accelerator-type=v6e-256 --workdir=gs://BUCKET/kv --spot --delete \
 #     -- --config=configs/kv.py:paper
 #
-# After preemption it queues again, and the run goes on. The trainer does not
-# depend on this script: started again, the script follows the run.
+# After preemption the script queues again, and the run goes on. The trainer
+# does not depend on the script: started again, the script follows the run.
 #
 #   --project= --zone= --name= --accelerator-type=   as gcloud calls them
 #   --workdir=       gs://BUCKET/FOLDER, or a folder that all hosts share
 #   --runtime-version=v2-alpha-tpuv6e
-#   --ref=COMMIT     of this checkout, or ==VERSION of a release; default: HEAD
+#   --ref=COMMIT     a commit of this checkout (default: HEAD), or ==VERSION
 #   --spot           cheaper, and may be preempted
 #   --delete         delete the slice at the end, after a failure or Ctrl-C too
 #   --create-flags=  further flags of `queued-resources create`, such as
 #                    "--reserved --network=NAME"
 #   --ssh-flags=     further flags of `tpu-vm ssh`, such as --tunnel-through-iap
 #   --retries=20     how often to go on after preemption or a lost connection
-#   --backoff=10     seconds before the first of them; doubles five times
-#   --poll=30        seconds between two looks at a state
+#   --backoff=10     seconds before the first retry; doubles five times
+#   --poll=30        seconds between two looks at the state of the slice
 #   --wait=86400     seconds to wait in the queue
-#   --dry-run        print every command, and run none
+#   --dry-run        print every command and run none
 set -euo pipefail
 declare -A opt=([project]="" [zone]="" [name]="" [accelerator-type]=""
   [workdir]="" [runtime-version]=v2-alpha-tpuv6e [ref]="" [spot]=no [delete]=no
@@ -42,7 +42,7 @@ state() {
     --format="value(state.state)") || return
   case $now in
     "") echo absent ;;
-    # The request may outlive the slice by minutes; what is left then is gone.
+    # The request may outlive the slice by minutes; then the slice is gone.
     ACTIVE) now=$(vm_state READY) && echo "${now/absent/gone}" ;;
     SUSPENDED) echo gone ;;
     FAILED) echo "$now" ;;
@@ -55,7 +55,7 @@ create() {
     --runtime-version="${opt[runtime-version]}" "${create_flags[@]}"
   assumed=ACTIVE
 }
-# With --force, the slice goes with the request.
+# --force deletes the slice together with the request.
 delete() { tpus queued-resources delete "${opt[name]}" --force; }
 
 train_on_tpu

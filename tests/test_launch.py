@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import os
 import re
 import shutil
@@ -195,7 +196,7 @@ def test_a_pod_that_cannot_be_had(place, answers, message):
 def test_retries_are_bounded(place):
   place.play(*[x for _ in range(3) for x in (*HERE, TRAINS + "76", *HERE)])
   done = place.launch("tpu_pod.sh", *TPU, "--retries=2", "--backoff=7", *TRAIN)
-  assert done.returncode == 76 and "given up after 2 retries" in done.stderr
+  assert done.returncode == 76 and "gave up after 2 retries" in done.stderr
   assert place.calls(of="sleep") == [["7"], ["14"]]
 
 
@@ -280,13 +281,13 @@ def test_local_passes_signals_on(place, number):
   "name, arguments, message",
   [
     ("local.sh", ["--config=x"], "no option --config=x"),
-    ("local.sh", ["--retries=x", *TRAIN], "--retries=x is no number"),
+    ("local.sh", ["--retries=x", *TRAIN], "--retries=x must be a whole number"),
     ("local.sh", ["--retries", *TRAIN], "--retries=VALUE"),
     ("local.sh", ["--dry-run=1", *TRAIN], "takes no value"),
     ("local.sh", [], "at least --config=FILE"),
     ("tpu_vm.sh", TRAIN, "--project= is missing"),
     ("tpu_vm.sh", [*TPU, "--name=A b", *TRAIN], "--name=A b: lower-case"),
-    ("tpu_pod.sh", [*TPU, "--workdir=gs://A$x/y", *TRAIN], "no bucket"),
+    ("tpu_pod.sh", [*TPU, "--workdir=gs://A$x/y", *TRAIN], "name a bucket"),
     (
       "tpu_pod.sh",
       [*TPU, *TRAIN, "--config.workdir=gs://b/c"],
@@ -330,6 +331,17 @@ def test_a_missing_program_is_named(place, name, command):
   done = place.launch(name, *SCRIPTS[name][0], *TRAIN)
   assert done.returncode == 127 and f"there is no {command}" in done.stderr
   assert place.calls() == []
+
+
+def test_a_release_brings_its_configs(place):
+  place.play()
+  done = place.launch("tpu_vm.sh", *TPU, "--ref===1.2", "--dry-run", *TRAIN)
+  assert done.returncode == 0, done.stderr
+  assert "calm_jax[tpu]==1.2" in done.stdout and "archive" not in done.stdout
+  assert "cd .venv/share/calm_jax" in done.stdout
+  setup = configparser.ConfigParser()
+  setup.read(LAUNCH.parent / "setup.cfg")
+  assert setup["options.data_files"]["share/calm_jax/configs"] == "configs/*.py"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
