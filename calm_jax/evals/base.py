@@ -1,7 +1,7 @@
-"""What an evaluator is.
+"""Types that all evaluations share.
 
-An evaluator is a function of examples and of callables that run a model; it
-knows neither the model nor how it was trained. It returns an Outcome.
+An evaluation asks prompts and judges the answers; it knows neither the model
+that answers nor how it was trained.
 """
 
 from __future__ import annotations
@@ -10,32 +10,87 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from calm_jax.evals import statistics
+
+# An example of a file of predictions: its inputs, outputs and score.
+Row = dict[str, Any]
 # Texts to their continuations.
 Generate = Callable[[list[str]], list[str]]
-# Examples to (summed loss in nats, target tokens, bytes that they spell) of
-# each.
-Score = Callable[[list[Any]], list[tuple[float, float, int]]]
+# Whether a prompt is short enough for the model.
+Fits = Callable[[str], bool]
+
+
+class Prompt(NamedTuple):
+  """A prompt, and the places in the pool of the exemplars in it."""
+
+  text: str
+  exemplars: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-  """Numbers, and the rows that they can be traced to.
+class Judgement:
+  """A metric of a model's answers, and the rows that it can be traced to.
 
   Attributes:
-    metrics: name to number.
-    rows: per example a JSON object with its inputs and outputs.
-    notes: name to what must be said with a number: sacrebleu's signature.
+    value: the metric, in percent.
+    rows: one for each answer, with its "prompt", "prediction" and "score".
+    parts_NS: the summands of each example; `metric` of their sum is `value`.
+    metric: the metric as a function of sums [..., S], for `statistics`.
+    note: text to print beside the value, such as sacrebleu's signature.
+    measures: further numbers by name, for results.json.
   """
 
-  metrics: dict[str, float]
-  rows: list[dict[str, Any]]
-  notes: dict[str, str] = dataclasses.field(default_factory=dict)
+  value: float
+  rows: list[Row]
+  parts_NS: np.ndarray
+  metric: statistics.Metric
+  note: str = ""
+  measures: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-  """Writes the rows of an outcome as jsonl."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+  """A test set and how answers to it are judged.
+
+  Attributes:
+    task: the kind, one of `tasks.KINDS`.
+    group: the benchmark; a table is made of a group.
+    subset: the language, empty where there are none.
+    metric: the name of the metric.
+    examples: the number of examples.
+    shots: exemplars asked for; a prompt has fewer where they do not fit.
+    max_new_tokens: length of an answer at most.
+    stop: texts that end an answer.
+    prompts: makes the prompts, with as many exemplars as fit.
+    judge: judges the answers to these prompts, in the same order.
+  """
+
+  task: str
+  group: str
+  subset: str = ""
+  metric: str
+  examples: int
+  shots: int = 0
+  max_new_tokens: int
+  stop: tuple[str, ...]
+  prompts: Callable[[Fits], list[Prompt]]
+  judge: Callable[[list[Prompt], list[str]], Judgement]
+
+
+def judge_correct(rows: list[Row]) -> Judgement:
+  """Share of the rows whose "correct" is true, in percent."""
+  rows = [row | {"score": 100.0 * row["correct"]} for row in rows]
+  parts_N1 = np.array([[row["score"]] for row in rows])
+  mean = statistics.mean_of(len(rows))
+  return Judgement(float(mean(parts_N1.sum(0))), rows, parts_N1, mean)
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+  """Writes rows as JSON lines."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open("w", encoding="utf-8") as file:
     for row in rows:

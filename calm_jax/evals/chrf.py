@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from sacrebleu.metrics import CHRF
 
-from calm_jax.evals import fewshot, statistics
-from calm_jax.evals.base import Outcome
+from calm_jax.evals.base import Judgement, Row
 
-ORDERS = 6  # of character n-grams; chrF has no words
+ORDERS = 6  # lengths of the character n-grams, from 1
 
 
 class Chrf(NamedTuple):
   """chrF1 of a corpus, in percent.
 
   Attributes:
-    corpus: of all sentences together, which is not the sentences' mean.
-    sentences: of each.
-    counts: int64 [N, 3 * ORDERS], what both are functions of.
+    corpus: chrF1 of all sentences together, which is not the sentences' mean.
+    sentences: chrF1 of each sentence.
+    counts: int64 [N, 3 * ORDERS], from which `from_counts` computes both.
     signature: sacrebleu's, for reports.
   """
 
@@ -31,29 +30,30 @@ class Chrf(NamedTuple):
 
 
 def chrf1(predictions: Sequence[str], references: Sequence[str]) -> Chrf:
-  """chrF1 of N predictions, with one reference each."""
+  """Computes the chrF1 of N predictions, with one reference each."""
   metric = CHRF(beta=1)
   corpus = metric.corpus_score(list(predictions), [list(references)])
-  # sacrebleu's own bootstrap goes this way; its public functions give no
-  # counts. The tests hold `of_counts` against `corpus_score`.
+  # sacrebleu's public functions give scores without their counts. setup.cfg
+  # therefore bounds its version, and tests hold `from_counts` against
+  # `corpus_score` and `sentence_score`.
   counts = np.array(
     metric._extract_corpus_statistics(list(predictions), [list(references)]),
     np.int64,
   )
   return Chrf(
     corpus.score,
-    of_counts(counts).tolist(),
+    from_counts(counts).tolist(),
     counts,
     f"{corpus.name}|{metric.get_signature()}",
   )
 
 
-def of_counts(counts: np.ndarray) -> np.ndarray:
-  """chrF1 in percent of (sums of) counts.
+def from_counts(counts: np.ndarray) -> np.ndarray:
+  """Computes chrF1 in percent from counts of n-grams, or sums of them.
 
   Args:
-    counts: [..., 3 * ORDERS], of each order the n-grams of the prediction, of
-      the reference, and of both.
+    counts: [..., 3 * ORDERS]; for each order the numbers of n-grams in the
+      prediction, in the reference, and in both.
 
   Returns:
     float64 [...]. Orders longer than a text are left out, as sacrebleu does.
@@ -70,31 +70,15 @@ def of_counts(counts: np.ndarray) -> np.ndarray:
   return 200 * precision * recall / np.where(total > 0, total, 1)
 
 
-def outcome(rows: list[dict[str, Any]], seed: int) -> Outcome:
-  """Scores the rows of `fewshot.answers`.
-
-  Args:
-    rows: "chrf1" is added to each.
-    seed: of the bootstrap.
-
-  Returns:
-    "chrf1" of the corpus, its 95% interval "chrf1_low" to "chrf1_high", and
-    the mean number of "shots"; notes["chrf1"] is sacrebleu's signature.
-  """
+def judge(rows: list[Row]) -> Judgement:
+  """chrF1 of the rows' "prediction" against their "completion"."""
   score = chrf1(
     [row["prediction"] for row in rows], [row["completion"] for row in rows]
   )
-  low, high = statistics.interval(score.counts, of_counts, seed=seed)
-  return Outcome(
-    {
-      "chrf1": score.corpus,
-      "chrf1_low": low,
-      "chrf1_high": high,
-      "shots": fewshot.mean_shots(rows),
-    },
-    [
-      row | {"chrf1": sentence}
-      for row, sentence in zip(rows, score.sentences, strict=True)
-    ],
-    {"chrf1": score.signature},
+  rows = [
+    row | {"chrf1": sentence, "score": sentence}
+    for row, sentence in zip(rows, score.sentences, strict=True)
+  ]
+  return Judgement(
+    score.corpus, rows, score.counts, from_counts, score.signature
   )

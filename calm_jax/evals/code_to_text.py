@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from calm_jax.core.errors import InputError
 from calm_jax.evals import chrf, fewshot
-from calm_jax.evals.base import Generate, Outcome
-
-SHOTS = 3  # the paper's
+from calm_jax.evals.base import Evaluation
 
 
-def code_to_text(
-  items: Sequence[dict[str, Any]],
-  pool: Sequence[dict[str, Any]],
-  generate: Generate,
-  *,
-  shots: int = SHOTS,
-  seed: int = 0,
-  prompt: str | Path = "code_to_text",
-  fits: Callable[[str], bool] | None = None,
-) -> Outcome:
-  """chrF1 of descriptions; arguments as of `translation.translation`."""
-  rows = fewshot.answers(
-    prompt, items, pool, generate, shots=shots, seed=seed, fits=fits
-  )
-  return chrf.outcome(rows, seed)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodeToText(fewshot.FewShot):
+  """CodeXGLUE code-to-text; exemplars are drawn from the file `pool`.
+
+  Attributes:
+    path, pool: files of the benchmark, see `read_codexglue`.
+    rows, pool_rows: the slices of both that are used, such as ":100".
+  """
+
+  pool: str
+  rows: str = ""
+  pool_rows: str = ""
+
+  def evaluation(self) -> Evaluation:
+    """Reads the files; InputError if they are not as they must be."""
+    items = fewshot.take(read_codexglue(self.path), self.rows, self.limit)
+    pool = fewshot.take(read_codexglue(self.pool), self.pool_rows)
+    return self.few_shot("code_to_text", "chrf1", items, pool, chrf.judge)
 
 
 def read_codexglue(path: str | Path) -> list[dict[str, Any]]:
-  """A file of CodeXGLUE's code-to-text, of any of its languages.
+  """Reads a file of CodeXGLUE's code-to-text, of any of its languages.
 
-  As in the benchmark, tokens joined by spaces: the raw code may contain the
-  description that is asked for.
+  As in the benchmark, code is its tokens joined by spaces: the raw code may
+  contain the description that is asked for.
 
   Returns:
     {"id", "language", "code", "docstring"}; id is the line, from 1.
@@ -51,12 +52,10 @@ def read_codexglue(path: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(file, start=1):
       try:
         row = json.loads(line)
-        items.append({
-          "id": number,
-          "language": row["language"].capitalize(),
-          "code": _one_line(row["code_tokens"]),
-          "docstring": _one_line(row["docstring_tokens"]),
-        })  # fmt: skip
+        item = {"id": number, "language": row["language"].capitalize()}
+        item["code"] = _join(row["code_tokens"])
+        item["docstring"] = _join(row["docstring_tokens"])
+        items.append(item)
       except (ValueError, KeyError, TypeError) as error:
         raise InputError(
           f"{path}, line {number}: needs language, code_tokens and "
@@ -65,5 +64,6 @@ def read_codexglue(path: str | Path) -> list[dict[str, Any]]:
   return items
 
 
-def _one_line(tokens: list[str]) -> str:
+def _join(tokens: list[str]) -> str:
+  """Tokens on a single line."""
   return " ".join(" ".join(tokens).split())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from calm_jax.evals.base import Generate, Outcome
+from calm_jax.evals.base import Generate, Row
 
 
 def exact_match(
@@ -12,14 +12,17 @@ def exact_match(
   completions: Sequence[str],
   generate: Generate,
   **columns: Sequence,
-) -> Outcome:
-  """Share of prompts that are continued exactly as asked, in percent.
+) -> tuple[float, list[Row]]:
+  """Counts the prompts that are continued exactly as asked.
 
   Args:
     prompts: N texts.
-    completions: what is asked for.
+    completions: the right continuations.
     generate: the model.
     **columns: N further values each, copied into the rows.
+
+  Returns:
+    The accuracy in percent, and a row for each prompt.
   """
   predictions = generate(list(prompts))
   rows = []
@@ -34,4 +37,4 @@ def exact_match(
     }
     rows.append(row | {name: values[i] for name, values in columns.items()})
   accuracy = 100 * sum(row["correct"] for row in rows) / len(rows)
-  return Outcome({"accuracy": accuracy}, rows)
+  return accuracy, rows

@@ -1,4 +1,4 @@
-"""Few-shot prompts: templates that a person can read, and their exemplars."""
+"""Few-shot evaluation: prompt templates, and exemplars drawn from a pool."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import dataclasses
 import string
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from calm_jax.core.errors import InputError
 from calm_jax.data.sources import row_slice
-from calm_jax.evals.base import Generate
+from calm_jax.evals.base import Evaluation, Fits, Judgement, Prompt, Row
 
 PROMPTS = Path(__file__).parent / "prompts"
 SEPARATOR = "\n\n"  # between exemplars
@@ -20,11 +19,12 @@ SEPARATOR = "\n\n"  # between exemplars
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-  """How an item is written; the file's last field is the answer.
+  """The text of one exemplar, with {fields}; the last one is the answer.
 
   Attributes:
-    question: the text before the answer, with {fields}.
+    question: the text before the answer.
     answer: the field that the model is asked for.
+    ending: the text after the answer.
     stop: where an answer ends: the line that begins the next question. A model
       need not write further.
     origin: the file.
@@ -32,6 +32,7 @@ class Template:
 
   question: str
   answer: str
+  ending: str
   stop: str
   origin: str
 
@@ -41,8 +42,8 @@ class Template:
     return self._fill(self.question.rstrip(" "), item)
 
   def show(self, item: Mapping) -> str:
-    """A whole exemplar; InputError if a field is missing."""
-    return self._fill(f"{self.question}{{{self.answer}}}", item)
+    """An exemplar with its answer; InputError if a field is missing."""
+    return self._fill(f"{self.question}{{{self.answer}}}{self.ending}", item)
 
   def cut(self, output: str) -> str:
     """The answer in what a model wrote."""
@@ -58,11 +59,11 @@ class Template:
       ) from error
 
 
-def load_template(name_or_path: str | Path) -> Template:
+def load_template(name_or_path: str | Path, ending: str = "") -> Template:
   """Reads a template: one of `prompts/` by name, else a file of your own.
 
   A template is the text of one exemplar, with {named fields}; {{ and }} stand
-  for braces. It must end with the field that is the answer.
+  for braces. It must end with the field that is the answer, and `ending`.
 
   Raises:
     InputError: no such file, a bad field, or it does not end with a field.
@@ -76,6 +77,7 @@ def load_template(name_or_path: str | Path) -> Template:
       f"no prompt file {path}: give a file's path, or one of {known}"
     )
   text = path.read_text(encoding="utf-8").removesuffix("\n")
+  text = text.removesuffix(ending)
   try:
     parts = list(string.Formatter().parse(text))
   except ValueError as error:
@@ -91,42 +93,32 @@ def load_template(name_or_path: str | Path) -> Template:
   return Template(
     question=text.removesuffix(f"{{{fields[-1]}}}"),
     answer=fields[-1],
+    ending=ending,
     stop="\n" + parts[0][0].strip(),
     origin=str(path),
   )
 
 
-def prompts(
+def draw(
   template: Template,
   items: Sequence[Mapping],
   pool: Sequence[Mapping],
-  *,
   shots: int,
   seed: int,
-  fits: Callable[[str], bool] | None = None,
-) -> list[tuple[str, list[int]]]:
-  """A prompt for each item, behind exemplars of its own.
+) -> list[list[int]]:
+  """Draws exemplars for each item.
 
-  What item i is given depends on (seed, i) and the pool, not on how many items
-  there are. An exemplar that asks what the item asks is never drawn.
-
-  Args:
-    template: how items and exemplars are written.
-    items: what is evaluated.
-    pool: the dev split.
-    shots: exemplars of a prompt.
-    seed: of the drawing.
-    fits: whether a prompt is short enough; while it is not, the first of its
-      exemplars is left out.
+  Those of item i follow from (seed, i) and the pool, not from the number of
+  items. An exemplar that asks what the item asks is never drawn.
 
   Returns:
-    For each item (prompt, places in the pool of its exemplars).
+    For each item the places of its exemplars in the pool.
 
   Raises:
     InputError: a field is missing, or the pool has fewer than `shots` others.
   """
   asked = [template.ask(item) for item in pool]
-  out = []
+  drawn = []
   for number, item in enumerate(items):
     question = template.ask(item)
     order = np.random.default_rng((seed, number)).permutation(len(pool))
@@ -136,60 +128,119 @@ def prompts(
         f"{shots} exemplars are asked for item {number}, the pool has only "
         f"{len(chosen)} others; give fewer shots or a larger pool"
       )
-    while True:
-      shown = [template.show(pool[i]) for i in chosen]
-      prompt = SEPARATOR.join([*shown, question])
-      if not chosen or fits is None or fits(prompt):
-        break
-      chosen = chosen[1:]
-    out.append((prompt, chosen))
-  return out
+    drawn.append(chosen)
+  return drawn
 
 
-def answers(
-  prompt: str | Path,
-  items: Sequence[Mapping],
-  pool: Sequence[Mapping],
-  generate: Generate,
-  **options,
-) -> list[dict[str, Any]]:
-  """What a model answers to items.
+def prompt(
+  template: Template,
+  item: Mapping,
+  pool: Sequence[Mapping] | Mapping[int, Mapping],
+  exemplars: list[int],
+  fits: Fits,
+) -> Prompt:
+  """Writes an item's question after exemplars of the pool.
 
-  Args:
-    prompt: see `load_template`.
-    items, pool: see `prompts`.
-    generate: the model; it may stop at the template's `stop`.
-    **options: shots, seed and fits, see `prompts`.
-
-  Returns:
-    For each item a row: prompt, exemplars (places in the pool), completion
-    (what was wanted), prediction (what was written, up to `stop`).
-
-  Raises:
-    InputError: no items, or what `load_template` and `prompts` raise.
+  While the prompt does not fit, its first exemplar is left out.
   """
-  if not items:
-    raise InputError("there are no items to evaluate")
-  template = load_template(prompt)
-  asked = prompts(template, items, pool, **options)
-  if any(template.answer not in item for item in items):
-    raise InputError(f"an item lacks its answer, {template.answer!r}")
-  written = generate([text for text, _ in asked])
-  return [
-    {
-      "prompt": text,
-      "exemplars": exemplars,
-      "completion": item[template.answer],
-      "prediction": template.cut(output),
-    }
-    for item, (text, exemplars), output in zip(
-      items, asked, written, strict=True
+  question = template.ask(item)
+  while True:
+    shown = [template.show(pool[i]) for i in exemplars]
+    text = SEPARATOR.join([*shown, question])
+    if not exemplars or fits(text):
+      return Prompt(text, exemplars)
+    exemplars = exemplars[1:]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewShot:
+  """Options of every evaluation whose exemplars are drawn from a pool.
+
+  Attributes:
+    group: the benchmark; a table is made of a group.
+    path: the file or folder of the test set.
+    shots: exemplars of a prompt.
+    max_new_tokens: length of an answer at most.
+    language: the subset of the group.
+    limit: examples at most, from the first; 0 for all.
+    seed: seed of drawing the exemplars.
+    prompt: a template, see `load_template`; by default the kind's own.
+  """
+
+  group: str
+  path: str
+  shots: int
+  max_new_tokens: int
+  language: str = ""
+  limit: int = 0
+  seed: int = 0
+  prompt: str = ""
+
+  def few_shot(
+    self,
+    task: str,
+    metric: str,
+    items: Sequence[Mapping],
+    pool: Sequence[Mapping],
+    judge: Callable[[list[Row]], Judgement],
+  ) -> Evaluation:
+    """Makes the evaluation of items.
+
+    Args:
+      task: the kind of evaluation, and the name of its own template.
+      metric: the name of the metric.
+      items: the examples to ask.
+      pool: the examples to draw exemplars from.
+      judge: judges rows of "prompt", "exemplars" (places in the pool),
+        "completion" (the right answer) and "prediction".
+
+    Raises:
+      InputError: no items, or the errors of `load_template` and `draw`.
+    """
+    template = load_template(self.prompt or task)
+    if not items:
+      raise InputError("there are no items to evaluate")
+    drawn = draw(template, items, pool, self.shots, self.seed)
+    if any(template.answer not in item for item in items):
+      raise InputError(f"an item lacks its answer, {template.answer!r}")
+
+    def make_prompts(fits: Fits) -> list[Prompt]:
+      return [
+        prompt(template, item, pool, exemplars, fits)
+        for item, exemplars in zip(items, drawn, strict=True)
+      ]
+
+    def judge_outputs(prompts: list[Prompt], outputs: list[str]) -> Judgement:
+      return judge(
+        [
+          {
+            "prompt": text,
+            "exemplars": exemplars,
+            "completion": item[template.answer],
+            "prediction": template.cut(output),
+          }
+          for item, (text, exemplars), output in zip(
+            items, prompts, outputs, strict=True
+          )
+        ]
+      )
+
+    return Evaluation(
+      task=task,
+      group=self.group,
+      subset=self.language,
+      metric=metric,
+      examples=len(items),
+      shots=self.shots,
+      max_new_tokens=self.max_new_tokens,
+      stop=(template.stop,),
+      prompts=make_prompts,
+      judge=judge_outputs,
     )
-  ]
 
 
-def take_rows(items: list, rows: str) -> list:
-  """A slice of a file's items: ":100", "6000:" or "" for all.
+def take(items: list, rows: str = "", limit: int = 0) -> list:
+  """Takes a slice of items (":100", "6000:" or ""), at most `limit` of it.
 
   Raises:
     InputError: it is no slice, or nothing is in it.
@@ -197,9 +248,4 @@ def take_rows(items: list, rows: str) -> list:
   part = items[row_slice(rows)]
   if not part:
     raise InputError(f"rows {rows!r} of {len(items)} items are none")
-  return part
-
-
-def mean_shots(rows: Sequence[Mapping]) -> float:
-  """Exemplars of a prompt on average: fewer than asked if they did not fit."""
-  return sum(len(row["exemplars"]) for row in rows) / len(rows)
+  return part[: limit or None]

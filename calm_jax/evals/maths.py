@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from calm_jax.core.errors import InputError
-from calm_jax.evals import fewshot, statistics
-from calm_jax.evals.base import Generate, Outcome
+from calm_jax.evals import fewshot
+from calm_jax.evals.base import Evaluation, Judgement, Row, judge_correct
 
-SHOTS = 8
 MARK = "####"  # GSM8K's, before the final number
 
 _GROUP = r"[,'’٬\u00a0\u2009\u202f]"  # between groups of digits
@@ -29,52 +28,40 @@ _NUMBER = re.compile(
 _STATED = re.compile(r"answer\s*(?:is|:|=)", re.IGNORECASE)
 
 
-def maths(
-  items: Sequence[dict[str, Any]],
-  pool: Sequence[dict[str, Any]],
-  generate: Generate,
-  *,
-  shots: int = SHOTS,
-  seed: int = 0,
-  prompt: str | Path = "maths",
-  fits: Callable[[str], bool] | None = None,
-) -> Outcome:
-  """Share of problems whose final number is right, in percent.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Maths(fewshot.FewShot):
+  """Grade-school problems; exemplars are drawn from the file `pool`.
 
-  Args:
-    items: such as `read_gsm` gives.
-    pool: with worked solutions, which the exemplars are drawn from.
-    generate, prompt: see `fewshot.answers`.
-    shots, seed, fits: see `fewshot.prompts`.
-
-  Returns:
-    "accuracy" with its 95% interval, the share "answered" with any number,
-    and the mean number of "shots".
-
-  Raises:
-    InputError: what `fewshot.answers` raises.
+  Attributes:
+    path, pool: files of GSM8K or MGSM, see `read_gsm`.
   """
-  rows = fewshot.answers(
-    prompt, items, pool, generate, shots=shots, seed=seed, fits=fits
-  )
-  for row, item in zip(rows, items, strict=True):
-    found = final_number(row["prediction"])
-    row["wanted"] = item["number"]
-    row["found"] = None if found is None else str(found)
-    row["correct"] = found == Decimal(item["number"])
-  right = [100.0 * row["correct"] for row in rows]
-  low, high = statistics.mean_interval(right, seed=seed)
-  answered = sum(row["found"] is not None for row in rows)
-  return Outcome(
-    {
-      "accuracy": sum(right) / len(rows),
-      "accuracy_low": low,
-      "accuracy_high": high,
-      "answered": 100 * answered / len(rows),
-      "shots": fewshot.mean_shots(rows),
-    },
-    rows,
-  )
+
+  pool: str
+
+  def evaluation(self) -> Evaluation:
+    """Reads the files; InputError if they are not as they must be."""
+    return self.solve(read_gsm(self.path))
+
+  def solve(self, problems: list[Row]) -> Evaluation:
+    """Asks problems of `read_gsm`, as far as the limit allows."""
+    problems = fewshot.take(problems, limit=self.limit)
+
+    def judge(rows: list[Row]) -> Judgement:
+      judged = []
+      for row, problem in zip(rows, problems, strict=True):
+        number = final_number(row["prediction"])
+        judged.append(
+          row
+          | {
+            "wanted": problem["number"],
+            "found": None if number is None else str(number),
+            "correct": number == Decimal(problem["number"]),
+          }
+        )
+      return judge_correct(judged)
+
+    pool = read_gsm(self.pool)
+    return self.few_shot("maths", "accuracy", problems, pool, judge)
 
 
 def final_number(text: str) -> Decimal | None:

@@ -3,42 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from calm_jax.evals.base import Outcome, Score
+from calm_jax.evals.base import Row
+
+# Examples to (summed loss in nats, target tokens, bytes that they spell) each.
+Score = Callable[[Sequence], list[tuple[float, float, int]]]
 
 
-def perplexity(examples: Sequence, score: Score) -> Outcome:
-  """Perplexity of the completions given their prompts.
+def perplexity(
+  examples: Sequence, score: Score
+) -> tuple[dict[str, float], list[Row]]:
+  """Measures the completions given their prompts.
 
   Args:
     examples: with `prompt`, `completion` and `origin`.
-    score: (nats, tokens, bytes that the tokens spell) of each completion.
+    score: gives (nats, tokens, bytes that the tokens spell) of completions.
 
   Returns:
     "perplexity" per target token (EOS included) and "bits_per_byte" of the
-    completions' UTF-8, which compares models of different tokenizers. Bytes
-    that no token spells, those of unknown characters, are not counted, and what
-    an unknown token costs is: not to know a character is never a gain.
+    completions' UTF-8, which compares models of different tokenizers; and a
+    row for each example. Bytes of unknown characters, which no token spells,
+    are not counted, while the loss of an unknown token is: a model never gains
+    by not knowing a character.
   """
   rows = []
   for example, (nats, tokens, size) in zip(
     examples, score(examples), strict=True
   ):
-    rows.append({
-      "origin": example.origin,
-      "nats": nats,
-      "tokens": tokens,
-      "bytes": size,
-      "unknown_bytes": len(example.completion.encode()) - size,
-    })  # fmt: skip
+    row = {"origin": example.origin, "nats": nats, "tokens": tokens}
+    row["bytes"] = size
+    row["unknown_bytes"] = len(example.completion.encode()) - size
+    rows.append(row)
   nats, tokens, size = (
     sum(row[key] for row in rows) for key in ("nats", "tokens", "bytes")
   )
-  return Outcome(
-    {
-      "perplexity": math.exp(nats / tokens),
-      "bits_per_byte": nats / math.log(2) / size,
-    },
-    rows,
-  )
+  metrics = {
+    "perplexity": math.exp(nats / tokens),
+    "bits_per_byte": nats / math.log(2) / size,
+  }
+  return metrics, rows

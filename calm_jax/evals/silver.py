@@ -1,80 +1,95 @@
-"""How good machine-made (silver) translations of a test set are (Table 7).
+"""Quality of machine-made (silver) problems, by back-translation (Table 7).
 
-A test set is translated into a language and back. Appendix A.2 measures the
-overlap of what came back with the original, and the delta: how much worse a
-model does on it.
+Problems are translated into a language and back, by whatever translates test
+sets. Appendix A.2 measures the overlap of what came back with the original, and
+the delta: how much worse a model does on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 
-import numpy as np
 from sacrebleu.metrics import BLEU
 
 from calm_jax.core.errors import InputError
-from calm_jax.evals import statistics
-from calm_jax.evals.base import Outcome
+from calm_jax.evals import fewshot, maths, statistics
+from calm_jax.evals.base import Evaluation, Fits, Judgement, Prompt
 
 
-def silver(
-  originals: Sequence[str],
-  returned: Sequence[str],
-  score_originals: Sequence[float],
-  score_returned: Sequence[float],
-  *,
-  seed: int = 0,
-) -> Outcome:
-  """Table 7 for one language.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Silver(maths.Maths):
+  """Problems of a file, and the same after translation there and back.
 
-  Args:
-    originals: N texts.
-    returned: the texts, translated there and back.
-    score_originals, score_returned: a model's score of each, such as 100 where
-      its answer is right and 0 elsewhere.
-    seed: of the intervals.
+  The accuracy is that on the returned problems. In results.json "measures"
+  holds the rest of Table 7: "overlap", the corpus BLEU of the returned
+  questions against the originals; "delta", the accuracy on the originals less
+  that on the returned problems (positive: translation has cost something), its
+  95% interval "delta_low" to "delta_high", and its paired significance
+  "delta_p".
 
-  Returns:
-    "overlap", corpus BLEU of `returned` against `originals`; "delta", the mean
-    score on the originals less that on what was returned (positive: worse for
-    the translation), its 95% interval, and "delta_p", its paired significance.
-    notes["overlap"] is sacrebleu's signature.
-
-  Raises:
-    InputError: not the same number of each, or none.
+  Attributes:
+    path: the originals, see `maths.read_gsm`.
+    returned: the file of the same problems, line by line, after translation.
   """
-  columns = originals, returned, score_originals, score_returned
-  if not originals or len({len(column) for column in columns}) > 1:
-    raise InputError(
-      "silver translations need as many originals, returned texts and scores "
-      f"of both, got {[len(column) for column in columns]}"
+
+  returned: str
+
+  def evaluation(self) -> Evaluation:
+    """Reads the files; InputError if they are not as they must be."""
+    originals, returned = (
+      fewshot.take(maths.read_gsm(path), limit=self.limit)
+      for path in (self.path, self.returned)
     )
-  bleu = BLEU()
-  overlap = bleu.corpus_score(list(returned), [list(originals)])
-  sentence = BLEU(effective_order=True)  # a short text has no 4-grams
-  delta = statistics.compare(
-    np.array(score_originals, np.float64)[:, None],
-    np.array(score_returned, np.float64)[:, None],
-    statistics.mean_of(len(originals)),
-    seed=seed,
-  )
-  return Outcome(
-    {
-      "overlap": overlap.score,
-      "delta": delta.delta,
-      "delta_low": delta.low,
-      "delta_high": delta.high,
-      "delta_p": delta.p_value,
-    },
-    [
-      {
-        "original": original,
-        "returned": back,
-        "overlap": sentence.sentence_score(back, [original]).score,
-        "score_original": before,
-        "score_returned": after,
+    answers = [
+      [problem["number"] for problem in problems]
+      for problems in (originals, returned)
+    ]
+    if answers[0] != answers[1]:
+      raise InputError(
+        f"{self.returned} must hold the problems of {self.path} in the same "
+        f"order, with the same answers: got {len(answers[1])} problems for "
+        f"{len(answers[0])}, or other numbers"
+      )
+    before, after = self.solve(originals), self.solve(returned)
+    references = [problem["question"] for problem in originals]
+    hypotheses = [problem["question"] for problem in returned]
+    bleu = BLEU()
+    overlap = bleu.corpus_score(hypotheses, [references])
+    sentence = BLEU(effective_order=True)  # a short text has no 4-grams
+    overlaps = [
+      sentence.sentence_score(hypothesis, [reference]).score
+      for hypothesis, reference in zip(hypotheses, references, strict=True)
+    ]
+
+    def prompts(fits: Fits) -> list[Prompt]:
+      return before.prompts(fits) + after.prompts(fits)
+
+    def judge(prompts: list[Prompt], outputs: list[str]) -> Judgement:
+      count = len(originals)
+      original = before.judge(prompts[:count], outputs[:count])
+      back = after.judge(prompts[count:], outputs[count:])
+      delta = statistics.compare(
+        original.parts_NS, back.parts_NS, original.metric
+      )
+      rows = [row | {"text": "original"} for row in original.rows]
+      rows += [
+        row | {"text": "returned", "overlap": score}
+        for row, score in zip(back.rows, overlaps, strict=True)
+      ]
+      measures = {
+        "overlap": overlap.score,
+        "delta": delta.delta,
+        "delta_low": delta.low,
+        "delta_high": delta.high,
+        "delta_p": delta.p_value,
       }
-      for original, back, before, after in zip(*columns, strict=True)
-    ],
-    {"overlap": f"{overlap.name}|{bleu.get_signature()}"},
-  )
+      return dataclasses.replace(
+        back,
+        rows=rows,
+        note=f"overlap: {overlap.name}|{bleu.get_signature()}",
+        measures=measures,
+      )
+
+    return dataclasses.replace(
+      after, task="silver", prompts=prompts, judge=judge
+    )

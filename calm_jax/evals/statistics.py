@@ -1,8 +1,8 @@
-"""How sure a number is, and whether two models differ.
+"""Bootstrap intervals, and paired comparisons of two models.
 
-Everything acts on an array [N, S] of what each example adds to a metric's sums:
-one column for a mean, 18 counts for chrF1. A metric is a function of sums
-[..., S], so that thousands of resamples are one matrix product.
+All functions act on an array [N, S] of each example's summands: one column for
+a mean, 18 counts for chrF1. A metric is a function of sums [..., S], so that
+thousands of resamples are one matrix product.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _AT_ONCE = 2**22  # numbers of a block of resamples
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """A model against a baseline, over the same examples.
+  """The difference of a model and a baseline over the same examples.
 
   Attributes:
     delta: the model's metric less the baseline's.
     low, high: its bootstrap interval.
-    p_value: two-sided, of the hypothesis that it does not matter which of the
-      two answered which example.
+    p_value: two-sided, of a paired permutation test (null hypothesis: the two
+      models are exchangeable).
   """
 
   delta: float
@@ -36,7 +36,7 @@ class Difference:
 
 
 def mean_of(count: int) -> Metric:
-  """The metric "mean" of `count` examples, of sums [..., 1]."""
+  """The mean of `count` examples, as a metric of sums [..., 1]."""
   return lambda sums: sums[..., 0] / count
 
 
@@ -48,27 +48,20 @@ def interval(
   resamples: int = 2000,
   level: float = 0.95,
 ) -> tuple[float, float]:
-  """Percentile bootstrap interval of metric(sum of the examples).
+  """Computes the percentile bootstrap interval of metric(sum of examples).
+
+  Where all examples are alike, such as 0 of n right, it has no width: a
+  bootstrap cannot say more, which does not mean that there is no doubt.
 
   Args:
-    parts_NS: what each example adds.
-    metric: of sums [..., S].
-    seed: the same seed gives the same interval.
-    resamples: how many; the error of the ends shrinks with its square root.
+    parts_NS: the summands of each example.
+    metric: a function of sums [..., S].
+    seed: seed of the resampling.
+    resamples: the error of the ends shrinks with the square root of it.
     level: the share of the resamples inside.
   """
   (sums_RS,) = _resampled([_two_axes(parts_NS)], seed, resamples)
   return _quantiles(metric(sums_RS), level)
-
-
-def mean_interval(values_N, **options) -> tuple[float, float]:
-  """`interval` of a mean.
-
-  Where all values are the same, such as 0 of n right, it has no width: that is
-  what a bootstrap can say, not that there is no doubt.
-  """
-  values_N = np.asarray(values_N, np.float64)
-  return interval(values_N[:, None], mean_of(len(values_N)), **options)
 
 
 def compare(
@@ -80,13 +73,13 @@ def compare(
   resamples: int = 2000,
   level: float = 0.95,
 ) -> Difference:
-  """Paired comparison: bootstrap interval, permutation test.
+  """Compares two models: bootstrap interval and permutation test, paired.
 
-  Both draw whole examples, so that what makes an example hard for both models
-  cancels.
+  Both draw examples rather than answers, so that the difficulty that an example
+  has for both models cancels.
 
   Args:
-    parts_NS, baseline_NS: of the same examples in the same order.
+    parts_NS, baseline_NS: the same examples in the same order.
     metric, seed, resamples, level: as for `interval`.
 
   Raises:
@@ -102,7 +95,7 @@ def compare(
   a_RS, b_RS = _resampled([a_NS, b_NS], seed, resamples)
   low, high = _quantiles(metric(a_RS) - metric(b_RS), level)
   swapped = _swapped(a_NS, b_NS, metric, seed, resamples)
-  # What differs from delta by rounding alone is as extreme.
+  # A difference by rounding alone counts as equal.
   extreme = np.abs(swapped) >= abs(delta) - 1e-9 * max(1.0, abs(delta))
   # The observed assignment is one of them: p is never 0.
   p_value = (1 + int(extreme.sum())) / (1 + resamples)
@@ -112,7 +105,7 @@ def compare(
 def count_better(
   scores: Mapping[str, float], baseline: Mapping[str, float]
 ) -> tuple[int, int, int]:
-  """Table 5's #(> m_B): (strictly better, better or equal, languages).
+  """Counts Table 5's #(> m_B): (strictly better, better or equal, languages).
 
   Raises:
     InputError: not the same languages.

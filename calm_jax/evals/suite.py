@@ -10,12 +10,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from calm_jax.evals import statistics
-from calm_jax.evals.base import Outcome
-from calm_jax.evals.tasks import Evaluation, Fits, Rows, score
+from calm_jax.evals.base import Evaluation, Fits, Judgement, Row
 
 
-class Model(Protocol):
-  """What an evaluation asks of a model."""
+class TextModel(Protocol):
+  """The part of `LanguageModel` that evaluations use."""
 
   def generate(
     self,
@@ -25,85 +24,72 @@ class Model(Protocol):
     stop: Sequence[str],
     batch_size: int,
   ) -> list[str]:
-    """The continuations of prompts, greedily."""
+    """Continues prompts greedily."""
 
 
 def run(
   evaluation: Evaluation,
-  models: Mapping[str, Model],
+  models: Mapping[str, TextModel],
   fits: Fits,
   batch_size: int,
-) -> tuple[dict[str, Any], dict[str, Rows]]:
+) -> tuple[dict[str, Any], dict[str, list[Row]]]:
   """Evaluates models on the same prompts.
 
   Args:
-    evaluation: of `make`.
+    evaluation: made by `tasks.make`.
     models: by column of the results; the others are compared to "anchor".
     fits: whether a prompt is short enough. Where it is not, exemplars are left
       out, and then the beginning of the prompt.
     batch_size: rows that are generated together.
 
   Returns:
-    What results.json holds of an evaluation, and the predictions by column,
-    each with its "score" in percent.
+    The evaluation's entry in results.json, and the rows of predictions by
+    column.
   """
-  fits = functools.cache(fits)  # The prompts are the same for all.
-  shown: dict[str, str] = {}
-  outcomes: dict[str, Outcome] = {}
+  fits = functools.cache(fits)
+  prompts = evaluation.prompts(fits)
+  shown = [p._replace(text=_longest_end(p.text, fits)) for p in prompts]
+  judged: dict[str, Judgement] = {}
   for column, model in models.items():
-
-    def generate(prompts: list[str], model=model) -> list[str]:
-      shown.update({p: _end_of(p, fits) for p in prompts})
-      return model.generate(
-        [shown[p] for p in prompts],
-        evaluation.max_new_tokens,
-        stop=evaluation.stop,
-        batch_size=batch_size,
-      )
-
-    outcomes[column] = evaluation.run(generate, fits)
-  judged = {c: evaluation.judged(o.rows) for c, o in outcomes.items()}
-  scores = {
-    column: _with_interval(outcomes[column].metrics[evaluation.metric], *both)
-    for column, both in judged.items()
-  }
-  first = next(iter(outcomes.values()))
-  return {
+    outputs = model.generate(
+      [prompt.text for prompt in shown],
+      evaluation.max_new_tokens,
+      stop=evaluation.stop,
+      batch_size=batch_size,
+    )
+    judged[column] = evaluation.judge(shown, outputs)
+  entry = {
     "task": evaluation.task,
     "group": evaluation.group,
     "subset": evaluation.subset,
     "metric": evaluation.metric,
     "examples": evaluation.examples,
     "asked_shots": evaluation.shots,
-    "shots": first.metrics.get("shots", float(evaluation.shots)),
-    "prompts_cut": sum(shown[r["prompt"]] != r["prompt"] for r in first.rows),
-    "note": first.notes.get(evaluation.metric, ""),
-    "scores": scores,
+    "shots": sum(len(p.exemplars) for p in prompts) / len(prompts),
+    "prompts_cut": sum(a != b for a, b in zip(shown, prompts, strict=True)),
+    "note": next(iter(judged.values())).note,
+    "scores": {column: _score(one) for column, one in judged.items()},
     "against_anchor": {
-      column: dataclasses.asdict(
-        statistics.compare(parts, judged["anchor"][0], of)
-      )
-      for column, (parts, of) in judged.items()
+      column: _against(one, judged["anchor"])
+      for column, one in judged.items()
       if column != "anchor" and "anchor" in judged
     },
-  }, {
-    column: [
-      row | {"prompt": shown[row["prompt"]], "score": score(row)}
-      for row in outcome.rows
-    ]
-    for column, outcome in outcomes.items()
   }
+  measures = {c: one.measures for c, one in judged.items() if one.measures}
+  if measures:
+    entry["measures"] = measures
+  return entry, {column: one.rows for column, one in judged.items()}
 
 
 def groups(evals: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
   """Averages over the subsets of a group, and Table 5's #(> m_B).
 
   Args:
-    evals: entries of `run` by name.
+    evals: entries of results.json by name, see `run`.
 
   Returns:
-    By group "subsets", their number, "average" by column, and "better" by
-    column: on how many it is strictly better than m_B, and with ties.
+    By group the number of "subsets", the "average" by column, and "better" by
+    column: on how many subsets it is strictly better than m_B, and with ties.
   """
   by_group: dict[str, dict[str, Mapping[str, Any]]] = {}
   for name, entry in evals.items():
@@ -127,7 +113,7 @@ def groups(evals: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
   return found
 
 
-def _end_of(prompt: str, fits: Fits) -> str:
+def _longest_end(prompt: str, fits: Fits) -> str:
   """The longest end of a prompt that fits."""
   if fits(prompt):
     return prompt
@@ -138,6 +124,13 @@ def _end_of(prompt: str, fits: Fits) -> str:
   return prompt[high:]
 
 
-def _with_interval(value: float, parts, metric) -> dict[str, float]:
-  low, high = statistics.interval(parts, metric)
-  return {"value": value, "low": low, "high": high}
+def _score(judged: Judgement) -> dict[str, float]:
+  low, high = statistics.interval(judged.parts_NS, judged.metric)
+  return {"value": judged.value, "low": low, "high": high}
+
+
+def _against(judged: Judgement, anchor: Judgement) -> dict[str, float]:
+  difference = statistics.compare(
+    judged.parts_NS, anchor.parts_NS, judged.metric
+  )
+  return dataclasses.asdict(difference)

@@ -158,7 +158,7 @@ class KeyValues:
 
   def _accuracy(self, name, model, task, split) -> float:
     examples = arithmetic.examples(self.kv, self._expressions(split), task)
-    outcome = exact_match(
+    accuracy, rows = exact_match(
       [example.prompt for example in examples],
       [example.completion for example in examples],
       lambda prompts: model.generate(
@@ -166,8 +166,8 @@ class KeyValues:
       ),
       num_terms=[example.num_terms for example in examples],
     )
-    write_rows(self.workdir / "predictions" / name, outcome.rows)
-    return round(outcome.metrics["accuracy"], 2)
+    write_rows(self.workdir / "predictions" / name, rows)
+    return round(accuracy, 2)
 
   def look(self, model: LanguageModel, data: dict) -> dict[str, np.ndarray]:
     """Cross-attention over one KV-MATH example with all keys held out.

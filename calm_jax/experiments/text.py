@@ -23,7 +23,7 @@ from calm_jax.data.sources import (
   take_fraction,
 )
 from calm_jax.evals import suite, tasks
-from calm_jax.evals.base import write_rows
+from calm_jax.evals.base import Evaluation, write_rows
 from calm_jax.evals.perplexity import perplexity
 from calm_jax.experiments.languages import expand
 from calm_jax.generation.text import with_bos
@@ -116,7 +116,7 @@ class Text:
       )
     self.evals = self._evaluations()
 
-  def _evaluations(self) -> dict[str, tasks.Evaluation]:
+  def _evaluations(self) -> dict[str, Evaluation]:
     task = self.task
     wanted = expand(task.evals, task.languages)
     left_out = {
@@ -242,12 +242,13 @@ class Text:
       for numbers in table.values():
         numbers[set_name] = {}
       for column, model in models.items():
-        outcome = perplexity(examples, lambda e, m=model: self._score(m, e))
+        metrics, rows = perplexity(
+          examples, lambda e, m=model: self._score(m, e)
+        )
         for name, numbers in table.items():
-          numbers[set_name][column] = outcome.metrics[name]
+          numbers[set_name][column] = metrics[name]
         write_rows(
-          self.workdir / "scores" / f"{prefix}{set_name}.{column}.jsonl",
-          outcome.rows,
+          self.workdir / "scores" / f"{prefix}{set_name}.{column}.jsonl", rows
         )
     return table
 

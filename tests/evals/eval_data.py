@@ -1,4 +1,4 @@
-"""Where the shared data is."""
+"""Where the shared data is, and how an evaluation is run on a function."""
 
 from __future__ import annotations
 
@@ -13,3 +13,9 @@ def folder(name: str) -> Path:
   if not os.environ.get("CALM_SHARED"):
     pytest.skip("CALM_SHARED is unset: the shared data is not here")
   return Path(os.environ["CALM_SHARED"], "data", name)
+
+
+def answer(evaluation, generate, fits=lambda prompt: True):
+  """The judgement of what `generate` makes of an evaluation's prompts."""
+  prompts = evaluation.prompts(fits)
+  return evaluation.judge(prompts, generate([p.text for p in prompts]))

@@ -78,7 +78,7 @@ def random_texts(seed: int, count: int) -> list[str]:
 def test_sums_of_counts_are_the_corpus():
   predictions, references = random_texts(0, 200), random_texts(1, 200)
   score = chrf.chrf1(predictions, references)
-  assert chrf.of_counts(score.counts.sum(0)) == pytest.approx(score.corpus)
+  assert chrf.from_counts(score.counts.sum(0)) == pytest.approx(score.corpus)
   metric = CHRF(beta=1)
   want = [
     metric.sentence_score(p, [r]).score

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import pathlib
 
 import pytest
+from eval_data import answer, folder
 
 from calm_jax.core.errors import InputError
-from calm_jax.evals import code_execution
-from calm_jax.evals.code_execution import extract_code, humaneval, mbpp
+from calm_jax.evals import code_execution, tasks
+from calm_jax.evals.code_execution import extract_code
 from calm_jax.sandbox import runner
 
 try:
@@ -76,11 +75,22 @@ assert root
 """
 
 
-def shared(name: str) -> pathlib.Path:
-  folder = os.environ.get("CALM_SHARED")
-  if not folder:
-    pytest.skip("CALM_SHARED is not set")
-  return pathlib.Path(folder) / "data" / name
+def make(kind, path, allow_code_execution=True):
+  return tasks.make(
+    {
+      "kind": kind, "group": kind, "path": path, "max_new_tokens": 99,
+      "allow_code_execution": allow_code_execution,
+    }
+  )  # fmt: skip
+
+
+def mbpp(monkeypatch, path, task_ids):
+  """The evaluation of some task_ids of a file, or of PROBLEMS written to it."""
+  if not path.exists():
+    lines = [json.dumps(problem) + "\n" for problem in PROBLEMS.values()]
+    path.write_text("".join(lines))
+  monkeypatch.setattr(code_execution, "MBPP_TEST", task_ids)
+  return make("mbpp", path)
 
 
 @pytest.mark.parametrize(
@@ -100,26 +110,19 @@ def test_the_program_in_a_completion(completion, code):
   assert extract_code(completion) == code
 
 
-def test_the_prompt_is_the_three_shots_and_the_problem():
-  shots = [PROBLEMS[i] for i in (2, 3, 4)]
-  (prompt,) = code_execution.mbpp_prompts([PROBLEMS[12]], shots)
-  assert prompt == PROMPT
-
-
 @holds
-def test_mbpp_counts_the_programs_that_pass():
+def test_mbpp_counts_the_programs_that_pass(tmp_path, monkeypatch):
+  evaluation = mbpp(monkeypatch, tmp_path / "mbpp.jsonl", [12, 11])
   asked = []
 
   def generate(prompts):
     asked.extend(prompts)
     return [PROBLEMS[12]["code"] + "\n[DONE]", "def eleven(): return 12"]
 
-  outcome = mbpp(
-    PROBLEMS, generate, allow_code_execution=True, task_ids=[12, 11]
-  )
+  judged = answer(evaluation, generate)
   assert asked[0] == PROMPT
-  assert outcome.metrics == {"pass@1": 50.0, "shots": 3.0}
-  good, bad = outcome.rows
+  assert (judged.value, evaluation.shots) == (50.0, 3)
+  good, bad = judged.rows
   assert (good["task_id"], good["correct"], good["verdict"]) == (
     12, True, "passed",
   )  # fmt: skip
@@ -130,37 +133,23 @@ def test_mbpp_counts_the_programs_that_pass():
   )  # fmt: skip
 
 
-def test_shots_that_do_not_fit_are_left_out():
-  asked = []
-
-  def generate(prompts):
-    asked.extend(prompts)
-    return [""] * len(prompts)
-
-  outcome = mbpp(
-    PROBLEMS,
-    generate,
-    allow_code_execution=True,
-    task_ids=[12, 11],
-    fits=lambda prompt: prompt.count("[BEGIN]") <= 2,
-  )
-  assert outcome.metrics["shots"] == 1.0
+@holds
+def test_shots_that_do_not_fit_are_left_out(tmp_path, monkeypatch):
+  evaluation = mbpp(monkeypatch, tmp_path / "mbpp.jsonl", [12, 11])
+  asked = evaluation.prompts(lambda prompt: prompt.count("[BEGIN]") <= 2)
   # The last shot and the question.
-  assert PROMPT.endswith(asked[0])
-  assert [prompt.count("[DONE]") for prompt in asked] == [1, 1]
+  assert PROMPT.endswith(asked[0].text)
+  assert [prompt.text.count("[DONE]") for prompt in asked] == [1, 1]
+  assert [prompt.exemplars for prompt in asked] == [[4], [4]]
 
 
-def test_nothing_is_generated_where_nothing_may_be_run():
-  with pytest.raises(InputError, match="--allow_code_execution"):
-    mbpp(PROBLEMS, None, allow_code_execution=False, task_ids=[11])
-  with pytest.raises(InputError, match="--allow_code_execution"):
-    humaneval([], None, allow_code_execution=False)
-
-
-def test_problems_that_are_missing_are_named():
+@holds
+def test_problems_that_are_missing_are_named(tmp_path, monkeypatch):
+  path = tmp_path / "mbpp.jsonl"
+  lines = [json.dumps(p) + "\n" for i, p in PROBLEMS.items() if i != 3]
+  path.write_text("".join(lines))
   with pytest.raises(InputError, match=r"missing: \[3, 13\]"):
-    problems = {i: p for i, p in PROBLEMS.items() if i != 3}
-    mbpp(problems, None, allow_code_execution=True, task_ids=[11, 13])
+    mbpp(monkeypatch, path, [11, 13])
 
 
 def test_bad_lines_are_named(tmp_path):
@@ -212,52 +201,46 @@ HUMANEVAL = {
 def test_humaneval_continues_the_function(tmp_path, completion, verdict):
   path = tmp_path / "HumanEval.jsonl"
   path.write_text(json.dumps(HUMANEVAL) + "\n")
-  problems = code_execution.read_humaneval(path)
   asked = []
 
   def generate(prompts):
     asked.extend(prompts)
     return [completion]
 
-  outcome = humaneval(problems, generate, allow_code_execution=True)
+  judged = answer(make("humaneval", path), generate)
   assert asked == [HUMANEVAL["prompt"]]
-  assert outcome.rows[0]["verdict"] == verdict, outcome.rows
-  assert outcome.metrics == {"pass@1": 100.0 * (verdict == "passed")}
+  assert judged.rows[0]["verdict"] == verdict, judged.rows
+  assert judged.value == 100.0 * (verdict == "passed")
 
 
 @holds
-def test_all_reference_solutions_of_mbpp_pass():
-  problems = code_execution.read_mbpp(shared("mbpp/mbpp.jsonl"))
+def test_all_reference_solutions_of_mbpp_pass(monkeypatch):
+  path = folder("mbpp") / "mbpp.jsonl"
+  problems = code_execution.read_mbpp(path)
   assert list(problems) == list(range(1, 975))
-  outcome = mbpp(
-    problems,
+  judged = answer(
+    mbpp(monkeypatch, path, list(problems)),
     lambda prompts: [p["code"] + "\n[DONE]" for p in problems.values()],
-    allow_code_execution=True,
-    task_ids=tuple(problems),
   )
-  assert [row for row in outcome.rows if not row["correct"]] == []
-  assert outcome.metrics == {"pass@1": 100.0, "shots": 3.0}
+  assert [row for row in judged.rows if not row["correct"]] == []
+  assert judged.value == 100.0
 
 
+@holds
 def test_the_test_split_has_500_problems_with_three_shots():
-  problems = code_execution.read_mbpp(shared("mbpp/mbpp.jsonl"))
-  chosen = [problems[task_id] for task_id in code_execution.MBPP_TEST]
-  shots = [problems[task_id] for task_id in code_execution.MBPP_SHOTS]
-  prompts = code_execution.mbpp_prompts(chosen, shots)
-  assert len(prompts) == 500
+  evaluation = make("mbpp", folder("mbpp") / "mbpp.jsonl")
+  prompts = [prompt.text for prompt in evaluation.prompts(lambda _: True)]
+  assert len(prompts) == evaluation.examples == 500
   assert all(prompt.count("[DONE]\n\nYou are") == 3 for prompt in prompts)
   assert all(prompt.endswith("\n[BEGIN]\n") for prompt in prompts)
   assert "\r" not in "".join(prompts)
 
 
 @holds
-def test_an_answer_to_nothing_passes_nowhere():
-  problems = code_execution.read_mbpp(shared("mbpp/mbpp.jsonl"))
-  outcome = mbpp(
-    problems,
+def test_an_answer_to_nothing_passes_nowhere(monkeypatch):
+  judged = answer(
+    mbpp(monkeypatch, folder("mbpp") / "mbpp.jsonl", range(11, 31)),
     lambda prompts: ["def zero():\n  return 0\n[DONE]"] * len(prompts),
-    allow_code_execution=True,
-    task_ids=range(11, 31),
   )
-  assert [row["task_id"] for row in outcome.rows] == list(range(11, 31))
-  assert outcome.metrics == {"pass@1": 0.0, "shots": 3.0}
+  assert [row["task_id"] for row in judged.rows] == list(range(11, 31))
+  assert judged.value == 0.0

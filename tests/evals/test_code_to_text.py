@@ -8,7 +8,8 @@ import eval_data
 import pytest
 
 from calm_jax.core.errors import InputError
-from calm_jax.evals.code_to_text import code_to_text, read_codexglue
+from calm_jax.evals import tasks
+from calm_jax.evals.code_to_text import read_codexglue
 
 LINE = {
   "language": "python",
@@ -41,9 +42,8 @@ def test_what_cannot_be_read_is_said(tmp_path):
 
 
 def test_the_references_of_ruby_score_100():
-  items = read_codexglue(
-    eval_data.folder("codexglue") / "code_to_text_ruby" / "test.jsonl"
-  )
+  path = eval_data.folder("codexglue") / "code_to_text_ruby" / "test.jsonl"
+  items = read_codexglue(path)
   assert len(items) == 1261
   asked = []
 
@@ -51,11 +51,15 @@ def test_the_references_of_ruby_score_100():
     asked.extend(prompts)
     return [f" {item['docstring']}\n\nRuby code: more" for item in items]
 
-  outcome = code_to_text(items, items, generate)
-  assert outcome.metrics == {
-    "chrf1": 100, "chrf1_low": 100, "chrf1_high": 100, "shots": 3,
-  }  # fmt: skip
+  evaluation = tasks.make(
+    {
+      "kind": "code_to_text", "group": "CodeXGLUE", "path": path, "pool": path,
+      "shots": 3, "max_new_tokens": 96,
+    }
+  )  # fmt: skip
+  judged = eval_data.answer(evaluation, generate)
+  assert judged.value == 100
   assert all(p.count("\nDescription:") == 4 for p in asked[:20])
   assert all(
-    number not in row["exemplars"] for number, row in enumerate(outcome.rows)
+    number not in row["exemplars"] for number, row in enumerate(judged.rows)
   )

@@ -16,13 +16,13 @@ def test_the_whole_answer_counts_and_nothing_else_does():
     asked.append(prompts)
     return [given[p] for p in prompts]
 
-  outcome = exact_match(
+  accuracy, rows = exact_match(
     tuple(given), ["1", "1=2", "3", "1=2"], generate, num_terms=[1, 2, 3, 4]
   )
   assert asked == [list(given)]
-  assert outcome.metrics == {"accuracy": 50.0}
-  assert [row["correct"] for row in outcome.rows] == [True, True, False, False]
-  assert outcome.rows[1] == {
+  assert accuracy == 50.0
+  assert [row["correct"] for row in rows] == [True, True, False, False]
+  assert rows[1] == {
     "prompt": "b=", "completion": "1=2", "prediction": "1=2", "correct": True,
     "num_terms": 2,
   }  # fmt: skip

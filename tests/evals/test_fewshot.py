@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from eval_data import answer
 
 from calm_jax.core.errors import InputError
 from calm_jax.evals import fewshot
@@ -22,9 +23,24 @@ def mine(tmp_path):
   return template(tmp_path, "Q: {q}\nA: {a}\n")
 
 
+def options(mine):
+  return fewshot.FewShot(
+    group="G", path="", shots=1, max_new_tokens=9, prompt=mine.origin
+  )
+
+
+def always(prompt):
+  return True
+
+
+def write(mine, shots, fits=always):
+  """The prompt of the first item, and its exemplars."""
+  [chosen] = fewshot.draw(mine, ITEMS[:1], POOL, shots, 0)
+  return fewshot.prompt(mine, ITEMS[0], POOL, chosen, fits)
+
+
 def test_a_prompt_reads_as_its_file(mine):
-  [(prompt, chosen)] = fewshot.prompts(mine, ITEMS[:1], POOL, shots=2, seed=0)
-  first, second = chosen
+  prompt, (first, second) = write(mine, 2)
   assert prompt == (
     f"Q: question {first}\nA: answer {first}\n\n"
     f"Q: question {second}\nA: answer {second}\n\n"
@@ -39,8 +55,7 @@ def test_braces_of_values_and_doubled_ones_are_text(tmp_path):
 
 def test_exemplars_are_a_matter_of_seed_and_item(mine):
   def drawn(items, seed=0, shots=3):
-    asked = fewshot.prompts(mine, items, POOL, shots=shots, seed=seed)
-    return [chosen for _, chosen in asked]
+    return fewshot.draw(mine, items, POOL, shots, seed)
 
   assert drawn(ITEMS) == drawn(ITEMS)
   assert drawn(ITEMS)[:2] == drawn(ITEMS[:2])
@@ -51,36 +66,31 @@ def test_exemplars_are_a_matter_of_seed_and_item(mine):
 
 
 def test_an_item_is_never_its_own_exemplar(mine):
-  asked = fewshot.prompts(mine, POOL, POOL, shots=8, seed=0)
-  for i, (_, chosen) in enumerate(asked):
+  for i, chosen in enumerate(fewshot.draw(mine, POOL, POOL, 8, 0)):
     assert sorted(chosen) == [j for j in range(9) if j != i]
   # Nor with another answer.
   twin = [{"q": "asked 0", "a": "another"}, *POOL]
-  [(_, chosen)] = fewshot.prompts(mine, ITEMS[:1], twin, shots=9, seed=0)
+  [chosen] = fewshot.draw(mine, ITEMS[:1], twin, 9, 0)
   assert 0 not in chosen
 
 
 def test_what_does_not_fit_loses_exemplars(mine):
-  [(prompt, chosen)] = fewshot.prompts(
-    mine, ITEMS[:1], POOL, shots=4, seed=0, fits=lambda p: len(p) < 90
-  )
-  [(_, all_of_them)] = fewshot.prompts(mine, ITEMS[:1], POOL, shots=4, seed=0)
+  prompt, chosen = write(mine, 4, lambda p: len(p) < 90)
+  _, all_of_them = write(mine, 4)
   assert chosen == all_of_them[2:]
   assert len(prompt) < 90
-  [(prompt, chosen)] = fewshot.prompts(
-    mine, ITEMS[:1], POOL, shots=4, seed=0, fits=lambda p: False
-  )
-  assert (prompt, chosen) == ("Q: asked 0\nA:", [])
+  assert write(mine, 4, lambda p: False) == ("Q: asked 0\nA:", [])
 
 
 def test_answers_are_cut_where_the_next_question_begins(tmp_path):
-  rows = fewshot.answers(
-    template(tmp_path, "Q: {q}\nA: {a}").origin, ITEMS[:2], POOL,
-    lambda prompts: [" one\ntwo\n\nQ: more", "three"], shots=1, seed=0,
-  )  # fmt: skip
-  assert [row["prediction"] for row in rows] == ["one\ntwo", "three"]
-  assert [row["completion"] for row in rows] == ["wanted 0", "wanted 1"]
-  assert fewshot.mean_shots(rows) == 1
+  judged = []
+  evaluation = options(template(tmp_path, "Q: {q}\nA: {a}")).few_shot(
+    "maths", "accuracy", ITEMS[:2], POOL, judged.extend
+  )
+  answer(evaluation, lambda prompts: [" one\ntwo\n\nQ: more", "three"])
+  assert [row["prediction"] for row in judged] == ["one\ntwo", "three"]
+  assert [row["completion"] for row in judged] == ["wanted 0", "wanted 1"]
+  assert [len(row["exemplars"]) for row in judged] == [1, 1]
   # Without words before the first field, an answer is a line.
   assert template(tmp_path, "{q}: {a}").cut("one\ntwo") == "one"
 
@@ -102,15 +112,15 @@ def test_bad_files_are_named(tmp_path, text, message):
 
 def test_what_is_missing_is_named(mine, tmp_path):
   with pytest.raises(InputError, match=r"asks for the field 'q'.*\['a'\]"):
-    fewshot.prompts(mine, [{"a": "1"}], POOL, shots=1, seed=0)
+    fewshot.draw(mine, [{"a": "1"}], POOL, 1, 0)
   with pytest.raises(InputError, match=r"asks for the field 'a'.*\['q'\]"):
-    fewshot.prompts(mine, ITEMS, [{"q": "1"}], shots=1, seed=0)
+    fewshot.prompt(mine, ITEMS[0], [{"q": "1"}], [0], always)
   with pytest.raises(InputError, match=r"10 exemplars .* only 9 others"):
-    fewshot.prompts(mine, ITEMS, POOL, shots=10, seed=0)
+    fewshot.draw(mine, ITEMS, POOL, 10, 0)
   with pytest.raises(InputError, match=r"one of .*'maths'.*'translation'"):
     fewshot.load_template("nothing")
   with pytest.raises(InputError, match="no items"):
-    fewshot.answers("maths", [], POOL, list, shots=1, seed=0)
+    options(mine).few_shot("maths", "accuracy", [], POOL, list)
 
 
 @pytest.mark.parametrize("name", ["translation", "maths", "code_to_text"])

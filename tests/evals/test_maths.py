@@ -9,7 +9,7 @@ import eval_data
 import pytest
 
 from calm_jax.core.errors import InputError
-from calm_jax.evals import maths
+from calm_jax.evals import tasks
 from calm_jax.evals.maths import final_number, read_gsm
 
 
@@ -93,10 +93,19 @@ def test_every_gold_answer_of_gsm8k():
         assert final_number(text) == number, (name, text)
 
 
+def evaluation(path, pool, **options):
+  return tasks.make(
+    {
+      "kind": "maths", "group": "GSM8K", "path": path, "pool": pool,
+      "max_new_tokens": 256,
+    }
+    | options
+  )  # fmt: skip
+
+
 def test_the_evaluation_of_a_model_that_knows_the_answers():
   folder = eval_data.folder("gsm8k")
   items = read_gsm(folder / "test.jsonl")[:40]
-  pool = read_gsm(folder / "train.jsonl")
   right = iter(item["answer"] for item in items)
   asked = []
 
@@ -104,11 +113,13 @@ def test_the_evaluation_of_a_model_that_knows_the_answers():
     asked.extend(prompts)
     return [f" {next(right)}\n\nQuestion: more? #### 0" for _ in prompts]
 
-  outcome = maths.maths(items, pool, generate)
-  assert outcome.metrics == {
-    "accuracy": 100, "accuracy_low": 100, "accuracy_high": 100,
-    "answered": 100, "shots": 8,
-  }  # fmt: skip
+  judged = eval_data.answer(
+    evaluation(
+      folder / "test.jsonl", folder / "train.jsonl", shots=8, limit=40
+    ),
+    generate,
+  )
+  assert judged.value == 100
   assert asked[0].count("Question: ") == 9
   assert "<<" not in asked[0]
   assert asked[0].endswith(f"{items[0]['question']}\nAnswer:")
@@ -119,15 +130,16 @@ def test_by_hand(tmp_path):
   file.write_text("Wie viele?\t1,200\nWann?\t3\nWo?\t-4\nWer?\t2.5\n")
   items = read_gsm(file)
   assert [item["number"] for item in items] == ["1200", "3", "-4", "2.5"]
-  pool = [{"question": "Wieso?", "answer": "Weil 1.\n#### 1"}]
+  pool = tmp_path / "pool.jsonl"
+  line = {"question": "Wieso?", "answer": "Weil 1.\n#### 1"}
+  pool.write_text(json.dumps(line) + "\n")
   given = ["#### 1200", "drei", "4", "es sind 2,5."]
-  outcome = maths.maths(items, pool, lambda prompts: given, shots=1)
-  assert outcome.metrics["accuracy"] == 50
-  assert outcome.metrics["answered"] == 75
-  assert [row["correct"] for row in outcome.rows] == [True, False, False, True]
-  assert [row["found"] for row in outcome.rows] == ["1200", None, "4", "2.5"]
-  assert 0 <= outcome.metrics["accuracy_low"] < 50
-  assert 50 < outcome.metrics["accuracy_high"] <= 100
+  judged = eval_data.answer(
+    evaluation(file, pool, shots=1), lambda prompts: given
+  )
+  assert judged.value == 50
+  assert [row["correct"] for row in judged.rows] == [True, False, False, True]
+  assert [row["found"] for row in judged.rows] == ["1200", None, "4", "2.5"]
 
 
 def test_what_cannot_be_read_is_said(tmp_path):

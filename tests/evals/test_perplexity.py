@@ -12,12 +12,12 @@ from calm_jax.evals.perplexity import perplexity
 
 def test_all_examples_are_one_text():
   examples = [TextExample("p", "ab", "x"), TextExample("", "é", "y")]
-  outcome = perplexity(examples, lambda _: [(3.0, 3.0, 2), (9.0, 1.0, 2)])
+  metrics, rows = perplexity(examples, lambda _: [(3.0, 3.0, 2), (9.0, 1.0, 2)])
   # Per token of both together, not the mean of each; é has two bytes.
-  assert outcome.metrics == pytest.approx(
+  assert metrics == pytest.approx(
     {"perplexity": math.exp(3), "bits_per_byte": 3 / math.log(2)}
   )
-  assert outcome.rows == [
+  assert rows == [
     {"origin": "x", "nats": 3.0, "tokens": 3.0, "bytes": 2, "unknown_bytes": 0},
     {"origin": "y", "nats": 9.0, "tokens": 1.0, "bytes": 2, "unknown_bytes": 0},
   ]
@@ -25,7 +25,7 @@ def test_all_examples_are_one_text():
 
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary():
   examples = [TextExample("", "abc", "x"), TextExample("", "d", "y")]
-  outcome = perplexity(
+  metrics, _ = perplexity(
     examples,
     lambda es: [
       (
@@ -36,14 +36,16 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary():
       for e in es
     ],
   )
-  assert outcome.metrics["perplexity"] == pytest.approx(7)
-  assert outcome.metrics["bits_per_byte"] == pytest.approx(math.log2(7))
+  assert metrics["perplexity"] == pytest.approx(7)
+  assert metrics["bits_per_byte"] == pytest.approx(math.log2(7))
 
 
 def test_unknown_bytes_are_no_gain():
-  outcome = perplexity([TextExample("", "abcé", "x")], lambda _: [(6.0, 4, 3)])
-  assert outcome.metrics["bits_per_byte"] == pytest.approx(2 / math.log(2))
-  assert outcome.rows[0]["unknown_bytes"] == 2
+  metrics, rows = perplexity(
+    [TextExample("", "abcé", "x")], lambda _: [(6.0, 4, 3)]
+  )
+  assert metrics["bits_per_byte"] == pytest.approx(2 / math.log(2))
+  assert rows[0]["unknown_bytes"] == 2
 
 
 def test_a_score_for_each_example():

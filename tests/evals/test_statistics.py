@@ -12,13 +12,17 @@ from sacrebleu.metrics import CHRF
 
 from calm_jax.core.errors import InputError
 from calm_jax.evals import chrf, statistics
-from calm_jax.evals.statistics import compare, interval, mean_interval, mean_of
+from calm_jax.evals.statistics import compare, interval, mean_of
 
 VALUES = np.random.default_rng(0).normal(3, 2, 500)
 
 
 def column(values) -> np.ndarray:
   return np.array(values, float)[:, None]
+
+
+def mean_interval(values, **options):
+  return interval(column(values), mean_of(len(values)), **options)
 
 
 def test_an_interval_of_a_mean_is_the_normal_one():
@@ -120,7 +124,7 @@ def test_a_corpus_metric_is_that_of_all_swaps():
   deltas = [delta(s) for s in itertools.product([False, True], repeat=6)]
   exact = np.mean([abs(d) >= abs(observed) - 1e-9 for d in deltas])
   counts = [chrf.chrf1(texts, references).counts for texts in (ours, theirs)]
-  found = compare(*counts, chrf.of_counts, resamples=20_000)
+  found = compare(*counts, chrf.from_counts, resamples=20_000)
   assert found.delta == pytest.approx(observed)
   assert 0.05 < exact < 0.95
   assert found.p_value == pytest.approx(exact, abs=0.01)
@@ -140,7 +144,7 @@ def test_a_corpus_interval_is_that_of_resampled_texts():
       ).score
     )
   counts = chrf.chrf1(predictions, references).counts
-  low, high = interval(counts, chrf.of_counts, resamples=20_000, level=0.8)
+  low, high = interval(counts, chrf.from_counts, resamples=20_000, level=0.8)
   np.testing.assert_allclose(
     [low, high], np.quantile(scores, [0.1, 0.9]), atol=1.5
   )

@@ -8,7 +8,8 @@ import eval_data
 import pytest
 
 from calm_jax.core.errors import InputError
-from calm_jax.evals.translation import language_name, read_flores, translation
+from calm_jax.evals import tasks
+from calm_jax.evals.translation import language_name, read_flores
 
 FILES = {
   "dev/eng_Latn.dev": "One.\nTwo\u2028cats.\nThree.\n",
@@ -40,36 +41,40 @@ def test_sentences_are_paired_by_line(flores):
     (3, "Trei.", "Three."),
   ]
   assert {p["language"] for p in pairs} == {"Ligurian"}
-  assert read_flores(flores, "lij_Latn", "devtest", "Zeneise")[0] == {
-    "id": 1, "language": "Zeneise", "source": "Unna casa.",
+  assert read_flores(flores, "lij_Latn", "devtest")[0] == {
+    "id": 1, "language": "Ligurian", "source": "Unna casa.",
     "target": "A house.",
   }  # fmt: skip
   with pytest.raises(InputError, match=r"dev/vec_Latn\.dev; .*'lij_Latn'"):
     read_flores(flores, "vec_Latn", "dev")
 
 
+def evaluation(path, language, shots):
+  return tasks.make(
+    {
+      "kind": "translation", "group": "FLORES-200", "language": language,
+      "path": path, "shots": shots, "max_new_tokens": 96,
+    }
+  )  # fmt: skip
+
+
 def test_the_evaluation(flores):
-  items = read_flores(flores, "lij_Latn", "devtest")
-  pool = read_flores(flores, "lij_Latn", "dev")
   asked = []
 
   def generate(prompts):
     asked.extend(prompts)
     return [" A house.\nLigurian: Doî", " abcd"]
 
-  outcome = translation(items, pool, generate, shots=2)
+  judged = eval_data.answer(evaluation(flores, "lij_Latn", 2), generate)
   assert asked[1].endswith("\n\nLigurian: Cantemmo.\nEnglish:")
   assert asked[1].count("English:") == 3
-  rows = outcome.rows
+  rows = judged.rows
   assert [row["prediction"] for row in rows] == ["A house.", "abcd"]
   assert [row["completion"] for row in rows] == ["A house.", "We sing."]
   assert [row["chrf1"] for row in rows] == [100, 0]
   assert all(len(row["exemplars"]) == 2 for row in rows)
-  metrics = outcome.metrics
-  assert metrics["chrf1_low"] == 0 and metrics["chrf1_high"] == 100
-  assert 0 < metrics["chrf1"] < 100
-  assert metrics["shots"] == 2
-  assert outcome.notes["chrf1"].startswith("chrF1|nrefs:1|")
+  assert 0 < judged.value < 100
+  assert judged.note.startswith("chrF1|nrefs:1|")
 
 
 def test_lines_that_do_not_pair_and_files_that_are_none(tmp_path):
@@ -88,7 +93,7 @@ def test_lines_that_do_not_pair_and_files_that_are_none(tmp_path):
 def test_names_of_languages():
   assert language_name("taq_Latn") == "Tamasheq"
   assert language_name("nno_Latn") == "Norwegian Nynorsk"
-  with pytest.raises(InputError, match="no name for 'xxx_Latn'"):
+  with pytest.raises(InputError, match="no language 'xxx_Latn'"):
     language_name("xxx_Latn")
 
 
@@ -96,11 +101,10 @@ def test_names_of_languages():
 def test_the_real_flores(code):
   path = eval_data.folder("flores200")
   items = read_flores(path, code, "devtest")
-  pool = read_flores(path, code, "dev")
-  assert (len(items), len(pool)) == (1012, 997)
-  outcome = translation(
-    items, pool, lambda prompts: [f" {item['target']}" for item in items]
+  assert (len(items), len(read_flores(path, code, "dev"))) == (1012, 997)
+  judged = eval_data.answer(
+    evaluation(path, code, 5),
+    lambda prompts: [f" {item['target']}" for item in items],
   )
-  assert outcome.metrics == {
-    "chrf1": 100, "chrf1_low": 100, "chrf1_high": 100, "shots": 5,
-  }  # fmt: skip
+  assert judged.value == 100
+  assert all(len(row["exemplars"]) == 5 for row in judged.rows)
