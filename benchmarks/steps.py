@@ -1,9 +1,4 @@
-"""A training step of a composition: what it costs at the least, and its clock.
-
-The least FLOPs are those of m_A up to its last tapped layer and of m_B,
-forward; the head and m_B above the first connection, backward, without
-gradients of weights; and the connections with theirs.
-"""
+"""Builds and times a training step of a composition."""
 
 from __future__ import annotations
 
@@ -19,54 +14,9 @@ from benchmarks import pairs
 from benchmarks.machine import Clock
 from calm_jax.composition.connections import Composition
 from calm_jax.core import trees
-from calm_jax.models.config import ModelConfig
 from calm_jax.planning import flops
 from calm_jax.training import optimizer
 from calm_jax.training import step as step_lib
-
-
-def least_flops(
-  spec: Composition, rows: int, length: int, seen: float = 1.0
-) -> int:
-  """What a step cannot do without, of matrix products; see above.
-
-  The norms before a projection and before a query are trained: the gradients
-  of what those read count, even into a frozen model.
-
-  Args:
-    spec: the composition.
-    rows: of a batch.
-    length: tokens of a row.
-    seen: the share of the products of queries and keys that counts; 0.5 for
-      those of the past alone.
-  """
-  tokens = rows * length
-
-  def attention(width: int) -> int:
-    return int(4 * seen * tokens * length * width)
-
-  def linears(c: ModelConfig) -> int:
-    heads = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim
-    mlp = (3 if c.gated_mlp else 2) * c.mlp_width
-    return 2 * tokens * c.width * (heads + mlp)
-
-  def layers(c: ModelConfig, count: int, times: int = 1) -> int:
-    # The gradients of attention are four products for two.
-    inner = c.num_heads * c.head_dim
-    return count * (linears(c) + times * attention(inner))
-
-  b, D = spec.anchor, spec.anchor.width
-  head = 2 * tokens * D * b.vocab_size
-  total = layers(b, b.num_layers) + 2 * head
-  first = b.num_layers
-  for _, joined in spec.augmenting:
-    c = joined.config
-    total += layers(c, max(pair.augmenting for pair in joined.connections))
-    for at in joined.connections:
-      first = min(first, at.anchor)
-      kernels = D * (c.width + 4 * D)
-      total += 3 * (2 * tokens * kernels + attention(D))
-  return total + layers(b, b.num_layers - first, times=2)
 
 
 def parts(spec: Composition) -> tuple[Callable, Callable]:
@@ -119,7 +69,7 @@ class Timed:
     self.batch = jax.device_put(batch)
     arguments = self.state, self.frozen, self.batch
     self.traced = flops.count(step, *arguments)
-    self.least = least_flops(spec, rows, length)
+    self.least = flops.training_step(spec, rows, length)
     self.tokens = rows * length
     self.step = step.lower(*arguments).compile()
     self.temporary = self.step.memory_analysis().temp_size_in_bytes

@@ -9,12 +9,12 @@
 A pair of benchmarks.pairs, rows of real length, all of the trainer's step.
 Steps and large matmuls take turns, and a step is compared with the matmuls
 around it, so that a busy machine slows both: "of the limit" is the time that
-the least FLOPs of a step (benchmarks.steps) take at the matmul's rate, over the
-step's own; on an accelerator that is the model FLOPs utilisation, with the rate
-that a matmul reaches for 100%. Attention counts in full; another row has its
-causal half alone. --cpu compares seconds of CPU, all threads together, for
-machines that are busy: what other programs take does not count, nor do cores
-that wait.
+the least FLOPs of a step (`planning.flops.training_step`) take at the matmul's
+rate, over the step's own; on an accelerator that is the model FLOPs
+utilisation, with the rate that a matmul reaches for 100%. Attention counts in
+full; another row has its causal half alone. --cpu compares seconds of CPU, all
+threads together, for machines that are busy: what other programs take does not
+count, nor do cores that wait.
 
 --torch trains the same pair on the same batch by benchmarks.torch_loop too, in
 turns. JAX is told to leave it memory (XLA_PYTHON_CLIENT_PREALLOCATE=false).
@@ -42,6 +42,7 @@ from rich.table import Table
 from benchmarks import machine, pairs, steps
 from benchmarks.machine import Clock
 from calm_jax.composition.connections import Composition
+from calm_jax.planning import flops
 
 BATCH, LENGTH = 8, 256
 GOALS = {"cpu": 0.8, "gpu": 0.55}
@@ -99,7 +100,7 @@ def one(spec: Composition, options, clock: Clock) -> None:
     f"{ours.tokens / seconds:,.0f}",
     f"{got['share']:.3f}{goal}",
   )
-  half = steps.least_flops(spec, rows, length, seen=0.5) / ours.least
+  half = flops.training_step(spec, rows, length, 0.5) / ours.least
   table.add_row(
     "with attention to the past only", "", f"{half * got['share']:.3f}"
   )

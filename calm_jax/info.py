@@ -26,7 +26,7 @@ from calm_jax.core import hub, trees
 from calm_jax.models import decoder, quantisation
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.hf import loading
-from calm_jax.planning import overhead
+from calm_jax.planning import flops, overhead
 
 _FILES = ("config.json", "*.json", "README.md")
 
@@ -150,10 +150,10 @@ def describe(spec: Composition, console: Console) -> None:
   count = trees.count(theta)
   share = count / trees.count(decoder.param_shapes(spec.anchor))
   console.print(f"Θ_C: {count:,} parameters, {share:.1%} of the anchor's.")
+  alone = flops.generated_token(Composition(spec.anchor))
   console.print(
     "Multiplications a generated token: "
-    f"{per_token(spec) / per_token(Composition(spec.anchor)):.2f} of the "
-    "anchor's alone."
+    f"{flops.generated_token(spec) / alone:.2f} of the anchor's alone."
   )
 
 
@@ -182,38 +182,6 @@ def _shown(value: float | None) -> str:
   if value is None:
     return "–"
   return f"{value:,}" if isinstance(value, int) else f"{value:.1%}"
-
-
-def per_token(spec: Composition) -> int:
-  """Multiplications of weights for one token that is generated.
-
-  All models of a composition count up to the last layer that is needed, f_proj
-  as folded into W_K and W_V.
-  """
-  total = _layers(spec.anchor, spec.anchor.num_layers)
-  total += spec.anchor.vocab_size * spec.anchor.width
-  heads = spec.anchor.num_heads
-  inner = heads * (spec.anchor.width // heads)
-  for _, joined in spec.augmenting:
-    last = max(c.augmenting for c in joined.connections)
-    total += _layers(joined.config, last)
-    widths = spec.anchor.width + joined.config.width
-    total += len(joined.connections) * 2 * inner * widths
-  return total
-
-
-def _layers(config: ModelConfig, layers: int) -> int:
-  """The weights that a token meets in the first layers."""
-  total = 0.0
-  for name, leaf in trees.flatten(
-    decoder.param_shapes(config)["layers"]
-  ).items():
-    if name.endswith("kernel"):
-      share = 1.0
-      if "experts" in name:
-        share = config.experts_per_token / config.num_experts
-      total += share * math.prod(leaf.shape[1:])
-  return round(layers * total)
 
 
 def _config(name: str, revision: str | None = None) -> ModelConfig:

@@ -101,9 +101,9 @@ def test_the_least_flops_are_those_of_the_step():
   spec = pairs.computed(pairs.pair("tiny"), loss_chunk=0)
   step, make = steps.parts(spec)
   batch = steps.batch_of(2, 16, spec.anchor.vocab_size)
-  least = steps.least_flops(spec, 2, 16)
+  least = flops.training_step(spec, 2, 16)
   assert flops.count(step, *jax.eval_shape(make), batch) == least
-  none, half = (steps.least_flops(spec, 2, 16, seen) for seen in (0.0, 0.5))
+  none, half = (flops.training_step(spec, 2, 16, s) for s in (0.0, 0.5))
   assert half - none == least - half > 0
 
 

@@ -14,6 +14,7 @@ import calm_jax
 from calm_jax import cli, generate, info
 from calm_jax.composition.connections import Composition
 from calm_jax.models.hf import loading
+from calm_jax.planning import flops
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,6 @@ def test_what_a_model_is(folder, run):
   layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 40
   alone = 4 * layer + 14 * 32
   both = alone + 4 * layer + 2 * (4 * 32 * 32)
-  assert info.per_token(composed.spec) == both
-  assert info.per_token(Composition(config)) == alone
+  assert flops.generated_token(composed.spec) == both
+  assert flops.generated_token(Composition(config)) == alone
   assert re.search(rf"token: {both / alone:.2f} of", out)

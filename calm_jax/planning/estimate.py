@@ -60,59 +60,69 @@ def of(placed: Placed, program: Program, tokens: int = 1) -> Estimate:
     tokens: times that its loops of unknown length run; FLOPs, what it moves and
       its seconds are divided by it.
   """
-  chip, count = placed.target.chip, len(placed.target.devices)
+  chip, devices = placed.target.chip, placed.target.devices
   memory, flops = program.given.resident(), program.flops // tokens
   if program.compiled is None:
     needed = max(program.needed, sum(memory.values()), chip.hbm + 1)
     return Estimate(memory, needed, False, flops=flops)
-  found = program.compiled.memory_analysis()
-  # Of an argument that the program does not read there is no sharding.
-  flat, shardings = (
-    jax.tree.leaves(x, is_leaf=lambda leaf: leaf is None)
-    for x in (program.given.arguments, program.compiled.input_shardings[0])
+  read = _bytes_read(program)
+  unread = sum(memory.values()) - read
+  memory |= _allocated(program.compiled, devices[0].platform, read)
+  total = sum(memory.values())
+  text = program.compiled.as_text()
+  counts = hlo.count(text, tokens)
+  worked = (counts.flops + program.in_kernels / len(devices)) / tokens
+  moved = counts.memory / tokens
+  sent = {kind: n / tokens for kind, n in counts.sent.items()}
+  seconds, bound = None, ""
+  if chip.flops:
+    seconds = {
+      "compute": worked / chip.flops,
+      "memory": moved / chip.bandwidth,
+      "links": sum(sent.values()) / chip.links,
+    }
+    bound = max(seconds, key=seconds.get)
+  return Estimate(
+    memory=memory,
+    total=total,
+    fits=total <= chip.hbm,
+    unread=unread,
+    flops=flops,
+    worked=worked,
+    moved=moved,
+    sent=sent,
+    unknown_loops=counts.unknown_loops,
+    kernels=hlo.kernels(text),
+    seconds=seconds,
+    bound=bound,
+    step=seconds[bound] if seconds else 0.0,
   )
-  read = [
-    bytes_here(x) for x, s in zip(flat, shardings, strict=True) if s is not None
-  ]
-  unread = sum(memory.values()) - sum(read)
+
+
+def _bytes_read(program: Program) -> int:
+  """Bytes of what is given that the program reads."""
+  arguments = program.given.arguments, program.compiled.input_shardings[0]
+  # Of an argument that the program does not read there is no sharding.
+  leaves, shardings = (
+    jax.tree.leaves(tree, is_leaf=lambda x: x is None) for tree in arguments
+  )
+  pairs = zip(leaves, shardings, strict=True)
+  return sum(bytes_here(leaf) for leaf, s in pairs if s is not None)
+
+
+def _allocated(compiled, platform: str, read: int) -> dict[str, int]:
+  """Bytes that the compiler reserves beside the `read` bytes, by kind."""
+  found = compiled.memory_analysis()
+  arguments = found.argument_size_in_bytes
   results = found.output_size_in_bytes - found.alias_size_in_bytes
   temporaries = found.temp_size_in_bytes
-  if placed.target.devices[0].platform == "tpu":
+  if platform == "tpu":
     # Programs compile whose temporaries by that count exceed a TPU's memory;
     # the peak, which has what is given and the results in it, does not.
-    given = found.argument_size_in_bytes + results
-    temporaries = found.peak_memory_in_bytes - given
-  memory |= {
-    "alignment": found.argument_size_in_bytes - sum(read),
+    temporaries = found.peak_memory_in_bytes - (arguments + results)
+  return {
+    "alignment": arguments - read,
     "results": results,
     "temporaries": temporaries,
     "code": found.generated_code_size_in_bytes,
   }
-  total = sum(memory.values())
-  text = program.compiled.as_text()
-  moved = hlo.moved(text, tokens)
-  worked = (moved.flops + program.in_kernels / count) / tokens
-  sent = {kind: n / tokens for kind, n in moved.sent.items()}
-  seconds = None
-  if chip.flops:
-    seconds = {
-      "compute": worked / chip.flops,
-      "memory": moved.memory / tokens / chip.bandwidth,
-      "links": sum(sent.values()) / chip.links,
-    }
-  bound = max(seconds, key=seconds.get) if seconds else ""
-  return Estimate(
-    memory,
-    total,
-    total <= chip.hbm,
-    unread,
-    flops,
-    worked,
-    moved.memory / tokens,
-    sent,
-    moved.unknown_loops,
-    hlo.kernels(text),
-    seconds,
-    bound,
-    seconds[bound] if seconds else 0.0,
-  )

@@ -1,8 +1,10 @@
-"""Counts the matrix products of a program, from its trace.
+"""FLOPs of matrix products: counted in a trace, or by formula from a config.
 
 XLA's own count (`cost_analysis`) has the body of a loop once, however often it
 runs, and layers are run by a loop. The trace knows how often. Nothing is
 compiled or allocated, so that a model of any size is counted within seconds.
+The formulas are for what has no trace: the least that a step could do, and
+guesses about programs that are not built.
 """
 
 from __future__ import annotations
@@ -14,38 +16,43 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from calm_jax.composition.connections import Composition
+from calm_jax.core import trees
+from calm_jax.models import decoder
+from calm_jax.models.config import ModelConfig
+
 
 def count(function: Callable, *arguments: Any) -> int:
-  """The FLOPs of one call: two for each multiplication of a matrix product.
+  """Counts the FLOPs of one call: two for each multiplication of a product.
 
   Norms, softmax and other elementwise work are not counted, nor is a gather
-  of embeddings. Of the branches of a `cond` the dearest counts.
+  of embeddings. Of the branches of a `cond` the most expensive counts.
 
   Args:
     function: to be traced.
     arguments: trees of arrays or ShapeDtypeStructs; only shapes are read.
 
   Raises:
-    ValueError: a matrix product within a loop that runs for as long as its
-      data say.
+    ValueError: a matrix product is in a loop whose number of turns depends on
+      data.
   """
-  return of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+  return count_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def of_jaxpr(
+def count_jaxpr(
   jaxpr: core.Jaxpr, trips: int | None = None, kernels_only: bool = False
 ) -> int:
-  """`count` of a program that was traced.
+  """Does what `count` does for a program that is already traced.
 
   Args:
     jaxpr: the program.
-    trips: of loops that run for as long as their data say; an error if None.
-    kernels_only: whether to count but what Pallas kernels compute.
+    trips: turns of loops whose number depends on data; an error if None.
+    kernels_only: whether to count only what Pallas kernels compute.
   """
-  return sum(_of_equation(e, trips, kernels_only) for e in jaxpr.eqns)
+  return sum(_count_equation(e, trips, kernels_only) for e in jaxpr.eqns)
 
 
-def _of_equation(equation: core.JaxprEqn, trips, kernels_only) -> int:
+def _count_equation(equation: core.JaxprEqn, trips, kernels_only) -> int:
   name, params = equation.primitive.name, equation.params
   if name == "dot_general":
     if kernels_only:
@@ -55,7 +62,7 @@ def _of_equation(equation: core.JaxprEqn, trips, kernels_only) -> int:
     return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(summed)
   kernels_only = kernels_only and name != "pallas_call"
   inner = [
-    of_jaxpr(j, trips, kernels_only) for j in core.jaxprs_in_params(params)
+    count_jaxpr(j, trips, kernels_only) for j in core.jaxprs_in_params(params)
   ]
   if name == "cond":
     return max(inner)
@@ -65,10 +72,94 @@ def _of_equation(equation: core.JaxprEqn, trips, kernels_only) -> int:
     # One cell of the kernel's grid; a cell that it skips is counted too.
     return math.prod(params["grid_mapping"].grid) * sum(inner)
   if name == "shard_map":
-    # The work of one device; what is not cut, each of them does.
+    # The work of one device; what is not sharded, each of them does.
     return params["mesh"].size * sum(inner)
   if name == "while" and any(inner):
     if trips is None:
       raise ValueError("a matrix product in a while loop: how often is unknown")
     return trips * sum(inner)
   return sum(inner)
+
+
+def multiplied_weights(config: ModelConfig, layers: int) -> int:
+  """Counts the weights that a token is multiplied with in the first layers.
+
+  Of a mixture of experts those that a token goes through count.
+  """
+  total = 0.0
+  shapes = trees.flatten(decoder.param_shapes(config)["layers"])
+  for name, leaf in shapes.items():
+    if name.endswith("kernel"):
+      share = 1.0
+      if "experts" in name:
+        share = config.experts_per_token / config.num_experts
+      total += share * math.prod(leaf.shape[1:])
+  return round(layers * total)
+
+
+def generated_token(spec: Composition) -> int:
+  """Counts the multiplications of weights for one token that is generated.
+
+  All models of a composition count up to the last layer that is needed, f_proj
+  as folded into W_K and W_V.
+  """
+  anchor = spec.anchor
+  total = multiplied_weights(anchor, anchor.num_layers)
+  total += anchor.vocab_size * anchor.width
+  inner = anchor.num_heads * (anchor.width // anchor.num_heads)
+  for _, joined in spec.augmenting:
+    last = max(c.augmenting for c in joined.connections)
+    total += multiplied_weights(joined.config, last)
+    widths = anchor.width + joined.config.width
+    total += len(joined.connections) * 2 * inner * widths
+  return total
+
+
+def training_step(
+  spec: Composition,
+  rows: int,
+  length: int,
+  attended: float = 1.0,
+  recompute: bool = False,
+) -> int:
+  """Counts the FLOPs that a step on Θ_C cannot do without.
+
+  They are those of m_A up to its last tapped layer and of m_B, forward; of the
+  head and of m_B above the first connection, backward, without gradients of
+  weights; and of the connections with theirs. The norms before a projection
+  and before a query are trained: the gradients of what those read count, even
+  into a frozen model.
+
+  Args:
+    spec: the composition; all of its models read the same tokens.
+    rows: of a batch.
+    length: tokens of a row.
+    attended: the share of the products of queries and keys that counts; 0.5
+      for those of the past alone.
+    recompute: whether m_B's layers run forward again on the way back.
+  """
+  tokens = rows * length
+
+  def attention(width: int) -> int:
+    return int(4 * attended * tokens * length * width)
+
+  def layers(config: ModelConfig, count: int, attentions: int = 1) -> int:
+    each = attention(config.num_heads * config.head_dim)
+    products = 2 * tokens * multiplied_weights(config, count)
+    return products + count * attentions * each
+
+  anchor, D = spec.anchor, spec.anchor.width
+  total = layers(anchor, anchor.num_layers)
+  total += 2 * 2 * tokens * D * anchor.vocab_size
+  first = anchor.num_layers
+  for _, joined in spec.augmenting:
+    config, connections = joined.config, joined.connections
+    total += layers(config, max(pair.augmenting for pair in connections))
+    first = min(first, *(pair.anchor for pair in connections))
+    kernels = D * (config.width + 4 * D)
+    once = 2 * tokens * kernels + attention(D)
+    total += len(connections) * 3 * once
+  above = anchor.num_layers - first
+  # The gradients of attention are four products for two.
+  total += layers(anchor, above, attentions=2)
+  return total + recompute * layers(anchor, above)

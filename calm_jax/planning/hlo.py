@@ -1,4 +1,4 @@
-"""What a compiled program moves, from its text.
+"""Counts what a compiled program computes, moves and sends, from its HLO text.
 
 XLA's own `cost_analysis` has the body of a loop once, however often it runs,
 and layers are run by a loop. Here a loop counts as often as the compiler knows
@@ -8,12 +8,14 @@ that it runs.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from calm_jax.planning import products
+import numpy as np
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _START = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
@@ -22,92 +24,107 @@ _CALLED = re.compile(
   r"\b(calls|body|condition|to_apply|true_computation|false_computation"
   r"|branch_computations)=(\{[^}]*\}|%[\w.\-]+)"
 )
-_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
-_BITS = re.compile(r"[a-z]+(\d+)")
 _KERNEL = re.compile(
   r'%([A-Za-z_]\w*?)(?:\.\d+)* = .* custom-call\(.*target="tpu_custom_call"'
 )
-COLLECTIVES = (
-  "all-gather", "all-reduce", "reduce-scatter", "all-to-all",
-  "ragged-all-to-all", "collective-permute",
-)  # fmt: skip
+_COLLECTIVE = re.compile(
+  "all-gather|all-reduce|reduce-scatter|(ragged-)?all-to-all|collective-permute"
+)
 # They move nothing, or what the computation that they call moves.
-_FREE = {
-  "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while",
-  "conditional", "call", "after-all", "opt-barrier", "partition-id",
-  "replica-id", "async-start", "async-update", "async-done", "domain",
-  "optimization-barrier", "add-dependency",
-}  # fmt: skip
+_FREE = re.compile(
+  "parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call"
+  "|after-all|opt-barrier|optimization-barrier|partition-id|replica-id|domain"
+  "|async-start|async-update|.*-done|add-dependency"
+)
+_SLICES = ("dynamic-slice", "slice", "gather")
 
 
-class Moved(NamedTuple):
-  """What one device moves in one call of a program.
+@dataclasses.dataclass
+class Counts:
+  """The work of one device in one call of a program, or of a part of it.
 
   Attributes:
     memory: bytes read from and written to its memory, by what each fusion
       reads and writes.
     sent: bytes sent to other devices, by kind of collective: of an array of n
       bytes that g devices share, n (g - 1) / g, twice that in an all-reduce.
-    unknown_loops: loops that were counted as `trips`.
+    unknown_loops: loops whose number of turns had to be assumed.
     flops: of its matrix products, but for those of kernels.
   """
 
-  memory: float
-  sent: dict[str, float]
-  unknown_loops: int
-  flops: float
+  memory: float = 0.0
+  sent: dict[str, float] = dataclasses.field(default_factory=dict)
+  unknown_loops: int = 0
+  flops: float = 0
+
+  def add(self, other: Counts, times: int = 1) -> None:
+    """Adds the work of a part that runs `times` times."""
+    self.memory += times * other.memory
+    self.flops += times * other.flops
+    self.unknown_loops += other.unknown_loops
+    for kind, size in other.sent.items():
+      self.sent[kind] = self.sent.get(kind, 0) + times * size
 
 
 class Instruction(NamedTuple):
-  """One line of a computation."""
+  """One line of a computation; the operand of a constant is its value."""
 
   name: str
   kind: str
   type: str
   operands: tuple[str, ...]
-  rest: str
+  attributes: str
   is_root: bool
 
+  def called(self) -> dict[str, list[str]]:
+    """Names of the computations that it calls, by their role."""
+    return {
+      role: re.findall(r"[\w.\-]+", names)
+      for role, names in _CALLED.findall(self.attributes)
+    }
 
-def moved(text: str, trips: int = 1) -> Moved:
-  """Counts a compiled program.
+
+Computations = dict[str, list[Instruction]]  # by name
+
+
+def count(text: str, trips: int = 1) -> Counts:
+  """Counts the work of a compiled program.
 
   Args:
     text: of `compiled.as_text()`.
-    trips: of loops that run for as long as their data say.
+    trips: turns to assume of loops whose number of turns depends on data.
   """
   computations, entry = _parse(text)
-  everyone = re.search(r"num_partitions=(\d+)", text)
-  count = _Count(computations, trips, int(everyone[1]) if everyone else 1)
-  memory, sent, unknown, flops = count.total(entry)
-  return Moved(memory, dict(sent), unknown, flops)
+  partitions = re.search(r"num_partitions=(\d+)", text)
+  devices = int(partitions[1]) if partitions else 1
+  return _Counter(computations, trips, devices).count(entry)
 
 
 def kernels(text: str) -> dict[str, int]:
-  """Kernels of its own that a program has for a TPU, and in how many places."""
+  """Counts the places of a TPU's program that call each Pallas kernel."""
   return dict(collections.Counter(_KERNEL.findall(text)))
 
 
-def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-  computations: dict[str, list[Instruction]] = {}
-  entry, here = "", None
+def _parse(text: str) -> tuple[Computations, str]:
+  """Returns the computations by name, and the name of the entry."""
+  computations: Computations = {}
+  entry, current = "", None
   for line in text.splitlines():
-    if here is None:
-      if found := _START.match(line):
-        here = computations.setdefault(found[1], [])
-        entry = found[1] if line.startswith("ENTRY") else entry
-    elif line.rstrip() == "}":  # Kernels have others, in their text.
-      here = None
-    elif found := _INSTRUCTION.match(line):
-      here.append(_instruction(*found.groups()))
+    if current is None:
+      if start := _START.match(line):
+        current = computations.setdefault(start[1], [])
+        entry = start[1] if line.startswith("ENTRY") else entry
+    elif line.rstrip() == "}":  # The text of kernels has other brackets.
+      current = None
+    elif parts := _INSTRUCTION.match(line):
+      current.append(_instruction(*parts.groups()))
   return computations, entry
 
 
-def _instruction(root, name: str, line: str) -> Instruction:
+def _instruction(root: str | None, name: str, line: str) -> Instruction:
   end = _closing(line, 0) if line.startswith("(") else line.index(" ")
   kind, _, after = line[end:].strip().partition("(")
   close = _closing(after, 1)
-  # Of a parameter its number, of a constant its value.
   is_number = kind in ("parameter", "constant")
   pattern = r"^-?\d+" if is_number else r"(?<=%)[\w.\-]+"
   operands = tuple(re.findall(pattern, after[:close]))
@@ -117,7 +134,7 @@ def _instruction(root, name: str, line: str) -> Instruction:
 
 
 def _closing(text: str, depth: int) -> int:
-  """The index after the bracket that closes all that are open."""
+  """Finds the index after the bracket that closes all that are open."""
   for i, character in enumerate(text):
     depth += (character == "(") - (character == ")")
     if depth == 0:
@@ -125,132 +142,134 @@ def _closing(text: str, depth: int) -> int:
   return len(text)
 
 
-def _arrays(type_: str) -> list[float]:
+def _bytes(type_: str) -> list[float]:
   """Bytes of each array of a type that lies in main memory."""
-  found = []
+  sizes = []
   for kind, dims, layout in _ARRAY.findall(type_):
     if "S(" in layout:  # On chip, or on the host.
       continue
-    bits = _BITS.match(kind)
+    bits = re.match(r"[a-z]+(\d+)", kind)
     size = int(bits[1]) / 8 if bits else 1
-    found.append(size * math.prod(int(d) for d in dims.split(",") if d))
-  return found
+    sizes.append(size * math.prod(_numbers(dims)))
+  return sizes
 
 
-class _Count:
-  """Totals of computations, each with those that it calls."""
+def _numbers(text: str) -> list[int]:
+  return [int(n) for n in text.split(",") if n]
 
-  def __init__(self, computations, trips: int, devices: int):
+
+class _Counter:
+  """Counts computations, each with those that it calls."""
+
+  def __init__(self, computations: Computations, trips: int, devices: int):
     self.computations, self.trips = computations, trips
     self.devices = devices
-    self.total = functools.cache(self._total)
+    self.count = functools.cache(self._count)
     self.users = functools.cache(self._users)
 
-  def _total(self, name: str):
-    memory, unknown, flops = 0.0, 0, 0.0
-    sent: collections.Counter = collections.Counter()
-    instructions = self.computations[name]
-    types = {i.name: i.type for i in instructions}
-    for one in instructions:
-      kind = one.kind.removesuffix("-start")
-      called = {
-        role: re.findall(r"[\w.\-]+", names)
-        for role, names in _CALLED.findall(one.rest)
-      }
-      if kind in COLLECTIVES:
-        scattered = name.startswith("all-reduce-scatter")
-        kind = "reduce-scatter" if scattered else kind
-        sent[kind] += self._sent(kind, one, scattered)
-      memory += self._memory(one, types, called)
-      flops += products.flops(one, types)
-      times, inner = 1, []
-      if kind == "while":
-        known = self._trips(one, called["condition"][0])
-        times = known or self.trips
-        unknown += not known
-        inner = [self.total(n) for n in called["body"]]
-      elif kind == "conditional":
-        names = [n for ns in called.values() for n in ns]
-        branches = [self.total(n) for n in names]
-        inner = [max(branches, key=lambda t: t[0])]
-      elif kind in ("fusion", "async"):
-        # What a fusion touches in between stays on the chip.
-        inner = [self.total(n) for n in called.get("calls", [])]
-        inner = [((kind == "async") * m, *rest) for m, *rest in inner]
-      elif kind == "call":
-        inner = [self.total(n) for n in called["to_apply"]]
-      for more, more_sent, more_unknown, more_flops in inner:
-        memory += times * more
-        flops += times * more_flops
-        unknown += more_unknown
-        for key, value in more_sent.items():
-          sent[key] += times * value
-    return memory, sent, unknown, flops
+  def _count(self, name: str) -> Counts:
+    total = Counts()
+    types = {i.name: i.type for i in self.computations[name]}
+    # A TPU's program has reduce-scatters as computations of their own.
+    scatters = name.startswith("all-reduce-scatter")
+    for one in self.computations[name]:
+      memory, sent = self._memory(one, types), self._sent(one, scatters)
+      total.add(Counts(memory, sent, flops=_flops(one, types)))
+      for part, times in self._parts(one):
+        total.add(part, times)
+    return total
 
-  def _trips(self, one: Instruction, condition: str) -> int:
+  def _parts(self, one: Instruction) -> Iterator[tuple[Counts, int]]:
+    """Yields what an instruction calls, and how often it runs that."""
+    kind, called = one.kind.removesuffix("-start"), one.called()
+    if kind == "while":
+      turns = self._turns(one, called["condition"][0])
+      yield Counts(unknown_loops=int(turns == 0)), 1
+      yield self.count(called["body"][0]), turns or self.trips
+    elif kind == "conditional":
+      branches = [self.count(n) for names in called.values() for n in names]
+      yield max(branches, key=lambda counts: counts.memory), 1
+    elif kind == "call":
+      yield self.count(called["to_apply"][0]), 1
+    elif kind == "fusion":
+      # What a fusion touches in between stays on the chip.
+      part = self.count(called["calls"][0])
+      yield dataclasses.replace(part, memory=0.0), 1
+    elif kind == "async" and "calls" in called:
+      yield self.count(called["calls"][0]), 1
+
+  def _turns(self, loop: Instruction, condition: str) -> int:
     """How often a loop from 0 runs; 0 if that is not known."""
-    if known := _TRIPS.search(one.rest):
+    if known := re.search(r'trip_count":\{"n":"(\d+)"', loop.attributes):
       return int(known[1])
     inner = {i.name: i for i in self.computations[condition]}
     root = next(i for i in inner.values() if i.is_root)
-    limits = [
-      inner[o].operands[0]
-      for o in root.operands
-      if o in inner and inner[o].kind == "constant"
-    ]
-    if root.kind == "compare" and "direction=LT" in root.rest and limits:
-      return int(limits[0])
+    if root.kind == "compare" and "direction=LT" in root.attributes:
+      for limit in (inner[o] for o in root.operands if o in inner):
+        if limit.kind == "constant":
+          return int(limit.operands[0])
     return 0
 
-  def _sent(self, kind: str, one: Instruction, scattered: bool) -> float:
+  def _sent(self, one: Instruction, scatters: bool) -> dict[str, float]:
+    """Bytes that an instruction sends, by kind, if it is a collective."""
+    kind = one.kind.removesuffix("-start")
+    if not _COLLECTIVE.fullmatch(kind):
+      return {}
+    kind = "reduce-scatter" if scatters else kind
     if kind == "collective-permute":
-      return max(_arrays(one.type), default=0)
-    size = self._group(one.rest)
-    sizes = _arrays(re.sub(r"S\(\d+\)", "", one.type)) or [0]
-    # That of a start holds what goes in and what comes out.
+      return {kind: max(_bytes(one.type), default=0)}
+    devices = self._group(one.attributes)
+    sizes = _bytes(re.sub(r"S\(\d+\)", "", one.type)) or [0]
+    # The type of a start holds what goes in and what comes out.
     whole = max(sizes) if one.kind.endswith("-start") else sum(sizes)
-    if kind == "reduce-scatter" and not scattered:
-      whole *= size
-    return whole * (size - 1) / size * (2 if kind == "all-reduce" else 1)
+    if kind == "reduce-scatter" and not scatters:
+      whole *= devices
+    times = 2 if kind == "all-reduce" else 1
+    return {kind: whole * (devices - 1) / devices * times}
 
-  def _group(self, rest: str) -> int:
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
+  def _group(self, attributes: str) -> int:
+    """How many devices take part in a collective together."""
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
       return int(found[2])
-    if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest):
+    if found := re.search(r"_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
       sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
       return math.prod(int(sizes[n]) for n in re.findall(r"\w+", found[2]))
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
       return found[1].count(",") + 1
     return self.devices
 
-  def _memory(self, one: Instruction, types, called) -> float:
-    if one.kind in _FREE or one.kind.endswith("-done"):
+  def _memory(self, one: Instruction, types: dict[str, str]) -> float:
+    """Bytes that an instruction by itself reads and writes."""
+    if _FREE.fullmatch(one.kind):
       return 0
-    inputs = [sum(_arrays(types[o])) for o in one.operands if o in types]
-    out = sum(_arrays(one.type))
-    if one.kind in ("dynamic-slice", "slice", "gather"):
+    inputs = [sum(_bytes(types[o])) for o in one.operands if o in types]
+    out = sum(_bytes(one.type))
+    if one.kind in _SLICES:
       return 2 * out
     if one.kind == "dynamic-update-slice":
       return 2 * inputs[1]
     if one.kind == "copy-start":
       return sum(inputs)
-    if one.kind == "fusion":
-      return self._fusion(called["calls"][0], inputs, out)
-    return out + sum(inputs)
-
-  def _fusion(self, name: str, inputs: list[float], out: float) -> float:
-    """What it reads of each operand, and what it writes."""
-    total = self._written(name, out)
-    for one in self.computations[name]:
-      if one.kind == "parameter":
-        total += self._read(name, one.name, inputs[int(one.operands[0])])
+    if one.kind != "fusion":
+      return out + sum(inputs)
+    fused = one.called()["calls"][0]
+    total = self._written(fused, out)
+    for place, parameter in self._parameters(fused).items():
+      total += self._read(fused, parameter, inputs[place])
     return total
 
+  def _parameters(self, name: str) -> dict[int, str]:
+    instructions = self.computations[name]
+    return {
+      int(i.operands[0]): i.name for i in instructions if i.kind == "parameter"
+    }
+
   def _users(self, name: str) -> dict[str, list[tuple[int, Instruction]]]:
+    """Instructions that read each value, and as which of their operands."""
     users = collections.defaultdict(list)
-    for one in self.computations[name]:
-      for place, operand in enumerate(one.operands):
-        users[operand].append((place, one))
+    for instruction in self.computations[name]:
+      for place, operand in enumerate(instruction.operands):
+        users[operand].append((place, instruction))
     return users
 
   def _read(self, name: str, value: str, whole: float) -> float:
@@ -259,23 +278,19 @@ class _Count:
     for place, user in self.users(name)[value]:
       if user.kind == "bitcast":
         total += self._read(name, user.name, whole)
-      elif user.kind in ("dynamic-slice", "slice", "gather") and place == 0:
-        total += sum(_arrays(user.type))
+      elif user.kind in _SLICES and place == 0:
+        total += sum(_bytes(user.type))
       elif user.kind == "fusion":
-        inner = _CALLED.search(user.rest)[2].strip("%")
-        parameter = next(
-          one.name for one in self.computations[inner]
-          if one.kind == "parameter" and int(one.operands[0]) == place
-        )  # fmt: skip
-        total += self._read(inner, parameter, whole)
+        inner = user.called()["calls"][0]
+        total += self._read(inner, self._parameters(inner)[place], whole)
       elif user.kind != "dynamic-update-slice" or place != 0:
         return whole
     return min(total, whole)
 
   def _written(self, name: str, out: float) -> float:
-    inner = self.computations[name]
-    by_name = {one.name: one for one in inner}
-    root = next(one for one in inner if one.is_root)
+    """What a fusion writes; of an array that it updates, the update."""
+    by_name = {i.name: i for i in self.computations[name]}
+    root = next(i for i in by_name.values() if i.is_root)
     ends = [root]
     if root.kind == "tuple":
       ends = [by_name[o] for o in root.operands]
@@ -285,7 +300,48 @@ class _Count:
         end = by_name[end.operands[0]]
       if end.kind == "dynamic-update-slice":
         updates = True
-        total += sum(_arrays(by_name[end.operands[1]].type))
-      else:
-        total += sum(_arrays(end.type))
+        end = by_name[end.operands[1]]
+      total += sum(_bytes(end.type))
     return total if updates else out
+
+
+def _flops(product: Instruction, types: dict[str, str]) -> int:
+  """Counts two for each multiplication of a matrix product."""
+  if product.kind not in ("dot", "convolution"):
+    return 0
+  left, right, out = (
+    _numbers(_ARRAY.search(type_)[2])
+    for type_ in (*map(types.get, product.operands), product.type)
+  )
+  if product.kind == "convolution":
+    return 2 * _convolution(product.attributes, left, right, out)
+  dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.attributes)
+  return 2 * math.prod(out) * math.prod(left[d] for d in _numbers(dims[1]))
+
+
+def _convolution(attributes: str, left, right, out) -> int:
+  """Multiplications of a TPU's product, whose batches may be in the window."""
+  names = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes).groups()
+  window = re.search(r"window=\{([^}]*)\}|$", attributes)[1] or ""
+  options = re.findall(r"(stride|pad|[lr]hs_dilate)=(\S+)", window)
+  lhs, rhs, result = (
+    dict(zip(n, s, strict=True))
+    for n, s in zip(names, (left, right, out), strict=True)
+  )
+  total = result["b"] * result["f"] * rhs["i"]
+  for place, name in enumerate(sorted(n for n in result if n.isdigit())):
+    along = {
+      key: int(value.split("x")[place].split("_")[0]) for key, value in options
+    }
+    total *= _overlap(result[name], rhs[name], lhs[name], **along)
+  return total
+
+
+@functools.cache
+def _overlap(
+  out: int, size: int, given: int, stride=1, pad=0, lhs_dilate=1, rhs_dilate=1
+) -> int:
+  """Elements that a window meets, over all of its places along a dimension."""
+  at = np.arange(out)[:, None] * stride + np.arange(size) * rhs_dilate - pad
+  inside = (at >= 0) & (at // lhs_dilate < given)
+  return int((inside & (at % lhs_dilate == 0)).sum())

@@ -239,7 +239,7 @@ def _unstacked(params: dict) -> dict:
 def _compile(traced, given: Given, trips: int | None = None) -> Program:
   """Compiles; a loop of unknown length is taken to run `trips` times."""
   counts = [
-    flops.of_jaxpr(traced.jaxpr.jaxpr, trips, kernels_only)
+    flops.count_jaxpr(traced.jaxpr.jaxpr, trips, kernels_only)
     for kernels_only in (False, True)
   ]
   try:

@@ -1,8 +1,8 @@
-"""Meshes and remat policies for a topology: guessed, then compiled, best first.
+"""Searches meshes and remat policies that make a job fit a topology.
 
-A compiled program says exactly what it needs, after minutes; the arithmetic
-here says roughly, at once. It only decides what is compiled, and in which
-order: what is reported as fitting was compiled.
+A compiled program says exactly what it needs, after minutes; a guess by
+arithmetic is there at once. The guess only decides what is compiled, and in
+which order: what is reported as fitting was compiled.
 """
 
 from __future__ import annotations
@@ -11,18 +11,36 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError
 from calm_jax.models import decoder
-from calm_jax.planning import estimate, programs
+from calm_jax.models.config import ModelConfig
+from calm_jax.planning import estimate, flops, programs
 from calm_jax.planning.estimate import Estimate
 from calm_jax.planning.shapes import Job
 from calm_jax.planning.topology import Target
 
 REMATS = ("none", "dots", "full")
-_HALF = 2  # bytes of a number while it computes
 _SHORTEST = 128  # tokens of a piece of a row: what a TPU's kernel reads at once
+
+# Of the guess. What is computed with is bfloat16, and scores and logits are
+# float32.
+_HALF, _FULL = 2, 4
+# Along `fsdp`, weights are gathered forward and backward; those of m_A forward
+# only, and of those that are trained the gradients are summed besides.
+_ANCHOR_GATHERED, _AUGMENTING_GATHERED, _TRAINED_SENT = 2, 1, 3
+# Along `tensor`, a layer sums the results of attention and MLP, and as often
+# their gradients; both again forward if it is recomputed.
+_SUMS, _SUMS_RECOMPUTED = 4, 2
+# Beside what is kept for the backward pass, the activations of so many layers
+# and the gathered weights of so many are there at once.
+_LAYERS_AT_WORK, _WEIGHTS_AT_WORK = 3, 2
+# The activations that each policy keeps of a layer, in units of what its matrix
+# products make; "full" keeps but its input.
+_KEPT = {"dots": 1, "none": 2}
+_LOGITS_COPIES = 2  # logits, and their gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,55 +116,91 @@ def guessed(job: Job, target: Target, case: Case) -> Case:
   except InputError as error:
     return dataclasses.replace(case, reason=str(error))
   arguments = sum(given.values())
-  memory, seconds = _rough(placed.job, target, case)
   reason = ""
   if arguments > target.chip.hbm:
     reason = "what it is given does not fit"
+  sizes = _sizes(placed.job)
   return dataclasses.replace(
     case,
     arguments=arguments,
-    guess=arguments + memory,
-    seconds=seconds,
+    guess=arguments + _guess_memory(placed.job, target, case, sizes),
+    seconds=_guess_seconds(placed.job, target, case, sizes),
     reason=reason,
   )
 
 
-def _rough(job: Job, target: Target, case: Case) -> tuple[float, float]:
-  """Bytes beside the arguments, and seconds of a step."""
-  c, chip, count = job.spec.anchor, target.chip, len(target.devices)
-  fsdp, tensor, sequence = (
-    case.axes[name] for name in ("fsdp", "tensor", "sequence")
+class _Sizes(NamedTuple):
+  """Numbers of parameters: of layers, of the anchor's head, and Θ_C."""
+
+  anchor: int
+  augmenting: int
+  head: int
+  composition: int
+
+
+def _sizes(job: Job) -> _Sizes:
+  def layers(config: ModelConfig) -> int:
+    return trees.count(decoder.param_shapes(config)["layers"])
+
+  anchor = job.spec.anchor
+  return _Sizes(
+    layers(anchor),
+    sum(layers(joined.config) for _, joined in job.spec.augmenting),
+    anchor.width * anchor.vocab_size,
+    trees.count(job.params["composition"]),
   )
-  theta = trees.count(job.params["composition"])
-  anchor, *others = (
-    trees.count(decoder.param_shapes(config)["layers"])
-    for config in (c, *(a.config for _, a in job.spec.augmenting))
+
+
+def _tokens_here(job: Job, target: Target, case: Case) -> float:
+  """Tokens of a batch that a chip computes with at once."""
+  shared = len(target.devices) // case.axes["tensor"]
+  return case.rows * job.stage.length / shared / job.stage.accumulate
+
+
+def _guess_seconds(
+  job: Job, target: Target, case: Case, sizes: _Sizes
+) -> float:
+  """Guesses the time of a step: of its FLOPs, or of what it sends."""
+  chip, config, axes = target.chip, job.spec.anchor, case.axes
+  if not chip.flops:
+    return 0.0
+  recompute = case.remat == "full"
+  tokens = _tokens_here(job, target, case)
+  work = flops.training_step(
+    job.spec, case.rows, job.stage.length, recompute=recompute
   )
-  head = c.width * c.vocab_size
-  tokens = case.rows * job.stage.length
-  passes = 2 + (case.remat == "full")
-  flops = 2 * tokens * (passes * (anchor + head) + sum(others) + 3 * theta)
-  share = (fsdp - 1) / fsdp / tensor * _HALF
-  sent = share * (2 * (anchor + head) + sum(others) + 3 * theta)
-  here = tokens / (count // tensor) / job.stage.accumulate
-  turns = c.num_layers * job.stage.accumulate
-  sums = (4 + 2 * (case.remat == "full")) * turns
-  sent += 2 * (tensor - 1) / tensor * sums * here * c.width * _HALF
+  fsdp, tensor, sequence = axes["fsdp"], axes["tensor"], axes["sequence"]
+  gathered = _ANCHOR_GATHERED * (sizes.anchor + sizes.head)
+  gathered += _AUGMENTING_GATHERED * sizes.augmenting
+  gathered += _TRAINED_SENT * sizes.composition
+  sent = (fsdp - 1) / fsdp / tensor * gathered
+  layers = config.num_layers * job.stage.accumulate
+  sums = (_SUMS + _SUMS_RECOMPUTED * recompute) * layers
+  sent += 2 * (tensor - 1) / tensor * sums * tokens * config.width
   # Each piece of a row reads the keys and values of the others.
-  pair = 2 * c.num_kv_heads * c.head_dim / tensor * _HALF
-  sent += passes * turns * (sequence - 1) * here * pair
-  seconds = 0.0
-  if chip.flops:
-    seconds = max(flops / count / chip.flops, sent / chip.links)
-  inner = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 2 * c.mlp_width
-  layer = here * (2 * c.width + inner / tensor) * _HALF
-  if c.compute.attention == "xla":
-    layer += 4 * here * job.stage.length * c.num_heads / tensor
-  kept = {"full": here * c.width * _HALF, "dots": layer, "none": 2 * layer}
-  memory = c.num_layers * kept[case.remat] + 3 * layer
-  memory += (2 * anchor / c.num_layers + head) / tensor * _HALF
-  logits = min(job.settings["loss_chunk"], here * c.vocab_size)
-  return memory + 8 * logits, seconds
+  keys_values = 2 * config.num_kv_heads * config.head_dim / tensor
+  sent += (2 + recompute) * layers * (sequence - 1) * tokens * keys_values
+  return max(work / len(target.devices) / chip.flops, _HALF * sent / chip.links)
+
+
+def _guess_memory(job: Job, target: Target, case: Case, sizes: _Sizes) -> float:
+  """Guesses the bytes on a chip besides the arguments."""
+  config, tensor = job.spec.anchor, case.axes["tensor"]
+  tokens = _tokens_here(job, target, case)
+  heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+  inner = (heads + 2 * config.mlp_width) / tensor
+  layer = tokens * (2 * config.width + inner) * _HALF
+  if config.compute.attention == "xla":
+    scores = job.stage.length * config.num_heads / tensor
+    layer += _FULL * tokens * scores
+  kept = tokens * config.width * _HALF
+  if case.remat in _KEPT:
+    kept = _KEPT[case.remat] * layer
+  memory = config.num_layers * kept + _LAYERS_AT_WORK * layer
+  weights = _WEIGHTS_AT_WORK * sizes.anchor / config.num_layers + sizes.head
+  memory += weights / tensor * _HALF
+  logits = min(job.settings["loss_chunk"], tokens * config.vocab_size)
+  return memory + _LOGITS_COPIES * _FULL * logits
 
 
 def search(

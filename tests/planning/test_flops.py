@@ -74,4 +74,4 @@ def test_branches_and_open_ends():
   with pytest.raises(ValueError, match="how often is unknown"):
     flops.count(lambda x: grow(x, lambda x: x @ x), shape(3, 3))
   program = jax.make_jaxpr(lambda x: grow(x, lambda x: x @ x))(shape(3, 3))
-  assert flops.of_jaxpr(program.jaxpr, trips=5) == 5 * 2 * 27
+  assert flops.count_jaxpr(program.jaxpr, trips=5) == 5 * 2 * 27

@@ -176,7 +176,7 @@ def test_a_loop_moves_as_often_as_it_runs():
       return jnp.sin(x @ x), None
 
     function = jax.jit(lambda x: jax.lax.scan(body, x, None, length=steps)[0])
-    return hlo.moved(function.lower(x).compile().as_text())
+    return hlo.count(function.lower(x).compile().as_text())
 
   few, many = run(10), run(30)
   assert not few.unknown_loops
@@ -216,7 +216,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 
 def test_collectives_send_their_share_of_each_turn():
-  found = hlo.moved(TEXT)
+  found = hlo.count(TEXT)
   assert found.sent == {
     "all-gather": 5 * 128 * 3 / 4,
     "all-reduce": 5 * 32 * 2 * 7 / 8,
@@ -224,8 +224,8 @@ def test_collectives_send_their_share_of_each_turn():
     "collective-permute": 5 * 32,
   }
   unknown = TEXT.replace("constant(5)", "negate(%i)")
-  assert hlo.moved(unknown, 7).sent["collective-permute"] == 7 * 32
-  assert hlo.moved(unknown, 7).unknown_loops == 1
+  assert hlo.count(unknown, 7).sent["collective-permute"] == 7 * 32
+  assert hlo.count(unknown, 7).unknown_loops == 1
 
 
 NESTED = """
@@ -254,7 +254,7 @@ ENTRY %main (a: f32[9,64], n: s32[]) -> f32[1,64] {
 
 def test_a_fusion_within_a_fusion_reads_its_layer_only():
   layer, index = 4 * 64, 4
-  assert hlo.moved(NESTED).memory == 2 * layer + index
+  assert hlo.count(NESTED).memory == 2 * layer + index
 
 
 PRODUCTS = """
@@ -274,7 +274,7 @@ ENTRY %main (a: f32[8,2,3,64], b: f32[8,2,16,64]) -> f32[7,5] {
 
 def test_a_tpus_products_are_written_as_convolutions():
   scores = (8 * 2) * 3 * 16 * 64
-  assert hlo.moved(PRODUCTS).flops == 2 * (scores + 2 * 7 * 6 * 5)
+  assert hlo.count(PRODUCTS).flops == 2 * (scores + 2 * 7 * 6 * 5)
 
 
 @pytest.mark.parametrize(
