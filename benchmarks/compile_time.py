@@ -54,7 +54,7 @@ def seconds(width: int, layers: int, connections: int) -> float:
     "anchor": decoder.param_shapes(spec.anchor),
     "augmenting": {"kv": decoder.param_shapes(augmenting)},
   }
-  theta = jax.eval_shape(lambda: forward.init(jax.random.key(0), spec))
+  theta = forward.param_shapes(spec)
 
   def loss(theta, frozen, tokens):
     logits, _ = forward.forward(

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from calm_jax import cli
-from calm_jax.composition import checkpoint, composing, forward
-from calm_jax.composition.connections import Composition
+from calm_jax.composition import checkpoint, forward
+from calm_jax.composition.connections import Composition, connect
 from calm_jax.core import hub, trees
 from calm_jax.models import decoder, quantisation
 from calm_jax.models.config import ModelConfig
@@ -103,7 +103,7 @@ def plan(
     InputError: one is not there, or so many connections are impossible.
   """
   config = _config(anchor)
-  joined = composing.join(_config(augmenting), config, connections)
+  joined = connect(_config(augmenting), config, connections)
   return Composition(config, (("m_A", joined),))
 
 
@@ -121,7 +121,7 @@ def describe_composition(name: str, console: Console) -> Composition:
     config = configs[f"augmenting/{joined['name']}"]
     parts.append((
       joined["name"],
-      composing.join(config, configs["anchor"], **options),
+      connect(config, configs["anchor"], **options),
     ))  # fmt: skip
   spec = Composition(configs["anchor"], tuple(parts))
   for part, model in saved["models"].items():
@@ -136,7 +136,7 @@ def describe(spec: Composition, console: Console) -> None:
   configs = {f"augmenting/{n}": a.config for n, a in spec.augmenting}
   console.print(_models({"anchor": spec.anchor} | configs))
   table = Table("augmenting", "connections", "visibility", "norm", "Θ_C")
-  theta = jax.eval_shape(lambda: forward.init(jax.random.key(0), spec))
+  theta = forward.param_shapes(spec)
   for part, joined in spec.augmenting:
     pairs = ", ".join(f"{c.augmenting}→{c.anchor}" for c in joined.connections)
     table.add_row(

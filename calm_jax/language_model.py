@@ -1,19 +1,17 @@
-"""A model as a user holds it: architecture, parameters, tokenizer."""
+"""Models as a user holds them: loaded, composed, asked and saved."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 
-from calm_jax.composition import checkpoint, export, forward, joining
-from calm_jax.composition.connections import Composition
-from calm_jax.core import hub, trees
+from calm_jax.composition import checkpoint, forward, parts, pretrained
+from calm_jax.composition.model import Model
+from calm_jax.core import hub
 from calm_jax.core.batch import plain_sequence
 from calm_jax.core.errors import InputError
 from calm_jax.generation import attention_maps, batching
@@ -21,10 +19,8 @@ from calm_jax.generation import inputs as inputs_lib
 from calm_jax.generation import text as text_lib
 from calm_jax.generation.sampling import Sampler
 from calm_jax.generation.scoring import Score
-from calm_jax.models import quantisation
 from calm_jax.models.hf import loading
 from calm_jax.text.alignment import ChunkEncoder
-from calm_jax.text.tokenizer import Tokenizer
 
 Array = jax.Array
 
@@ -34,48 +30,12 @@ def _logits(params, spec, *inputs):
   return forward.forward(params, spec, *inputs)[0]
 
 
-@dataclasses.dataclass(frozen=True)
-class LanguageModel:
-  """One decoder, or a composition of several.
+class LanguageModel(Model):
+  """One decoder, or a composition of several, with all that it can do.
 
-  Attributes:
-    spec: the architectures and how they are joined.
-    params: for one decoder its own tree, for a composition {"anchor",
-      "augmenting", "composition"} (design: one tree).
-    tokenizer: None if the checkpoint has none; only calls that need text
-      raise then.
-    origin: where it was loaded from.
-    tokenizers: by name, of the augmenting models whose tokens are not the
-      anchor's.
-    sources: the checkpoints that the models were loaded from, by part:
-      "anchor" (a single model's too) and "augmenting/<name>".
+  See `composition.model.Model` for the fields; made by `load_model`,
+  `load_composed` and `compose`.
   """
-
-  spec: Composition
-  params: dict[str, Any]
-  tokenizer: Tokenizer | None = None
-  origin: str = ""
-  tokenizers: dict[str, Tokenizer] = dataclasses.field(default_factory=dict)
-  sources: dict[str, hub.Source] = dataclasses.field(default_factory=dict)
-
-  @property
-  def is_composed(self) -> bool:
-    return bool(self.spec.augmenting)
-
-  @property
-  def tree(self) -> dict[str, Any]:
-    """The parameters as `composition.forward` takes them."""
-    return self.params if self.is_composed else {"anchor": self.params}
-
-  @property
-  def num_params(self) -> int:
-    """Parameters of all models together, each counted once if quantised."""
-    return trees.count(jax.eval_shape(quantisation.dequantise, self.params))
-
-  @property
-  def num_composition_params(self) -> int:
-    """Trainable parameters that the composition adds; 0 for one model."""
-    return trees.count(self.params["composition"]) if self.is_composed else 0
 
   def logits(self, tokens_BL) -> Array:
     """Next-token logits of full rows.
@@ -114,7 +74,7 @@ class LanguageModel:
         "logits(tokens) cannot tell where the prompts end, which "
         "visibility='encoder' needs; call composition.forward with `visible`"
       )
-    return _logits(self.tree, self.spec, sequence, *self.beside(tokens_BL))
+    return _logits(self.params, self.spec, sequence, *self.beside(tokens_BL))
 
   def beside(self, tokens_BL, prompt_length: int = 0):
     """What the augmenting models read: `augmenting` and `visible` of `forward`.
@@ -283,7 +243,7 @@ class LanguageModel:
       InputError: a composition, a quantised model, a folder that holds a
         model, or parameters that are not those of the config.json.
     """
-    export.export_hf(self, folder, max_shard_size)
+    pretrained.export(self, folder, max_shard_size)
 
   def save(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
     """Saves a composition: Θ_C, and what it was trained with.
@@ -332,7 +292,7 @@ class LanguageModel:
     Raises:
       InputError: there is no such part.
     """
-    return joining.part(self, name)
+    return parts.part(self, name)
 
   def add(
     self, name: str, model: LanguageModel, connections=None, **options
@@ -351,7 +311,7 @@ class LanguageModel:
     Raises:
       InputError: the name is taken, or what `compose` raises.
     """
-    return joining.add(self, name, model, connections, **options)
+    return parts.add(self, name, model, connections, **options)
 
   def drop(self, name: str) -> LanguageModel:
     """The composition without one augmenting model; without any, the anchor.
@@ -359,13 +319,91 @@ class LanguageModel:
     Raises:
       InputError: there is no such augmenting model.
     """
-    return joining.drop(self, name)
+    return parts.drop(self, name)
 
-  def text(self) -> Tokenizer:
-    """The tokenizer, or an InputError that says why there is none."""
-    if self.tokenizer is None:
-      raise InputError(
-        f"{self.origin or 'this model'} was loaded without a tokenizer; put "
-        "its tokenizer.json or tokenizer.model into the folder to use text"
-      )
-    return self.tokenizer
+
+def load_model(
+  path_or_hub_id: str | os.PathLike,
+  dtype: str = "float32",
+  *,
+  revision: str | None = None,
+  shardings: Callable[[dict], dict] | None = None,
+  quantise: str = "",
+) -> LanguageModel:
+  """Loads a Hugging Face checkpoint: safetensors only, never pickle.
+
+  Args:
+    path_or_hub_id: a folder, or an id on the Hugging Face hub.
+    dtype: of the parameters and the computation.
+    revision: a branch, tag or commit on the hub; its main branch if None.
+    shardings: the model's tree of shapes to a tree of `jax.sharding.Sharding`:
+      each process then reads what its devices hold. None for one device.
+    quantise: "int8" or "int4" for matrices in few bits (docs/quantisation.md).
+
+  Raises:
+    InputError: a missing folder, a family or option that is not supported, or
+      tensors that are unknown, missing, duplicate, misshapen or truncated.
+  """
+  source = hub.locate(path_or_hub_id, revision)
+  loaded = pretrained.load(source, dtype, shardings, quantise)
+  return LanguageModel(**vars(loaded))
+
+
+def load_composed(
+  path_or_hub_id: str | os.PathLike,
+  anchor: str | os.PathLike | None = None,
+  augmenting: str | os.PathLike | Mapping[str, str | os.PathLike] | None = None,
+  *,
+  dtype: str | None = None,
+  revision: str | None = None,
+  quantise: str | None = None,
+  shardings: Callable[[str], Callable] | None = None,
+) -> LanguageModel:
+  """Loads what `LanguageModel.save` wrote, and the models that it joins.
+
+  Args:
+    path_or_hub_id: the composition's folder, or its id on the hub.
+    anchor: where the anchor is, if not where it was: a folder or hub id.
+    augmenting: the same of the augmenting model, or of some by name.
+    dtype: of the frozen models and the computation; as saved if None. Θ_C
+      keeps the dtype that it was saved in.
+    revision: of the composition on the hub.
+    quantise: the frozen models, to "int8" or "int4", or ("") not at all; as
+      they were when the composition was saved if None.
+    shardings: from "anchor" or "augmenting/<name>" to what `load_model` takes.
+
+  Raises:
+    InputError: a folder without a composition, a frozen model that is not
+      found, or files that are not those that the composition was trained
+      with, named.
+  """
+  loaded = checkpoint.load(
+    path_or_hub_id,
+    anchor,
+    augmenting,
+    dtype=dtype,
+    revision=revision,
+    quantise=quantise,
+    shardings=shardings,
+  )
+  return LanguageModel(**vars(loaded))
+
+
+def load_any(
+  path_or_hub_id: str | os.PathLike,
+  dtype: str | None = None,
+  quantise: str | None = None,
+  *,
+  shardings: Callable[[str], Callable] | None = None,
+) -> LanguageModel:
+  """`load_composed` or `load_model`, whichever the folder or id is for."""
+  if checkpoint.describes_composition(path_or_hub_id):
+    return load_composed(
+      path_or_hub_id, dtype=dtype, quantise=quantise, shardings=shardings
+    )
+  return load_model(
+    path_or_hub_id,
+    dtype or "float32",
+    quantise=quantise or "",
+    shardings=shardings("anchor") if shardings else None,
+  )

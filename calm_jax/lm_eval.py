@@ -22,8 +22,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from calm_jax import cli
-from calm_jax.composition import opening
+from calm_jax import cli, language_model
 from calm_jax.core.errors import InputError
 from calm_jax.generation import batching, decode, scoring
 from calm_jax.generation.sampling import Sampler
@@ -73,7 +72,7 @@ class CalmJax(TemplateLM):
     super().__init__()
     if max_batch_size is not None:
       raise InputError("calm_jax has no max_batch_size: give batch_size")
-    self.model = opening.load_any(pretrained, dtype, quantise)
+    self.model = language_model.load_any(pretrained, dtype, quantise)
     self._text = self.model.text()
     self._readers = self.model.readers()
     self._batch_size = _AUTO if batch_size == "auto" else int(batch_size)
@@ -133,7 +132,7 @@ class CalmJax(TemplateLM):
       prompts.append(ids[: -len(continuation)])
       completions.append(continuation)
     scores = scoring.score(
-      self.model.tree,
+      self.model.params,
       self.model.spec,
       prompts,
       completions,
@@ -215,7 +214,7 @@ class CalmJax(TemplateLM):
       for context in contexts
     ]
     out = decode.generate(
-      self.model.tree,
+      self.model.params,
       self.model.spec,
       prompts,
       max_new_tokens=longest,

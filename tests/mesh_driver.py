@@ -25,14 +25,14 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from calm_jax import train
-from calm_jax.composition import composing, opening
+from calm_jax.composition import model as model_lib
 from calm_jax.composition.connections import Composition
 from calm_jax.core import trees
 from calm_jax.data import packing
 from calm_jax.experiments import placement
 from calm_jax.generation import decode
 from calm_jax.generation.sampling import Sampler
-from calm_jax.language_model import LanguageModel
+from calm_jax.language_model import LanguageModel, load_model
 from calm_jax.models import attention, decoder
 from calm_jax.models.hf import loading
 from calm_jax.parallel import mesh, processes, sharding
@@ -136,10 +136,13 @@ def memory(folder: Path, axes: dict) -> None:
   shape = {"width": 64, "mlp_width": 136, "tie_embeddings": True}
   anchor = helpers.model(1, num_layers=7, **shape)[0]
   other = helpers.model(2, num_layers=5, **shape)[0]
-  model = composing.untrained(
-    LanguageModel(Composition(anchor), decoder.param_shapes(anchor)),
-    {"kv": LanguageModel(Composition(other), decoder.param_shapes(other))},
-    ((2, 3), (5, 5)),
+
+  def shapes(config):
+    params = {"anchor": decoder.param_shapes(config)}
+    return LanguageModel(Composition(config), params)
+
+  model = model_lib.untrained(
+    shapes(anchor), {"kv": shapes(other)}, ((2, 3), (5, 5))
   )
   spec = model.spec.with_compute(lambda part: {"place": layout.at(f"{part}/")})
   asked = stage()
@@ -209,12 +212,12 @@ def load(folder: Path, axes: dict) -> None:
   config, params = helpers.model(1, num_layers=2)
   loading.save_params(folder / "model", config, params)
   whole, cut = (
-    opening.load_model(
+    load_model(
       str(folder / "model"), shardings=placement.shardings(of, "anchor")
     )
     for of in (None, layout)
   )
-  places = layout.shardings({"anchor": cut.params})["anchor"]
+  places = layout.shardings(cut.params)
   placed = placement.place(cut, layout)
   for name, leaf in trees.flatten(cut.params).items():
     assert leaf.sharding == trees.flatten(places)[name], name
@@ -223,7 +226,7 @@ def load(folder: Path, axes: dict) -> None:
   np.testing.assert_allclose(
     processes.fetch(placed.logits(tokens)), whole.logits(tokens), atol=1e-5
   )
-  joined = composing.compose(whole, whole, 1, output_init="normal")
+  joined = model_lib.compose(whole, whole, 1, output_init="normal")
   saved = folder / f"composed_{jax.process_index()}"
   joined.save(saved)
   np.testing.assert_allclose(

@@ -58,7 +58,7 @@ def shapes(settings) -> tuple[Composition, dict]:
     layers = max(4, joint["num_connections"], *ends)
     config, params = helpers.model(1, num_layers=layers)
     tokenizer.vocab_size = config.vocab_size
-    model = LanguageModel(Composition(config), params, tokenizer)
+    model = LanguageModel(Composition(config), {"anchor": params}, tokenizer)
     sides = ("anchor", "augmenting")
     # A config that names no model takes the user's two.
     named = [side for side in sides if settings[side]] or sides

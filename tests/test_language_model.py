@@ -94,7 +94,7 @@ def test_tokens_that_are_none(models, composed, tokens, said):
 def test_a_composition(models, composed):
   assert composed.is_composed
   assert composed.params.keys() == {"anchor", "augmenting", "composition"}
-  assert composed.params["anchor"] is models["anchor"].params
+  assert composed.params["anchor"] is models["anchor"].params["anchor"]
   # Every fourth of the 8 layers, and the two norms of each connection.
   d_a, d_b, n = 24, 32, 2
   assert composed.num_composition_params == n * (

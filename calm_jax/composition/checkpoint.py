@@ -1,6 +1,6 @@
-"""A composition as a folder to keep and share: Θ_C, and what it fits.
+"""A composition as a folder to keep and share.
 
-composition.safetensors   the trained leaves, under their names
+composition.safetensors   Θ_C: the trained leaves, under their names
 calm_config.json          connections, options, the frozen models' origins
                           and hashes
 README.md                 a model card
@@ -13,15 +13,20 @@ import json
 import os
 import pathlib
 import tempfile
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import huggingface_hub
+import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from calm_jax.composition import joining
+from calm_jax.composition import parts, pretrained
 from calm_jax.composition.connections import Augmenting
+from calm_jax.composition.model import Model, untrained
+from calm_jax.composition.model_card import model_card
 from calm_jax.core import files, hub, trees
 from calm_jax.core.errors import InputError
 from calm_jax.core.version import __version__
@@ -36,12 +41,12 @@ _FORMAT = 1
 
 
 def save(
-  model,
+  model: Model,
   folder: str | os.PathLike,
   dtype: str | None = None,
   keep_paths: bool = True,
 ) -> None:
-  """See `LanguageModel.save`.
+  """Writes a composition; see `LanguageModel.save`.
 
   Args:
     model: a composition.
@@ -61,20 +66,19 @@ def save(
       raise InputError(
         f"{folder} holds a composition already ({name}); give another folder"
       )
-  parts = ["anchor", *(f"augmenting/{n}" for n, _ in model.spec.augmenting)]
-  for part in parts:
+  names = ["anchor", *(f"augmenting/{n}" for n, _ in model.spec.augmenting)]
+  for part in names:
     if part not in model.sources:
       raise InputError(
         f"the {part} was not loaded from a checkpoint, so there is nothing "
         f"that the composition could name: write it by part({part!r})"
         ".export_hf(FOLDER), load_model(FOLDER) and compose what was loaded"
       )
-  described = {part: _describe(model, part, keep_paths) for part in parts}
+  described = {part: _describe(model, part, keep_paths) for part in names}
+  theta = trees.flatten({"composition": model.params["composition"]})
   theta = {
     name: np.asarray(leaf if dtype is None else leaf.astype(dtype))
-    for name, leaf in trees.flatten(
-      {"composition": model.params["composition"]}
-    ).items()
+    for name, leaf in theta.items()
   }
   folder.mkdir(parents=True, exist_ok=True)
   safetensors.numpy.save_file(theta, folder / WEIGHTS, {"format": "calm_jax"})
@@ -85,24 +89,30 @@ def save(
     "sha256": files.sha256(folder / WEIGHTS),
     "models": described,
     "augmenting": [
-      {"name": name} | {
-        field.name: getattr(joined, field.name)
-        for field in dataclasses.fields(Augmenting)
-        if field.name != "config"
-      }
+      {"name": name, **_options(joined)}
       for name, joined in model.spec.augmenting
     ],
-  }  # fmt: skip
-  (folder / CARD).write_text(_card(config), encoding="utf-8")
+  }
+  (folder / CARD).write_text(model_card(config), encoding="utf-8")
+  # Last: a folder that has it is complete.
   (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _describe(model, part: str, keep_paths: bool) -> dict[str, Any]:
+def _options(joined: Augmenting) -> dict[str, Any]:
+  """The fields of an `Augmenting` but for the model's architecture."""
+  return {
+    field.name: getattr(joined, field.name)
+    for field in dataclasses.fields(joined)
+    if field.name != "config"
+  }
+
+
+def _describe(model: Model, part: str, keep_paths: bool) -> dict[str, Any]:
   """Where a frozen model came from, and the hashes of what it is made of."""
   source = model.sources[part]
-  single = joining.part(model, part)
-  config = single.spec.anchor
-  changed = loading.changed_leaf(source.folder, config, single.params)
+  single = parts.part(model, part)
+  config, params = single.spec.anchor, single.params["anchor"]
+  changed = loading.changed_leaf(source.folder, config, params)
   if changed:
     raise InputError(
       f"the {part} is no longer what {source.name} holds ({changed} differs), "
@@ -115,71 +125,35 @@ def _describe(model, part: str, keep_paths: bool) -> dict[str, Any]:
     path = pathlib.Path(name).expanduser().resolve()
     name = str(path) if keep_paths else path.name
   text = tokenizer.find_tokenizer(source.folder)
+  described = None
+  if text is not None:
+    described = {"fingerprint": text.fingerprint, "vocab_size": text.vocab_size}
   return {
     "name": name,
     "revision": source.revision,
     "dtype": config.compute.dtype,
-    "quantise": quantisation.kind_of(single.params),
-    "sha256": hashes(source.folder),
-    "tokenizer": text and {
-      "fingerprint": text.fingerprint,
-      "vocab_size": text.vocab_size,
-    },
-  }  # fmt: skip
+    "quantise": quantisation.kind_of(params),
+    "sha256": _hashes(source.folder),
+    "tokenizer": described,
+  }
 
 
-def hashes(folder: pathlib.Path) -> dict[str, str]:
+def _hashes(folder: pathlib.Path) -> dict[str, str]:
   """SHA-256 by name of the files that a checkpoint's weights come from."""
   paths = [folder / hub.CONFIG, *weight_files.weight_files(folder)]
   return {path.name: files.sha256(path) for path in paths}
 
 
-def _card(config: dict[str, Any]) -> str:
-  models = config["models"]
-  on_hub = [m["name"] for m in models.values() if m["revision"] is not None]
-  header = huggingface_hub.ModelCardData(
-    library_name="calm_jax",
-    base_model=on_hub or None,
-    base_model_relation="adapter" if on_hub else None,
-    pipeline_tag="text-generation",
-    tags=["calm_jax", "calm", "composition"],
-  ).to_yaml()
-  rows = []
-  for part, model in models.items():
-    at = f" at `{model['revision']}`" if model["revision"] else ""
-    name = model["name"] if at else pathlib.Path(model["name"]).name
-    bits = f" in {model['quantise']}" if model["quantise"] else ""
-    rows.append(f"| {part} | `{name}`{at}{bits} |")
-  joints = [
-    f"- `{a['name']}`: layers "
-    + ", ".join(f"{i} → {j}" for i, j in a["connections"])
-    + f" (augmenting → anchor), visibility {a['visibility']}"
-    for a in config["augmenting"]
-  ]
-  return "\n".join([
-    "---", header, "---", "",
-    "# A composition of frozen language models", "",
-    "Trained with [CALM](https://arxiv.org/abs/2401.02412) in calm_jax "
-    f"{config['calm_jax_version']}: {config['num_params']:,} parameters of "
-    "projections and cross-attentions. The models that it joins are not in "
-    "here; they are found by name, and refused if their files have changed.",
-    "", "| model | origin |", "|---|---|", *rows, "", *joints, "",
-    "    import calm_jax", "",
-    "    composed = calm_jax.load_composed(\"THIS_FOLDER_OR_ID\")",
-    "    composed.generate([\"...\"])", "",
-  ])  # fmt: skip
-
-
 def push(
-  model,
+  model: Model,
   repo_id: str,
   private: bool | None,
   token: str | None,
   dtype: str | None,
 ) -> str:
-  """See `LanguageModel.push_to_hub`."""
+  """Uploads a composition; see `LanguageModel.push_to_hub`."""
   with tempfile.TemporaryDirectory() as folder:
-    # Of no use to others, and none of their business.
+    # Local paths are of no use to others, and none of their business.
     save(model, folder, dtype, keep_paths=False)
     try:
       api = huggingface_hub.HfApi(token=token)
@@ -200,11 +174,16 @@ def push(
 
 def describes_composition(path_or_hub_id: str | os.PathLike) -> bool:
   """Whether a folder or hub id is a composition's, not a single model's."""
-  files = (CONFIG, hub.CONFIG)
-  return (hub.locate(path_or_hub_id, None, files).folder / CONFIG).exists()
+  names = (CONFIG, hub.CONFIG)
+  return (hub.locate(path_or_hub_id, None, names).folder / CONFIG).exists()
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
+  """The calm_config.json of a composition's folder.
+
+  Raises:
+    InputError: there is none, or one of another format.
+  """
   if not (folder / CONFIG).exists():
     raise InputError(f"{folder} holds no composition: it has no {CONFIG}")
   config = hub.read_json(folder / CONFIG)
@@ -215,3 +194,149 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
       f"{config.get('calm_jax_version')!r}"
     )
   return config
+
+
+def load(
+  path_or_hub_id: str | os.PathLike,
+  anchor: str | os.PathLike | None = None,
+  augmenting: str | os.PathLike | Mapping[str, str | os.PathLike] | None = None,
+  *,
+  dtype: str | None = None,
+  revision: str | None = None,
+  quantise: str | None = None,
+  shardings: Callable[[str], Callable] | None = None,
+) -> Model:
+  """Reads what `save` wrote; see `language_model.load_composed`."""
+  names = (WEIGHTS, CONFIG, CARD)
+  folder = hub.locate(path_or_hub_id, revision, names).folder
+  config = read_config(folder)
+  locations = _locations(config, anchor, augmenting)
+  frozen = {
+    part: _load_frozen(
+      folder,
+      part,
+      saved,
+      locations.get(part),
+      dtype or saved["dtype"],
+      # Older compositions do not say.
+      saved.get("quantise", "") if quantise is None else quantise,
+      shardings(part) if shardings else None,
+    )
+    for part, saved in config["models"].items()
+  }
+  composed = parts.join_compositions(
+    [
+      untrained(
+        frozen["anchor"],
+        {joined["name"]: frozen[f"augmenting/{joined['name']}"]},
+        **{k: v for k, v in joined.items() if k != "name"},
+      )
+      for joined in config["augmenting"]
+    ]
+  )
+  theta = _read_theta(folder, config, composed.params["composition"])
+  return dataclasses.replace(
+    composed,
+    params=composed.params | {"composition": theta},
+    origin=str(path_or_hub_id),
+  )
+
+
+def _locations(
+  config: dict[str, Any],
+  anchor: str | os.PathLike | None,
+  augmenting: str | os.PathLike | Mapping[str, str | os.PathLike] | None,
+) -> dict[str, str | os.PathLike]:
+  """The folders or hub ids that the caller gave, by part."""
+  names = [joined["name"] for joined in config["augmenting"]]
+  if augmenting is None:
+    augmenting = {}
+  elif isinstance(augmenting, str | os.PathLike):
+    if len(names) != 1:
+      raise InputError(f"say which of {names} is at {augmenting}: give a dict")
+    augmenting = {names[0]: augmenting}
+  if unknown := sorted(augmenting.keys() - set(names)):
+    raise InputError(f"no augmenting model {unknown}; there are {names}")
+  locations = {f"augmenting/{name}": x for name, x in augmenting.items()}
+  return locations if anchor is None else locations | {"anchor": anchor}
+
+
+def _load_frozen(
+  folder: pathlib.Path,
+  part: str,
+  saved: dict[str, Any],
+  location: str | os.PathLike | None,
+  dtype: str,
+  quantise: str,
+  shardings: Callable | None,
+) -> Model:
+  """Loads a frozen model, if it is the one that the composition fits."""
+  try:
+    if location is None:
+      source = hub.locate(saved["name"], saved["revision"])
+    else:
+      source = hub.locate(location)
+  except InputError as error:
+    kind, _, name = part.partition("/")
+    option = f"{kind}={{{name!r}: FOLDER}}" if name else f"{kind}=FOLDER"
+    raise InputError(
+      f"{folder}: the {part} is not found: {error}\nIf it is elsewhere, say "
+      f"where: load_composed(..., {option})"
+    ) from error
+  _check_hashes(part, saved, source.folder)
+  model = pretrained.load(source, dtype, shardings, quantise)
+  ours = model.tokenizer.fingerprint if model.tokenizer else None
+  theirs = saved["tokenizer"]["fingerprint"] if saved["tokenizer"] else None
+  if ours != theirs:
+    raise InputError(
+      f"{source.folder}: the tokenizer is not that of the {part} that the "
+      f"composition was trained with (fingerprint {ours}, then {theirs})"
+    )
+  return model
+
+
+def _check_hashes(
+  part: str, saved: dict[str, Any], folder: pathlib.Path
+) -> None:
+  """Raises InputError unless a folder holds the files of a frozen model."""
+  ours, theirs = _hashes(folder), saved["sha256"]
+  for name in sorted(theirs.keys() | ours.keys()):
+    if ours.get(name) == theirs.get(name):
+      continue
+    if name not in ours:
+      problem = "is missing"
+    elif name not in theirs:
+      problem = "was not there when the composition was trained"
+    else:
+      problem = (
+        f"has changed: its sha256 is {ours[name]}, it was {theirs[name]}"
+      )
+    raise InputError(
+      f"{folder / name} {problem}. The {part} must be {saved['name']}"
+      + (f" at {saved['revision']}" if saved["revision"] else "")
+      + ", to the bit: a composition works with no other"
+    )
+
+
+def _read_theta(
+  folder: pathlib.Path, config: dict[str, Any], shapes: dict
+) -> dict[str, Any]:
+  """Θ_C from its file, if the leaves are those of `shapes`."""
+  path = folder / WEIGHTS
+  if not path.exists():
+    raise InputError(f"{path} is missing")
+  if files.sha256(path) != config["sha256"]:
+    raise InputError(
+      f"{path} is not what {CONFIG} describes: its sha256 is not "
+      f"{config['sha256']}; copy the composition again"
+    )
+  leaves = safetensors.numpy.load_file(path)
+  expected = {  # in the dtype that they were saved in
+    name: jax.ShapeDtypeStruct(
+      leaf.shape, leaves[name].dtype if name in leaves else leaf.dtype
+    )
+    for name, leaf in trees.flatten({"composition": shapes}).items()
+  }
+  theta = trees.unflatten(leaves)
+  trees.check_same_structure(theta, trees.unflatten(expected), str(path))
+  return jax.tree.map(jnp.asarray, theta["composition"])

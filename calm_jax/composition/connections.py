@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from calm_jax.core.errors import InputError
@@ -132,6 +132,33 @@ def default_connections(
     Connection(nearest(k, num_augmenting_layers), nearest(k, num_anchor_layers))
     for k in range(1, n + 1)
   )
+
+
+def connect(
+  augmenting: ModelConfig,
+  anchor: ModelConfig,
+  connections: int | Sequence[tuple[int, int]] | None = None,
+  **options,
+) -> Augmenting:
+  """An `Augmenting` from two architectures.
+
+  Args:
+    augmenting: the augmenting model's.
+    anchor: the anchor's.
+    connections: how many evenly spaced ones, their default number if None, or
+      (augmenting layer, anchor layer) pairs counted from 1.
+    **options: other fields of `Augmenting`.
+
+  Raises:
+    InputError: more connections than one of the models has layers, or an
+      unknown option's value.
+  """
+  if connections is None or isinstance(connections, int):
+    connections = default_connections(
+      augmenting.num_layers, anchor.num_layers, connections
+    )
+  pairs = tuple(Connection(*pair) for pair in connections)
+  return Augmenting(augmenting, pairs, **options)
 
 
 def check_connections(name: str, augmenting: Augmenting, anchor: ModelConfig):

@@ -61,6 +61,11 @@ def init(rng: Array, spec: Composition) -> dict:
   return params
 
 
+def param_shapes(spec: Composition) -> dict:
+  """The tree of `init` as `jax.ShapeDtypeStruct`s, without computing it."""
+  return jax.eval_shape(lambda: init(jax.random.key(0), spec))
+
+
 def empty_cache(
   spec: Composition,
   batch: int,

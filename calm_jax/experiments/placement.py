@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from calm_jax.composition import opening
+from calm_jax import language_model
 from calm_jax.core import trees
 from calm_jax.language_model import LanguageModel
 from calm_jax.parallel import mesh
@@ -42,9 +42,7 @@ def place(model: LanguageModel, layout: Layout | None) -> LanguageModel:
   if layout is None:
     return model
   spec = model.spec.with_compute(lambda part: {"place": layout.at(f"{part}/")})
-  params = layout.place(model.tree)
-  if not model.is_composed:
-    params = params["anchor"]
+  params = layout.place(model.params)
   return dataclasses.replace(model, spec=spec, params=params)
 
 
@@ -54,17 +52,19 @@ def load(
   dtype: str | None = None,
   quantise: str | None = None,
 ) -> LanguageModel:
-  """`opening.load_any`, each process keeping what its devices hold.
+  """`language_model.load_any`, each process keeping what its devices hold.
 
   To check a composition's hashes each reads all of its files.
   """
   places = layout and functools.partial(shardings, layout)
-  model = opening.load_any(path_or_hub_id, dtype, quantise, shardings=places)
+  model = language_model.load_any(
+    path_or_hub_id, dtype, quantise, shardings=places
+  )
   return place(model, layout)
 
 
 def shardings(layout: Layout | None, part: str) -> Callable | None:
-  """What `opening.load_model` is told of a model; None without a layout.
+  """What `language_model.load_model` is told of a model; None without a layout.
 
   Args:
     layout: of the whole tree.

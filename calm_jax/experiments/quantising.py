@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from calm_jax.composition import opening
+from calm_jax.composition import pretrained
 from calm_jax.core import hub, trees
 from calm_jax.core.errors import InputError
 from calm_jax.language_model import LanguageModel
@@ -28,12 +28,13 @@ def load(
     settings: of the run.
     side: "anchor" or "augmenting".
     part: its name in the tree.
-    shardings: see `opening.load_model`.
+    shardings: see `language_model.load_model`.
   """
   source = hub.locate(settings[side])
   shapes = decoder.param_shapes(loading.load_config(source.folder))
   kind = from_the_start(settings, side, part, shapes)
-  return opening.from_source(source, settings["dtype"], shardings, kind)
+  model = pretrained.load(source, settings["dtype"], shardings, kind)
+  return LanguageModel(**vars(model))
 
 
 def from_the_start(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from calm_jax.composition import composing, forward
+from calm_jax.composition import model as model_lib
 from calm_jax.composition.connections import Composition, paper_count
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError
@@ -235,14 +235,7 @@ def _trial_seed(settings: dict[str, Any]) -> int:
 
 def _part(whole: LanguageModel, name: str, params: dict) -> LanguageModel:
   """A part of the composition, or all of it, with the given parameters."""
-  spec, params = forward.alone(whole.spec, params, name)
-  tokenizer, tokenizers = whole.tokenizer, whole.tokenizers
-  if not spec.augmenting:
-    params = params["anchor"]
-    # The anchor's, where an augmenting model reads the same tokens.
-    own = {f"augmenting/{n}": t for n, t in tokenizers.items()}
-    tokenizer, tokenizers = own.get(name, tokenizer), {}
-  return LanguageModel(spec, params, tokenizer, tokenizers=tokenizers)
+  return dataclasses.replace(whole, params=params).part(name)
 
 
 def build_models(settings, tokenizer, loaded) -> LanguageModel:
@@ -255,13 +248,13 @@ def build_models(settings, tokenizer, loaded) -> LanguageModel:
       continue
     config = scratch(settings, side, tokenizer.vocab_size)
     models[side] = LanguageModel(
-      Composition(config), decoder.init(key, config), tokenizer
+      Composition(config), {"anchor": decoder.init(key, config)}, tokenizer
     )
   if settings["random_augmenting"]:
     key = jax.random.fold_in(keys[2], settings["trial"])
     models["augmenting"] = _random(models["augmenting"], key)
   name, joint = settings["augmenting_name"], settings["composition"]
-  composed = composing.compose(
+  composed = model_lib.compose(
     models["anchor"],
     {name: models["augmenting"]},
     joint["connections"] or joint["num_connections"] or None,
@@ -312,6 +305,6 @@ def configured(
 
 def _random(model: LanguageModel, key) -> LanguageModel:
   """The same architecture before any training."""
-  fresh = decoder.init(key, model.spec.anchor)
+  fresh = {"anchor": decoder.init(key, model.spec.anchor)}
   params = jax.tree.map(lambda x, p: x.astype(p.dtype), fresh, model.params)
   return dataclasses.replace(model, params=params)

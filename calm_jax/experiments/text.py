@@ -284,7 +284,7 @@ class Text:
     sums: dict[str, np.ndarray] = {}
     for i in range(len(source)):
       nats_B, tokens_B = processes.fetch(
-        score(model.tree, model.spec, source[i])
+        score(model.params, model.spec, source[i])
       )
       rows = zip(source.row_origins(i), nats_B, tokens_B, strict=True)
       for origins, *both in rows:

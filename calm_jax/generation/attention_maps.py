@@ -37,7 +37,7 @@ def cross_attention(model, ids: list[int], prompt_length: int) -> dict:
     pieces = model.tokenizers[name].pieces
     own["augmenting_tokens"] = np.array([pieces[i] for i in row.tokens[0]])
   sequence, rows, visible = jax.tree.map(np.asarray, (sequence, rows, visible))
-  look = _look(model.tree, model.spec, sequence, rows, visible)
+  look = _look(model.params, model.spec, sequence, rows, visible)
   # In the order in which `states` comes to them.
   found = [(n, c) for n, a in model.spec.augmenting for c in a.connections]
   found.sort(key=lambda pair: pair[1].anchor)

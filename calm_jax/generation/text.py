@@ -36,7 +36,7 @@ def generate(
     return tokenizer.decode_continuation(ids[i], new)
 
   out = decode.generate(
-    model.tree,
+    model.params,
     model.spec,
     ids,
     max_new_tokens=max_new_tokens,
@@ -67,7 +67,7 @@ def stream(
   new: list[int] = []
   sent, text = 0, ""
   for _, tokens in decode.stream(
-    model.tree,
+    model.params,
     model.spec,
     [ids],
     max_new_tokens=max_new_tokens,
@@ -101,7 +101,7 @@ def score(
       "many of the one as of the other"
     )
   return scoring.score(
-    model.tree,
+    model.params,
     model.spec,
     [with_bos(tokenizer, tokenizer.encode(p)) for p in prompts],
     [

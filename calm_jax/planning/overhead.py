@@ -87,7 +87,7 @@ def parameters(spec: Composition) -> dict[str, int]:
   counts = {
     "anchor": trees.count(decoder.param_shapes(spec.anchor)),
     "augmenting": sum(trees.count(decoder.param_shapes(c)) for c in models),
-    "composition": trees.count(_theta(spec)),
+    "composition": trees.count(forward.param_shapes(spec)),
     "paper_anchor": paper_model_count(spec.anchor),
     "paper_augmenting": sum(paper_model_count(c) for c in models),
     "paper_composition": paper_count(spec),
@@ -138,7 +138,7 @@ def training_flops(
   spec = spec.with_compute(
     lambda part: {"attention": "xla", "remat": "auto", "place": None}
   )
-  theta = _theta(spec)
+  theta = forward.param_shapes(spec)
   parts = {name: joined.config for name, joined in spec.augmenting}
   params = {
     "anchor": decoder.param_shapes(spec.anchor),
@@ -175,10 +175,6 @@ def training_flops(
       anchor, {"anchor": adapted}, "anchor/.*/lora_.", sizes
     )
   return counted
-
-
-def _theta(spec: Composition) -> dict:
-  return jax.eval_shape(lambda: forward.init(jax.random.key(0), spec))
 
 
 def _logits(params, spec, tokens_BL, own):

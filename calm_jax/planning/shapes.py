@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from calm_jax.composition import composing, forward
-from calm_jax.composition.connections import Composition
+from calm_jax.composition import forward
+from calm_jax.composition.connections import Composition, connect
 from calm_jax.core import hub, trees
 from calm_jax.core.errors import InputError
 from calm_jax.experiments import quantising
@@ -60,16 +60,14 @@ def job(settings: dict[str, Any], stage: str = "") -> Job:
   del joint["connections"], joint["num_connections"]
   pairs = settings["composition"]["connections"]
   pairs = pairs or settings["composition"]["num_connections"] or None
-  joined = composing.join(augmenting, anchor, pairs, **joint)
+  joined = connect(augmenting, anchor, pairs, **joint)
   spec = Composition(anchor, ((name, joined),))
   models = {
     "anchor": decoder.param_shapes(anchor),
     "augmenting": {name: decoder.param_shapes(augmenting)},
   }
   models = _quantised(_kept(models, settings, stage), settings, stage)
-  params = models | {
-    "composition": jax.eval_shape(lambda: forward.init(jax.random.key(0), spec))
-  }
+  params = models | {"composition": forward.param_shapes(spec)}
   params = jax.eval_shape(
     lambda p: recipe_lib.with_lora(p, settings)[0], params
   )

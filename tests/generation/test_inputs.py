@@ -11,8 +11,8 @@ import pytest
 import real_tokenizers
 
 import calm_jax
-from calm_jax.composition import composing, cross_attention
-from calm_jax.composition.connections import Composition
+from calm_jax.composition import cross_attention
+from calm_jax.composition.connections import Composition, connect
 from calm_jax.core.batch import plain_sequence
 from calm_jax.core.errors import InputError
 from calm_jax.data import pipeline
@@ -40,7 +40,7 @@ def decoder(tokenizer, seed, **changes) -> LanguageModel:
   config, params = helpers.model(
     seed, vocab_size=tokenizer.vocab_size, num_layers=2, **changes
   )
-  return LanguageModel(Composition(config), params, tokenizer)
+  return LanguageModel(Composition(config), {"anchor": params}, tokenizer)
 
 
 @pytest.fixture(scope="module", params=["byte_level", "unigram_nfkc"])
@@ -63,13 +63,13 @@ def compose(anchor, augmenting, **options) -> LanguageModel:
   spec = Composition(
     anchor.spec.anchor,
     tuple(
-      (n, composing.join(m.spec.anchor, anchor.spec.anchor, 2, **options))
+      (n, connect(m.spec.anchor, anchor.spec.anchor, 2, **options))
       for n, m in augmenting.items()
     ),
   )
   params = {
-    "anchor": anchor.params,
-    "augmenting": {n: m.params for n, m in augmenting.items()},
+    "anchor": anchor.params["anchor"],
+    "augmenting": {n: m.params["anchor"] for n, m in augmenting.items()},
     "composition": helpers.random_params(helpers.theta_shapes(spec), 5),
   }
   tokenizers = {n: m.tokenizer for n, m in augmenting.items()}
@@ -93,7 +93,7 @@ run = jax.jit(step.batch_logits, static_argnums=1)
 
 
 def logits_of(model, batch):
-  return np.asarray(run(model.tree, model.spec, batch))
+  return np.asarray(run(model.params, model.spec, batch))
 
 
 def test_scrambling_the_future_changes_no_logit(anchor, augmenting):
@@ -136,7 +136,7 @@ def test_packed_rows_equal_each_text_by_itself(toys, augmenting):
     ids = batch["tokens"][:, where]
     given = batch["prompt_ends"][0, where][0] - np.argmax(where)
     expected = helpers.composed(
-      model.tree,
+      model.params,
       model.spec,
       plain_sequence(ids),
       **dict(
@@ -276,7 +276,9 @@ def test_a_model_without_a_tokenizer_cannot_be_aligned(toys):
   anchor = decoder(toys["byte_level"], 1)
   config, params = helpers.model(2)
   with pytest.raises(InputError, match="both models need a tokenizer"):
-    calm_jax.compose(anchor, LanguageModel(Composition(config), params))
+    calm_jax.compose(
+      anchor, LanguageModel(Composition(config), {"anchor": params})
+    )
 
 
 def test_data_names_what_it_was_aligned_with(anchor, augmenting):

@@ -308,10 +308,10 @@ def test_loading_quantises(folders, kind, dtype, monkeypatch):
   monkeypatch.setattr("calm_jax.models.hf.reading._AT_ONCE", 300)
   loaded = calm_jax.load_model(str(folders / "anchor"), dtype, quantise=kind)
   whole = calm_jax.load_model(str(folders / "anchor"))
-  want = quantisation.quantise(whole.params, kind)
+  want = quantisation.quantise(whole.params["anchor"], kind)
   jax.tree.map(
     lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)),
-    loaded.params,
+    loaded.params["anchor"],
     want,
   )
   assert loaded.num_params == whole.num_params
@@ -373,8 +373,8 @@ def test_a_run_quantises_what_it_has_trained(folders):
   kinds = [quantisation.kind_of(m.params) for m in loaded.values()]
   assert kinds == ["", "int4"]
   params = {
-    "anchor": loaded["anchor"].params,
-    "augmenting": {"kv": loaded["augmenting"].params},
+    "anchor": loaded["anchor"].params["anchor"],
+    "augmenting": {"kv": loaded["augmenting"].params["anchor"]},
   }
   quantising.check(asked, params, ["compose"])
   made, exact = quantising.quantise(asked, params)

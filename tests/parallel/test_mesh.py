@@ -15,7 +15,7 @@ import mesh_driver
 import numpy as np
 import pytest
 
-from calm_jax.composition import opening
+from calm_jax import language_model
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError
 from calm_jax.parallel import mesh
@@ -176,7 +176,7 @@ def test_the_command_on_two_processes(finished):
   assert {n for n in files[1] if "tfevents" not in n} - {*files[0]} == set()
   # The model that was written is the one that was trained.
   one, two = (
-    opening.load_any(str(folder / name / "composition")).params
+    language_model.load_any(str(folder / name / "composition")).params
     for name in ("command_on_one", "command")
   )
   jax.tree.map(

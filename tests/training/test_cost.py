@@ -32,7 +32,7 @@ def lower(spec: Composition, batch: int = B, length: int = L):
       n: decoder.param_shapes(a.config) for n, a in spec.augmenting
     },
   }
-  theta = jax.eval_shape(lambda: forward.init(jax.random.key(0), spec))
+  theta = forward.param_shapes(spec)
   tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
 
   def loss(theta, frozen, tokens):

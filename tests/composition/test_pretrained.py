@@ -14,6 +14,7 @@ from golden import cases
 from safetensors.numpy import load_file
 
 import calm_jax
+from calm_jax.composition.connections import Composition
 from calm_jax.core import hub, trees
 from calm_jax.core.errors import InputError
 from calm_jax.models.hf import weight_files
@@ -68,9 +69,7 @@ def test_a_model_from_scratch_is_a_llama(tmp_path):
     ["abcdefghij"], tmp_path / "m", vocab_size=14
   )
   config, params = helpers.model(1, vocab_size=14)
-  model = calm_jax.LanguageModel(
-    calm_jax.language_model.Composition(config), params, text
-  )
+  model = calm_jax.LanguageModel(Composition(config), {"anchor": params}, text)
   model.export_hf(tmp_path / "new")
   again = calm_jax.load_model(str(tmp_path / "new"))
   assert_same(again, model)
@@ -86,9 +85,7 @@ def test_what_cannot_be_exported(composed, tmp_path):
   with pytest.raises(InputError, match="holds a model already"):
     anchor.export_hf(anchor.origin)
   config = dataclasses.replace(anchor.spec.anchor, rope=Rope(4, theta=5.0))
-  other = dataclasses.replace(
-    anchor, spec=calm_jax.language_model.Composition(config)
-  )
+  other = dataclasses.replace(anchor, spec=Composition(config))
   with pytest.raises(InputError, match="describes another model"):
     other.export_hf(tmp_path / "new")
 

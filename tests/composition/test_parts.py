@@ -25,7 +25,9 @@ TOKENS = np.random.default_rng(0).integers(0, 61, (2, 7))
 
 def single(seed: int, **changes) -> calm_jax.LanguageModel:
   config, params = helpers.model(seed, **changes)
-  return calm_jax.LanguageModel(Composition(config), params, origin=f"m{seed}")
+  return calm_jax.LanguageModel(
+    Composition(config), {"anchor": params}, origin=f"m{seed}"
+  )
 
 
 ANCHOR = single(1)
@@ -59,7 +61,7 @@ def test_joined_is_the_parts(parts):
     parts.joined.spec.augmenting
     == parts.a.spec.augmenting + parts.b.spec.augmenting
   )
-  assert_same_arrays(parts.joined.params["anchor"], ANCHOR.params)
+  assert_same_arrays(parts.joined.params["anchor"], ANCHOR.params["anchor"])
   for part, name in ((parts.a, "kv"), (parts.b, "code")):
     for kind in ("augmenting", "composition"):
       assert_same_arrays(
@@ -72,7 +74,7 @@ def test_joined_is_the_parts(parts):
 
 def hidden(model: calm_jax.LanguageModel, layers: int):
   """Hidden states of a single model after so many layers."""
-  config, params = model.spec.anchor, model.params
+  config, params = model.spec.anchor, model.params["anchor"]
   sequence = plain_sequence(jnp.asarray(TOKENS))
   mask = decoder.self_attention_mask(sequence.segments, sequence.segments)
   context = decoder.make_context(config, sequence.positions, mask)
@@ -81,7 +83,7 @@ def hidden(model: calm_jax.LanguageModel, layers: int):
 
 
 def test_contributions_are_summed_from_one_hidden_state(parts):
-  config, params = ANCHOR.spec.anchor, ANCHOR.params
+  config, params = ANCHOR.spec.anchor, ANCHOR.params["anchor"]
   causal = jnp.broadcast_to(jnp.tril(jnp.ones((7, 7), bool)), (2, 7, 7))
 
   def given(part, model, name, pair, x):
@@ -183,7 +185,7 @@ def test_what_cannot_be_joined(parts):
   other = trained("code", CODE, 1, same)
   assert calm_jax.join_compositions([parts.a, other]).is_composed
   changed = trees.flatten(equal)
-  changed["final_norm/scale"] += 1
+  changed["anchor/final_norm/scale"] += 1
   unlike = dataclasses.replace(ANCHOR, params=trees.unflatten(changed))
   with pytest.raises(InputError, match="anchors with different weights"):
     calm_jax.join_compositions([parts.a, trained("code", CODE, 1, unlike)])

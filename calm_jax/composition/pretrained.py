@@ -1,0 +1,86 @@
+"""A single model from and to a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+
+import jax
+
+from calm_jax.composition.connections import Composition
+from calm_jax.composition.model import Model
+from calm_jax.core import hub
+from calm_jax.core.errors import InputError
+from calm_jax.models import decoder, quantisation
+from calm_jax.models.hf import loading
+from calm_jax.text.tokenizer import find_tokenizer
+
+
+def load(
+  source: hub.Source,
+  dtype: str,
+  shardings: Callable[[dict], dict] | None = None,
+  quantise: str = "",
+) -> Model:
+  """Loads the checkpoint at `source`; see `language_model.load_model`."""
+  folder = source.folder
+  config = loading.load_config(folder).with_compute(dtype=dtype)
+  quantisation.check(quantise)
+  places = None
+  if shardings is not None:
+    shapes = quantisation.shapes(decoder.param_shapes(config), quantise)
+    places = shardings(shapes)
+  params = loading.load_params(folder, config, dtype, places, quantise)
+  source = source._replace(config=hub.read_json(folder / hub.CONFIG))
+  return Model(
+    Composition(config),
+    # Unlike jnp.asarray, it takes aligned memory over without a copy.
+    {"anchor": jax.tree.map(jax.device_put, params)},
+    find_tokenizer(folder),
+    source.name,
+    sources={"anchor": source},
+  )
+
+
+def export(
+  model: Model, folder: str | os.PathLike, max_shard_size: int
+) -> None:
+  """Writes a single model; see `LanguageModel.export_hf`."""
+  if model.is_composed:
+    raise InputError(
+      "a composition is no Hugging Face model: save() it, or export its parts "
+      "by part('anchor').export_hf(FOLDER)"
+    )
+  if kind := quantisation.kind_of(model.params):
+    raise InputError(
+      f"the model is in {kind}, which is no longer what was trained: export it "
+      "from where it was loaded, without quantise"
+    )
+  source = model.sources.get("anchor")
+  text_files = _text_files(model)
+  loading.save_params(
+    folder,
+    model.spec.anchor,
+    model.params["anchor"],
+    source.config if source else None,
+    max_shard_size,
+  )
+  for name, path in text_files.items():
+    shutil.copyfile(path, pathlib.Path(folder) / name)
+
+
+def _text_files(model: Model) -> dict[str, pathlib.Path]:
+  """The tokenizer's files, by the name they have in a checkpoint."""
+  if "anchor" in model.sources:
+    folder = model.sources["anchor"].folder
+  elif model.tokenizer is None:
+    return {}
+  else:
+    path = pathlib.Path(model.tokenizer.source).expanduser()
+    if path.is_file():
+      return {f"tokenizer{path.suffix}": path}
+    folder = hub.locate(path, files=hub.TEXT_FILES).folder
+  paths = {name: folder / name for name in hub.TEXT_FILES}
+  return {name: path for name, path in paths.items() if path.is_file()}
