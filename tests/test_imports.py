@@ -1,4 +1,4 @@
-"""Who may import whom (design §2), read off the syntax trees."""
+"""The house: which folder may import which, read off the syntax trees."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
-
-import pytest
+from collections import Counter
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "calm_jax"
@@ -17,43 +16,178 @@ FILES = {
   str(path.relative_to(PACKAGE)): ast.parse(path.read_text(), str(path))
   for path in sorted(PACKAGE.rglob("*.py"))
 }
-COMMAND_LINES = {
-  "ablations.py", "cli.py", "train.py", "evaluate.py", "generate.py", "plan.py"
-}  # fmt: skip
+COMMANDS = {
+  *("train", "generate", "evaluate", "info", "plan", "report", "ablations"),
+  *("lm_eval", "cli"),
+}
+# What each folder may import besides itself; the others are commands and wings.
+MAY_IMPORT = {
+  "core": set(),
+  "text": {"core"},
+  "parallel": {"core"},
+  "sandbox": {"core"},
+  "models": {"core"},
+  "models/hf": {"models", "core"},
+  "composition": {"models", "models/hf", "text", "core"},
+  "generation": {"composition", "models", "text", "parallel", "core"},
+  "data": {"text", "core"},
+  "training": {"composition", "data", "models", "parallel", "text", "core"},
+  "evals": {"data", "sandbox", "text", "core"},
+  "reporting": {"core", "evals", "training", "experiments"},
+}
+METHOD = {
+  *("core", "models", "models/hf", "text", "composition", "generation"),
+  *("data", "training"),
+}
+WINGS = {"planning", "reporting", "experiments", "evals", "sandbox", *COMMANDS}
+# The command lines, and what makes typed settings of their configs.
+READS_CONFIG_DICTS = {f"{name}.py" for name in COMMANDS}
+
+
+def room(file: str) -> str:
+  """The folder that a file is in; at the root, its own name."""
+  parts = file.removesuffix(".py").split("/")
+  if parts[:2] == ["models", "hf"]:
+    return "models/hf"
+  return parts[0]
 
 
 def imports(file: str) -> set[str]:
-  """Everything a file imports anywhere, as dotted names."""
-  found = set()
+  """Everything that a file imports, for types only too, as dotted names."""
+  names = set()
   for node in ast.walk(FILES[file]):
     if isinstance(node, ast.Import):
-      found |= {alias.name for alias in node.names}
+      names |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
       assert node.level == 0, f"{file}: relative import"
-      found |= {f"{node.module}.{alias.name}" for alias in node.names}
-  return found
+      names |= {f"{node.module}.{alias.name}" for alias in node.names}
+  return names
 
 
-def modules(file: str) -> set[str]:
-  """The package's modules that a file imports, as paths: models/hf."""
-  names = {f.removesuffix(".py").replace("/", ".") for f in FILES}
-  found = set()
+def imported_files(file: str) -> set[str]:
+  """The package's own files that a file imports."""
+  files = set()
   for name in imports(file):
-    parts = name.split(".")
-    if parts[0] != "calm_jax":
-      continue
-    inside = [".".join(parts[1:end]) for end in range(2, len(parts) + 1)]
-    known = [n for n in inside if n in names or f"{n}.__init__" in names]
-    found.add(known[-1].replace(".", "/") if known else "__init__")
-  return found
+    while name.startswith("calm_jax."):
+      path = name.removeprefix("calm_jax.").replace(".", "/")
+      known = {f"{path}.py", f"{path}/__init__.py"} & FILES.keys()
+      if known:
+        files |= known
+        break
+      name = name.rpartition(".")[0]
+  return files - {file}
 
 
-def under(*prefixes: str) -> list[str]:
-  return [f for f in FILES if f.startswith(prefixes)]
+def imported_rooms(file: str) -> set[str]:
+  return {room(other) for other in imported_files(file)} - {room(file)}
 
 
-def tops(file: str) -> set[str]:
+def top_packages(file: str) -> set[str]:
   return {name.split(".")[0] for name in imports(file)}
+
+
+def in_rooms(*rooms: str) -> list[str]:
+  return [file for file in FILES if room(file) in rooms]
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+  """What is left when all that depends on nothing has been taken away."""
+  arrows = dict(arrows)
+  while True:
+    free = {name for name, others in arrows.items() if not others & set(arrows)}
+    if not free:
+      return sorted(arrows)
+    arrows = {name: x for name, x in arrows.items() if name not in free}
+
+
+def room_arrows() -> dict[str, set[str]]:
+  arrows: dict[str, set[str]] = {room(file): set() for file in FILES}
+  for file in FILES:
+    arrows[room(file)] |= imported_rooms(file)
+  return arrows
+
+
+def test_the_walk_sees_what_is_there():
+  assert {"models/decoder.py", "core/batch.py"} <= imported_files(
+    "composition/forward.py"
+  )
+  assert "jax" in top_packages("models/layers.py")
+  assert "lm_head.weight" in strings("models/hf/tensors.py")
+  assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [
+    "a",
+    "b",
+    "c",
+  ]
+
+
+def test_no_circle():
+  assert not circle({file: imported_files(file) for file in FILES})
+  assert not circle(room_arrows())
+
+
+def test_arrows_go_down():
+  for file in in_rooms(*MAY_IMPORT):
+    assert imported_rooms(file) <= MAY_IMPORT[room(file)], file
+
+
+def test_the_method_imports_no_wing():
+  for file in in_rooms(*METHOD):
+    assert not imported_rooms(file) & WINGS, file
+
+
+def test_few_floors():
+  arrows = room_arrows()
+
+  def floor(name: str) -> int:
+    return 1 + max(map(floor, arrows[name]), default=0)
+
+  assert max(map(floor, arrows)) <= 10
+
+
+def test_only_the_facade_and_commands_stand_at_the_root():
+  at_root = {f.removesuffix(".py") for f in FILES if "/" not in f}
+  assert at_root <= {"__init__", "language_model"} | COMMANDS
+
+
+def test_no_class_name_twice():
+  names = Counter(
+    node.name
+    for tree in FILES.values()
+    for node in ast.walk(tree)
+    if isinstance(node, ast.ClassDef)
+  )
+  assert not [name for name, count in names.items() if count > 1]
+
+
+def test_a_model_has_a_type():
+  for file, tree in FILES.items():
+    for node in ast.walk(tree):
+      if isinstance(node, ast.FunctionDef):
+        for argument in [*node.args.args, *node.args.kwonlyargs]:
+          place = f"{file}:{node.lineno} {node.name}"
+          assert argument.arg != "model" or argument.annotation, place
+
+
+def test_data_and_reports_need_no_jax():
+  for file in in_rooms("data", "reporting"):
+    assert not top_packages(file) & {"jax", "flax"}, file
+
+
+def test_the_package_imports_no_configs():
+  assert not [f for f in FILES if "configs" in top_packages(f)]
+
+
+def test_no_torch_no_pickle_no_remote_code():
+  for file in FILES:
+    assert not top_packages(file) & {"torch", "pickle", "dill", "joblib"}, file
+    theirs = [n for n in imports(file) if re.match(r"transformers\..*Model", n)]
+    assert not theirs, file
+    trusting = [
+      ast.unparse(node)
+      for node in ast.walk(FILES[file])
+      if isinstance(node, ast.keyword) and node.arg == "trust_remote_code"
+    ]
+    assert set(trusting) <= {"trust_remote_code=False"}, file
 
 
 def strings(file: str) -> set[str]:
@@ -72,103 +206,42 @@ def strings(file: str) -> set[str]:
   }
 
 
-def test_the_walk_sees_what_is_there():
-  assert {"models/decoder", "errors"} <= modules("composition.py")
-  assert "jax" in tops("models/layers.py")
-  assert "lm_head.weight" in strings("models/hf.py")
+def test_only_hf_knows_names_of_tensors():
+  theirs = re.compile(
+    r"self_attn|embed_tokens|lm_head\b|[a-z]_proj\b\.|layernorm"
+  )
+  for file in FILES:
+    if room(file) != "models/hf":
+      assert not [s for s in strings(file) if theirs.search(s)], file
 
 
-@pytest.mark.parametrize("file", under("tree.py", "losses.py", "metrics.py"))
-def test_the_lowest_files_import_errors_only(file):
-  assert modules(file) <= {"errors"}
+def test_trees_have_no_anchor_below_the_settings():
+  for file in FILES:
+    if file.startswith(
+      ("training/optimizer", "training/checkpoint", "parallel/sharding")
+    ):
+      lines = ast.unparse(FILES[file]).splitlines()
+      code = [line for line in lines if not line.strip().startswith('"""')]
+      assert not [line for line in code if "anchor" in line], file
 
 
-@pytest.mark.parametrize("file", under("models/"))
-def test_models_import_models_only(file):
-  others = {m for m in modules(file) if not m.startswith("models")}
-  assert others <= {"errors", "tree"}
-  assert not any("sharding" in n or "Mesh" in n for n in imports(file))
+def test_config_dicts_stop_at_the_command_lines():
+  for file in FILES.keys() - READS_CONFIG_DICTS:
+    assert "ml_collections" not in top_packages(file), file
 
 
-@pytest.mark.parametrize(
-  "file",
-  under(
-    "composition.py", "connections.py", "controls.py", "cross_attention.py"
-  ),
-)
-def test_composition_imports_models_only(file):
-  others = {m for m in modules(file) if not m.startswith("models")}
-  assert others <= {"connections", "controls", "cross_attention", "errors"}
-
-
-@pytest.mark.parametrize("file", under("data/"))
-def test_data_imports_no_models(file):
-  allowed = ("alignment", "data", "errors", "tokenizer")
-  assert all(m.startswith(allowed) for m in modules(file))
-  assert not tops(file) & {"jax", "flax"}
-
-
-@pytest.mark.parametrize("file", under("evals/"))
-def test_evals_import_neither_training_nor_models(file):
-  allowed = (
-    "evals", "errors", "metrics", "sandbox", "tokenizer", "data/sources"
-  )  # fmt: skip
-  assert all(m.startswith(allowed) for m in modules(file))
-
-
-@pytest.mark.parametrize("file", under("reporting/"))
-def test_reporting_imports_neither_training_nor_models(file):
-  allowed = ("errors", "evals/statistics", "kinds", "metrics", "reporting")
-  assert all(m.startswith(allowed) for m in modules(file))
-  assert not tops(file) & {"jax", "flax"}
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_no_torch(file):
-  assert not tops(file) & {"torch", "pickle", "dill", "joblib"}
-  models = [n for n in imports(file) if re.match(r"transformers\..*Model", n)]
-  assert not models
-  trusting = [
-    ast.unparse(node)
-    for node in ast.walk(FILES[file])
-    if isinstance(node, ast.keyword) and node.arg == "trust_remote_code"
-  ]
-  assert set(trusting) <= {"trust_remote_code=False"}
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_only_hf_knows_names_of_tensors(file):
-  if file != "models/hf.py":
-    theirs = re.compile(
-      r"self_attn|embed_tokens|lm_head\b|[a-z]_proj\b\.|layernorm"
-    )
-    assert not [s for s in strings(file) if theirs.search(s)]
-
-
-@pytest.mark.parametrize("file", under("optim.py", "sharding.py", "checkpoint"))
-def test_trees_have_no_anchor_below_the_config(file):
-  text = ast.unparse(FILES[file])
-  code = [line for line in text.splitlines() if "anchor" in line]
-  assert not [line for line in code if not line.strip().startswith('"""')]
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_config_dicts_stop_at_the_command_lines(file):
-  if file not in COMMAND_LINES:
-    assert "ml_collections" not in tops(file)
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_no_default_hides_in_a_get(file):
-  calls = [
-    ast.unparse(node)
-    for node in ast.walk(FILES[file])
-    if isinstance(node, ast.Call)
-    and isinstance(node.func, ast.Attribute)
-    and node.func.attr == "get"
-    and len(node.args) + len(node.keywords) > 1
-  ]
-  assert not [c for c in calls if re.match(r"[\w.]*(config|settings)\b", c)]
+def test_no_default_hides_in_a_get():
+  for file, tree in FILES.items():
+    calls = [
+      ast.unparse(node)
+      for node in ast.walk(tree)
+      if isinstance(node, ast.Call)
+      and isinstance(node.func, ast.Attribute)
+      and node.func.attr == "get"
+      and len(node.args) + len(node.keywords) > 1
+    ]
+    hidden = [c for c in calls if re.match(r"[\w.]*(config|settings)\b", c)]
+    assert not hidden, file
 
 
 PROBE = """
