@@ -24,18 +24,19 @@ NAMES = {
   "smollm3": "SmolLM3", "starcoder2": "StarCoder2", "granite": "Granite",
   "mixtral": "Mixtral", "qwen3_moe": "Qwen3-MoE",
 }  # fmt: skip
-HEAD = """# Families
+HEAD = """# Model families
 
-What `calm_jax.load_model` reads, by the `model_type` of its config.json.
-Another `model_type`, an unknown key, or an option that is not computed raises
-an error that names it.
+For those who want to know whether a checkpoint can be read.
+`calm_jax.load_model` goes by the `model_type` of its config.json. Another
+`model_type`, an unknown key, or an option that is not supported raises an error
+that names it.
 
-Written by `python tests/parity/table.py`, with transformers {version}: for the
-base of each family and for every option on top of it, a tiny random checkpoint
-is written by transformers, and read here. The error is the largest absolute
-difference of any logit (float32; logits go up to about 10) over two sequences,
-alone, padded left and right, and packed into one row. At most 1e-4 is asked
-for. `tests/golden/options.py` says what the options are.
+`python tests/parity/table.py` wrote this, with transformers {version}. For
+the base of each family, and for every option on top of it, transformers writes
+a tiny random checkpoint, and calm_jax reads it. The error is the largest
+absolute difference of any logit (float32; logits go up to about 10) over two
+sequences: alone, padded left and right, and packed into one row. It must be at
+most 1e-4. `tests/golden/options.py` says what the options are.
 
 | family | `model_type` | options | largest error |
 |---|---|---|---|
