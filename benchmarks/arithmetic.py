@@ -40,7 +40,7 @@ def expressions_per_second(size, task: str, folder: Path) -> float:
   count, batch, began = 0, 0, time.process_time()
   while time.process_time() - began < 2:
     # The examples of a row are numbered from 1.
-    count += source[batch]["segments"].max(axis=1).sum()
+    count += source[batch].anchor.segments.max(axis=1).sum()
     batch += 1
   return count / (time.process_time() - began)
 

@@ -62,7 +62,7 @@ def make_step(spec: Composition) -> Callable:
 
 
 def tokens_of(batch) -> int:
-  return int((batch["segments"] > 0).sum())
+  return int((batch.anchor.segments > 0).sum())
 
 
 def pipeline_rate(source) -> float:

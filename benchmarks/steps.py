@@ -14,6 +14,7 @@ from benchmarks import pairs
 from benchmarks.machine import Clock
 from calm_jax.composition.connections import Composition
 from calm_jax.core import trees
+from calm_jax.core.batch import Batch, plain_sequence
 from calm_jax.planning import flops
 from calm_jax.training import optimizer
 from calm_jax.training import step as step_lib
@@ -43,20 +44,18 @@ def parts(spec: Composition) -> tuple[Callable, Callable]:
   return step, make
 
 
-def batch_of(
-  rows: int, length: int, vocabulary: int = pairs.V
-) -> dict[str, np.ndarray]:
+def batch_of(rows: int, length: int, vocabulary: int = pairs.V) -> Batch:
   random = np.random.default_rng(0)
   tokens = random.integers(0, vocabulary, (rows, length + 1), dtype=np.int32)
   ones = np.ones((rows, length), np.int32)
-  return {
-    "tokens": tokens[:, :-1],
-    "targets": tokens[:, 1:],
-    "segments": ones,
-    "positions": np.broadcast_to(np.arange(length, dtype=np.int32), ones.shape),
-    "prompt_ends": 0 * ones,
-    "weights": ones.astype(np.float32),
-  }
+  return Batch(
+    plain_sequence(tokens[:, :-1]),
+    {},
+    {},
+    prompt_ends=0 * ones,
+    targets=tokens[:, 1:],
+    weights=ones.astype(np.float32),
+  )
 
 
 class Timed:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import transformers
 
 from benchmarks.machine import Clock
+from calm_jax.core.batch import Batch
 
 
 def device() -> str:
@@ -113,7 +114,7 @@ class Loop:
     anchor: torch.nn.Module,
     augmenting: torch.nn.Module,
     connections: Sequence[tuple[int, int]],
-    batch: dict[str, np.ndarray],
+    batch: Batch,
     learning_rate: float = 1e-4,
   ):
     self.anchor = anchor.eval().requires_grad_(False)
@@ -134,8 +135,8 @@ class Loop:
         self._add(cross, source)
       )
     self.tokens, self.targets = (
-      torch.from_numpy(np.int64(batch[k])).to(one.device)
-      for k in ("tokens", "targets")
+      torch.from_numpy(np.int64(ids)).to(one.device)
+      for ids in (batch.anchor.tokens, batch.targets)
     )
     self.optimizer = torch.optim.AdamW(
       self.crosses.parameters(),

@@ -24,6 +24,7 @@ import tiny
 
 from calm_jax import cli
 from calm_jax.core import trees
+from calm_jax.core.batch import Batch
 from calm_jax.data import packing
 from calm_jax.parallel import mesh, processes, sharding
 from calm_jax.training import signals, trainer
@@ -40,12 +41,12 @@ class Source(tiny.Source):
     super().__init__(batch_size=BATCH, **options)
     self.share, self.hangs = packing.host_rows(BATCH, *share), hangs
 
-  def __getitem__(self, index: int) -> packing.Batch:
+  def __getitem__(self, index: int) -> Batch:
     time.sleep(0.05)  # Long enough to be hit.
     if index == self.hangs:
       time.sleep(1000)
     batch = super().__getitem__(index)
-    return {name: array[self.share] for name, array in batch.items()}
+    return jax.tree.map(lambda array: array[self.share], batch)
 
 
 def train(

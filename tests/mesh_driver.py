@@ -28,6 +28,7 @@ from calm_jax import train
 from calm_jax.composition import model as model_lib
 from calm_jax.composition.connections import Composition
 from calm_jax.core import trees
+from calm_jax.core.batch import Batch
 from calm_jax.data import packing
 from calm_jax.experiments import placement
 from calm_jax.generation import decode
@@ -56,22 +57,21 @@ class Source:
   def __len__(self) -> int:
     return 1000
 
-  def __getitem__(self, index: int) -> packing.Batch:
+  def __getitem__(self, index: int) -> Batch:
     if index == self.broken:
       raise OSError(f"no batch {index}")
     random = np.random.default_rng(index)
     lengths = random.integers(2, LENGTH // 2 + 1, 2 * ROWS)
     rows = np.repeat(np.arange(ROWS), 2)
-    batch = packing.assemble(
-      random.integers(0, VOCABULARY, lengths.sum()),
-      lengths,
+    tokens = random.integers(0, VOCABULARY, lengths.sum())
+    batch = packing.make_batch(
+      packing.TokenLists(tokens, lengths),
       random.integers(1, lengths),
       rows,
-      packing.row_offsets(lengths, rows),
       batch_size=ROWS,
       length=LENGTH,
     )
-    return {name: array[self.rows] for name, array in batch.items()}
+    return jax.tree.map(lambda array: array[self.rows], batch)
 
   def describe(self, index: int) -> str:
     return f"batch {index}"
@@ -174,7 +174,7 @@ def memory(folder: Path, axes: dict) -> None:
   compiled = step.lower(state, frozen, batch).compile()
   # No step needs m_A's last norm, nor this one where prompts end: they are no
   # arguments of the program.
-  del batch["prompt_ends"]
+  batch = batch._replace(prompt_ends=None)
   used = {
     name: leaf
     for name, leaf in trees.flatten(frozen).items()

@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import (
 from calm_jax.composition import forward
 from calm_jax.composition.connections import Augmenting, Composition, Connection
 from calm_jax.core import trees
+from calm_jax.core.batch import Batch
 from calm_jax.data import packing
 from calm_jax.training import trainer
 from configs import common
@@ -50,23 +51,22 @@ class Source:
   def __len__(self) -> int:
     return 1000
 
-  def __getitem__(self, index: int) -> packing.Batch:
+  def __getitem__(self, index: int) -> Batch:
     if index in self.broken:
       raise OSError(f"no batch {index}")
     random = np.random.default_rng(index)
     rows = np.arange(self.batch_size)
     lengths = random.integers(2, LENGTH + 1, self.batch_size)
-    batch = packing.assemble(
-      random.integers(0, SHAPE["vocab_size"], lengths.sum()),
-      lengths,
+    tokens = random.integers(0, SHAPE["vocab_size"], lengths.sum())
+    batch = packing.make_batch(
+      packing.TokenLists(tokens, lengths),
       random.integers(1, lengths),
       rows,
-      np.zeros_like(rows),
       batch_size=self.batch_size,
       length=LENGTH,
     )
     if index in self.poisoned:
-      batch["weights"][0] = np.nan
+      batch.weights[0] = np.nan
     return batch
 
   def describe(self, index: int) -> str:

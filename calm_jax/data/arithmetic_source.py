@@ -8,6 +8,7 @@ import operator
 
 import numpy as np
 
+from calm_jax.core.batch import Batch
 from calm_jax.core.errors import InputError
 from calm_jax.data.arithmetic_words import (
   PROMPTS,
@@ -22,7 +23,7 @@ from calm_jax.data.key_values import (
   sample_expressions,
   unrelated,
 )
-from calm_jax.data.packing import Batch, assemble, host_rows, pack_rows
+from calm_jax.data.packing import TokenLists, host_rows, make_batch, pack_rows
 from calm_jax.text.tokenizer import Tokenizer
 
 _CHECKED = 256
@@ -33,7 +34,7 @@ _OWN_PROMPTS = np.array([PROMPTS.index(t.prompt) for t in TASKS.values()])
 class ArithmeticSource:
   """Random access to endless global batches of expressions.
 
-  `source[i]` is a batch (`calm_jax.data.packing`) that follows from the
+  `source[i]` is a batch that follows from the
   arguments and `i` alone: the rows that this process takes of it.
 
   Args:
@@ -104,17 +105,14 @@ class ArithmeticSource:
       raise IndexError(f"batch {index} of {self._num_batches}")
     rng = np.random.default_rng(np.random.SeedSequence((self.seed, index)))
     tokens, lengths_N, prompts_N = self._fill(rng)
-    rows_N, offsets_N = pack_rows(lengths_N, self.length, pack=self._pack)
+    rows_N = pack_rows([(lengths_N, self.length)], pack=self._pack)
     first, last = np.searchsorted(rows_N, (self._rows.start, self._rows.stop))
     ends_N = np.cumsum(lengths_N)
-    mine = slice(first, last)
     start = ends_N[first] - lengths_N[first]
-    return assemble(
-      tokens[start : ends_N[last - 1]],
-      lengths_N[mine],
-      prompts_N[mine],
-      rows_N[mine] - self._rows.start,
-      offsets_N[mine],
+    return make_batch(
+      TokenLists(tokens[start : ends_N[last - 1]], lengths_N[first:last]),
+      prompts_N[first:last],
+      rows_N[first:last] - self._rows.start,
       batch_size=self._rows.stop - self._rows.start,
       length=self.length,
     )
@@ -147,7 +145,7 @@ class ArithmeticSource:
     room = slots - self.batch_size * min(self._mean_length, self.length) / 2
     drawn = self._generate(rng, int(1.02 * room / self._mean_length) + 8)
     while True:
-      rows_N, _ = pack_rows(drawn[1], self.length, pack=True)
+      rows_N = pack_rows([(drawn[1], self.length)], pack=True)
       missing = self.batch_size - rows_N[-1]
       # A row is full only when an example has gone to the row after it.
       if missing <= 0:

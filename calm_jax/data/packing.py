@@ -1,81 +1,80 @@
-"""The batch: examples as segments of fixed-length rows.
+"""Packing: examples as segments of the fixed-length rows of a `Batch`.
 
-A batch is a dict of numpy arrays of shape [B, L] (B rows, L slots a row):
-
-  tokens       int32    token ids, 0 at padding
-  segments     int32    0 at padding, 1.. = number of the example in its row
-  positions    int32    0-based position within the segment
-  targets      int32    next token of the same segment, 0 where there is none
-  weights      float32  1 where the target is a token of the completion (EOS
-                        included), else 0
-  prompt_ends  int32    slot one past the last prompt token of the segment (one
-                        past the BOS for plain text), 0 at padding
-
-An augmenting model that reads other tokens has its own beside them, of shape
-[B, M], in the same rows under the same numbers of segments:
-
-  augmenting/<name>/tokens, segments, positions   as above
-  augmenting/<name>/visible   int32 [B, L], how many slots of the augmenting
-                              row each slot may see, 0 at padding
-
-Below, N examples lie one after the other in flat arrays of tokens.
+Dimension letters: N examples, B rows, L slots of a row of the anchor's, M of a
+row of an augmenting model's.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
+from calm_jax.core import batch as batch_lib
+from calm_jax.core.batch import Batch
 from calm_jax.core.errors import InputError
 
-Batch = dict[str, np.ndarray]
+_NONE = MappingProxyType({})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenLists:
+  """Token ids of N examples, one example after the other.
+
+  Attributes:
+    tokens: int32 [sum(lengths_N)].
+    lengths_N: number of tokens of each example.
+  """
+
+  tokens: np.ndarray
+  lengths_N: np.ndarray
+
+  @functools.cached_property
+  def _starts_N(self) -> np.ndarray:
+    return np.cumsum(self.lengths_N) - self.lengths_N
+
+  def places(self, picked: np.ndarray) -> np.ndarray:
+    """Where the tokens of the picked examples stand in `tokens`."""
+    lengths = self.lengths_N[picked]
+    return np.repeat(self._starts_N[picked], lengths) + ragged_range(lengths)
+
+  def take(
+    self, picked: np.ndarray, places: np.ndarray | None = None
+  ) -> "TokenLists":
+    """The picked examples; `places` are theirs, if they are known."""
+    places = self.places(picked) if places is None else places
+    return TokenLists(self.tokens[places], self.lengths_N[picked])
 
 
 def pack_rows(
-  lengths_N: np.ndarray,
-  length: int,
-  *,
-  pack: bool,
-  others: Sequence[tuple[np.ndarray, int]] = (),
-) -> tuple[np.ndarray, np.ndarray]:
-  """Places examples in rows, in order: `(rows_N, offsets_N)`.
+  models: Sequence[tuple[np.ndarray, int]], *, pack: bool
+) -> np.ndarray:
+  """Gives N examples, in order, to rows: the row of each, int64 [N].
 
   With `pack`, a row takes the next examples for as long as they fit whole;
-  otherwise each example has a row of its own. No length may exceed `length`.
+  otherwise each example has a row of its own.
 
   Args:
-    lengths_N: of the examples.
-    length: of a row.
+    models: for each model that reads the examples, their lengths_N in its
+      tokens and the length of its rows. No example may exceed a row.
     pack: see above.
-    others: further lengths_N with the length of their row, which must fit too.
   """
-  count = len(lengths_N)
+  count = len(models[0][0])
   if not pack:
-    return np.arange(count), np.zeros(count, np.int64)
-  limits = [
-    (np.cumsum(sizes_N), sizes_N, limit)
-    for sizes_N, limit in [(lengths_N, length), *others]
-  ]
-  firsts = []
+    return np.arange(count)
+  limits = [(np.cumsum(sizes_N), sizes_N, limit) for sizes_N, limit in models]
+  is_first_N = np.zeros(count, np.int64)
   first = 0
   while first < count:
-    firsts.append(first)
+    is_first_N[first] = 1
     first = min(
-      int(np.searchsorted(
-        ends_N, ends_N[first] - sizes_N[first] + limit, side="right"
-      ))
+      int(
+        np.searchsorted(ends_N, ends_N[first] - sizes_N[first] + limit, "right")
+      )
       for ends_N, sizes_N, limit in limits
-    )  # fmt: skip
-  is_first_N = np.zeros(count, np.int64)
-  is_first_N[firsts] = 1
-  rows_N = np.cumsum(is_first_N) - 1
-  return rows_N, row_offsets(lengths_N, rows_N)
-
-
-def row_offsets(lengths_N: np.ndarray, rows_N: np.ndarray) -> np.ndarray:
-  """The first slot of each example, in rows filled one after the other."""
-  starts_N = np.cumsum(lengths_N) - lengths_N
-  firsts_N = np.searchsorted(rows_N, rows_N, side="left")
-  return starts_N - starts_N[firsts_N]
+    )
+  return np.cumsum(is_first_N) - 1
 
 
 def ragged_range(lengths_N: np.ndarray) -> np.ndarray:
@@ -86,104 +85,91 @@ def ragged_range(lengths_N: np.ndarray) -> np.ndarray:
   )
 
 
-def assemble(
-  tokens: np.ndarray,
-  lengths_N: np.ndarray,
+def make_batch(
+  anchor: TokenLists,
   prompt_lengths_N: np.ndarray,
   rows_N: np.ndarray,
-  offsets_N: np.ndarray,
   *,
   batch_size: int,
   length: int,
+  augmenting: Mapping[str, TokenLists] = _NONE,
+  visible: Mapping[str, np.ndarray] = _NONE,
+  augmenting_lengths: Mapping[str, int] = _NONE,
 ) -> Batch:
-  """The batch of N examples at their places; rows with none are empty.
+  """Lays N examples out as the segments of rows; rows without any are empty.
+
+  A target counts (weight 1) if it is a token of the completion, EOS included.
 
   Args:
-    tokens: the examples' tokens, one example after the other [sum(lengths_N)].
-    lengths_N: number of tokens of each example.
-    prompt_lengths_N: how many of them are BOS and prompt (at least 1).
-    rows_N, offsets_N: places from `pack_rows`; rows_N does not decrease.
+    anchor: the examples in the anchor's tokens.
+    prompt_lengths_N: how many of these are BOS and prompt (at least 1).
+    rows_N: the row of each example, from `pack_rows`.
+    batch_size: B.
+    length: L.
+    augmenting: by name, the same examples in the tokens of an augmenting model
+      that has its own tokenizer.
+    visible: by the same names, for each token of `anchor` how many augmenting
+      tokens of its example it may see.
+    augmenting_lengths: by the same names, M.
   """
-  count = len(lengths_N)
+  shape = batch_size, length
+  first_of_row_N = np.searchsorted(rows_N, rows_N, side="left")
+  numbers_N = np.arange(len(rows_N)) - first_of_row_N + 1
+  lengths_N = anchor.lengths_N
+  offsets_N = _offsets(lengths_N, first_of_row_N)
+  example = np.repeat(np.arange(len(rows_N)), lengths_N)
   within = ragged_range(lengths_N)
-  example = np.repeat(np.arange(count), lengths_N)
   slots = (rows_N * length + offsets_N)[example] + within
-  numbers_N = _numbers(rows_N)
+
   has_next = within < lengths_N[example] - 1
-  targets = np.where(has_next, np.append(tokens[1:], 0), 0)
+  targets = np.where(has_next, np.append(anchor.tokens[1:], 0), 0)
   counts = has_next & (within + 1 >= prompt_lengths_N[example])
-  flat = {
-    "tokens": (tokens, np.int32),
-    "segments": (numbers_N[example], np.int32),
-    "positions": (within, np.int32),
-    "targets": (targets, np.int32),
-    "weights": (counts, np.float32),
-    "prompt_ends": ((offsets_N + prompt_lengths_N)[example], np.int32),
-  }
-  return {
-    name: _placed(values, slots, batch_size, length, dtype)
-    for name, (values, dtype) in flat.items()
-  }
-
-
-def assemble_augmenting(
-  name: str,
-  tokens: np.ndarray,
-  lengths_N: np.ndarray,
-  visible: np.ndarray,
-  rows_N: np.ndarray,
-  anchor: tuple[np.ndarray, np.ndarray, int],
-  *,
-  batch_size: int,
-  length: int,
-) -> Batch:
-  """What an augmenting model with other tokens adds to a batch.
-
-  Args:
-    name: of the model.
-    tokens: its tokens, one example after the other [sum(lengths_N)].
-    lengths_N: number of them of each example.
-    visible: of each of the anchor's tokens, how many of its example's it sees.
-    rows_N: rows of the examples.
-    anchor: (lengths_N, offsets_N, L) of the anchor's.
-    batch_size, length: B and M.
-  """
-  offsets_N = row_offsets(lengths_N, rows_N)
-  within = ragged_range(lengths_N)
-  slots = np.repeat(rows_N * length + offsets_N, lengths_N) + within
-  flat = {
-    "tokens": tokens,
-    "segments": np.repeat(_numbers(rows_N), lengths_N),
-    "positions": within,
-  }
-  batch = {
-    f"augmenting/{name}/{key}": _placed(
-      values, slots, batch_size, length, np.int32
-    )
-    for key, values in flat.items()
-  }
-  lengths_N, anchor_offsets_N, L = anchor
-  slots = np.repeat(rows_N * L + anchor_offsets_N, lengths_N)
-  batch[f"augmenting/{name}/visible"] = _placed(
-    np.repeat(offsets_N, lengths_N) + visible,
-    slots + ragged_range(lengths_N),
-    batch_size,
-    L,
-    np.int32,
+  batch = Batch(
+    _sequence(anchor.tokens, numbers_N[example], within, slots, shape),
+    {},
+    {},
+    prompt_ends=_laid_out(
+      (offsets_N + prompt_lengths_N)[example], slots, shape
+    ),
+    targets=_laid_out(targets, slots, shape),
+    weights=_laid_out(counts, slots, shape, np.float32),
   )
+  for name, other in augmenting.items():
+    others_N, row_length = other.lengths_N, augmenting_lengths[name]
+    first_N = _offsets(others_N, first_of_row_N)
+    within = ragged_range(others_N)
+    batch.augmenting[name] = _sequence(
+      other.tokens,
+      np.repeat(numbers_N, others_N),
+      within,
+      np.repeat(rows_N * row_length + first_N, others_N) + within,
+      (batch_size, row_length),
+    )
+    batch.visible[name] = _laid_out(
+      first_N[example] + visible[name], slots, shape
+    )
   return batch
 
 
-def _numbers(rows_N: np.ndarray) -> np.ndarray:
-  """Numbers of the examples in their rows, from 1."""
-  firsts_N = np.searchsorted(rows_N, rows_N, side="left")
-  return np.arange(len(rows_N)) - firsts_N + 1
+def _offsets(lengths_N: np.ndarray, first_of_row_N: np.ndarray) -> np.ndarray:
+  """The first slot of each example, in rows filled one after the other."""
+  starts_N = np.cumsum(lengths_N) - lengths_N
+  return starts_N - starts_N[first_of_row_N]
 
 
-def _placed(values, slots, batch_size, length, dtype) -> np.ndarray:
-  array = np.zeros(batch_size * length, dtype)
-  array[slots] = values
-  return array.reshape(batch_size, length)
+def _sequence(tokens, segments, positions, slots, shape) -> batch_lib.Sequence:
+  return batch_lib.Sequence(
+    _laid_out(tokens, slots, shape),
+    _laid_out(segments, slots, shape),
+    _laid_out(positions, slots, shape),
+  )
+
+
+def _laid_out(values, slots, shape, dtype=np.int32) -> np.ndarray:
+  """An array of zeros with the values at flat slots."""
+  array = np.zeros(shape, dtype)
+  array.reshape(-1)[slots] = values
+  return array
 
 
 def host_rows(batch_size: int, process_index: int, process_count: int) -> slice:

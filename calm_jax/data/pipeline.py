@@ -7,8 +7,9 @@ from typing import Protocol
 
 import grain
 
+from calm_jax.core.batch import Batch
 from calm_jax.core.errors import InputError
-from calm_jax.data.packing import Batch, host_rows
+from calm_jax.data.packing import host_rows
 from calm_jax.data.rows import Epochs, RowTable, TextSource
 from calm_jax.data.segments import TextLike, segments
 from calm_jax.text.alignment import ChunkEncoder

@@ -11,14 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from calm_jax.data.packing import (
-  Batch,
-  assemble,
-  assemble_augmenting,
-  pack_rows,
-  ragged_range,
-)
-from calm_jax.data.segments import Aligned, Segments, Truncation, concatenate
+from calm_jax.core.batch import Batch
+from calm_jax.data.packing import make_batch, pack_rows, ragged_range
+from calm_jax.data.segments import Segments, Truncation, concatenate
 
 _NAMED = 8
 
@@ -45,58 +40,47 @@ class RowTable:
     self.length = length
     self.segments = concatenate(list(parts.values()))
     self.ranges: dict[str, range] = {}
-    rows, offsets, self.num_rows = [], [], 0
+    rows, self.num_rows = [], 0
     for name, part in parts.items():
-      others = part.augmenting.values() if augmenting_length else ()
-      rows_S, offsets_S = pack_rows(
-        part.lengths_S,
-        length,
-        pack=pack,
-        others=[(aligned.lengths_S, augmenting_length) for aligned in others],
-      )
+      models = [(part.anchor.lengths_N, length)]
+      if augmenting_length:
+        models += [
+          (other.lengths_N, augmenting_length)
+          for other in part.augmenting.values()
+        ]
       first = self.num_rows
-      self.num_rows += int(rows_S[-1]) + 1
+      rows.append(first + pack_rows(models, pack=pack))
+      self.num_rows = int(rows[-1][-1]) + 1
       self.ranges[name] = range(first, self.num_rows)
-      rows.append(first + rows_S)
-      offsets.append(offsets_S)
-    rows_S, self._offsets_S = np.concatenate(rows), np.concatenate(offsets)
+    rows_N = np.concatenate(rows)
     # Segments of row r: _bounds[r] to _bounds[r + 1].
-    self._bounds = np.searchsorted(rows_S, np.arange(self.num_rows + 1))
+    self._bounds = np.searchsorted(rows_N, np.arange(self.num_rows + 1))
     self.augmenting_lengths = {
-      name: augmenting_length or _longest(aligned.lengths_S, rows_S)
-      for name, aligned in self.segments.augmenting.items()
+      name: augmenting_length or _longest(other.lengths_N, rows_N)
+      for name, other in self.segments.augmenting.items()
     }
 
   def batch(self, rows_B: np.ndarray) -> Batch:
     """The rows of these numbers as a batch; empty where the number is -1."""
-    firsts = self._bounds[rows_B]
-    counts = np.where(rows_B < 0, 0, self._bounds[rows_B + 1] - firsts)
-    picked = np.repeat(firsts, counts) + ragged_range(counts)
-    segments, offsets = self.segments, self._offsets_S[picked]
-    lengths = segments.lengths_S[picked]
-    placed = np.repeat(np.arange(len(rows_B)), counts)
-    slots = _flat_range(segments, picked)
-    batch = assemble(
-      segments.tokens[slots],
-      lengths,
-      segments.prompts_S[picked],
-      placed,
-      offsets,
+    firsts_B = self._bounds[rows_B]
+    counts_B = np.where(rows_B < 0, 0, self._bounds[rows_B + 1] - firsts_B)
+    picked = np.repeat(firsts_B, counts_B) + ragged_range(counts_B)
+    segments = self.segments
+    places = segments.anchor.places(picked)
+    return make_batch(
+      segments.anchor.take(picked, places),
+      segments.prompt_lengths_N[picked],
+      np.repeat(np.arange(len(rows_B)), counts_B),
       batch_size=len(rows_B),
       length=self.length,
+      augmenting={
+        name: other.take(picked) for name, other in segments.augmenting.items()
+      },
+      visible={
+        name: visible[places] for name, visible in segments.visible.items()
+      },
+      augmenting_lengths=self.augmenting_lengths,
     )
-    for name, aligned in segments.augmenting.items():
-      batch |= assemble_augmenting(
-        name,
-        aligned.tokens[_flat_range(aligned, picked)],
-        aligned.lengths_S[picked],
-        aligned.visible[slots],
-        placed,
-        (lengths, offsets, self.length),
-        batch_size=len(rows_B),
-        length=self.augmenting_lengths[name],
-      )
-    return batch
 
   def origins(self, row: int) -> tuple[str, ...]:
     """Of the examples in a row; none in row -1."""
@@ -215,13 +199,15 @@ class TextSource:
   def fingerprint(self) -> str:
     """Names the sequence of global batches, whatever the number of hosts."""
     segments = self._table.segments
-    digest = hashlib.sha256(segments.tokens.tobytes())
-    for array in (segments.lengths_S, segments.prompts_S):
+    anchor = segments.anchor
+    digest = hashlib.sha256(anchor.tokens.tobytes())
+    for array in (anchor.lengths_N, segments.prompt_lengths_N):
       digest.update(array.astype(np.int64).tobytes())
     parts: list = [self.seed, self.batch_size, self.length, self.num_rows]
-    for name, aligned in segments.augmenting.items():
+    for name, other in segments.augmenting.items():
       parts += [name, self.augmenting_lengths[name]]
-      for array in (aligned.tokens, aligned.lengths_S, aligned.visible):
+      visible = segments.visible[name]
+      for array in (other.tokens, other.lengths_N, visible):
         digest.update(array.astype(np.int64).tobytes())
     for name, weight in self._weights.items():
       parts += [name, weight, len(self._table.ranges[name])]
@@ -239,13 +225,7 @@ class TextSource:
     return np.array([self._order[int(place)] for place in places])
 
 
-def _longest(lengths_S: np.ndarray, rows_S: np.ndarray) -> int:
+def _longest(lengths_N: np.ndarray, rows_N: np.ndarray) -> int:
   """The most that a row holds, rounded up to a multiple of 8."""
-  longest = np.bincount(rows_S, lengths_S).max()
+  longest = np.bincount(rows_N, lengths_N).max()
   return max(8, -(-int(longest) // 8) * 8)
-
-
-def _flat_range(parts: Segments | Aligned, picked: np.ndarray) -> np.ndarray:
-  """Where the tokens of the picked segments lie among those of all."""
-  lengths = parts.lengths_S[picked]
-  return np.repeat(parts.starts_S[picked], lengths) + ragged_range(lengths)

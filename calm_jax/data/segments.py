@@ -2,13 +2,13 @@
 
 import collections
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from calm_jax.core.errors import InputError
+from calm_jax.data.packing import TokenLists
 from calm_jax.text.alignment import ChunkEncoder, align, prompt_ends
 from calm_jax.text.tokenizer import Tokenizer
 
@@ -58,47 +58,25 @@ class Truncation:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Aligned:
-  """What an augmenting model with other tokens reads beside S segments.
-
-  Attributes:
-    tokens: its tokens, one segment after the other.
-    lengths_S: number of them of each segment.
-    visible: for each of the anchor's tokens, how many of its segment's it sees.
-  """
-
-  tokens: np.ndarray
-  lengths_S: np.ndarray
-  visible: np.ndarray
-
-  @functools.cached_property
-  def starts_S(self) -> np.ndarray:
-    return np.cumsum(self.lengths_S) - self.lengths_S
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class Segments:
-  """S segments of tokenised text, one after the other in `tokens`.
+  """N segments of tokenised text, one after the other.
 
   Attributes:
-    tokens: int32 token ids of the anchor.
-    lengths_S: number of them of each segment.
-    prompts_S: how many of those are BOS and prompt (at least 1).
+    anchor: the segments in the anchor's tokens.
+    prompt_lengths_N: how many of those are BOS and prompt (at least 1).
     origins: where each came from.
     truncation: what was too long for a segment.
-    augmenting: by name, of the models with other tokens.
+    augmenting: by name, in the tokens of augmenting models with other tokens.
+    visible: by the same names, for each of the anchor's tokens the number of
+      augmenting tokens of its segment that it may see.
   """
 
-  tokens: np.ndarray
-  lengths_S: np.ndarray
-  prompts_S: np.ndarray
+  anchor: TokenLists
+  prompt_lengths_N: np.ndarray
   origins: tuple[str, ...]
   truncation: Truncation
-  augmenting: dict[str, Aligned]
-
-  @functools.cached_property
-  def starts_S(self) -> np.ndarray:
-    return np.cumsum(self.lengths_S) - self.lengths_S
+  augmenting: dict[str, TokenLists]
+  visible: dict[str, np.ndarray]
 
 
 class _Document(NamedTuple):
@@ -185,19 +163,25 @@ def segments(
     )
   tokens = sum(len(document.tokens) for document in documents)
   return Segments(
-    tokens=np.concatenate([piece.tokens for piece in pieces]),
-    lengths_S=np.array([len(piece.tokens) for piece in pieces]),
-    prompts_S=np.array([piece.given for piece in pieces]),
+    anchor=_joined(piece.tokens for piece in pieces),
+    prompt_lengths_N=np.array([piece.given for piece in pieces]),
     origins=tuple(piece.origin for piece in pieces),
     truncation=Truncation(len(documents), tokens, **counts),
     augmenting={
-      name: Aligned(
-        np.concatenate([piece.read[name][0] for piece in pieces]),
-        np.array([len(piece.read[name][0]) for piece in pieces]),
-        np.concatenate([piece.read[name][1] for piece in pieces]),
-      )
+      name: _joined(piece.read[name][0] for piece in pieces)
       for name in augmenting
     },
+    visible={
+      name: np.concatenate([piece.read[name][1] for piece in pieces])
+      for name in augmenting
+    },
+  )
+
+
+def _joined(lists: Iterable[np.ndarray]) -> TokenLists:
+  lists = list(lists)
+  return TokenLists(
+    np.concatenate(lists), np.array([len(ids) for ids in lists])
   )
 
 
@@ -206,20 +190,25 @@ def concatenate(parts: Sequence[Segments]) -> Segments:
   if len(parts) == 1:
     return parts[0]
   counts = [dataclasses.astuple(part.truncation) for part in parts]
+
+  def join(lists: Sequence[TokenLists]) -> TokenLists:
+    return TokenLists(
+      np.concatenate([each.tokens for each in lists]),
+      np.concatenate([each.lengths_N for each in lists]),
+    )
+
   return Segments(
-    tokens=np.concatenate([part.tokens for part in parts]),
-    lengths_S=np.concatenate([part.lengths_S for part in parts]),
-    prompts_S=np.concatenate([part.prompts_S for part in parts]),
+    anchor=join([part.anchor for part in parts]),
+    prompt_lengths_N=np.concatenate([p.prompt_lengths_N for p in parts]),
     origins=tuple(origin for part in parts for origin in part.origins),
     truncation=Truncation(*map(sum, zip(*counts, strict=True))),
     augmenting={
-      name: Aligned(
-        *(
-          np.concatenate([getattr(p.augmenting[name], f.name) for p in parts])
-          for f in dataclasses.fields(Aligned)
-        )
-      )
+      name: join([part.augmenting[name] for part in parts])
       for name in parts[0].augmenting
+    },
+    visible={
+      name: np.concatenate([part.visible[name] for part in parts])
+      for name in parts[0].visible
     },
   )
 

@@ -9,7 +9,7 @@ holds. Its axes belong to the leaf's last dimensions: each is None, the name of
 an axis, or a tuple of names; the dimensions before them, and with () all, are
 not cut. What else has a name: "states" are the hidden states [B, L, D],
 "heads" what kernels of attention read [B, N, L, H], "batch/.*" the arrays of a
-batch [B, L], "cache/.*" those of a decoding cache.
+batch [B, L] ("batch/anchor/tokens"), "cache/.*" those of a decoding cache.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from calm_jax.core import trees
+from calm_jax.core.batch import Batch
 from calm_jax.core.errors import InputError
 from calm_jax.parallel import attention as kernels
 
@@ -36,6 +37,8 @@ _UNRULED = "fsdp"
 # What a layer's weights stay cut by while it computes.
 _COMPUTED = ("tensor",)
 _STACKED = re.compile(r"(.*/)?layers/.*")
+# All arrays of a batch have rows as its tokens do.
+_TOKENS = "batch/anchor/tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,14 +185,15 @@ class Layout:
     Raises:
       InputError: the devices cannot share the rows of a piece evenly.
     """
-    rows = self._size(self._real((self._rule("batch/tokens") or (None,))[0]))
+    rule = self._rule(_TOKENS) or (None,)
+    rows = self._size(self._real(rule[0]))
     if batch_size % (rows * pieces):
       raise InputError(
         f"batch_size={batch_size} (accumulate={pieces}) cannot be shared by "
-        f"the {rows} devices along {self._rule('batch/tokens')[0]}; make it a "
-        f"multiple of {rows * pieces}"
+        f"the {rows} devices along {rule[0]}; make it a multiple of "
+        f"{rows * pieces}"
       )
-    held = self._batch("batch/tokens", (batch_size, 1), (0,))
+    held = self._batch(_TOKENS, (batch_size, 1), (0,))
     starts = {
       index[0].indices(batch_size)[:2]
       for index in held.addressable_devices_indices_map(
@@ -206,47 +210,46 @@ class Layout:
       )
     return first // mine, batch_size // mine
 
-  def batch(
-    self, rows: Mapping[str, np.ndarray], batch_size: int
-  ) -> dict[str, jax.Array]:
+  def batch(self, rows: Batch, batch_size: int) -> Batch:
     """Global arrays of a batch, from the rows that this process has.
 
     Args:
-      rows: by name [b, L]: all rows, or this process's `share`.
+      rows: arrays [b, L]: all rows, or this process's `share`.
       batch_size: B, rows of the global batch.
 
     Raises:
       InputError: an axis does not divide B or L.
     """
-    out = {}
-    for name, array in rows.items():
+
+    def whole(path, array):
       shape = (batch_size, *array.shape[1:])
-      sharding = self._batch(f"batch/{name}", shape, range(len(shape)))
+      sharding = self._batch(f"batch/{_name(path)}", shape, range(len(shape)))
       first = 0
       if len(array) != batch_size:
         first = self.share(batch_size)[0] * len(array)
 
-      def block(index, array=array, first=first):
+      def block(index):
         start, stop, _ = index[0].indices(batch_size)
         return array[(slice(start - first, stop - first), *index[1:])]
 
-      out[name] = jax.make_array_from_callback(shape, sharding, block)
-    return out
+      return jax.make_array_from_callback(shape, sharding, block)
 
-  def batch_shardings(
-    self, shapes: Mapping[str, jax.ShapeDtypeStruct]
-  ) -> dict[str, NamedSharding]:
+    return jax.tree_util.tree_map_with_path(whole, rows)
+
+  def batch_shardings(self, shapes: Batch) -> Batch:
     """Where the arrays of a whole batch lie; raises as `batch`."""
-    return {
-      name: self._batch(f"batch/{name}", x.shape, range(len(x.shape)))
-      for name, x in shapes.items()
-    }
+    return jax.tree_util.tree_map_with_path(
+      lambda path, x: self._batch(
+        f"batch/{_name(path)}", x.shape, range(len(x.shape))
+      ),
+      shapes,
+    )
 
-  def pieces(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  def pieces(self, batch: Batch) -> Batch:
     """A batch cut into pieces [pieces, B, L], each shared by all devices."""
-    return {
-      name: self._constrain(f"batch/{name}", x) for name, x in batch.items()
-    }
+    return jax.tree_util.tree_map_with_path(
+      lambda path, x: self._constrain(f"batch/{_name(path)}", x), batch
+    )
 
   # Inside of programs. Where an axis does not divide a dimension, every device
   # computes all of it.

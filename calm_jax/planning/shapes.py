@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from calm_jax.composition import forward
 from calm_jax.composition.connections import Composition, connect
 from calm_jax.core import hub, trees
+from calm_jax.core.batch import Batch, Sequence
 from calm_jax.core.errors import InputError
 from calm_jax.experiments import quantising
 from calm_jax.experiments import recipe as recipe_lib
@@ -162,23 +163,19 @@ def _tokenizer(settings):
     return make(asked, Path(folder), {}).tokenizer
 
 
-def batch(job: Job, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """The arrays of a training batch; see `data.packing`."""
+def batch(job: Job, rows: int) -> Batch:
+  """A training batch as shapes."""
 
-  def arrays(prefix, names, length):
-    return {
-      prefix + name: jax.ShapeDtypeStruct(
-        (rows, length), jnp.float32 if name == "weights" else jnp.int32
-      )
-      for name in names
-    }
+  def array(length, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct((rows, length), dtype)
 
-  sequence = forward.Sequence._fields
-  others = ("targets", "weights", "prompt_ends")
-  found = arrays("", sequence + others, job.stage.length)
-  if job.stage.model == "composed":
-    for name, length in job.own.items():
-      prefix = f"augmenting/{name}/"
-      found |= arrays(prefix, sequence, length)
-      found |= arrays(prefix, ("visible",), job.stage.length)
-  return found
+  L = job.stage.length
+  others = job.own if job.stage.model == "composed" else {}
+  return Batch(
+    Sequence(*[array(L)] * 3),
+    {name: Sequence(*[array(length)] * 3) for name, length in others.items()},
+    {name: array(L) for name in others},
+    prompt_ends=array(L),
+    targets=array(L),
+    weights=array(L, jnp.float32),
+  )

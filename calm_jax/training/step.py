@@ -13,7 +13,7 @@ from calm_jax.composition import forward
 from calm_jax.composition.connections import Composition
 from calm_jax.composition.cross_attention import limit_visible
 from calm_jax.core import trees
-from calm_jax.core.batch import Sequence
+from calm_jax.core.batch import Batch
 from calm_jax.models import decoder
 from calm_jax.parallel.sharding import Layout
 from calm_jax.training import loss as loss_lib
@@ -22,18 +22,18 @@ from calm_jax.training import optimizer
 Array = jax.Array
 
 
-def row_losses(params: dict, spec: Composition, batch: dict[str, Array]):
+def row_losses(params: dict, spec: Composition, batch: Batch):
   """Cross-entropy in nats and weights of each row of a batch, [B] each.
 
   Args:
     params: tree of the composition, or {"anchor": ...} of one model.
     spec: what they are.
-    batch: see `data.packing`.
+    batch: with targets and weights.
   """
   return loss_lib.chunked_rows(*_head(params, spec, batch))
 
 
-def summed_loss(params: dict, spec: Composition, batch: dict[str, Array]):
+def summed_loss(params: dict, spec: Composition, batch: Batch):
   """The sum of the losses of `row_losses`, to be differentiated."""
   return loss_lib.chunked_sum(*_head(params, spec, batch))
 
@@ -52,39 +52,33 @@ def _head(params, spec, batch) -> tuple:
     head,
     decoder.head_weights(params["anchor"], config),
     batch_states(params, spec, batch),
-    batch["targets"],
-    batch["weights"],
+    batch.targets,
+    batch.weights,
     limit,
   )
 
 
-def batch_logits(params: dict, spec: Composition, batch: dict[str, Array]):
+def batch_logits(params: dict, spec: Composition, batch: Batch):
   """The logits of a batch [B, L, V]; arguments as `row_losses`."""
   return forward.logits(params, spec, batch_states(params, spec, batch))
 
 
-def batch_states(params: dict, spec: Composition, batch: dict[str, Array]):
+def batch_states(params: dict, spec: Composition, batch: Batch):
   """Hidden states [B, L, D] after the last layer."""
-  sequence = _sequence(batch)
   augmenting, visible = {}, {}
   for name, joined in spec.augmenting:
-    part = f"augmenting/{name}/"
-    if f"{part}visible" in batch:
-      augmenting[name] = _sequence(batch, part)
+    if name in batch.augmenting:
+      augmenting[name] = batch.augmenting[name]
       visible[name] = limit_visible(
-        joined.visibility, batch[f"{part}visible"], batch["prompt_ends"]
+        joined.visibility, batch.visible[name], batch.prompt_ends
       )
     else:
-      augmenting[name] = sequence
+      augmenting[name] = batch.anchor
       if joined.visibility != "causal":
         visible[name] = forward.visible_tokens(
-          joined.visibility, batch["tokens"].shape, batch["prompt_ends"]
+          joined.visibility, batch.anchor.tokens.shape, batch.prompt_ends
         )
-  return forward.states(params, spec, sequence, augmenting, visible)[0]
-
-
-def _sequence(batch: dict[str, Array], part: str = "") -> Sequence:
-  return Sequence(*(batch[part + field] for field in Sequence._fields))
+  return forward.states(params, spec, batch.anchor, augmenting, visible)[0]
 
 
 def make_step(
@@ -106,7 +100,7 @@ def make_step(
     return summed_loss(params, part, piece) / total
 
   def gradients(trainable, frozen, batch):
-    total = jnp.maximum(batch["weights"].sum(), 1)
+    total = jnp.maximum(batch.weights.sum(), 1)
     value_and_grad = jax.value_and_grad(piece_loss)
     if accumulate == 1:
       return value_and_grad(trainable, frozen, batch, total)
@@ -134,7 +128,7 @@ def make_step(
       "loss": loss,
       "grad_norm": optax.tree.norm(grads),
       "learning_rate": learning_rate(state["step"]),
-      "tokens": (batch["segments"] > 0).sum(),
+      "tokens": (batch.anchor.segments > 0).sum(),
     }
     state = {
       "trainable": new,

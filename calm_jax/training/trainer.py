@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from calm_jax.composition.connections import Composition
 from calm_jax.core import trees
+from calm_jax.core.batch import Batch
 from calm_jax.core.errors import InputError, StorageError, TrainingDiverged
 from calm_jax.data import pipeline
 from calm_jax.parallel import processes
@@ -84,7 +85,7 @@ def run_stage(
   spec: Composition,
   params: dict,
   source,
-  eval_batches: list[dict],
+  eval_batches: list[Batch],
   directory: Path,
   *,
   origins: dict[str, str],
@@ -225,7 +226,7 @@ class _Loop:
   name: str
   stage: Stage
   source: Any
-  eval_batches: list[dict]
+  eval_batches: list[Batch]
   checkpoints: checkpoint.Checkpoints
   meta: dict
   directory: Path

@@ -3,8 +3,10 @@
 import dataclasses
 import re
 
+import jax
 import numpy as np
 import pytest
+from text_data import assert_same, joined
 
 from calm_jax.core.errors import InputError
 from calm_jax.data.arithmetic import (
@@ -46,28 +48,28 @@ def source(tokenizer, tasks=("kv_math",), kv=KV, **changes):
 def segments_of(batch):
   """(prompt ids, completion ids) of every segment, checking every array."""
   found = []
-  for row in range(len(batch["tokens"])):
-    arrays = {name: values[row] for name, values in batch.items()}
-    numbers = arrays["segments"]
+  for row in range(len(batch.anchor.tokens)):
+    arrays = jax.tree.map(lambda values, row=row: values[row], batch)
+    numbers = arrays.anchor.segments
     used = int((numbers > 0).sum())
     assert (numbers[used:] == 0).all() and (np.diff(numbers[:used]) >= 0).all()
     assert set(numbers[:used]) == set(range(1, numbers.max(initial=0) + 1))
-    for values in arrays.values():
+    for values in jax.tree.leaves(arrays):
       assert (values[used:] == 0).all()
     for number in range(1, numbers.max(initial=0) + 1):
       slots = np.flatnonzero(numbers == number)
-      tokens = arrays["tokens"][slots]
-      ends = set(arrays["prompt_ends"][slots])
+      tokens = arrays.anchor.tokens[slots]
+      ends = set(arrays.prompt_ends[slots])
       assert len(ends) == 1
       prompt = int(ends.pop() - slots[0])
       within = np.arange(len(slots))
-      expected = {
-        "positions": within,
-        "targets": np.append(tokens[1:], 0),
-        "weights": (within + 1 >= prompt) & (within + 1 < len(slots)),
-      }
-      for name, values in expected.items():
-        np.testing.assert_array_equal(arrays[name][slots], values)
+      counts = (within + 1 >= prompt) & (within + 1 < len(slots))
+      for values, expected in (
+        (arrays.anchor.positions, within),
+        (arrays.targets, np.append(tokens[1:], 0)),
+        (arrays.weights, counts),
+      ):
+        np.testing.assert_array_equal(values[slots], expected)
       found.append((tokens[:prompt].tolist(), tokens[prompt:].tolist()))
   return found
 
@@ -176,24 +178,20 @@ def test_same_examples_as_the_texts(tokenizer):
 
 def test_types_and_shapes(tokenizer):
   batch = source(tokenizer)[0]
-  assert list(batch) == [
-    "tokens",
-    "segments",
-    "positions",
-    "targets",
-    "weights",
-    "prompt_ends",
-  ]
-  for name, values in batch.items():
+  assert batch.augmenting == batch.visible == {}
+  arrays = jax.tree.leaves(batch)
+  assert len(arrays) == 6
+  for values in arrays:
     assert values.shape == (8, 48)
-    assert values.dtype == (np.float32 if name == "weights" else np.int32)
+    is_weights = values is batch.weights
+    assert values.dtype == (np.float32 if is_weights else np.int32)
 
 
 def test_rows_are_filled(tokenizer):
   for length in (16, 48, 500):
     for index in range(20):
       batch = source(tokenizer, length=length)[index]
-      gaps = (batch["segments"] == 0).sum(axis=1)
+      gaps = (batch.anchor.segments == 0).sum(axis=1)
       # No example of 2 or 3 terms is longer than 16 here.
       assert (gaps < 16).all()
 
@@ -202,10 +200,10 @@ def test_batches_follow_from_seed_and_index(tokenizer):
   one, same = source(tokenizer), source(tokenizer)
   same[0]
   other = source(tokenizer, seed=4)
-  for name in one[5]:
-    np.testing.assert_array_equal(one[5][name], same[5][name])
-  assert (one[5]["tokens"] != one[6]["tokens"]).any()
-  assert (one[5]["tokens"] != other[5]["tokens"]).any()
+  assert_same(one[5], same[5])
+  tokens = one[5].anchor.tokens
+  assert (tokens != one[6].anchor.tokens).any()
+  assert (tokens != other[5].anchor.tokens).any()
   assert one.fingerprint == same.fingerprint != other.fingerprint
   with pytest.raises(IndexError):
     source(tokenizer, num_batches=2)[2]
@@ -218,9 +216,7 @@ def test_hosts_share_the_global_batch(tokenizer, pack):
     source(tokenizer, TASKS, pack=pack, process_index=i, process_count=4)
     for i in range(4)
   ]
-  for name, values in whole[2].items():
-    joined = np.concatenate([part[2][name] for part in parts])
-    np.testing.assert_array_equal(values, joined)
+  assert_same(whole[2], joined([part[2] for part in parts]))
   assert {part.fingerprint for part in parts} == {whole.fingerprint}
   with pytest.raises(InputError, match="multiple of 3"):
     source(tokenizer, process_count=3)

@@ -83,7 +83,7 @@ def test_1_2_and_4_hosts_make_the_same_global_batches(
     assert {host.fingerprint for host in hosts} == {whole.fingerprint}
     for index in (0, 1, 17, 300):
       shares = [host[index] for host in hosts]
-      assert all(len(share["tokens"]) == 4 // count for share in shares)
+      assert all(len(share.anchor.tokens) == 4 // count for share in shares)
       assert_same(joined(shares), whole[index])
       assert {host.describe(index) for host in hosts} == {whole.describe(index)}
 
@@ -146,9 +146,9 @@ def test_rows_of_two_tokenizers_have_the_shape_of_the_longest(
   for i in range(50):
     batch = source[i]
     shape = (4, source.augmenting_lengths["letters"])
-    assert batch["augmenting/letters/tokens"].shape == shape
+    assert batch.augmenting["letters"].tokens.shape == shape
   given = make(tokenizer, augmenting=augmenting, augmenting_length=160)
-  assert given[0]["augmenting/letters/tokens"].shape == (4, 160)
+  assert given[0].augmenting["letters"].tokens.shape == (4, 160)
 
 
 def test_batches_hold_the_texts_of_all_parts(tokenizer):

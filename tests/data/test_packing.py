@@ -6,31 +6,37 @@ from calm_jax.data.packing import pack_rows
 
 
 def by_hand(lengths, length):
-  rows, offsets, row, used = [], [], 0, 0
+  rows, row, used = [], 0, 0
   for n in lengths:
     if used + n > length:
       row, used = row + 1, 0
     rows.append(row)
-    offsets.append(used)
     used += n
-  return rows, offsets
+  return rows
+
+
+def pack(lengths, length):
+  return pack_rows([(np.array(lengths, int), length)], pack=True).tolist()
 
 
 def test_rows_take_what_fits():
   # The first row is full to its last slot, the last takes a whole row.
-  rows, offsets = pack_rows(np.array([3, 5, 4, 3, 8]), 8, pack=True)
-  assert rows.tolist() == [0, 0, 1, 1, 2]
-  assert offsets.tolist() == [0, 3, 0, 4, 0]
+  assert pack([3, 5, 4, 3, 8], 8) == [0, 0, 1, 1, 2]
 
 
 def test_rows_equal_the_loop():
   lengths = np.random.default_rng(0).integers(1, 9, size=500)
   for length in (8, 13, 5000):
-    rows, offsets = pack_rows(lengths, length, pack=True)
-    assert (rows.tolist(), offsets.tolist()) == by_hand(lengths, length)
+    assert pack(lengths, length) == by_hand(lengths, length)
+
+
+def test_rows_fit_every_model():
+  first, second = np.array([2, 2, 2, 2]), np.array([1, 5, 1, 6])
+  rows = pack_rows([(first, 8), (second, 6)], pack=True)
+  assert rows.tolist() == [0, 0, 1, 2]
 
 
 def test_a_row_each():
-  rows, offsets = pack_rows(np.array([3, 1]), 8, pack=False)
-  assert (rows.tolist(), offsets.tolist()) == ([0, 1], [0, 0])
-  assert len(pack_rows(np.array([], np.int64), 8, pack=True)[0]) == 0
+  lengths = np.array([3, 1])
+  assert pack_rows([(lengths, 8)], pack=False).tolist() == [0, 1]
+  assert pack([], 8) == []

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 import text_data
@@ -38,7 +39,7 @@ def test_one_pass_in_order(tokenizer):
   assert len(batches) == 3
   rows = [row for batch in batches for row in texts_of(batch, tokenizer)]
   assert rows == [[e.prompt + e.completion] for e in data] + [[]]
-  for values in batches[-1].values():
+  for values in jax.tree.leaves(batches[-1]):
     assert values.shape == (4, 32) and not values[-1].any()
 
 
@@ -49,21 +50,21 @@ def test_what_counts(tokenizer):
   completion = [*tokenizer.encode("0"), tokenizer.eos_id]
   ids, end = prompt + completion, len(prompt)
   used = slice(0, len(ids))
-  tokens, targets = batch["tokens"][0], batch["targets"][0]
+  tokens, targets = batch.anchor.tokens[0], batch.targets[0]
   assert tokens[used].tolist() == ids
   assert targets[used].tolist() == [*ids[1:], 0]
-  assert np.flatnonzero(batch["weights"][0]).tolist() == [end - 1, end]
-  assert set(batch["prompt_ends"][0][used]) == {end}
+  assert np.flatnonzero(batch.weights[0]).tolist() == [end - 1, end]
+  assert set(batch.prompt_ends[0][used]) == {end}
 
 
 def test_plain_text_counts_from_the_bos(tokenizer):
   for bos in (1, None):
     changed = dataclasses.replace(tokenizer, bos_id=bos)
     (batch,) = eval_batches(documents(1), changed, batch_size=1, length=64)
-    used = int((batch["segments"] > 0).sum())
-    assert batch["weights"][0, : used - 1].all()
-    assert batch["weights"].sum() == used - 1
-    assert set(batch["prompt_ends"][0, :used]) == {1}
+    used = int((batch.anchor.segments > 0).sum())
+    assert batch.weights[0, : used - 1].all()
+    assert batch.weights.sum() == used - 1
+    assert set(batch.prompt_ends[0, :used]) == {1}
 
 
 def test_packed_rows(tokenizer):
@@ -76,13 +77,13 @@ def test_packed_rows(tokenizer):
   assert len(rows) < 12
   for batch in batches:
     for row in range(2):
-      segments = batch["segments"][row]
+      segments = batch.anchor.segments[row]
       starts = np.flatnonzero(np.diff(segments, prepend=0) > 0)
-      assert (batch["positions"][row, starts] == 0).all()
-      assert (batch["tokens"][row, starts] == tokenizer.bos_id).all()
+      assert (batch.anchor.positions[row, starts] == 0).all()
+      assert (batch.anchor.tokens[row, starts] == tokenizer.bos_id).all()
       for start in starts:
         inside = segments == segments[start]
-        assert (batch["prompt_ends"][row, inside] > start).all()
+        assert (batch.prompt_ends[row, inside] > start).all()
 
 
 def test_long_text_goes_on_in_windows(tokenizer):
@@ -93,9 +94,9 @@ def test_long_text_goes_on_in_windows(tokenizer):
   targets, counted = [], []
   for i in range(len(source)):
     batch = source[i]
-    keep = batch["weights"] > 0
-    targets += batch["targets"][keep].tolist()
-    counted += batch["prompt_ends"][keep].tolist()
+    keep = batch.weights > 0
+    targets += batch.targets[keep].tolist()
+    counted += batch.prompt_ends[keep].tolist()
   assert targets[: len(ids) - 1] == ids[1:]
   assert set(counted) == {1}
 

@@ -71,16 +71,16 @@ def test_cut(tokenizer):
   rows = flat(texts_of(batch, tokenizer) for batch in batches)
   assert rows[0] == ["one: 1"]
   assert (f"two: {LONG}").startswith(rows[1][0])
-  assert (batches[0]["segments"][1] == 1).all()  # all of its row
+  assert (batches[0].anchor.segments[1] == 1).all()  # all of its row
   assert not any("line 3" in o for o in flat(flat(
     source.row_origins(i) for i in range(len(source))
   )))  # fmt: skip
   # What is kept of the completion is learnt, and no end that is not there.
   prompt = len(tokenizer.encode("two: ")) + 1
   np.testing.assert_array_equal(
-    np.flatnonzero(batches[0]["weights"][1]), np.arange(prompt - 1, 15)
+    np.flatnonzero(batches[0].weights[1]), np.arange(prompt - 1, 15)
   )
-  assert tokenizer.eos_id not in batches[0]["targets"][1]
+  assert tokenizer.eos_id not in batches[0].targets[1]
 
 
 def test_drop(tokenizer):
@@ -119,13 +119,13 @@ def test_too_long_for_the_augmenting_model(tokenizer, augmenting):
   whole = make(tokenizer, data, augmenting=augmenting, length=64)
   assert found.tokens == whole.truncation[""].tokens
   cut, full = source[0], whole[0]
-  kept = int((cut["segments"][1] > 0).sum())
-  assert kept == int((full["segments"][1] > 0).sum()) - found.cut_tokens
+  kept = int((cut.anchor.segments[1] > 0).sum())
+  assert kept == int((full.anchor.segments[1] > 0).sum()) - found.cut_tokens
   np.testing.assert_array_equal(
-    cut["tokens"][1, :kept], full["tokens"][1, :kept]
+    cut.anchor.tokens[1, :kept], full.anchor.tokens[1, :kept]
   )
-  part = "augmenting/letters/visible"
-  np.testing.assert_array_equal(cut[part][1, :kept], full[part][1, :kept])
-  assert cut[part].max() <= 10
+  seen, all_seen = cut.visible["letters"], full.visible["letters"]
+  np.testing.assert_array_equal(seen[1, :kept], all_seen[1, :kept])
+  assert seen.max() <= 10
   dropped = make(tokenizer, data, too_long="drop", **options)
   assert dropped.truncation[""].dropped == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 
 from calm_jax.data.sources import TextExample
@@ -52,19 +53,16 @@ def texts_of(batch, tokenizer):
       tokenizer.decode(tokens[segments == number])
       for number in range(1, segments.max() + 1)
     ]
-    for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True)
+    for tokens, segments in zip(
+      batch.anchor.tokens, batch.anchor.segments, strict=True
+    )
   ]
 
 
 def assert_same(one, two):
-  assert one.keys() == two.keys()
-  for name in one:
-    np.testing.assert_array_equal(one[name], two[name])
+  jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
 def joined(shares):
   """The global batch of the shares of all hosts."""
-  return {
-    name: np.concatenate([share[name] for share in shares])
-    for name in shares[0]
-  }
+  return jax.tree.map(lambda *arrays: np.concatenate(arrays), *shares)

@@ -131,7 +131,9 @@ def sources(experiment):
 def texts(experiment, batch):
   tokenizer = experiment.tokenizer
   special = (tokenizer.bos_id, tokenizer.eos_id)
-  for row, segments in zip(batch["tokens"], batch["segments"], strict=True):
+  for row, segments in zip(
+    batch.anchor.tokens, batch.anchor.segments, strict=True
+  ):
     ids = [i for i in row[segments > 0].tolist() if i not in special]
     yield tokenizer.decode(ids)
 
@@ -203,7 +205,7 @@ def test_composition_trains_on_held_in_keys_only(experiment):
   }
   for name, source, _ in sources(experiment):
     seen = set(
-      itertools.chain(*(source[i]["tokens"].ravel() for i in range(20)))
+      itertools.chain(*(source[i].anchor.tokens.ravel() for i in range(20)))
     )
     seen = {int(i) for i in seen}
     if name.startswith("compose"):

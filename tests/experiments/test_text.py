@@ -141,7 +141,7 @@ def test_the_fraction_of_the_data(tmp_path, model):
   source = experiment.source(stage, model, seed=0)
   assert source.num_rows == 10
   batch = experiment.eval_batches(stage, model)
-  assert sum(b["weights"].sum() for b in batch) == sum(
+  assert sum(b.weights.sum() for b in batch) == sum(
     by_hand(model, r)[1] for r in LINES
   )
 
@@ -193,7 +193,9 @@ def test_a_mixture_of_languages(tmp_path, model):
   stage = tiny.stage(data=data, batch_size=40, length=LENGTH)
   source = experiment.source(stage, model, seed=0)
   texts = [
-    model.tokenizer.decode(row) for i in range(5) for row in source[i]["tokens"]
+    model.tokenizer.decode(row)
+    for i in range(5)
+    for row in source[i].anchor.tokens
   ]
   counts = {letter: sum(letter in t for t in texts) for letter in "abc"}
   # Languages share the weight of their entry.
@@ -287,8 +289,8 @@ def test_stages_read_what_their_model_does(tmp_path, model):
   stage = tiny.stage(data=mixture(data=1.0), length=40, augmenting_length=48)
   composed = calm_jax.compose(model, other, 1)
   batch = experiment.source(stage, composed, seed=0)[0]
-  assert batch["augmenting/augmenting/tokens"].shape == (8, 48)
+  assert batch.augmenting["augmenting"].tokens.shape == (8, 48)
   alone = experiment.source(stage, other, seed=0)[0]
-  assert not any(key.startswith("augmenting") for key in alone)
+  assert not alone.augmenting and not alone.visible
   [evaluated] = experiment.eval_batches(stage, composed)
-  assert evaluated["augmenting/augmenting/visible"].shape == (8, 40)
+  assert evaluated.visible["augmenting"].shape == (8, 40)

@@ -116,7 +116,9 @@ def test_scrambling_the_future_changes_no_logit(anchor, augmenting):
       size = len(text[:at].encode())
       for t, pair in enumerate(zip(*ends, strict=False)):
         before = slice(0, t + 1)
-        same = (batch["tokens"][0, before] == batch["tokens"][1, before]).all()
+        same = (
+          batch.anchor.tokens[0, before] == batch.anchor.tokens[1, before]
+        ).all()
         if not same or max(pair) > size:
           changed += (logits[0, t] != logits[1, t]).any()
           break
@@ -130,11 +132,11 @@ def test_packed_rows_equal_each_text_by_itself(toys, augmenting):
   model = compose(decoder(toys["byte_level"], 1), augmenting)
   [batch] = batches(model, EXAMPLES[1:3], batch_size=1)
   logits = logits_of(model, batch)
-  assert batch["segments"].max() == 2
+  assert batch.anchor.segments.max() == 2
   for number in (1, 2):
-    where = batch["segments"][0] == number
-    ids = batch["tokens"][:, where]
-    given = batch["prompt_ends"][0, where][0] - np.argmax(where)
+    where = batch.anchor.segments[0] == number
+    ids = batch.anchor.tokens[:, where]
+    given = batch.prompt_ends[0, where][0] - np.argmax(where)
     expected = helpers.composed(
       model.params,
       model.spec,
@@ -154,11 +156,7 @@ def test_the_batch_by_hand(toys):
   augmenting = {"a": decoder(toys["bpe_bytes"], 2)}
   model = compose(decoder(toys["byte_level"], 1), augmenting)
   [batch] = batches(model, EXAMPLES[1:3], batch_size=1, length=96)
-  part = {
-    k.rpartition("/")[2]: v[0]
-    for k, v in batch.items()
-    if k.startswith("augmenting/a/")
-  }
+  part, seen_L = batch.augmenting["a"], batch.visible["a"][0]
   encoder, anchor = ChunkEncoder(toys["bpe_bytes"]), toys["byte_level"]
   slot = first = 0
   for number, (prompt, completion) in enumerate(TEXTS[1:3], start=1):
@@ -169,15 +167,15 @@ def test_the_batch_by_hand(toys):
     visible = align(np.array(ends), closes)
     assert visible[len(given) - 1] > 1  # The prompt's last word is closed.
     ids = ids[: visible[-1]]
-    where = part["segments"] == number
+    where = part.segments[0] == number
     assert np.flatnonzero(where)[0] == first
-    assert part["tokens"][where].tolist() == ids.tolist()
-    assert part["positions"][where].tolist() == list(range(len(ids)))
-    seen = part["visible"][slot : slot + len(ends)]
+    assert part.tokens[0, where].tolist() == ids.tolist()
+    assert part.positions[0, where].tolist() == list(range(len(ids)))
+    seen = seen_L[slot : slot + len(ends)]
     assert seen.tolist() == (first + visible).tolist()
     slot, first = slot + len(given + new), first + len(ids)
-  assert len(part["tokens"]) % 8 == 0
-  assert not part["segments"][first:].any() and not part["visible"][slot:].any()
+  assert part.tokens.shape[1] % 8 == 0
+  assert not part.segments[0, first:].any() and not seen_L[slot:].any()
 
 
 def test_same_tokens_add_nothing(toys):
@@ -187,7 +185,8 @@ def test_same_tokens_add_nothing(toys):
     pipeline.eval_batches(EXAMPLES, anchor.tokenizer, batch_size=2, length=64)
   )
   for batch, expected in zip(batches(model, pack=False), plain, strict=True):
-    assert batch.keys() == expected.keys()
+    assert batch.augmenting == batch.visible == {}
+    jax.tree.map(np.testing.assert_array_equal, batch, expected)
   assert model.beside([[1]]) == (None, None)
 
 
@@ -198,11 +197,12 @@ def test_rows_hold_no_more_than_both_lengths(anchor, augmenting):
   longest = batches(model, examples)
   assert len(made) > len(longest)
   for name in augmenting:
-    key = f"augmenting/{name}/segments"
-    assert {batch[key].shape for batch in made} == {(2, 70)}
-    assert len({batch[key].shape for batch in longest}) == 1
+    shapes = {batch.augmenting[name].tokens.shape for batch in longest}
+    assert len(shapes) == 1
+    shapes = {batch.augmenting[name].tokens.shape for batch in made}
+    assert shapes == {(2, 70)}
   for total in (made, longest):
-    assert sum(batch["segments"].max(1).sum() for batch in total) == 20
+    assert sum(batch.anchor.segments.max(1).sum() for batch in total) == 20
 
 
 def test_long_text_goes_on_in_windows_of_both(anchor, augmenting):
@@ -217,17 +217,15 @@ def test_long_text_goes_on_in_windows_of_both(anchor, augmenting):
       augmenting_length=limit,
       pack=False,
     )
-    targets = np.concatenate(
-      [b["targets"][b["weights"] > 0] for b in made]
-    ).tolist()
+    targets = np.concatenate([b.targets[b.weights > 0] for b in made]).tolist()
     targets = [t for t in targets if t != anchor.tokenizer.eos_id]
     assert targets == whole[len(whole) - len(targets) :]
     for batch in made:
       for name in augmenting:
-        rows = batch[f"augmenting/{name}/segments"] > 0
+        rows = batch.augmenting[name].segments > 0
         assert not limit or rows.sum(1).max() <= limit
         # All that it has read is of use to the window's last token.
-        seen = batch[f"augmenting/{name}/visible"].max(1)
+        seen = batch.visible[name].max(1)
         assert seen.tolist() == rows.sum(1).tolist()
 
 
@@ -240,21 +238,18 @@ def test_an_encoder_shows_the_prompt_only(toys, augmenting):
   anchor = decoder(toys["byte_level"], 1)
   model = compose(anchor, augmenting, visibility="encoder")
   [batch] = batches(model, EXAMPLES[1:3], pack=False, augmenting_length=96)
-  before, real = logits_of(model, batch), batch["segments"] > 0
+  before, real = logits_of(model, batch), batch.anchor.segments > 0
   for name in augmenting:
-    part = f"augmenting/{name}/"
-    causal = batch[f"{part}visible"]
-    shown = cross_attention.limit_visible(
-      "encoder", causal, batch["prompt_ends"]
-    )
+    causal = batch.visible[name]
+    shown = cross_attention.limit_visible("encoder", causal, batch.prompt_ends)
     for row in range(2):
-      given = batch["prompt_ends"][row, 0]
+      given = batch.prompt_ends[row, 0]
       limit = causal[row, given - 1]
       assert causal[row].max() > limit > 1
       expected = np.minimum(causal[row], limit)
       assert (shown[row] == expected)[real[row]].all()
       # Other tokens after the prompt, which nobody may see.
-      batch[f"{part}tokens"][row, limit:] = 5
+      batch.augmenting[name].tokens[row, limit:] = 5
   after = logits_of(model, batch)
   np.testing.assert_array_equal(before[real], after[real])
 
@@ -311,6 +306,5 @@ def test_hosts_share_aligned_batches(anchor, augmenting):
   for index in range(3):
     batch = whole[index]
     shares = [part[index] for part in parts]
-    for key, value in batch.items():
-      both = np.concatenate([share[key] for share in shares])
-      np.testing.assert_array_equal(both, value)
+    both = jax.tree.map(lambda *halves: np.concatenate(halves), *shares)
+    jax.tree.map(np.testing.assert_array_equal, both, batch)

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from calm_jax.core import trees
+from calm_jax.core.batch import Batch, plain_sequence
 from calm_jax.core.errors import InputError
 from calm_jax.models import decoder, lora
 from calm_jax.models.config import ModelConfig
@@ -179,6 +180,6 @@ def test_a_batch_that_cannot_be_shared():
     made.share(12)
   with pytest.raises(InputError, match="multiple of 32"):
     made.share(16, pieces=4)
-  rows = {"tokens": np.zeros((8, 6), np.int32)}
+  rows = Batch(plain_sequence(np.zeros((8, 6), np.int32)), {}, {})
   with pytest.raises(InputError, match=r"4 devices along sequence.*axis 1"):
     layout(sequence=4).batch(rows, 8)

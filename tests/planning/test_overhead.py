@@ -13,6 +13,7 @@ import pytest
 from calm_jax.composition import forward as forward_lib
 from calm_jax.composition.connections import Augmenting, Composition, Connection
 from calm_jax.core import trees
+from calm_jax.core.batch import Batch, Sequence
 from calm_jax.core.errors import InputError
 from calm_jax.models import decoder, lora
 from calm_jax.models.config import ModelConfig
@@ -166,9 +167,9 @@ def traced(spec: Composition, run: str, rank: int):
     "step": jax.ShapeDtypeStruct((), jnp.int32),
     "rng": jax.eval_shape(lambda: jax.random.key(0)),
   }
-  names = "tokens", "segments", "positions", "targets", "prompt_ends"
-  batch = dict.fromkeys(names, jax.ShapeDtypeStruct((B, L), jnp.int32))
-  batch["weights"] = jax.ShapeDtypeStruct((B, L), jnp.float32)
+  ids = jax.ShapeDtypeStruct((B, L), jnp.int32)
+  weights = jax.ShapeDtypeStruct((B, L), jnp.float32)
+  batch = Batch(Sequence(ids, ids, ids), {}, {}, ids, ids, weights)
   return step_lib.make_step(spec, model, tx, rate, 1), (state, frozen, batch)
 
 

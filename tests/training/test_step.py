@@ -12,6 +12,7 @@ import pytest
 
 from calm_jax.composition.connections import Augmenting, Composition, Connection
 from calm_jax.core import trees
+from calm_jax.core.batch import Batch, Sequence
 from calm_jax.core.errors import InputError
 from calm_jax.models import decoder
 from calm_jax.models.config import Compute, ModelConfig
@@ -31,15 +32,21 @@ def gradients(spec):
 
 def batch(rows=4, length=9, vocabulary=61):
   random = np.random.default_rng(0)
-  made = {
-    name: random.integers(0, vocabulary, (rows, length), dtype=np.int32)
-    for name in ("tokens", "targets")
-  }
-  made["segments"] = np.arange(length) // 5 + np.ones((rows, 1), np.int32)
-  made["positions"] = np.arange(length) % 5 + np.zeros((rows, 1), np.int32)
-  made["prompt_ends"] = np.zeros((rows, length), np.int32)
+  tokens, targets = (
+    random.integers(0, vocabulary, (rows, length), dtype=np.int32)
+    for _ in range(2)
+  )
+  segments = np.arange(length) // 5 + np.ones((rows, 1), np.int32)
+  positions = np.arange(length) % 5 + np.zeros((rows, 1), np.int32)
   weights = random.random((rows, length), np.float32)
-  return made | {"weights": weights * (weights > 0.3)}
+  return Batch(
+    Sequence(tokens, segments, positions),
+    {},
+    {},
+    prompt_ends=np.zeros((rows, length), np.int32),
+    targets=targets,
+    weights=weights * (weights > 0.3),
+  )
 
 
 def pair(anchor: dict, connections=((1, 1), (2, 2)), **changes) -> Composition:
@@ -108,9 +115,9 @@ def test_chunks_train_as_all_logits_do(head):
   def plain(trainable, frozen, batch):
     params = trees.merge(trainable, frozen)
     logits = step.batch_logits(params, spec, batch)
-    picked = jnp.take_along_axis(logits, batch["targets"][..., None], -1)
+    picked = jnp.take_along_axis(logits, batch.targets[..., None], -1)
     losses = jax.nn.logsumexp(logits, -1) - picked[..., 0]
-    return (losses * batch["weights"]).sum()
+    return (losses * batch.weights).sum()
 
   parts = trees.partition(params, trees.mask(params, [THETA, ANCHOR]))
   want = jax.jit(jax.value_and_grad(plain))(*parts, data)
@@ -119,7 +126,7 @@ def test_chunks_train_as_all_logits_do(head):
   rows = jax.jit(step.row_losses, static_argnums=1)
   losses, weights = rows(params, few, data)
   np.testing.assert_allclose(losses.sum(), want[0], rtol=1e-5)
-  np.testing.assert_allclose(weights, data["weights"].sum(1), rtol=1e-6)
+  np.testing.assert_allclose(weights, data.weights.sum(1), rtol=1e-6)
 
 
 # Remat.

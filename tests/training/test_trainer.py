@@ -142,8 +142,8 @@ def test_accumulating_equals_one_batch_of_ragged_rows(tmp_path):
   # W^O starts at zero, which would hide most of the gradient.
   theta["output"]["kernel"] = jax.random.normal(jax.random.key(1), kernel.shape)
   batch = run.source[0]
-  batch["weights"][:2] = 0  # a piece without any target
-  per_piece = batch["weights"].reshape(4, -1).sum(1)
+  batch.weights[:2] = 0  # a piece without any target
+  per_piece = batch.weights.reshape(4, -1).sum(1)
   assert per_piece[0] == 0 and len(set(per_piece)) > 2
   whole, metrics = one_step(run, batch, 1)
   pieces, metrics_4 = one_step(run, batch, 4)
@@ -349,7 +349,7 @@ def test_the_best_checkpoint_is_by_the_held_out_loss(tmp_path):
 def test_the_held_out_loss_is_per_target(tmp_path):
   # Two batches of unlike numbers of targets: their mean would be another.
   batches = [tiny.Source()[900], tiny.Source()[901]]
-  batches[0]["weights"][2:] = 0
+  batches[0].weights[2:] = 0
   run = tiny.Run(tmp_path, tiny.stage(steps=2), eval_batches=tuple(batches))
   trained = run()
   score = jax.jit(step_lib.row_losses, static_argnums=1)
