@@ -70,6 +70,33 @@ def test_a_composition_beside_its_models(composed, tmp_path):
   assert (tmp_path / "out" / "attention.npz").exists()
 
 
+def test_back_translated_problems(composed, tmp_path):
+  """Table 7's measures, from the command's config to results.json."""
+  lines = {
+    "original": "a bad cab did jab\t3\n",
+    "returned": "a bad cab did hide\t3\n",
+  }
+  paths = {name: str(tmp_path / f"{name}.tsv") for name in lines}
+  for name, text in lines.items():
+    (tmp_path / f"{name}.tsv").write_text(text)
+  config = config_of(tmp_path)
+  config.task.evals = {
+    "silver": {
+      "kind": "silver", "group": "GSM8K back-translated", "language": "lij",
+      "path": paths["original"], "returned": paths["returned"],
+      "pool": paths["original"], "shots": 0, "max_new_tokens": 4,
+    }
+  }  # fmt: skip
+  options = Options(str(composed), str(tmp_path / "out"))
+  entry = evaluate.main(config, options)["evals"]["silver"]
+  assert entry["measures"].keys() == {"augmenting", "anchor", "composed"}
+  assert entry["measures"]["anchor"]["delta"] == 0
+  assert 0 < entry["measures"]["anchor"]["overlap"] < 100
+  predictions = tmp_path / "out" / "predictions" / "silver.anchor.jsonl"
+  rows = [json.loads(line) for line in predictions.read_text().splitlines()]
+  assert [row["text"] for row in rows] == ["original", "returned"]
+
+
 def test_two_that_read_other_tokens(composed, tmp_path):
   single = calm_jax.load_model(composed.with_name("anchor"))
   others = {

@@ -7,9 +7,7 @@ that answers nor how it was trained.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,11 +85,3 @@ def judge_correct(rows: list[Row]) -> Judgement:
   parts_N1 = np.array([[row["score"]] for row in rows])
   mean = statistics.mean_of(len(rows))
   return Judgement(float(mean(parts_N1.sum(0))), rows, parts_N1, mean)
-
-
-def write_rows(path: Path, rows: list[Row]) -> None:
-  """Writes rows as JSON lines."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open("w", encoding="utf-8") as file:
-    for row in rows:
-      file.write(json.dumps(row, ensure_ascii=False) + "\n")

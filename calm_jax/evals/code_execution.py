@@ -8,11 +8,11 @@ program passes all its tests, in percent.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from calm_jax.core import files
 from calm_jax.core.errors import InputError
 from calm_jax.evals import base, fewshot
 from calm_jax.evals.base import Evaluation, Fits, Judgement, Prompt, Row
@@ -187,32 +187,17 @@ def until(text: str, stop: Sequence[str]) -> str:
 
 
 def _read_problems(path: Path, fields: Sequence[str]) -> list[Row]:
-  """Rows of a jsonl file, with line ends as "\\n".
+  """Rows of a file of JSON lines, with line ends as "\\n" in their texts.
 
   Raises:
-    InputError: no such file, an empty one, a line that is not JSON, or a field
-      is missing.
+    InputError: see `files.read_json_lines`; or the file is empty.
   """
-  if not path.is_file():
-    raise InputError(f"{path}: no such file")
   problems = []
-  with path.open(encoding="utf-8") as file:
-    for number, line in enumerate(file, 1):
-      try:
-        problem = json.loads(line, object_hook=_with_unix_lines)
-        missing = [field for field in fields if field not in problem]
-      except (ValueError, TypeError) as error:
-        raise InputError(f"{path}, line {number}: {error}") from error
-      if missing:
-        raise InputError(f"{path}, line {number}: {missing} missing")
-      problems.append(problem)
+  for _, problem in files.read_json_lines(path, fields):
+    for name, value in problem.items():
+      if isinstance(value, str):
+        problem[name] = value.replace("\r\n", "\n")
+    problems.append(problem)
   if not problems:
     raise InputError(f"{path}: it is empty")
   return problems
-
-
-def _with_unix_lines(row: Row) -> Row:
-  return {
-    key: value.replace("\r\n", "\n") if isinstance(value, str) else value
-    for key, value in row.items()
-  }

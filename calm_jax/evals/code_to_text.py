@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-from calm_jax.core.errors import InputError
+from calm_jax.core import files
 from calm_jax.evals import chrf, fewshot
 from calm_jax.evals.base import Evaluation
 
@@ -44,24 +43,16 @@ def read_codexglue(path: str | Path) -> list[dict[str, Any]]:
   Raises:
     InputError: no such file, or a line that lacks a field.
   """
-  path = Path(path)
-  if not path.is_file():
-    raise InputError(f"no file {path}: give a .jsonl of CodeXGLUE code-to-text")
-  items = []
-  with path.open(encoding="utf-8") as file:
-    for number, line in enumerate(file, start=1):
-      try:
-        row = json.loads(line)
-        item = {"id": number, "language": row["language"].capitalize()}
-        item["code"] = _join(row["code_tokens"])
-        item["docstring"] = _join(row["docstring_tokens"])
-        items.append(item)
-      except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-          f"{path}, line {number}: needs language, code_tokens and "
-          f"docstring_tokens ({type(error).__name__}: {error})"
-        ) from error
-  return items
+  fields = ("language", "code_tokens", "docstring_tokens")
+  return [
+    {
+      "id": number,
+      "language": row["language"].capitalize(),
+      "code": _join(row["code_tokens"]),
+      "docstring": _join(row["docstring_tokens"]),
+    }
+    for number, row in files.read_json_lines(path, fields)
+  ]
 
 
 def _join(tokens: list[str]) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from calm_jax.core import files
 from calm_jax.core.errors import InputError
 from calm_jax.evals import fewshot
 from calm_jax.evals.base import Evaluation, Judgement, Row, judge_correct
@@ -100,7 +100,7 @@ def _value(match: re.Match) -> Decimal:
 
 
 def read_gsm(path: str | Path) -> list[dict[str, Any]]:
-  """Problems of GSM8K (.jsonl) or MGSM (.tsv: question, number).
+  """Reads problems of GSM8K (.jsonl) or MGSM (.tsv: question, number).
 
   Calculator annotations (<<1+1=2>>) are taken out of worked solutions.
 
@@ -113,20 +113,22 @@ def read_gsm(path: str | Path) -> list[dict[str, Any]]:
   path = Path(path)
   if not path.is_file() or path.suffix not in (".jsonl", ".tsv"):
     raise InputError(f"{path} is no .jsonl of GSM8K and no .tsv of MGSM")
+  is_tsv = path.suffix == ".tsv"
+  if is_tsv:
+    lines = files.read_lines(path)
+  else:
+    lines = files.read_json_lines(path, ("question", "answer"))
   items = []
-  # Not splitlines(): a question may hold rarer line separators.
-  lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-  for number, line in enumerate(lines, start=1):
+  for number, line in lines:
     try:
-      if path.suffix == ".tsv":
-        question, answer = line.rstrip("\r").split("\t")
+      if is_tsv:
+        question, answer = files.decode_line(line, number).split("\t")
       else:
-        row = json.loads(line)
-        question = row["question"]
-        answer = re.sub(r"<<[^>]*>>", "", row["answer"])
+        question = line["question"]
+        answer = re.sub(r"<<[^>]*>>", "", line["answer"])
       gold = answer.split(MARK)[-1].strip().replace(",", "")
       Decimal(gold)
-    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
       raise InputError(
         f"{path}, line {number}: needs a question and an answer that ends in "
         f"{MARK} and a number ({type(error).__name__}: {error})"

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from calm_jax.core import files
 from calm_jax.data import arithmetic
-from calm_jax.evals.base import write_rows
 from calm_jax.evals.exact_match import exact_match
 from calm_jax.language_model import LanguageModel
 from calm_jax.training.trainer import Stage
@@ -166,7 +166,7 @@ class KeyValues:
       ),
       num_terms=[example.num_terms for example in examples],
     )
-    write_rows(self.workdir / "predictions" / name, rows)
+    files.write_json_lines(self.workdir / "predictions" / name, rows)
     return round(accuracy, 2)
 
   def look(self, model: LanguageModel, data: dict) -> dict[str, np.ndarray]:

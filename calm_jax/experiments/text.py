@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from calm_jax.core import files
 from calm_jax.core.errors import InputError
 from calm_jax.data import pipeline
 from calm_jax.data.sources import (
@@ -23,7 +24,7 @@ from calm_jax.data.sources import (
   take_fraction,
 )
 from calm_jax.evals import suite, tasks
-from calm_jax.evals.base import Evaluation, write_rows
+from calm_jax.evals.base import Evaluation
 from calm_jax.evals.perplexity import perplexity
 from calm_jax.experiments.languages import expand
 from calm_jax.generation.text import with_bos
@@ -226,7 +227,7 @@ class Text:
       )
       for column, predictions in rows.items():
         file = f"{prefix}{name}.{column}.jsonl"
-        write_rows(self.workdir / "predictions" / file, predictions)
+        files.write_json_lines(self.workdir / "predictions" / file, predictions)
     if entries:
       results |= {"evals": entries, "groups": suite.groups(entries)}
     return results
@@ -247,7 +248,7 @@ class Text:
         )
         for name, numbers in table.items():
           numbers[set_name][column] = metrics[name]
-        write_rows(
+        files.write_json_lines(
           self.workdir / "scores" / f"{prefix}{set_name}.{column}.jsonl", rows
         )
     return table

@@ -37,7 +37,7 @@ def test_what_cannot_be_read_is_said(tmp_path):
   file.write_text(json.dumps(LINE) + "\n" + '{"language": "go"}\n')
   with pytest.raises(InputError, match=r"test\.jsonl, line 2: .*code_tokens"):
     read_codexglue(file)
-  with pytest.raises(InputError, match="no file"):
+  with pytest.raises(InputError, match="no such file"):
     read_codexglue(tmp_path / "valid.jsonl")
 
 

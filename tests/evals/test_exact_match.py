@@ -1,10 +1,7 @@
-"""Exact match: what counts, and what is written down."""
+"""Exact match: what counts."""
 
 from __future__ import annotations
 
-import json
-
-from calm_jax.evals.base import write_rows
 from calm_jax.evals.exact_match import exact_match
 
 
@@ -26,12 +23,3 @@ def test_the_whole_answer_counts_and_nothing_else_does():
     "prompt": "b=", "completion": "1=2", "prediction": "1=2", "correct": True,
     "num_terms": 2,
   }  # fmt: skip
-
-
-def test_rows_are_written_as_text_that_people_read(tmp_path):
-  path = tmp_path / "new" / "rows.jsonl"
-  rows = [{"prompt": "naïve\n"}, {"prompt": "2"}]
-  write_rows(path, rows)
-  lines = path.read_text(encoding="utf-8").splitlines()
-  assert [json.loads(line) for line in lines] == rows
-  assert "naïve" in lines[0]
