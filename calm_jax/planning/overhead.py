@@ -1,27 +1,21 @@
-"""What a composition costs beside its anchor (Appendix C), from shapes alone.
+"""Counts what a composition costs beside its anchor (Appendix C), from shapes.
 
-C.1 counts parameters, C.2 estimates training. Beside their arithmetic stands
-what the program has and does: its own parameters, and the matrix products of
-its own steps (`flops`). Where the paper's arithmetic is wrong:
+C.1 counts parameters, C.2 estimates the cost of training. Each line of the
+table has the paper's arithmetic beside what the program has and does: its
+parameters, and the matrix products of its steps (`flops`). They differ:
 
-- C.1 gives a cross-attention 3 D_B^2 parameters. By §3.1 W^O in R^{D_B x D_B}
-  is trained too, which makes 4 D_B^2.
-- C.1's count of m_B has the embeddings V_B D_B inside the sum over layers, so
-  N_B times instead of once, and leaves out W^O of the self-attention, D_B^2 a
-  layer. In the BERT example the first makes 1 B of what is a third of that.
-- So C.1's 1.5% is 5.7% for those two models, and C.2, which starts from it,
-  calls that share negligible.
+- C.1 gives a cross-attention 3 D_B^2 parameters. By §3.1 W^O is trained too,
+  which makes 4 D_B^2.
+- C.1 counts the embeddings of m_B in each of its N_B layers, and leaves out
+  W^O of self-attention. In the BERT example that makes 1 B of a third of it.
+- So C.1's 1.5% is 5.7% for those two models, and C.2 neglects that share.
 - C.1 says "all layers of m_B" where n = 4 is all layers of m_A: m_B has 24.
-
-What it leaves out:
-
-- C.1: biases, norms, positions, gated MLPs, a head apart from the embeddings.
+- C.1 leaves out biases, norms, positions, gated MLPs and a separate head.
 - C.2 takes a token of composition to cost what one of fine-tuning m_B does.
-  To that come m_A's forward pass and the connections; from it go the gradients
-  of m_B's weights, a third, and all gradients up to the first connection.
-- C.2 takes cost as linear in parameters, so m_A's share of the parameters for
-  its share of the cost. Embeddings are parameters that cost nothing to look
-  up; attention's products with L^2 cost, and have none.
+  m_A's forward pass and the connections add to that; the gradients of m_B's
+  weights (a third), and all below the first connection, are not needed.
+- C.2 takes cost as linear in parameters. But an embedding costs nothing to
+  look up, and the products of attention with L^2 have no parameters.
 - C.2 needs "5-7%" of the data in its text and has 2% in its arithmetic; at 5%
   its 12% would be 15%.
 - Appendix C has nothing on inference, where every token goes through both
@@ -51,15 +45,24 @@ from calm_jax.planning import flops
 from calm_jax.training import loss as loss_lib
 
 PAPER_DATA_SHARE = 0.02  # (iii) of C.2
-# What Appendix C prints, by `Row.key`: of BERT in C.1, assumed in C.2.
+# What Appendix C prints, by `CostRow.key`: of BERT in C.1, assumed in C.2.
 PRINTED = {
-  "anchor": "≈1B", "composition": "≈15M", "composition_share": "1.5%",
-  "augmenting_share": "10% (assumed)", "compose_cost": "2%",
+  "anchor": "≈1B",
+  "composition": "≈15M",
+  "composition_share": "1.5%",
+  "augmenting_share": "10% (assumed)",
+  "compose_cost": "2%",
   "both_cost": "12%",
-}  # fmt: skip
+}
+_NAMES = {
+  "anchor": "m_B",
+  "augmenting": "m_A",
+  "composition": "Θ_C",
+  "composed": "all",
+}
 
 
-class Row(NamedTuple):
+class CostRow(NamedTuple):
   """A line of the table: counts are int, shares float, None is not known.
 
   Attributes:
@@ -76,7 +79,7 @@ class Row(NamedTuple):
 
 
 def parameters(spec: Composition) -> dict[str, int]:
-  """Parametric overhead (C.1).
+  """Counts the parameters of a composition (C.1).
 
   Returns:
     Numbers of parameters of "anchor", "augmenting" (all of them together),
@@ -92,14 +95,14 @@ def parameters(spec: Composition) -> dict[str, int]:
     "paper_augmenting": sum(paper_model_count(c) for c in models),
     "paper_composition": paper_count(spec),
   }
-  parts = ("anchor", "augmenting", "composition")
   for paper in ("", "paper_"):
-    counts[f"{paper}composed"] = sum(counts[paper + part] for part in parts)
+    parts = (counts[paper + part] for part in _NAMES if part != "composed")
+    counts[f"{paper}composed"] = sum(parts)
   return counts
 
 
 def paper_model_count(config: ModelConfig) -> int:
-  """Parameters of a model by C.1: N (V D + 3 D^2 + 2 D^2 K), K = F / D."""
+  """Counts parameters as C.1 does: N (V D + 3 D^2 + 2 D^2 K), K = F / D."""
   D = config.width
   layer = config.vocab_size * D + 3 * D * D + 2 * D * config.mlp_width
   return config.num_layers * layer
@@ -108,17 +111,17 @@ def paper_model_count(config: ModelConfig) -> int:
 def training_flops(
   spec: Composition, batch: int, length: int, augmenting_length: int = 0
 ) -> dict[str, int | None]:
-  """FLOPs of steps and forward passes, each on batch x length tokens.
+  """Counts the FLOPs of steps and forward passes on batch x length tokens.
 
-  Of matrix products, attention without its causal half. A step is a forward
-  and a backward pass; what the optimizer does is elementwise.
+  Only matrix products count, attention without its causal half. A step is a
+  forward and a backward pass; what the optimizer does is elementwise.
 
   Args:
     spec: with at least one augmenting model.
     batch: rows.
     length: tokens of a row.
-    augmenting_length: of the augmenting models' rows, if their tokens are
-      others than the anchor's; 0 if they are the same.
+    augmenting_length: tokens of a row of the augmenting models; 0 if they read
+      the anchor's.
 
   Returns:
     Under "composed_step" training Θ_C, "anchor_step" all of the anchor,
@@ -133,154 +136,165 @@ def training_flops(
   """
   if not spec.augmenting:
     raise InputError("there is no augmenting model, so no overhead to count")
-  own = augmenting_length or length
+  sizes = _Sizes(batch, length, augmenting_length or length)
   # Of the models, whatever kernel, remat and mesh they run with.
   spec = spec.with_compute(
     lambda part: {"attention": "xla", "remat": "auto", "place": None}
   )
-  theta = forward.param_shapes(spec)
-  parts = {name: joined.config for name, joined in spec.augmenting}
   params = {
     "anchor": decoder.param_shapes(spec.anchor),
-    "augmenting": {n: decoder.param_shapes(c) for n, c in parts.items()},
-    "composition": theta,
+    "augmenting": {
+      name: decoder.param_shapes(a.config) for name, a in spec.augmenting
+    },
+    "composition": forward.param_shapes(spec),
   }
-  anchor, anchor_params = Composition(spec.anchor), {"anchor": params["anchor"]}
-  sizes = batch, length, own
-  counted = {
-    "composed_step": _step(spec, params, "composition/.*", sizes),
-    "anchor_step": _step(anchor, anchor_params, "anchor/.*", sizes),
+  anchor = Composition(spec.anchor), {"anchor": params["anchor"]}, sizes
+  counts = {
+    "composed_step": _count(spec, params, sizes, "composition/.*"),
+    "anchor_step": _count(*anchor, "anchor/.*"),
     "augmenting_step": 0,
     "lora_step": None,
     "lora_rank": None,
-    "composed_forward": _forward(spec, params, sizes),
-    "anchor_forward": _forward(anchor, anchor_params, sizes),
+    "composed_forward": _count(spec, params, sizes),
+    "anchor_forward": _count(*anchor),
     "augmenting_forward": 0,
-    "batch": batch,
-    "length": length,
-    "augmenting_length": own,
+    **sizes._asdict(),
   }
-  for name, config in parts.items():
-    alone = Composition(config), {"anchor": params["augmenting"][name]}
-    rows = batch, own, own
-    counted["augmenting_step"] += _step(*alone, "anchor/.*", rows)
-    counted["augmenting_forward"] += _forward(*alone, rows)
+  rows = sizes._replace(length=sizes.augmenting_length)
+  for name, joined in spec.augmenting:
+    model = {"anchor": params["augmenting"][name]}
+    alone = Composition(joined.config), model, rows
+    counts["augmenting_step"] += _count(*alone, "anchor/.*")
+    counts["augmenting_forward"] += _count(*alone)
   if not spec.anchor.num_experts:
-    rank = lora.closest_rank(params["anchor"], trees.count(theta))
+    size = trees.count(params["composition"])
+    rank = lora.closest_rank(params["anchor"], size)
     adapted = jax.eval_shape(
       lambda p: lora.add(p, rank, jax.random.key(0)), params["anchor"]
     )
-    counted["lora_rank"] = rank
-    counted["lora_step"] = _step(
-      anchor, {"anchor": adapted}, "anchor/.*/lora_.", sizes
+    counts["lora_rank"] = rank
+    counts["lora_step"] = _count(
+      anchor[0], {"anchor": adapted}, sizes, "anchor/.*/lora_."
     )
-  return counted
+  return counts
 
 
-def _logits(params, spec, tokens_BL, own):
-  anchor = plain_sequence(tokens_BL)
-  shape = tokens_BL.shape[0], own
-  heard = plain_sequence(jnp.zeros(shape, jnp.int32))
+class _Sizes(NamedTuple):
+  """The shape of a batch, whose augmenting rows may have another length."""
+
+  batch: int
+  length: int
+  augmenting_length: int
+
+
+def _count(
+  spec: Composition, params: dict, sizes: _Sizes, trainable: str = ""
+) -> int:
+  """FLOPs of a step on the leaves that `trainable` names, or of a forward pass.
+
+  All tokens of the augmenting models are visible.
+  """
+  leaves = trees.mask(params, [trainable or ".*"])
   names = [name for name, _ in spec.augmenting]
-  return forward.forward(
-    params,
-    spec,
-    anchor,
-    dict.fromkeys(names, heard),
-    dict.fromkeys(names, jnp.full(tokens_BL.shape, own)),
-  )[0]
 
+  def logits(chosen, frozen, tokens_BL):
+    rows = plain_sequence(
+      jnp.zeros((sizes.batch, sizes.augmenting_length), jnp.int32)
+    )
+    visible_BL = jnp.full(tokens_BL.shape, sizes.augmenting_length)
+    return forward.forward(
+      trees.merge(chosen, frozen),
+      spec,
+      plain_sequence(tokens_BL),
+      dict.fromkeys(names, rows),
+      dict.fromkeys(names, visible_BL),
+    )[0]
 
-def _forward(spec, params, sizes) -> int:
-  *shape, own = sizes
-  return flops.count(
-    lambda p, tokens: _logits(p, spec, tokens, own),
-    params,
-    jax.ShapeDtypeStruct(shape, jnp.int32),
-  )
+  def loss(chosen, frozen, tokens_BL):
+    ones_BL = jnp.ones(tokens_BL.shape)
+    logits_BLV = logits(chosen, frozen, tokens_BL)
+    return loss_lib.cross_entropy(logits_BLV, tokens_BL, ones_BL)[0].sum()
 
-
-def _step(spec, params, trainable: str, sizes) -> int:
-  *shape, own = sizes
-  chosen, frozen = trees.partition(params, trees.mask(params, [trainable]))
-
-  def loss(chosen, frozen, tokens):
-    logits = _logits(trees.merge(chosen, frozen), spec, tokens, own)
-    ones = jnp.ones(tokens.shape)
-    return loss_lib.cross_entropy(logits, tokens, ones)[0].sum()
-
-  tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-  return flops.count(jax.grad(loss), chosen, frozen, tokens)
+  tokens = jax.ShapeDtypeStruct((sizes.batch, sizes.length), jnp.int32)
+  function = jax.grad(loss) if trainable else logits
+  return flops.count(function, *trees.partition(params, leaves), tokens)
 
 
 def table(
   counts: dict[str, int], steps: dict[str, Any], data_share: float
-) -> list[Row]:
-  """Appendix C for one composition.
+) -> list[CostRow]:
+  """Makes the table of Appendix C for one composition.
 
   Args:
     counts: of `parameters`.
     steps: of `training_flops`.
-    data_share: what Θ_C is trained on, of the data that m_B would be
-      fine-tuned on, and m_A is trained on.
+    data_share: the share of the data of fine-tuning m_B that Θ_C is trained
+      on; m_A is trained on all of it.
   """
 
-  def size_of(name):
-    return counts[name] / counts["anchor"]
+  def size(part: str) -> float:
+    return counts[part] / counts["anchor"]
 
-  def pass_of(name):
-    return steps[f"{name}_forward"] / steps["anchor_forward"]
+  def forward_pass(part: str) -> float:
+    return steps[f"{part}_forward"] / steps["anchor_forward"]
 
-  def step_of(name):
-    step = steps[f"{name}_step"]
-    return None if step is None else step / steps["anchor_step"]
+  def step(part: str) -> float | None:
+    count = steps[f"{part}_step"]
+    return None if count is None else count / steps["anchor_step"]
 
   small = counts["paper_augmenting"] / counts["paper_anchor"]
   theta = counts["paper_composition"] / counts["paper_anchor"]
-  few = f"on {100 * data_share:.3g}% of the data"
-  cost = data_share * step_of("composed")
   rank = steps["lora_rank"]
   adapter = "LoRA" if rank is None else f"LoRA of rank {rank}"
-  return [
-    Row(part, f"parameters of {what}", counts[f"paper_{part}"], counts[part])
-    for part, what in (
-      ("anchor", "m_B"), ("augmenting", "m_A"), ("composition", "Θ_C"),
-      ("composed", "all"),
-    )
-  ] + [
-    Row("composition_share", "Θ_C / m_B", theta, size_of("composition")),
-    Row("augmenting_share", "m_A / m_B", small, size_of("augmenting")),
-    Row("composed_forward", "forward: composed / m_B", None,
-        pass_of("composed")),
-    Row("augmenting_forward", "forward: m_A / m_B", None,
-        pass_of("augmenting")),
-    Row("composed_step", "step: Θ_C / all of m_B", 1.0, step_of("composed")),
-    Row("lora_step", f"step: {adapter} / all of m_B", None,
-        step_of("lora")),
-    Row("augmenting_step", "step: all of m_A / all of m_B", small,
-        step_of("augmenting")),
-    Row("compose_cost", f"training Θ_C {few}", data_share, cost),
-    Row("both_cost", f"training Θ_C {few}, m_A on all",
-        small + data_share, step_of("augmenting") + cost),
-  ]  # fmt: skip
+  few = f"training Θ_C on {100 * data_share:.3g}% of the data"
+  cost, step_a = data_share * step("composed"), step("augmenting")
+  forward_a = forward_pass("augmenting")
+  forward_both = forward_pass("composed")
+  rows = [
+    (part, f"parameters of {name}", counts[f"paper_{part}"], counts[part])
+    for part, name in _NAMES.items()
+  ]
+  rows += [
+    ("composition_share", "Θ_C / m_B", theta, size("composition")),
+    ("augmenting_share", "m_A / m_B", small, size("augmenting")),
+    ("composed_forward", "forward: composed / m_B", None, forward_both),
+    ("augmenting_forward", "forward: m_A / m_B", None, forward_a),
+    ("composed_step", "step: Θ_C / all of m_B", 1.0, step("composed")),
+    ("lora_step", f"step: {adapter} / all of m_B", None, step("lora")),
+    ("augmenting_step", "step: all of m_A / all of m_B", small, step_a),
+    ("compose_cost", few, data_share, cost),
+    ("both_cost", f"{few}, m_A on all", small + data_share, step_a + cost),
+  ]
+  return [CostRow(*row) for row in rows]
 
 
 def bert() -> Composition:
-  """C.1's example: BERT-small (m_A) and BERT-large (m_B), as decoders.
+  """Builds C.1's example: BERT-small (m_A) and BERT-large (m_B), as decoders.
 
   What BERT has besides, a norm of the embeddings, two segments and a pooler,
   is a percent of it.
   """
 
-  def model(layers, width):
+  def model(layers: int, width: int) -> ModelConfig:
     return ModelConfig(
-      vocab_size=30_000, width=width, num_layers=layers, num_heads=width // 64,
-      num_kv_heads=width // 64, head_dim=64, mlp_width=4 * width,
-      max_length=512, activation="gelu_exact", gated_mlp=False, mlp_bias=True,
-      attention_bias=True, output_bias=True, norm="layer",
-      learned_positions=True, tie_embeddings=True,
-    )  # fmt: skip
+      vocab_size=30_000,
+      width=width,
+      num_layers=layers,
+      num_heads=width // 64,
+      num_kv_heads=width // 64,
+      head_dim=64,
+      mlp_width=4 * width,
+      max_length=512,
+      activation="gelu_exact",
+      gated_mlp=False,
+      mlp_bias=True,
+      attention_bias=True,
+      output_bias=True,
+      norm="layer",
+      learned_positions=True,
+      tie_embeddings=True,
+    )
 
-  small, large = model(4, 512), model(24, 1024)
   pairs = default_connections(4, 24, 4)
-  return Composition(large, (("m_A", Augmenting(small, pairs, norm=False)),))
+  small = Augmenting(model(4, 512), pairs, norm=False)
+  return Composition(model(24, 1024), (("m_A", small),))
