@@ -24,7 +24,7 @@ from rich.table import Table
 import calm_jax
 from benchmarks.pairs import V, model
 from calm_jax.models import decoder
-from calm_jax.models.hf import loading
+from calm_jax.models.hf import export
 from calm_jax.text.tokenizer import train_sentencepiece
 
 GOAL = 1 / 3
@@ -39,7 +39,7 @@ def save_composition(folder: Path) -> Path:
   ):  # fmt: skip
     config = model(*shape)
     params = init(jax.random.key(0), config)
-    loading.save_params(folder / name, config, params)
+    export.save_params(folder / name, config, params)
     # Every id that the random weights may pick spells something.
     train_sentencepiece(
       texts,

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from calm_jax import cli, report
-from calm_jax.core import hub
+from calm_jax.core import files
 from calm_jax.core.errors import InputError
 from calm_jax.experiments import placement, recipe
 from calm_jax.language_model import LanguageModel
@@ -110,7 +110,7 @@ def _main(settings: dict[str, Any], options: Options) -> dict[str, Any]:
 def _check_folder(folder: Path) -> None:
   """What training wrote took longer than an evaluation does."""
   path = folder / "results.json"
-  if path.exists() and "model" not in hub.read_json(path):
+  if path.exists() and "model" not in files.read_json(path):
     raise InputError(f"{folder} holds the results of a run; give another --out")
 
 

@@ -19,7 +19,7 @@ from calm_jax.generation import inputs as inputs_lib
 from calm_jax.generation import text as text_lib
 from calm_jax.generation.sampling import Sampler
 from calm_jax.generation.scoring import Score
-from calm_jax.models.hf import loading
+from calm_jax.models.hf.export import MAX_SHARD_SIZE
 from calm_jax.text.alignment import ChunkEncoder
 
 Array = jax.Array
@@ -226,9 +226,7 @@ class LanguageModel(Model):
     return attention_maps.cross_attention(self, ids, prompt_length)
 
   def export_hf(
-    self,
-    folder: str | os.PathLike,
-    max_shard_size: int = loading.MAX_SHARD_SIZE,
+    self, folder: str | os.PathLike, max_shard_size: int = MAX_SHARD_SIZE
   ) -> None:
     """Writes a single model as safetensors that transformers loads.
 

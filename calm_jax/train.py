@@ -124,7 +124,7 @@ def _keep(fitted: recipe.Fitted, settings: dict[str, Any]) -> None:
   model.save(fitted.folder / "composition")
 
 
-def _export(model: LanguageModel, part: str, folder: Path) -> hub.Source:
+def _export(model: LanguageModel, part: str, folder: Path) -> hub.CheckpointRef:
   shutil.rmtree(folder, ignore_errors=True)  # of an earlier call
   model.part(part).export_hf(folder)
   return hub.locate(folder)

@@ -35,7 +35,7 @@ from calm_jax.generation import decode
 from calm_jax.generation.sampling import Sampler
 from calm_jax.language_model import LanguageModel, load_model
 from calm_jax.models import attention, decoder
-from calm_jax.models.hf import loading
+from calm_jax.models.hf import export
 from calm_jax.parallel import mesh, processes, sharding
 from calm_jax.training import optimizer, trainer
 from calm_jax.training import step as step_lib
@@ -210,7 +210,7 @@ def load(folder: Path, axes: dict) -> None:
   """A checkpoint is read in pieces, and is the same model."""
   layout = layout_of(axes)
   config, params = helpers.model(1, num_layers=2)
-  loading.save_params(folder / "model", config, params)
+  export.save_params(folder / "model", config, params)
   whole, cut = (
     load_model(
       str(folder / "model"), shardings=placement.shardings(of, "anchor")

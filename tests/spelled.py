@@ -6,7 +6,7 @@ from pathlib import Path
 
 import helpers
 
-from calm_jax.models.hf import loading
+from calm_jax.models.hf import export
 from calm_jax.text import tokenizer
 
 ALPHABET = "abcdefghij kl."
@@ -20,7 +20,7 @@ def save(folder: Path, seed: int, text: str = ALPHABET, **changes) -> Path:
     "num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "mlp_width": 8,
     "max_length": 64,
   } | changes  # fmt: skip
-  loading.save_params(folder, *helpers.model(seed, **shape))
+  export.save_params(folder, *helpers.model(seed, **shape))
   tokenizer.train_sentencepiece(
     [text], folder / "tokenizer", vocab_size=4 + len(set(text))
   )

@@ -13,7 +13,7 @@ from test_language_model import spell
 import calm_jax
 from calm_jax import cli, generate, info
 from calm_jax.composition.connections import Composition
-from calm_jax.models.hf import loading
+from calm_jax.models.hf import export
 from calm_jax.planning import flops
 
 
@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
   """A checkpoint of 14 tokens, and a composition of it with another."""
   folder = tmp_path_factory.mktemp("models")
   for i, name in enumerate(("anchor", "augmenting")):
-    loading.save_params(folder / name, *helpers.model(i, vocab_size=14))
+    export.save_params(folder / name, *helpers.model(i, vocab_size=14))
     spell(folder / name, "abcdefghij")
   anchor, augmenting = (
     calm_jax.load_model(str(folder / name)) for name in ("anchor", "augmenting")

@@ -7,7 +7,7 @@ import pytest
 
 from calm_jax import cli, info
 from calm_jax.composition.connections import Connection
-from calm_jax.models.hf import loading
+from calm_jax.models.hf import export
 from calm_jax.planning import overhead
 
 
@@ -42,7 +42,7 @@ def test_the_papers_example(run):
 
 def test_a_plan(run, tmp_path):
   for i, name in enumerate(("anchor", "augmenting")):
-    loading.save_params(tmp_path / name, *helpers.model(i, vocab_size=14))
+    export.save_params(tmp_path / name, *helpers.model(i, vocab_size=14))
   named = [f"--{n}={tmp_path / n}" for n in ("anchor", "augmenting")]
   spec = info.plan(*(str(tmp_path / n) for n in ("anchor", "augmenting")), 2)
   [(_, joined)] = spec.augmenting
@@ -75,7 +75,7 @@ def test_wrong_usage(run, arguments, capsys):
 
 
 def test_impossible_plans(run, tmp_path, capsys):
-  loading.save_params(tmp_path / "m", *helpers.model(0, vocab_size=14))
+  export.save_params(tmp_path / "m", *helpers.model(0, vocab_size=14))
   both = f"--anchor={tmp_path / 'm'}", f"--augmenting={tmp_path / 'm'}"
   with pytest.raises(SystemExit):
     run(*both, "--connections=5")

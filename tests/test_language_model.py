@@ -15,7 +15,7 @@ import calm_jax
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError
 from calm_jax.generation import text as text_lib
-from calm_jax.models.hf import loading
+from calm_jax.models.hf import export
 from calm_jax.text import tokenizer
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 7))
@@ -23,7 +23,7 @@ TOKENS = np.random.default_rng(0).integers(0, 61, (2, 7))
 
 def save(folder: pathlib.Path, seed: int, **changes) -> pathlib.Path:
   """A checkpoint without a tokenizer."""
-  loading.save_params(folder, *helpers.model(seed, **changes))
+  export.save_params(folder, *helpers.model(seed, **changes))
   return folder
 
 

@@ -19,7 +19,7 @@ import pytest
 import calm_jax
 from calm_jax.core.errors import InputError
 from calm_jax.generation import decode
-from calm_jax.models.hf import loading
+from calm_jax.models.hf import export
 from calm_jax.text import tokenizer
 
 pytest.importorskip(
@@ -41,7 +41,7 @@ def folders(tmp_path_factory):
     config, params = helpers.model(
       seed, vocab_size=14, width=width, max_length=LIMIT
     )
-    loading.save_params(path / name, config, params)
+    export.save_params(path / name, config, params)
     tokenizer.train_sentencepiece(
       ["abcdefghij"], path / name / "tokenizer", vocab_size=14
     )

@@ -186,7 +186,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
   """
   if not (folder / CONFIG).exists():
     raise InputError(f"{folder} holds no composition: it has no {CONFIG}")
-  config = hub.read_json(folder / CONFIG)
+  config = files.read_json(folder / CONFIG)
   if config.get("format") != _FORMAT:
     raise InputError(
       f"{folder / CONFIG} has format {config.get('format')!r}, this calm_jax "

@@ -39,7 +39,9 @@ class Model:
   tokenizer: Tokenizer | None = None
   origin: str = ""
   tokenizers: dict[str, Tokenizer] = dataclasses.field(default_factory=dict)
-  sources: dict[str, hub.Source] = dataclasses.field(default_factory=dict)
+  sources: dict[str, hub.CheckpointRef] = dataclasses.field(
+    default_factory=dict
+  )
 
   @property
   def is_composed(self) -> bool:

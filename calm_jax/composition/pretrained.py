@@ -15,11 +15,12 @@ from calm_jax.core import hub
 from calm_jax.core.errors import InputError
 from calm_jax.models import decoder, quantisation
 from calm_jax.models.hf import loading
+from calm_jax.models.hf.export import save_params
 from calm_jax.text.tokenizer import find_tokenizer
 
 
 def load(
-  source: hub.Source,
+  source: hub.CheckpointRef,
   dtype: str,
   shardings: Callable[[dict], dict] | None = None,
   quantise: str = "",
@@ -33,7 +34,7 @@ def load(
     shapes = quantisation.shapes(decoder.param_shapes(config), quantise)
     places = shardings(shapes)
   params = loading.load_params(folder, config, dtype, places, quantise)
-  source = source._replace(config=hub.read_json(folder / hub.CONFIG))
+  source = source._replace(config=hub.read_config(folder))
   return Model(
     Composition(config),
     # Unlike jnp.asarray, it takes aligned memory over without a copy.
@@ -60,7 +61,7 @@ def export(
     )
   source = model.sources.get("anchor")
   text_files = _text_files(model)
-  loading.save_params(
+  save_params(
     folder,
     model.spec.anchor,
     model.params["anchor"],

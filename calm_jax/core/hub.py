@@ -1,12 +1,11 @@
-"""Folders of Hugging Face checkpoints: found, downloaded, opened.
+"""Finds the folder of a Hugging Face checkpoint, or downloads it.
 
-safetensors only: a pickled checkpoint (*.bin, *.pt) runs any code it likes
-when it is read.
+Weights are downloaded as safetensors only: a pickled checkpoint (*.bin, *.pt)
+runs any code it likes when it is read.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import re
@@ -17,6 +16,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from calm_jax.core.errors import InputError
+from calm_jax.core.files import read_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -33,7 +33,7 @@ TEXT_FILES = (
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-class Source(NamedTuple):
+class CheckpointRef(NamedTuple):
   """Where a checkpoint came from.
 
   Attributes:
@@ -53,7 +53,7 @@ def locate(
   path_or_hub_id: str | os.PathLike,
   revision: str | None = None,
   files: Sequence[str] = HUB_FILES,
-) -> Source:
+) -> CheckpointRef:
   """Finds a checkpoint's folder, downloaded first if need be.
 
   Args:
@@ -75,7 +75,7 @@ def locate(
         f"{name} is a folder, which has no revision {revision!r}; only an id "
         "on the hub has revisions"
       )
-    return Source(name, None, path)
+    return CheckpointRef(name, None, path)
   if name and path.exists():
     raise InputError(f"{name} is a file; give the folder that it is in")
   if not _HUB_ID.fullmatch(name):
@@ -97,19 +97,18 @@ def locate(
     ) from error
   folder = pathlib.Path(found)
   # The cache names a snapshot's folder by its commit, whatever was asked for.
-  return Source(name, folder.name, folder)
+  return CheckpointRef(name, folder.name, folder)
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """A JSON object; InputError if the file is missing or anything else."""
-  try:
-    read = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError as error:
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+  """Reads the config.json of a checkpoint's folder.
+
+  Raises:
+    InputError: it is missing, or no JSON object.
+  """
+  path = folder / CONFIG
+  if not path.exists():
     raise InputError(
-      f"{path} is missing: {path.parent} holds no Hugging Face checkpoint"
-    ) from error
-  except (OSError, ValueError) as error:
-    raise InputError(f"{path} is not readable JSON: {error}") from error
-  if not isinstance(read, dict):
-    raise InputError(f"{path} is not a JSON object but {type(read).__name__}")
-  return read
+      f"{path} is missing: {folder} holds no Hugging Face checkpoint"
+    )
+  return read_json(path)

@@ -9,13 +9,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from calm_jax.core.errors import InputError
 from calm_jax.models.quantisation import matmul
 
 Array = jax.Array
@@ -166,43 +164,3 @@ def blocks(
     token_NS.reshape(N, size),
     slot_Tk.reshape(expert_Tk.shape),
   )
-
-
-def fields_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-  """MoE's fields from the config.json of a Mixtral or a Qwen3-MoE.
-
-  Returns:
-    num_experts, experts_per_token, mlp_width and normalise.
-
-  Raises:
-    InputError: some layers have an ordinary MLP, or the number of experts is
-      unclear or less than a token needs.
-    KeyError: a key is missing.
-  """
-  # transformers 5 writes Qwen3-MoE's with Mixtral's name, 4 did not.
-  names = ("num_experts", "num_local_experts")
-  found = {hf[n] for n in names if hf.get(n) is not None}
-  fields = {"experts_per_token": hf["num_experts_per_tok"]}
-  if len(found) != 1 or max(found) < max(1, fields["experts_per_token"]):
-    raise InputError(
-      f"config.json gives {' / '.join(names)} as {sorted(found)}, and "
-      f"num_experts_per_tok={fields['experts_per_token']}"
-    )
-  fields["num_experts"] = found.pop()
-  if hf["model_type"] == "mixtral":
-    return fields | {"mlp_width": hf["intermediate_size"], "normalise": True}
-  step, never = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers")
-  dense = [
-    i for i in range(hf["num_hidden_layers"])
-    if (i + 1) % step or i in (never or ())
-  ]  # fmt: skip
-  if dense:
-    raise InputError(
-      "config.json asks for ordinary MLPs in the layers (from 0) "
-      f"{dense}, by decoder_sparse_step={step} and mlp_only_layers={never}; "
-      "only models with experts in every layer are computed here"
-    )
-  return fields | {
-    "mlp_width": hf["moe_intermediate_size"],
-    "normalise": hf.get("norm_topk_prob", False),
-  }

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from calm_jax.composition import forward
 from calm_jax.composition.connections import Composition, connect
-from calm_jax.core import hub, trees
+from calm_jax.core import files, hub, trees
 from calm_jax.core.batch import Batch, Sequence
 from calm_jax.core.errors import InputError
 from calm_jax.experiments import quantising
@@ -145,9 +145,9 @@ def _models(settings) -> dict[str, ModelConfig]:
 
 def _read(path_or_hub_id: str) -> ModelConfig:
   if path_or_hub_id.endswith(".json"):
-    return families.from_hf(hub.read_json(Path(path_or_hub_id)))
-  files = [hub.CONFIG]
-  return loading.load_config(hub.locate(path_or_hub_id, None, files).folder)
+    return families.from_hf(files.read_json(Path(path_or_hub_id)))
+  folder = hub.locate(path_or_hub_id, files=[hub.CONFIG]).folder
+  return loading.load_config(folder)
 
 
 def _tokenizer(settings):

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 import calm_jax
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError
-from calm_jax.models.hf import loading
+from calm_jax.models.hf import export
 from calm_jax.text import tokenizer
 
 TOKENS = np.random.default_rng(0).integers(0, 14, (2, 7))
@@ -26,7 +26,7 @@ TEXT = "abcdefghij"
 
 def save(folder: pathlib.Path, seed: int, **changes) -> pathlib.Path:
   """A checkpoint with a tokenizer of 14 tokens."""
-  loading.save_params(folder, *helpers.model(seed, vocab_size=14, **changes))
+  export.save_params(folder, *helpers.model(seed, vocab_size=14, **changes))
   tokenizer.train_sentencepiece([TEXT], folder / "tokenizer", vocab_size=14)
   return folder
 
@@ -115,7 +115,7 @@ def test_several_with_options(bases, dtype, tmp_path):
 
 def test_different_tokenizers(bases, tmp_path):
   folder = tmp_path / "other"
-  loading.save_params(folder, *helpers.model(5, vocab_size=9))
+  export.save_params(folder, *helpers.model(5, vocab_size=9))
   tokenizer.train_sentencepiece(["abcde"], folder / "tokenizer", vocab_size=9)
   model = compose(bases | {"other": folder}, ("kv", "other"))
   assert model.tokenizers.keys() == {"other"}
@@ -239,7 +239,7 @@ def test_other_files_are_refused(copied, bases):
   config, params = helpers.model(1, vocab_size=14)
   for name in ("model.safetensors", "config.json"):
     (copied / "anchor" / name).unlink()
-  loading.save_params(copied / "anchor", config, params, max_shard_size=9000)
+  export.save_params(copied / "anchor", config, params, max_shard_size=9000)
   with pytest.raises(InputError, match=r"00001-of-.*was not there when"):
     load(copied)
   shutil.copy(bases["anchor"] / "config.json", copied / "kv" / "config.json")

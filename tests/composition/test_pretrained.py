@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 import calm_jax
 from calm_jax.composition.connections import Composition
-from calm_jax.core import hub, trees
+from calm_jax.core import files, trees
 from calm_jax.core.errors import InputError
 from calm_jax.models.hf import weight_files
 from calm_jax.models.rope import Rope
@@ -52,13 +52,13 @@ def test_exported_is_what_was_loaded(case, tmp_path):
   }
   jax.tree.map(np.testing.assert_array_equal, written, cases.tensors(case))
   old, new = (
-    hub.read_json(tmp_path / n / "config.json") for n in ("old", "new")
+    files.read_json(tmp_path / n / "config.json") for n in ("old", "new")
   )
   assert new == old | {"dtype": "float32"}
   assert (tmp_path / "new" / "generation_config.json").exists()
   half = calm_jax.load_model(str(folder), "bfloat16")
   half.export_hf(tmp_path / "half")
-  config = hub.read_json(tmp_path / "half" / "config.json")
+  config = files.read_json(tmp_path / "half" / "config.json")
   assert config["dtype"] == "bfloat16"
   again = calm_jax.load_model(str(tmp_path / "half"), "bfloat16")
   assert_same(again, half)

@@ -16,7 +16,7 @@ from calm_jax.core import trees
 from calm_jax.core.errors import InputError
 from calm_jax.generation import decode
 from calm_jax.models import decoder, lora
-from calm_jax.models.hf import loading
+from calm_jax.models.hf import export, loading
 from calm_jax.models.layers import Linear
 
 RANK = 3
@@ -153,9 +153,9 @@ def test_in_steps_and_while_generating():
 def test_what_is_not_merged_is_not_exported(tmp_path):
   config, _, params = adapted()
   with pytest.raises(InputError, match="lora_a"):
-    loading.save_params(tmp_path / "no", config, params)
+    export.save_params(tmp_path / "no", config, params)
   merged = lora.merge(params)
-  loading.save_params(tmp_path / "yes", config, merged)
+  export.save_params(tmp_path / "yes", config, merged)
   again = loading.load_params(tmp_path / "yes", config)
   jax.tree.map(np.testing.assert_array_equal, again, merged)
 

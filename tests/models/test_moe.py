@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm_jax.core.errors import InputError
 from calm_jax.models import moe
 from calm_jax.models.moe import MoE
 
@@ -207,40 +206,3 @@ def test_low_precision():
   error = jnp.abs(got - forward(module, params, x)).max(axis=-1)
   scale = jnp.abs(forward(module, params, x)).max()
   assert jnp.mean(error < 0.02 * scale) > 0.9
-
-
-MIXTRAL = {
-  "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2,
-  "intermediate_size": 14, "num_hidden_layers": 4,
-}  # fmt: skip
-QWEN3 = MIXTRAL | {
-  "model_type": "qwen3_moe", "moe_intermediate_size": 6, "norm_topk_prob": True
-}  # fmt: skip
-
-
-def test_reading():
-  fields = {
-    "num_experts": 8, "experts_per_token": 2, "mlp_width": 14,
-    "normalise": True,
-  }  # fmt: skip
-  assert moe.fields_from_hf(MIXTRAL) == fields
-  fields["mlp_width"] = 6
-  assert moe.fields_from_hf(QWEN3) == fields
-  older = {k: v for k, v in QWEN3.items() if k != "num_local_experts"}
-  older |= {"num_experts": 8, "decoder_sparse_step": 1, "mlp_only_layers": []}
-  assert moe.fields_from_hf(older) == fields
-  del older["norm_topk_prob"]
-  assert moe.fields_from_hf(older) == fields | {"normalise": False}
-
-
-@pytest.mark.parametrize(("changes", "named"), [
-  ({"decoder_sparse_step": 2}, r"\[0, 2\]"),
-  ({"mlp_only_layers": [1, 7]}, r"\[1\]"),
-  ({"num_experts": 4}, r"\[4, 8\]"),
-  ({"num_local_experts": None}, "num_local_experts"),
-  ({"num_local_experts": 0}, "num_local_experts"),
-  ({"num_experts_per_tok": 9}, "num_experts_per_tok=9"),
-])  # fmt: skip
-def test_reading_names_what_is_wrong(changes, named):
-  with pytest.raises(InputError, match=named):
-    moe.fields_from_hf(QWEN3 | changes)

@@ -24,7 +24,7 @@ from calm_jax.experiments import placement, quantising
 from calm_jax.generation import decode
 from calm_jax.models import decoder, lora, quantisation
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.hf import loading
+from calm_jax.models.hf import export
 from calm_jax.parallel import sharding
 from calm_jax.planning import flops
 from calm_jax.training import optimizer
@@ -297,7 +297,7 @@ def folders(tmp_path_factory):
   for name, seed, changes in (
     ("anchor", 1, {"tie_embeddings": True}), ("kv", 2, {"width": 24})
   ):  # fmt: skip
-    loading.save_params(path / name, *helpers.model(seed, **changes))
+    export.save_params(path / name, *helpers.model(seed, **changes))
   return path
 
 
@@ -305,7 +305,7 @@ def folders(tmp_path_factory):
   ("kind", "dtype"), [("int8", "float32"), ("int4", "bfloat16")]
 )
 def test_loading_quantises(folders, kind, dtype, monkeypatch):
-  monkeypatch.setattr("calm_jax.models.hf.reading._AT_ONCE", 300)
+  monkeypatch.setattr("calm_jax.models.hf.leaves._AT_ONCE", 300)
   loaded = calm_jax.load_model(str(folders / "anchor"), dtype, quantise=kind)
   whole = calm_jax.load_model(str(folders / "anchor"))
   want = quantisation.quantise(whole.params["anchor"], kind)

@@ -17,7 +17,7 @@ pytest.importorskip(
 )
 import reference
 
-from calm_jax.models.hf import loading
+from calm_jax.models.hf import export, loading
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def test_logits_and_round_trip(family, case, tmp_path):
 
   read = loading.load_config(folder)
   written = json.loads((folder / "config.json").read_text())
-  loading.save_params(
+  export.save_params(
     tmp_path / "ours", read, loading.load_params(folder, read), written
   )
   before = load_file(folder / "model.safetensors")

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm_jax.models import moe
+from calm_jax.models.hf import config_fields, config_tables
 from calm_jax.models.moe import MoE
 
 torch = pytest.importorskip(
@@ -97,8 +97,12 @@ def test_blocks(case, tmp_path):
   with torch.no_grad():
     theirs = model.model.layers[0].mlp(torch.from_numpy(x)).numpy()
   for hf in (model.config.to_diff_dict(), model.config.to_dict()):
+    fields = config_fields.experts(config_tables.FAMILIES[family].defaults | hf)
     module = MoE(
-      **moe.fields_from_hf(hf),
+      fields["num_experts"],
+      fields["experts_per_token"],
+      fields.get("mlp_width", hf.get("intermediate_size")),
+      fields["normalise_experts"],
       activation=getattr(jax.nn, model.config.hidden_act),
     )
     ours = module.apply({"params": params}, jnp.asarray(x))

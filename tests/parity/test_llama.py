@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from golden import cases
 
-from calm_jax.models.hf import loading
+from calm_jax.models.hf import export, loading
 
 torch = pytest.importorskip(
   "torch", reason="parity is measured against torch, which is not installed"
@@ -78,7 +78,7 @@ def test_saved_by_us(case, tmp_path):
   folder = cases.write(tmp_path / "theirs", case)
   config = loading.load_config(folder)
   params = loading.load_params(folder, config)
-  loading.save_params(tmp_path / "ours", config, params)
+  export.save_params(tmp_path / "ours", config, params)
   tokens = cases.tokens(case)[0][None]
   np.testing.assert_array_equal(
     logits(reference(tmp_path / "ours"), tokens),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from calm_jax.models import rope
+from calm_jax.models.hf import rope_config
 
 torch = pytest.importorskip(
   "torch", reason="parity is measured against torch, which is not installed"
@@ -147,7 +148,7 @@ def test_tables(family, name, keys):
   head_dim = keys["hidden_size"] // keys["num_attention_heads"]
   # As it is on the hub, and as transformers writes it again.
   for hf in (keys, make().to_diff_dict()):
-    r = rope.from_hf(hf, head_dim, fraction=fraction)
+    r = rope_config.read_rope(hf, head_dim, fraction=fraction)
     for length in LENGTHS:
       positions = np.arange(length)[None]
       ours = rope.tables(r, jnp.asarray(positions), "float32")
@@ -185,7 +186,7 @@ def test_tables_by_layer_type(name):
     )
 
   for hf in (copy.deepcopy(keys), make().to_diff_dict()):
-    ropes = rope.by_layer_type_from_hf(hf, 22, THETAS)
+    ropes = rope_config.read_ropes(hf, 22, THETAS)
     assert set(ropes) == set(THETAS)
     for layer_type, r in ropes.items():
       for length in LENGTHS:

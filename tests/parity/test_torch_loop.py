@@ -9,7 +9,7 @@ import pytest
 from benchmarks import pairs, steps
 from calm_jax.core import trees
 from calm_jax.models import decoder
-from calm_jax.models.hf import loading
+from calm_jax.models.hf import export
 
 torch = pytest.importorskip(
   "torch", reason="parity is measured against torch, which is not installed"
@@ -21,7 +21,7 @@ from benchmarks import torch_loop  # noqa: E402
 
 
 def read(auto, folder, config, params, described):
-  loading.save_params(folder, config, params, described)
+  export.save_params(folder, config, params, described)
   return torch_loop.with_sdpa(
     auto.from_pretrained(folder, attn_implementation="eager")
   )

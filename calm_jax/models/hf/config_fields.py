@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from calm_jax.core.errors import InputError
-from calm_jax.models import moe, rope
+from calm_jax.models.hf import rope_config
 
 Json = dict[str, Any]
 _KINDS = ("full_attention", "sliding_attention")
@@ -29,7 +29,7 @@ def _head_dim(hf: Json, width="hidden_size", heads="num_attention_heads"):
 def rotary(hf: Json, theta: float = 10_000.0, fraction: float | None = None):
   """Rotary positions, and the width of a head."""
   head_dim = _head_dim(hf)
-  read = rope.from_hf(hf, head_dim, theta, fraction)
+  read = rope_config.read_rope(hf, head_dim, theta, fraction)
   return {"rope": read, "head_dim": head_dim}
 
 
@@ -120,7 +120,7 @@ def gemma3(hf: Json) -> Json:
     if hf.get("rope_parameters") and hf.get(key):
       raise InputError(f"rope_parameters and {key} are both given")
   head_dim = _head_dim(hf)
-  ropes = rope.by_layer_type_from_hf(hf, head_dim, thetas)
+  ropes = rope_config.read_ropes(hf, head_dim, thetas)
   windows = _alternating(hf, hf["sliding_window_pattern"])
   return {
     "embedding_scale": hf["hidden_size"] ** 0.5,
@@ -151,17 +151,48 @@ def phi3(hf: Json) -> Json:
 
 
 def mixtral(hf: Json) -> Json:
-  return _experts(hf) | rotary(hf, 1e6) | _windows(hf)
+  return experts(hf) | rotary(hf, 1e6) | _windows(hf)
 
 
 def qwen3_moe(hf: Json) -> Json:
-  return _experts(hf) | windowed(hf)
+  return experts(hf) | windowed(hf)
 
 
-def _experts(hf: Json) -> Json:
-  fields = moe.fields_from_hf(hf)
-  fields["normalise_experts"] = fields.pop("normalise")
-  return fields
+def experts(hf: Json) -> Json:
+  """The fields of a mixture of experts: Mixtral's, or Qwen3-MoE's.
+
+  Raises:
+    InputError: some layers have an ordinary MLP, or the number of experts is
+      unclear or less than a token needs.
+  """
+  # transformers 5 writes Qwen3-MoE's with Mixtral's name, 4 did not.
+  names = ("num_experts", "num_local_experts")
+  counts = {hf[n] for n in names if hf.get(n) is not None}
+  per_token = hf["num_experts_per_tok"]
+  if len(counts) != 1 or max(counts) < max(1, per_token):
+    raise InputError(
+      f"config.json gives {' / '.join(names)} as {sorted(counts)}, and "
+      f"num_experts_per_tok={per_token}"
+    )
+  fields = {"experts_per_token": per_token, "num_experts": counts.pop()}
+  if hf["model_type"] == "mixtral":
+    return fields | {"normalise_experts": True}
+  step, never = hf["decoder_sparse_step"], hf["mlp_only_layers"]
+  dense = [
+    i
+    for i in range(hf["num_hidden_layers"])
+    if (i + 1) % step or i in (never or ())
+  ]
+  if dense:
+    raise InputError(
+      "config.json asks for ordinary MLPs in the layers (from 0) "
+      f"{dense}, by decoder_sparse_step={step} and mlp_only_layers={never}; "
+      "only models with experts in every layer are computed here"
+    )
+  return fields | {
+    "mlp_width": hf["moe_intermediate_size"],
+    "normalise_experts": hf["norm_topk_prob"],
+  }
 
 
 def granite(hf: Json) -> Json:

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from calm_jax.models import rope
-from calm_jax.models.hf import config_fields
+from calm_jax.models.hf import config_fields, rope_config
 
 Json = dict[str, Any]
 
 
-class Family(NamedTuple):
+class ConfigTable(NamedTuple):
   """How the config.json of one family is read.
 
   Attributes:
@@ -36,7 +35,7 @@ class Family(NamedTuple):
   read: Callable[[Json], Json]
   only: dict[str, tuple] = {}  # noqa: RUF012
   ignored: frozenset[str] | set[str] = frozenset()
-  rope_keys: frozenset[str] = rope.KEYS
+  rope_keys: frozenset[str] = rope_config.KEYS
 
 
 _COPIED = {
@@ -61,7 +60,7 @@ def _without(table: dict, *keys: str) -> dict:
 _BIAS = {"attention_bias": ("attention_bias", "output_bias")}
 _NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 
-_LLAMA = Family(
+_LLAMA = ConfigTable(
   copied=_COPIED | _BIAS | {"mlp_bias": "mlp_bias"},
   defaults=_DEFAULTS | _NO_BIAS,
   fixed={},
@@ -92,7 +91,7 @@ _ROUTER_TRAINING = {
 
 FAMILIES = {
   "llama": _LLAMA,
-  "mistral": Family(
+  "mistral": ConfigTable(
     copied=_COPIED,
     defaults=_DEFAULTS | {
       "num_key_value_heads": 8, "max_position_embeddings": 4096 * 32,
@@ -101,26 +100,26 @@ FAMILIES = {
     fixed={},
     read=config_fields.windowed,
   ),
-  "qwen2": Family(
+  "qwen2": ConfigTable(
     copied=_COPIED,
     defaults=_QWEN,
     fixed={"attention_bias": True},
     read=config_fields.qwen,
     only={"use_mrope": (None, False)},
   ),
-  "qwen3": Family(
+  "qwen3": ConfigTable(
     copied=_COPIED | _BIAS,
     defaults=_QWEN | {"head_dim": 128, "attention_bias": False},
     fixed={"qk_norm": "head"},
     read=config_fields.qwen,
   ),
-  "gemma": Family(
+  "gemma": ConfigTable(
     copied=_COPIED | _BIAS,
     defaults=_GEMMA,
     fixed={"norm": "rms_plus_one"},
     read=config_fields.gemma,
   ),
-  "gemma2": Family(
+  "gemma2": ConfigTable(
     copied=_COPIED_GEMMA2 | _BIAS | {
       "attn_logit_softcapping": "attention_cap"
     },
@@ -129,7 +128,7 @@ FAMILIES = {
     read=config_fields.gemma2,
     ignored={"hidden_act", "sliding_window_size"},
   ),
-  "gemma3_text": Family(
+  "gemma3_text": ConfigTable(
     copied=_COPIED_GEMMA2 | _BIAS,
     defaults=_GEMMA2 | {
       "max_position_embeddings": 131_072, "final_logit_softcapping": None,
@@ -139,9 +138,9 @@ FAMILIES = {
     read=config_fields.gemma3,
     only={"attn_logit_softcapping": (None,)},
     ignored={"hidden_act", "_sliding_window_pattern"},
-    rope_keys=rope.GEMMA3_KEYS,
+    rope_keys=rope_config.GEMMA3_KEYS,
   ),
-  "gpt2": Family(
+  "gpt2": ConfigTable(
     copied={
       "vocab_size": "vocab_size", "n_embd": "width", "n_layer": "num_layers",
       "n_head": "num_heads", "n_positions": "max_length",
@@ -166,7 +165,7 @@ FAMILIES = {
     },
     rope_keys=frozenset(),
   ),
-  "gpt_neox": Family(
+  "gpt_neox": ConfigTable(
     copied=_without(
       _COPIED, "num_key_value_heads", "rms_norm_eps", "head_dim"
     ) | _BIAS | {
@@ -180,9 +179,9 @@ FAMILIES = {
     },
     fixed={"norm": "layer", "gated_mlp": False, "mlp_bias": True},
     read=config_fields.neox,
-    rope_keys=rope.NEOX_KEYS,
+    rope_keys=rope_config.NEOX_KEYS,
   ),
-  "phi3": Family(
+  "phi3": ConfigTable(
     copied=_COPIED,
     defaults=_DEFAULTS | {
       "rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
@@ -196,13 +195,13 @@ FAMILIES = {
       "interpolate_factor": (None, 1),
     },
   ),
-  "olmo2": Family(
+  "olmo2": ConfigTable(
     copied=_COPIED | _BIAS,
     defaults=_DEFAULTS | {"rms_norm_eps": 1e-5, "attention_bias": False},
     fixed={"pre_norm": False, "post_norm": True, "qk_norm": "full"},
     read=config_fields.rotary,
   ),
-  "smollm3": Family(
+  "smollm3": ConfigTable(
     copied=_LLAMA.copied,
     defaults=_LLAMA.defaults | _WINDOW | {
       "num_key_value_heads": 4, "max_position_embeddings": 32768,
@@ -214,7 +213,7 @@ FAMILIES = {
     read=config_fields.smollm3,
     ignored={"max_window_layers"},
   ),
-  "starcoder2": Family(
+  "starcoder2": ConfigTable(
     copied=_without(_COPIED, "rms_norm_eps") | {
       "norm_epsilon": "norm_eps",
       "use_bias": ("attention_bias", "output_bias", "mlp_bias"),
@@ -229,7 +228,7 @@ FAMILIES = {
     only={"mlp_type": (None, "default"), "norm_type": (None, "layer_norm")},
     ignored={"layer_norm_epsilon"},
   ),
-  "granite": Family(
+  "granite": ConfigTable(
     copied=_LLAMA.copied | {
       "embedding_multiplier": "embedding_scale",
       "residual_multiplier": "residual_scale",
@@ -242,7 +241,7 @@ FAMILIES = {
     fixed={},
     read=config_fields.granite,
   ),
-  "mixtral": Family(
+  "mixtral": ConfigTable(
     copied=_COPIED,
     defaults=_DEFAULTS | {
       "num_key_value_heads": 8, "max_position_embeddings": 4096 * 32,
@@ -253,7 +252,7 @@ FAMILIES = {
     read=config_fields.mixtral,
     ignored=_ROUTER_TRAINING,
   ),
-  "qwen3_moe": Family(
+  "qwen3_moe": ConfigTable(
     copied=_without(_COPIED, "intermediate_size") | _BIAS,
     defaults=_DEFAULTS | {
       "num_key_value_heads": 4, "max_position_embeddings": 32768,

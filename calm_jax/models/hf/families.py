@@ -10,7 +10,7 @@ import dataclasses
 
 from calm_jax.core.errors import InputError
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.hf.config_tables import FAMILIES, Family, Json
+from calm_jax.models.hf.config_tables import FAMILIES, ConfigTable, Json
 
 # transformers' names of activations.
 ACTIVATIONS = {
@@ -82,7 +82,7 @@ def from_hf(hf: Json) -> ModelConfig:
     raise InputError(f"config.json of a {name}: {error}") from error
 
 
-def _fields(family: Family, hf: Json) -> Json:
+def _fields(family: ConfigTable, hf: Json) -> Json:
   only = _NEVER | family.only
   known = {*family.copied, *family.defaults, *only, *family.rope_keys}
   unknown = set(hf) - known - family.ignored - _NO_ARITHMETIC

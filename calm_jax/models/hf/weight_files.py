@@ -1,21 +1,46 @@
-"""The safetensors files of a checkpoint, and the tensors that they hold.
+"""Finds and writes the safetensors files of a checkpoint.
 
-safetensors only: a pickled checkpoint (*.bin, *.pt) runs any code it likes
-when it is read.
+No other format is read: a pickled checkpoint (*.bin, *.pt) runs any code it
+likes when it is read.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import pathlib
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
+import ml_dtypes
+import numpy as np
 import safetensors
 
+from calm_jax.core import files
 from calm_jax.core.errors import InputError
-from calm_jax.core.hub import INDEX, WEIGHTS, read_json
-from calm_jax.models.hf.safetensors import Tensor
+from calm_jax.core.hub import INDEX, WEIGHTS
 
+_SHARD = "model-{:05}-of-{:05}.safetensors"
+FLOATS = {
+  "F64": np.dtype(np.float64),
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 _SHOWN = 8
+
+
+class Tensor(NamedTuple):
+  """A tensor in a file: `start` is its first byte there."""
+
+  name: str
+  path: pathlib.Path
+  dtype: str
+  shape: tuple[int, ...]
+  start: int
+
+  def __str__(self) -> str:
+    return f"{self.name} {list(self.shape)} ({self.path.name})"
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -33,7 +58,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
   if single.exists():
     return [single]
   if index.exists():
-    shards = read_json(index).get("weight_map")
+    shards = files.read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
       raise InputError(f"{index} has no weight_map from tensors to files")
     names = sorted({str(s) for s in shards.values()})
@@ -96,11 +121,11 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
     name: Tensor(
       name,
       path,
-      found["dtype"],
-      tuple(found["shape"]),
-      8 + length + found["data_offsets"][0],
+      entry["dtype"],
+      tuple(entry["shape"]),
+      8 + length + entry["data_offsets"][0],
     )
-    for name, found in header.items()
+    for name, entry in header.items()
   }
 
 
@@ -111,10 +136,79 @@ def open_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
     InputError: there are no weights, they are pickled, a file is missing or
       corrupt, or two files hold the same tensor.
   """
-  found: dict[str, Tensor] = {}
+  tensors: dict[str, Tensor] = {}
   for path in weight_files(folder):
     for name, tensor in read_header(path).items():
-      if name in found:
-        raise InputError(f"two files hold one tensor: {found[name]}, {tensor}")
-      found[name] = tensor
-  return found
+      if name in tensors:
+        raise InputError(
+          f"two files hold one tensor: {tensors[name]}, {tensor}"
+        )
+      tensors[name] = tensor
+  return tensors
+
+
+def write_tensors(
+  folder: pathlib.Path,
+  shapes: Mapping[str, tuple[int, ...]],
+  dtype: str,
+  value: Callable[[str], np.ndarray],
+  max_shard_size: int,
+) -> None:
+  """Writes tensors as model.safetensors, or as shards and their index.
+
+  Args:
+    folder: must exist.
+    shapes: of each tensor, in the order in which they are written.
+    dtype: of all of them.
+    value: gives a tensor when its turn comes; it is not kept.
+    max_shard_size: bytes of tensors in one file, unless a single one is
+      larger.
+  """
+  itemsize = np.dtype(dtype).itemsize
+  shards: list[dict[str, tuple[int, ...]]] = [{}]
+  size = 0
+  for name, shape in shapes.items():
+    more = math.prod(shape) * itemsize
+    if shards[-1] and size + more > max_shard_size:
+      shards.append({})
+      size = 0
+    shards[-1][name] = shape
+    size += more
+  if len(shards) == 1:
+    _write_file(folder / WEIGHTS, shards[0], dtype, value)
+    return
+  weight_map = {}
+  for i, shard in enumerate(shards):
+    name = _SHARD.format(i + 1, len(shards))
+    _write_file(folder / name, shard, dtype, value)
+    weight_map |= dict.fromkeys(shard, name)
+  total = sum(math.prod(shape) * itemsize for shape in shapes.values())
+  index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+  files.write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def _write_file(path: pathlib.Path, shapes, dtype: str, value) -> None:
+  """Writes one safetensors file, a tensor at a time; see `write_tensors`.
+
+  The library's own writer wants all of a file's tensors in memory at once.
+  """
+  codes = {dtype: code for code, dtype in FLOATS.items()}
+  # transformers refuses a file that does not say who wrote it.
+  header: dict = {"__metadata__": {"format": "pt"}}
+  at = 0
+  for name, shape in shapes.items():
+    end = at + math.prod(shape) * np.dtype(dtype).itemsize
+    header[name] = {
+      "dtype": codes[np.dtype(dtype)],
+      "shape": list(shape),
+      "data_offsets": [at, end],
+    }
+    at = end
+  text = json.dumps(header).encode()
+  text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+  part = path.with_name(path.name + ".part")
+  with part.open("wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in shapes:
+      file.write(np.ascontiguousarray(value(name)).reshape(-1).view(np.uint8))
+  part.replace(path)

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from calm_jax.core.errors import InputError
 from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.hf import families, loading, reading, tensors
+from calm_jax.models.hf import families, leaves, loading, tensor_tables, tensors
 from calm_jax.models.rope import Rope
 
 LLAMA = cases.CASES["gqa_untied"]
@@ -155,7 +155,9 @@ def test_a_config_json_of_our_making_is_a_llama():
 
 def test_every_family_has_a_table_of_tensors():
   assert (
-    set(families.FAMILIES) == set(tensors.FAMILIES) == set(options.FAMILIES)
+    set(families.FAMILIES)
+    == set(tensor_tables.FAMILIES)
+    == set(options.FAMILIES)
   )
 
 
@@ -164,7 +166,7 @@ def test_a_leaf_without_a_tensor_is_no_table():
     families.from_hf(LLAMA), rope=None, learned_positions=True
   )
   with pytest.raises(InputError, match="position_embedding"):
-    tensors.entries(tensors.FAMILIES["llama"], config)
+    tensors.entries(tensor_tables.FAMILIES["llama"], config)
 
 
 def test_the_first_release_of_gpt2(tmp_path):
@@ -189,11 +191,11 @@ def test_heads_are_not_sharded_within():
   config = families.from_hf(options.config_json("gpt_neox"))
   whole = decoder.param_shapes(config)["layers"]["attention"]["query"]
   whole = np.zeros(whole["kernel"].shape, np.float32)
-  entries = tensors.entries(tensors.FAMILIES["gpt_neox"], config)
+  entries = tensors.entries(tensor_tables.FAMILIES["gpt_neox"], config)
   entries = [e for e in entries if e.leaf == "layers/attention/query/kernel"]
   found = {e.tensor: None for e in entries}
   with pytest.raises(InputError, match="sharded inside heads of 8"):
-    list(reading.reads(found, entries, whole[..., :12], (0, 0, 0)))
+    list(leaves.reads(found, entries, whole[..., :12], (0, 0, 0)))
 
 
 def test_one_program_for_layers_of_all_kinds():
@@ -211,13 +213,15 @@ def test_one_program_for_layers_of_all_kinds():
 
 def test_names_of_older_versions():
   names = tensors.canonical(
-    tensors.FAMILIES["gpt2"],
+    tensor_tables.FAMILIES["gpt2"],
     {"wte.weight": 1, "h.0.attn.bias": 2, "lm_head.x": 3},
   )
   assert names == {
     "transformer.wte.weight": 1, "transformer.h.0.attn.bias": 2, "lm_head.x": 3
   }  # fmt: skip
-  assert tensors.ignored(tensors.FAMILIES["gpt2"], "transformer.h.0.attn.bias")
+  assert tensors.ignored(
+    tensor_tables.FAMILIES["gpt2"], "transformer.h.0.attn.bias"
+  )
   both = {"lm_head.weight": 1, "embed_out.weight": 2}
   with pytest.raises(InputError, match=r"two tensors are embed_out\.weight"):
-    tensors.canonical(tensors.FAMILIES["gpt_neox"], both)
+    tensors.canonical(tensor_tables.FAMILIES["gpt_neox"], both)

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from calm_jax.core import hub
 from calm_jax.core.errors import InputError
 from calm_jax.models import decoder
-from calm_jax.models.hf import loading
+from calm_jax.models.hf import export, loading
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -113,8 +113,8 @@ def test_resolve_downloads_no_pickles(monkeypatch, tmp_path):
   ("text", "message"),
   [
     (None, "is missing"),
-    ("{", "not readable JSON"),
-    ("[]", "not a JSON object"),
+    ("{", "is not JSON"),
+    ("[]", "JSON list, where an object"),
     ('{"model_type": "mamba"}', "config.json: model_type='mamba'"),
   ],
 )
@@ -295,7 +295,7 @@ def test_no_weights(tmp_path):
 def test_written_is_what_was_read(case, tmp_path):
   folder = cases.write(tmp_path / "old", case)
   config, params = loading.load_config(folder), load(folder)
-  loading.save_params(tmp_path / "new", config, params)
+  export.save_params(tmp_path / "new", config, params)
   assert loading.load_config(tmp_path / "new") == config
   assert_same(load(tmp_path / "new"), params)
   theirs = load_file(tmp_path / "new" / "model.safetensors")
@@ -305,20 +305,20 @@ def test_written_is_what_was_read(case, tmp_path):
 def test_bfloat16_is_kept(tmp_path):
   config, params = helpers.model(0)
   params = helpers.in_dtype(params, "bfloat16")
-  loading.save_params(tmp_path, config, params)
+  export.save_params(tmp_path, config, params)
   assert_same(load(tmp_path, "bfloat16"), params)
 
 
 def test_nothing_is_overwritten(tmp_path):
   config, params = helpers.model(0)
-  loading.save_params(tmp_path, config, params)
+  export.save_params(tmp_path, config, params)
   with pytest.raises(InputError, match="holds a model already"):
-    loading.save_params(tmp_path, config, params)
+    export.save_params(tmp_path, config, params)
 
 
 def test_a_tree_of_another_config_is_not_written(tmp_path):
   config, _ = helpers.model(0)
   _, params = helpers.model(0, num_layers=3, tie_embeddings=True)
   with pytest.raises(InputError, match="'head/kernel'"):
-    loading.save_params(tmp_path / "new", config, params)
+    export.save_params(tmp_path / "new", config, params)
   assert not (tmp_path / "new").exists()

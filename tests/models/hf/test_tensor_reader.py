@@ -15,10 +15,16 @@ import pytest
 from golden import options
 from safetensors.numpy import load_file, save_file
 
-from calm_jax.core import hub, trees
+from calm_jax.core import files, hub, trees
 from calm_jax.core.errors import InputError
 from calm_jax.models import decoder
-from calm_jax.models.hf import families, loading, safetensors, weight_files
+from calm_jax.models.hf import (
+  export,
+  families,
+  loading,
+  tensor_reader,
+  weight_files,
+)
 
 VIEWS = {
   "whole": lambda x: x,
@@ -32,15 +38,15 @@ VIEWS = {
 DTYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
 
 
-def stored(path: pathlib.Path, array: np.ndarray) -> safetensors.Tensor:
+def stored(path: pathlib.Path, array: np.ndarray) -> weight_files.Tensor:
   save_file({"other": np.ones(3, np.float32), "x": array}, path)
   return weight_files.read_header(path)["x"]
 
 
-def read_tensor(tensor: safetensors.Tensor) -> np.ndarray:
+def read_tensor(tensor: weight_files.Tensor) -> np.ndarray:
   """A whole tensor in its own dtype."""
-  array = safetensors.empty(tensor.shape, safetensors.FLOATS[tensor.dtype])
-  safetensors.read_all([safetensors.Read(tensor, lambda x: x, (), array)])
+  array = tensor_reader.empty(tensor.shape, weight_files.FLOATS[tensor.dtype])
+  tensor_reader.read_all([tensor_reader.Read(tensor, lambda x: x, (), array)])
   return array
 
 
@@ -48,7 +54,7 @@ def read_tensor(tensor: safetensors.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("piece", [16, 1000, 4 << 20])
 def test_any_view_of_any_dtype(view, dtype, piece, tmp_path, monkeypatch):
-  monkeypatch.setattr(safetensors, "_PIECE", piece)
+  monkeypatch.setattr(tensor_reader, "_PIECE", piece)
   random = np.random.default_rng(piece)
   shape = (5, 11, 7) if view == "one of many" else (20, 13)
   array = random.standard_normal(shape).astype(DTYPES[dtype])
@@ -62,8 +68,8 @@ def test_any_view_of_any_dtype(view, dtype, piece, tmp_path, monkeypatch):
     ):
       # As in a stack of layers, part of a larger array.
       stack = np.zeros((3, *want[region].shape), target_dtype)
-      read = safetensors.Read(tensor, VIEWS[view], region, stack[1])
-      safetensors.read_all([read])
+      read = tensor_reader.Read(tensor, VIEWS[view], region, stack[1])
+      tensor_reader.read_all([read])
       np.testing.assert_array_equal(stack[1], want[region])
       assert not stack[::2].any()
 
@@ -72,21 +78,23 @@ def test_any_view_of_any_dtype(view, dtype, piece, tmp_path, monkeypatch):
 def test_every_bit_of_bfloat16_is_kept(view, tmp_path):
   bits = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
   tensor = stored(tmp_path / "x", bits.view(ml_dtypes.bfloat16))
-  got = safetensors.empty((256, 256), "bfloat16")
+  got = tensor_reader.empty((256, 256), "bfloat16")
   everything = (slice(None), slice(None))
-  safetensors.read_all([safetensors.Read(tensor, view, everything, got)])
+  tensor_reader.read_all([tensor_reader.Read(tensor, view, everything, got)])
   np.testing.assert_array_equal(got.view(np.uint16), view(bits))
   whole = read_tensor(tensor)
   np.testing.assert_array_equal(whole.view(np.uint16), bits)
 
 
 def test_only_what_is_wanted_is_read(tmp_path, monkeypatch):
-  monkeypatch.setattr(safetensors, "_PIECE", 1024)
+  monkeypatch.setattr(tensor_reader, "_PIECE", 1024)
   tensor = stored(tmp_path / "x", np.ones((64, 96), np.float32))
 
   def size(view, *region):
     target = view(np.empty((64, 96), np.float32))[region]
-    found = safetensors.pieces(safetensors.Read(tensor, view, region, target))
+    found = tensor_reader.pieces(
+      tensor_reader.Read(tensor, view, region, target)
+    )
     return sum(piece.stop - piece.start for piece in found)
 
   whole = 64 * 96 * 4
@@ -100,7 +108,7 @@ def test_only_what_is_wanted_is_read(tmp_path, monkeypatch):
 
 def test_memory_is_taken_over_without_a_copy():
   for shape, dtype in {(3, 5): "bfloat16", (7,): "float32"}.items():
-    array = safetensors.empty(shape, dtype)
+    array = tensor_reader.empty(shape, dtype)
     assert array.shape == shape
     assert array.dtype == dtype
     taken = jax.device_put(array)
@@ -111,9 +119,9 @@ def test_views_that_copy_and_files_that_end(tmp_path):
   array = np.ones((4, 6), np.float32)
   tensor = stored(tmp_path / "x", array)
   everything = (slice(None), slice(None))
-  copied = safetensors.Read(tensor, np.copy, everything, array)
+  copied = tensor_reader.Read(tensor, np.copy, everything, array)
   with pytest.raises(ValueError, match=r"view of x \[4, 6\].* is a copy"):
-    safetensors.read_all([copied])
+    tensor_reader.read_all([copied])
   later = tensor._replace(start=tensor.start + 8)
   with pytest.raises(InputError, match="8 more are needed"):
     read_tensor(later)
@@ -122,25 +130,25 @@ def test_views_that_copy_and_files_that_end(tmp_path):
 
 
 def test_same_bits(tmp_path, monkeypatch):
-  monkeypatch.setattr(safetensors, "_PIECE", 64)
+  monkeypatch.setattr(tensor_reader, "_PIECE", 64)
   array = np.arange(100, dtype=np.float32)
   one = stored(tmp_path / "a", array)
-  assert safetensors.same(one, stored(tmp_path / "b", array))
+  assert tensor_reader.same(one, stored(tmp_path / "b", array))
   array[-1] += 1
-  assert not safetensors.same(one, stored(tmp_path / "c", array))
-  assert not safetensors.same(one, stored(tmp_path / "d", array[:50]))
+  assert not tensor_reader.same(one, stored(tmp_path / "c", array))
+  assert not tensor_reader.same(one, stored(tmp_path / "d", array[:50]))
 
 
 def test_shards_are_not_larger_than_asked(tmp_path):
   config, params = helpers.model(0)
-  loading.save_params(tmp_path, config, params, max_shard_size=20_000)
-  files = weight_files.weight_files(tmp_path)
-  assert len(files) > 2
-  assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
-  for file in files:
+  export.save_params(tmp_path, config, params, max_shard_size=20_000)
+  shards = weight_files.weight_files(tmp_path)
+  assert len(shards) > 2
+  assert shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"
+  for file in shards:
     named = load_file(file)
     assert len(named) == 1 or sum(x.nbytes for x in named.values()) <= 20_000
-  total = hub.read_json(tmp_path / hub.INDEX)["metadata"]["total_size"]
+  total = files.read_json(tmp_path / hub.INDEX)["metadata"]["total_size"]
   assert total == 4 * trees.count(params)
   jax.tree.map(
     np.testing.assert_array_equal, loading.load_params(tmp_path, config), params
@@ -149,10 +157,10 @@ def test_shards_are_not_larger_than_asked(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_one_copy_of_the_model_is_held(dtype, tmp_path, monkeypatch):
-  monkeypatch.setattr(safetensors, "_PIECE", 1 << 16)
-  monkeypatch.setattr(safetensors, "_THREADS", 2)
+  monkeypatch.setattr(tensor_reader, "_PIECE", 1 << 16)
+  monkeypatch.setattr(tensor_reader, "_THREADS", 2)
   config, params = helpers.model(0, width=256, mlp_width=512)
-  loading.save_params(tmp_path, config, params)
+  export.save_params(tmp_path, config, params)
   decoder.param_shapes(config)  # what tracing allocates is no weight
   tracemalloc.start()
   try:
@@ -208,7 +216,7 @@ def test_sharded_over_four_devices(family, tmp_path):
   config_json = options.config_json(family) | {"vocab_size": 62}
   config = families.from_hf(config_json)
   params = helpers.random_params(decoder.param_shapes(config), 0)
-  loading.save_params(tmp_path, config, params, config_json)
+  export.save_params(tmp_path, config, params, config_json)
   run = subprocess.run(
     [sys.executable, "-c", SHARDED, str(tmp_path)],
     cwd=pathlib.Path(__file__).parents[3],

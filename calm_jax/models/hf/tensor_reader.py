@@ -1,34 +1,25 @@
-"""Tensors of safetensors files, read into place piece by piece.
+"""Reads tensors of safetensors files into arrays, piece by piece.
 
-Nothing is mapped, since touched pages of a mapping count as memory; a piece is
-read straight to where it belongs, or through a small buffer where it must be
-cast or transposed on the way.
+No file is mapped, since touched pages of a mapping count as memory. A piece is
+read directly into its array, or through a small buffer if it must be cast or
+transposed on the way.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
 from calm_jax.core.errors import InputError
-from calm_jax.core.hub import INDEX, WEIGHTS
+from calm_jax.models.hf.weight_files import FLOATS, Tensor
 
-SHARD = "model-{:05}-of-{:05}.safetensors"
-FLOATS = {
-  "F64": np.dtype(np.float64),
-  "F32": np.dtype(np.float32),
-  "F16": np.dtype(np.float16),
-  "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 _PIECE = 4 << 20  # bytes of a file that are read at once
 _STRIP = 128  # rows transposed together, few enough for a core's cache
 # More than cores: some wait for the disk while others transpose.
@@ -36,27 +27,14 @@ _THREADS = min(16, 2 + (os.cpu_count() or 1))
 _ALIGNMENT = 64  # of memory that JAX uses as it is, on a CPU
 
 
-class Tensor(NamedTuple):
-  """A tensor in a file: `start` is its first byte there."""
-
-  name: str
-  path: pathlib.Path
-  dtype: str
-  shape: tuple[int, ...]
-  start: int
-
-  def __str__(self) -> str:
-    return f"{self.name} {list(self.shape)} ({self.path.name})"
-
-
 class Read(NamedTuple):
-  """A part of a tensor, and where it goes.
+  """A part of a tensor, and the array that it is read into.
 
   Attributes:
-    tensor: where to read.
+    tensor: the tensor.
     view: the tensor's array -> a numpy view of it.
-    region: which part of that view; a tuple of slices.
-    target: array of the region's shape.
+    region: the part of that view, a tuple of slices.
+    target: an array of the region's shape.
   """
 
   tensor: Tensor
@@ -66,10 +44,10 @@ class Read(NamedTuple):
 
 
 class Piece(NamedTuple):
-  """Bytes of a file, [start, stop), and where they go.
+  """Bytes [start, stop) of a file, and the array that they are read into.
 
-  `strides` (in elements) and `shape` say how `target` lies in them, from
-  element `offset` on; `contiguous`, that it is all of them in their order.
+  `shape` and `strides` (in elements, from element `offset` on) say which of
+  these elements `target` takes; if `contiguous`, all of them in their order.
   """
 
   path: pathlib.Path
@@ -93,7 +71,7 @@ def empty(shape: tuple[int, ...], dtype) -> np.ndarray:
 
 
 def pieces(read: Read) -> Iterator[Piece]:
-  """The parts of a file that a read needs, each of a few megabytes."""
+  """Yields the parts of a file that a read needs, each of a few megabytes."""
   # One byte an element, never touched: only its strides are looked at.
   probe = np.empty(read.tensor.shape, np.uint8)
   source = read.view(probe)[read.region]
@@ -138,7 +116,7 @@ def _split(source, target, limit: int):
 
 
 def read_all(reads: Iterable[Read]) -> None:
-  """Does all reads, in the order of the files.
+  """Performs all reads, in the order of the files.
 
   Raises:
     InputError: a file ends before a tensor does, or cannot be read.
@@ -150,19 +128,19 @@ def read_all(reads: Iterable[Read]) -> None:
   # A list's iterator can be shared: each piece goes to one thread.
   rest = iter(todo)
 
-  def work(_):
+  def read_pieces(_):
     # Kept, since fresh memory is zeroed by the system whenever it is taken.
     raw = np.empty(max(piece.stop - piece.start for piece in todo), np.uint8)
     for piece in rest:
-      _do(piece, raw[: piece.stop - piece.start])
+      _read_piece(piece, raw[: piece.stop - piece.start])
 
   count = min(_THREADS, len(todo))
   with ThreadPoolExecutor(count) as pool:
-    for _ in pool.map(work, range(count)):
+    for _ in pool.map(read_pieces, range(count)):
       pass
 
 
-def _do(piece: Piece, raw: np.ndarray) -> None:
+def _read_piece(piece: Piece, raw: np.ndarray) -> None:
   """Reads one piece; `raw` is memory for its bytes."""
   target = piece.target
   in_order = piece.contiguous and target.flags.c_contiguous
@@ -179,7 +157,7 @@ def _do(piece: Piece, raw: np.ndarray) -> None:
 
 
 def copy_strips(source: np.ndarray, target: np.ndarray) -> None:
-  """target[...] = source, quickly where one is the other transposed."""
+  """Sets target[...] = source, in strips if one is the other transposed."""
   bits = np.dtype(f"u{target.itemsize}")
   if source.dtype == target.dtype:
     # numpy copies the elements of a custom dtype one by one.
@@ -189,8 +167,8 @@ def copy_strips(source: np.ndarray, target: np.ndarray) -> None:
   if source.ndim < 2 or target.strides[-1] == target.itemsize:
     target[...] = source
   elif source.ndim > 2:
-    for one, its_target in zip(source, target, strict=True):
-      copy_strips(one, its_target)
+    for source_part, target_part in zip(source, target, strict=True):
+      copy_strips(source_part, target_part)
   else:
     rows, columns = source.shape
     # Rows a power of two apart share few lines of the cache, and would drive
@@ -233,70 +211,3 @@ def same(a: Tensor, b: Tensor) -> bool:
     if not np.array_equal(*both):
       return False
   return True
-
-
-def write(
-  folder: pathlib.Path,
-  shapes: Mapping[str, tuple[int, ...]],
-  dtype: str,
-  value: Callable[[str], np.ndarray],
-  max_shard_size: int,
-) -> None:
-  """Writes tensors as model.safetensors, or as shards and their index.
-
-  Args:
-    folder: must exist.
-    shapes: of each tensor, in the order in which they are written.
-    dtype: of all of them.
-    value: gives a tensor when its turn comes; it is not kept.
-    max_shard_size: bytes of tensors in one file, unless a single one is
-      larger.
-  """
-  itemsize = np.dtype(dtype).itemsize
-  shards: list[dict[str, tuple[int, ...]]] = [{}]
-  size = 0
-  for name, shape in shapes.items():
-    more = math.prod(shape) * itemsize
-    if shards[-1] and size + more > max_shard_size:
-      shards.append({})
-      size = 0
-    shards[-1][name] = shape
-    size += more
-  if len(shards) == 1:
-    write_file(folder / WEIGHTS, shards[0], dtype, value)
-    return
-  weight_map = {}
-  for i, shard in enumerate(shards):
-    file = SHARD.format(i + 1, len(shards))
-    write_file(folder / file, shard, dtype, value)
-    weight_map |= dict.fromkeys(shard, file)
-  total = sum(math.prod(shape) * itemsize for shape in shapes.values())
-  index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-  (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def write_file(path: pathlib.Path, shapes, dtype: str, value) -> None:
-  """Writes one safetensors file, a tensor at a time; see `write`.
-
-  The library's own writer wants all of a file's tensors in memory at once.
-  """
-  codes = {found: code for code, found in FLOATS.items()}
-  # transformers refuses a file that does not say who wrote it.
-  header: dict = {"__metadata__": {"format": "pt"}}
-  at = 0
-  for name, shape in shapes.items():
-    end = at + math.prod(shape) * np.dtype(dtype).itemsize
-    header[name] = {
-      "dtype": codes[np.dtype(dtype)],
-      "shape": list(shape),
-      "data_offsets": [at, end],
-    }
-    at = end
-  text = json.dumps(header).encode()
-  text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
-  part = path.with_name(path.name + ".part")
-  with part.open("wb") as file:
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in shapes:
-      file.write(np.ascontiguousarray(value(name)).reshape(-1).view(np.uint8))
-  part.replace(path)

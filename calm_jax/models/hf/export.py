@@ -1,0 +1,120 @@
+"""Writes checkpoints in Hugging Face's format."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from calm_jax.core import files, hub, trees
+from calm_jax.core.errors import InputError
+from calm_jax.models import decoder
+from calm_jax.models.config import ModelConfig
+from calm_jax.models.hf import families, tensor_reader, tensors, weight_files
+from calm_jax.models.hf.loading import DTYPES
+
+MAX_SHARD_SIZE = 5 * 10**9
+_SHOWN = 8
+
+
+def save_params(
+  folder: str | os.PathLike,
+  config: ModelConfig,
+  params: Mapping[str, Any],
+  config_json: Mapping[str, Any] | None = None,
+  max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+  """Writes a checkpoint that transformers and `load_params` read.
+
+  Parameters keep their dtype and value, bit for bit. Tensor by tensor: what
+  is held besides the parameters is one of them. config.json is written last: a
+  folder that has one is complete. Tokenizer files are not written.
+
+  Args:
+    folder: is created; must not hold a checkpoint yet.
+    config: the architecture; `compute` is not kept.
+    params: the tree of `decoder.param_shapes(config)`, of one dtype.
+    config_json: the config.json to write, whose family says how the tensors
+      are called; a Llama's made from `config` if None.
+    max_shard_size: bytes of tensors in one file, unless a single one is
+      larger.
+
+  Raises:
+    InputError: the folder holds weights already, the tree is not that of
+      the config, or config_json describes another model.
+  """
+  folder = pathlib.Path(folder)
+  for name in (hub.CONFIG, hub.WEIGHTS, hub.INDEX):
+    if (folder / name).exists():
+      raise InputError(
+        f"{folder} holds a model already ({name}); give another folder"
+      )
+  dtype = _check_tree(params, config)
+  if config_json is None:
+    config_json = families.to_hf(config, dtype)
+  else:
+    _check_same_config(config_json, config)
+    key = "dtype" if "dtype" in config_json else "torch_dtype"
+    config_json = {**config_json, key: dtype}
+  table = tensors.tensor_table(config_json)
+  entries = tensors.entries_by_tensor(table, config)
+  leaves = trees.flatten(params)
+  folder.mkdir(parents=True, exist_ok=True)
+  weight_files.write_tensors(
+    folder,
+    {name: parts[0].shape for name, parts in entries.items()},
+    dtype,
+    lambda name: _gather(entries[name], leaves, dtype),
+    max_shard_size,
+  )
+  text = json.dumps(config_json, indent=2) + "\n"
+  files.write_atomically(folder / hub.CONFIG, text)
+
+
+def _check_tree(params: Mapping[str, Any], config: ModelConfig) -> str:
+  """Returns the dtype of a tree that is one of the config, of one dtype."""
+  leaves = trees.flatten(params)
+  expected = trees.flatten(decoder.param_shapes(config))
+  ours = {name: tuple(np.shape(leaf)) for name, leaf in leaves.items()}
+  theirs = {name: leaf.shape for name, leaf in expected.items()}
+  if ours != theirs:
+    raise InputError(
+      "the parameters are not those of the config; only in the parameters: "
+      f"{sorted(ours.items() - theirs.items())[:_SHOWN]}, only in the config: "
+      f"{sorted(theirs.items() - ours.items())[:_SHOWN]}"
+    )
+  dtypes = {str(leaf.dtype) for leaf in leaves.values()}
+  if len(dtypes) != 1 or not dtypes <= set(DTYPES):
+    raise InputError(f"parameters must be of one of {DTYPES}, got {dtypes}")
+  return dtypes.pop()
+
+
+def _check_same_config(
+  config_json: Mapping[str, Any], config: ModelConfig
+) -> None:
+  says = dataclasses.replace(
+    families.from_hf(dict(config_json)), compute=config.compute
+  )
+  if says != config:
+    raise InputError(
+      f"the {hub.CONFIG} to be written describes another model: {says}, but "
+      f"the parameters are those of {config}"
+    )
+
+
+def _gather(entries: list[tensors.Entry], leaves, dtype: str) -> np.ndarray:
+  """One tensor of a file, of the parts of leaves that it holds."""
+  tensor = np.empty(entries[0].shape, np.dtype(dtype))
+  bits = np.dtype(f"u{tensor.itemsize}")
+  for entry in entries:
+    # A part of a leaf at a time: a whole one that is fetched from a device
+    # stays in memory for as long as the leaf lives.
+    part = np.asarray(leaves[entry.leaf][entry.at]).view(bits)
+    view = entry.view(tensor.view(bits))
+    tensor_reader.copy_strips(part.reshape(view.shape), view)
+  return tensor

@@ -1,0 +1,208 @@
+"""Fills the leaves of a parameter tree from the tensors of a checkpoint."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from calm_jax.core.errors import InputError
+from calm_jax.models import quantisation
+from calm_jax.models.hf import tensor_reader
+from calm_jax.models.hf.tensors import Entry
+from calm_jax.models.hf.weight_files import Tensor
+
+Array = jax.Array | np.ndarray
+_AT_ONCE = 1 << 22  # weights that are quantised together
+
+
+class StoredModel(NamedTuple):
+  """A checkpoint that was opened and checked; no tensor is read yet.
+
+  Attributes:
+    tensors: the tensors of its files, by name.
+    entries: for each leaf the tensors, or parts of tensors, that fill it.
+    shapes: the shape of each leaf.
+  """
+
+  tensors: dict[str, Tensor]
+  entries: dict[str, list[Entry]]
+  shapes: dict[str, tuple[int, ...]]
+
+
+def read(
+  stored: StoredModel,
+  names: Sequence[str],
+  dtype: Any,
+  shardings: Mapping[str, Any] | None = None,
+) -> dict[str, Array]:
+  """Reads leaves by name, all pieces in the order of the files.
+
+  Args:
+    stored: the checkpoint.
+    names: the leaves to read.
+    dtype: the dtype of the arrays.
+    shardings: a `jax.sharding.Sharding` for each leaf, of which this process
+      then reads what its devices hold. None for whole numpy arrays.
+  """
+  blocks = {
+    name: _blocks(stored.shapes[name], dtype, shardings and shardings[name])
+    for name in names
+  }
+  tensor_reader.read_all(
+    read
+    for name, parts in blocks.items()
+    for start, block in parts.items()
+    for read in reads(stored.tensors, stored.entries[name], block, start)
+  )
+  return {
+    name: _assemble(parts, stored.shapes[name], shardings and shardings[name])
+    for name, parts in blocks.items()
+  }
+
+
+def read_quantised(
+  stored: StoredModel,
+  name: str,
+  kind: str,
+  shardings: Mapping[str, Any] | None = None,
+) -> dict[str, Array]:
+  """Reads one leaf in float32 and quantises it.
+
+  Without shardings a part of a layer at a time is read and quantised, so that
+  the float32 weights of a whole leaf are never held.
+
+  Returns:
+    The arrays that stand for the leaf, by name: "layers/.../kernel/int8".
+  """
+  if shardings is None:
+    arrays = _quantise_in_parts(stored, name, kind)
+  else:
+    places = {
+      leaf.removeprefix(f"{name}/"): sharding
+      for leaf, sharding in shardings.items()
+      if leaf.startswith(f"{name}/")
+    }
+    # The float32 weights are sharded as the integers will be.
+    [values] = [s for part, s in places.items() if part != "scale"]
+    whole = read(stored, [name], "float32", {name: values})[name]
+    make = functools.partial(quantisation.of_leaf, name, kind=kind)
+    arrays = jax.jit(make, out_shardings=places)(whole)
+    arrays = jax.block_until_ready(arrays)
+  return {f"{name}/{part}": array for part, array in arrays.items()}
+
+
+def view_shape(entry: Entry) -> tuple[int, ...]:
+  """Returns the shape of an entry's view, its part of a leaf."""
+  return entry.view(np.empty(entry.shape, bool)).shape  # touches no memory
+
+
+def reads(
+  tensors: Mapping[str, Tensor],
+  entries: Sequence[Entry],
+  block: np.ndarray,
+  start: Sequence[int],
+) -> Iterator[tensor_reader.Read]:
+  """Yields the reads that fill the block of a leaf from index `start` on."""
+  stop = [a + n for a, n in zip(start, block.shape, strict=True)]
+  for entry in entries:
+    axes = len(entry.at)
+    inside = zip(start, entry.at, stop, strict=False)
+    if all(a <= i < b for a, i, b in inside):
+      at = tuple(i - a for i, a in zip(entry.at, start, strict=False))
+      region = tuple(map(slice, start[axes:], stop[axes:]))
+      yield tensor_reader.Read(
+        tensors[entry.tensor],
+        entry.view,
+        *_with_axes_of_view(entry, region, block[(*at, ...)]),
+      )
+
+
+def _with_axes_of_view(
+  entry: Entry, region: tuple[slice, ...], target: np.ndarray
+) -> tuple[tuple[slice, ...], np.ndarray]:
+  """A region of leaf[at] and its array, with the axes of the entry's view.
+
+  If a file holds several leaves that take turns head by head, the view splits
+  the last axis into heads.
+  """
+  *_, width = shape = view_shape(entry)
+  if len(shape) == len(region):
+    return region, target
+  *outer, last = region
+  if last.start % width or last.stop % width:
+    raise InputError(
+      f"{entry} is sharded inside heads of {width}, which {entry.tensor} does "
+      "not allow; shard it between heads or along another axis"
+    )
+  heads = slice(last.start // width, last.stop // width)
+  target = target.reshape(*target.shape[:-1], -1, width)
+  return (*outer, heads, slice(0, width)), target
+
+
+def _blocks(shape, dtype, sharding) -> dict[tuple[int, ...], np.ndarray]:
+  """Memory for what this process holds of a leaf, by each part's first index.
+
+  Devices that hold the same part share what is read for them.
+  """
+  if sharding is None:
+    return {(0,) * len(shape): tensor_reader.empty(shape, dtype)}
+  blocks: dict[tuple[int, ...], np.ndarray] = {}
+  for index in sharding.addressable_devices_indices_map(shape).values():
+    bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
+    start = tuple(a for a, _ in bounds)
+    if start not in blocks:
+      size = tuple(b - a for a, b in bounds)
+      blocks[start] = tensor_reader.empty(size, dtype)
+  return blocks
+
+
+def _assemble(blocks, shape, sharding) -> Array:
+  """The leaf of which `_blocks` are the parts."""
+  if sharding is None:
+    [whole] = blocks.values()
+    return whole
+  arrays = []
+  for device, index in sharding.addressable_devices_indices_map(shape).items():
+    start = tuple(s.indices(n)[0] for s, n in zip(index, shape, strict=True))
+    arrays.append(jax.device_put(blocks[start], device))
+  whole = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+  # Or the buffers of leaf after leaf would wait for the device together.
+  return whole.block_until_ready()
+
+
+def _quantise_in_parts(
+  stored: StoredModel, name: str, kind: str
+) -> dict[str, np.ndarray]:
+  """A leaf in few bits, of which a part of a layer at a time is read."""
+  shape, entries = stored.shapes[name], stored.entries[name]
+  make = functools.partial(quantisation.of_leaf, name)
+  whole = jax.ShapeDtypeStruct(shape, np.float32)
+  made = jax.eval_shape(functools.partial(make, kind=kind), whole)
+  if "int8" in made:
+    kind = "int8"  # A part of an odd axis may be even.
+  arrays = {
+    part: tensor_reader.empty(x.shape, x.dtype) for part, x in made.items()
+  }
+  last = len(shape) - 1
+  inputs = quantisation.input_axis(name, len(shape))
+  cut = 2 * last - 1 - inputs  # the other one of the last two axes
+  step = 2 * max(1, _AT_ONCE // (2 * shape[inputs]))
+  if len(view_shape(entries[0])) + len(entries[0].at) > len(shape):
+    step = shape[cut]  # or parts would end inside of heads
+  for lead in np.ndindex(shape[:-2]):
+    for at in range(0, shape[cut], step):
+      stop = min(at + step, shape[cut])
+      start, size = [*lead, 0, 0], [*(1 for _ in lead), *shape[-2:]]
+      start[cut], size[cut] = at, stop - at
+      block = tensor_reader.empty(tuple(size), np.float32)
+      tensor_reader.read_all(reads(stored.tensors, entries, block, start))
+      for part, x in make(block, kind=kind).items():
+        share = 2 if part == "int4" and cut == last else 1
+        where = [slice(i, i + 1) for i in lead] + [slice(None)] * 2
+        where[cut] = slice(at // share, stop // share)
+        arrays[part][tuple(where)] = x
+  return arrays

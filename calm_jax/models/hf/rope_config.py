@@ -1,0 +1,228 @@
+"""Reads rotary positions from a Hugging Face config.json."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from calm_jax.core.errors import InputError
+from calm_jax.models.rope import Rope, check_kind
+
+Json = dict[str, Any]
+_LENGTH = "original_max_position_embeddings"
+_LONGEST = "max_position_embeddings"
+# Some options have several names, and stand among the rotary options or beside
+# them in the config.json.
+_KIND = ("rope_type", "type")
+_THETA = ("rope_theta", "rotary_emb_base")
+_FRACTION = ("partial_rotary_factor", "rotary_pct")
+_COMMON = {*_KIND, *_THETA, *_FRACTION}
+# For each kind the options that it needs, and those that it may have besides.
+_NEEDED = {
+  "default": (),
+  "linear": ("factor",),
+  "dynamic": ("factor",),
+  "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+  "yarn": ("factor",),
+  "longrope": ("short_factor", "long_factor"),
+}
+_BETAS = ("beta_fast", "beta_slow")
+_MSCALES = ("mscale", "mscale_all_dim")
+_ALLOWED = {
+  "llama3": (_LENGTH,),
+  "yarn": (_LENGTH, "attention_factor", *_BETAS, "truncate", *_MSCALES),
+  "longrope": (_LENGTH, "factor", "attention_factor"),
+}
+
+# The keys of a config.json that are read here, for families with and without
+# names of their own.
+KEYS = frozenset(
+  (
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "partial_rotary_factor",
+    _LENGTH,
+    _LONGEST,
+  )
+)
+NEOX_KEYS = KEYS | {"rotary_emb_base", "rotary_pct"}
+GEMMA3_KEYS = KEYS | {"rope_local_base_freq"}
+
+
+def read_rope(
+  hf: Json,
+  head_dim: int,
+  theta: float = 10_000.0,
+  fraction: float | None = None,
+) -> Rope:
+  """Reads the rotary positions of a config.json of transformers 4 or 5.
+
+  Args:
+    hf: the parsed config.json; only NEOX_KEYS are read.
+    head_dim: H.
+    theta: the family's default base.
+    fraction: the family's default share of H that is rotated; None if the
+      family rotates whole heads only.
+
+  Raises:
+    InputError: the kind is unknown; an option of it is unknown, missing, of
+      the wrong type, or given twice with different values.
+  """
+  options = _options(hf)
+  kind = _value(hf, options, _KIND, "default")
+  _check_options(kind, options)
+  share = _value(hf, options, _FRACTION, fraction or 1.0)
+  if fraction is None and share != 1:
+    raise InputError(
+      f"config.json asks for {' / '.join(_FRACTION)}={share}, but this family "
+      "rotates whole heads"
+    )
+  fields: dict[str, Any] = {
+    "rotary_dim": int(head_dim * _number(_FRACTION[0], share)),
+    "theta": _number(_THETA[0], _value(hf, options, _THETA, theta)),
+    "kind": kind,
+  }
+  for name, (field, read) in _FIELDS.items():
+    if name in options:
+      fields[field] = read(name, options[name])
+  if kind not in ("default", "linear"):
+    original = _original_length(kind, hf, options)
+    fields["original_length"] = int(_number(_LENGTH, original))
+    if kind == "longrope" and "factor" not in fields:
+      fields["factor"] = _number(_LONGEST, hf.get(_LONGEST)) / original
+  if kind in ("yarn", "longrope") and "attention_factor" not in fields:
+    fields["attention_factor"] = _attention_factor(fields, options)
+  return Rope(**fields)
+
+
+def read_ropes(
+  hf: Json, head_dim: int, thetas: dict[str, float]
+) -> dict[str, Rope]:
+  """Reads rotary positions that differ between layer types, as in Gemma 3.
+
+  In the older form the layers of "sliding_attention" have rope_local_base_freq
+  and no scaling, the others what a config without layer types has.
+
+  Args:
+    hf: the parsed config.json; only GEMMA3_KEYS are read.
+    head_dim: H.
+    thetas: the family's default base of each layer type.
+
+  Returns:
+    {layer type: Rope}, for the layer types of `thetas`.
+
+  Raises:
+    InputError: as `read_rope`, and for layer types not in `thetas`.
+  """
+  nested = hf.get("rope_parameters")
+  if nested is None:
+    old = {key: hf.get(key) for key in KEYS}
+    base = hf.get("rope_local_base_freq")
+    local = old | {"rope_scaling": None, "rope_theta": base}
+    each = {n: local if n == "sliding_attention" else old for n in thetas}
+  else:
+    if set(nested) - set(thetas) or hf.get("rope_scaling"):
+      raise InputError(
+        f"config.json has rope_parameters for {sorted(nested)} and "
+        f"rope_scaling={hf.get('rope_scaling')!r}; known are parameters for "
+        f"{sorted(thetas)} alone"
+      )
+    lengths = {key: hf.get(key) for key in (_LENGTH, _LONGEST)}
+    each = {n: lengths | {"rope_parameters": nested.get(n)} for n in thetas}
+  return {n: read_rope(each[n], head_dim, thetas[n]) for n in thetas}
+
+
+def _options(hf: Json) -> Json:
+  """The mapping of rotary options, without those that are null."""
+  if hf.get("rope_parameters") and hf.get("rope_scaling"):
+    raise InputError("config.json has both rope_parameters and rope_scaling")
+  options = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+  if not isinstance(options, dict):
+    raise InputError(f"config.json has rotary options={options!r}, no mapping")
+  options = {k: v for k, v in options.items() if v is not None}
+  if options.get("type") == "su":  # longrope's name in older Phi-3
+    options["type"] = "longrope"
+  return options
+
+
+def _value(hf: Json, options: Json, names: tuple[str, ...], default: Any):
+  """The value of an option, under whichever names and in whichever place."""
+  values = [source.get(n) for source in (options, hf) for n in names]
+  values = [v for v in values if v is not None]
+  if any(v != values[0] for v in values):
+    raise InputError(
+      f"config.json gives {' / '.join(names)} several values: {values}"
+    )
+  return values[0] if values else default
+
+
+def _check_options(kind: str, options: Json) -> None:
+  """Raises InputError for an unknown kind, or options that it does not have."""
+  check_kind(kind)
+  needed = set(_NEEDED[kind])
+  unknown = set(options) - _COMMON - needed - {*_ALLOWED.get(kind, ())}
+  missing = needed - set(options)
+  if unknown or missing:
+    raise InputError(
+      f"rope_type={kind!r} in config.json lacks {sorted(missing)}, and has "
+      f"options that we do not know: {sorted(unknown)}"
+    )
+
+
+def _original_length(kind: str, hf: Json, options: Json) -> int | None:
+  """The length that the model was first trained for."""
+  # Beside the other options, where Phi-3 has it, it counts more than among
+  # them.
+  original = hf.get(_LENGTH) or options.get(_LENGTH)
+  if kind == "dynamic" or (kind in ("llama3", "yarn") and not original):
+    return hf.get(_LONGEST)
+  return original
+
+
+def _attention_factor(fields: Json, options: Json) -> float:
+  """The factor that transformers takes where the config gives none."""
+  growth = math.log(max(fields["factor"], 1))
+  if fields["kind"] == "longrope":
+    return math.sqrt(1 + growth / math.log(fields["original_length"]))
+  if all(options.get(name) for name in _MSCALES):
+    above, below = (
+      1 + 0.1 * _number(name, options[name]) * growth for name in _MSCALES
+    )
+    return above / below
+  return 1 + 0.1 * growth
+
+
+def _number(name: str, value: Any) -> float:
+  real = isinstance(value, (int, float)) and not isinstance(value, bool)
+  if not real or not 0 < value < math.inf:
+    raise InputError(
+      f"config.json has {name}={value!r}, which is no number above 0"
+    )
+  return float(value)
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+  if not isinstance(values, (list, tuple)):
+    raise InputError(f"config.json has {name}={values!r}, which is no list")
+  return tuple(_number(name, v) for v in values)
+
+
+def _bool(name: str, value: Any) -> bool:
+  if not isinstance(value, bool):
+    raise InputError(f"config.json has {name}={value!r}, which is no bool")
+  return value
+
+
+# For each option the field of Rope that it becomes, and how it is read.
+_FIELDS = {
+  "factor": ("factor", _number),
+  "attention_factor": ("attention_factor", _number),
+  "low_freq_factor": ("low_freq_factor", _number),
+  "high_freq_factor": ("high_freq_factor", _number),
+  "beta_fast": ("beta_fast", _number),
+  "beta_slow": ("beta_slow", _number),
+  "short_factor": ("short_factors", _numbers),
+  "long_factor": ("long_factors", _numbers),
+  "truncate": ("truncate", _bool),
+}

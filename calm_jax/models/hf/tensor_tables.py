@@ -1,0 +1,249 @@
+"""The names of Hugging Face's tensors: the only file that knows them.
+
+One table per family says which tensor holds which leaf of
+`decoder.param_shapes`, and how it lies there. `tensors.py` reads these tables.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Fused(NamedTuple):
+  """A tensor that holds several leaves side by side.
+
+  Attributes:
+    leaves: in their order in the tensor.
+    transposed: whether it is [out, in], as torch's Linear has it.
+    by_head: whether they take turns head by head, not one after the other.
+  """
+
+  leaves: tuple[str, ...]
+  transposed: bool
+  by_head: bool = False
+
+
+class TensorTable(NamedTuple):
+  """How one family names its tensors.
+
+  {} stands for the layer, from 0, and a second one for the expert.
+
+  Attributes:
+    tensors: {tensor: (leaf, transposed)}; torch's Linear holds [out, in].
+    fused: {tensor: the leaves in it}.
+    ignored: tensors that hold nothing learnt: buffers of older versions.
+    renamed: (pattern, replacement) of names that other versions wrote.
+  """
+
+  tensors: dict[str, tuple[str, bool]]
+  fused: dict[str, Fused] = {}  # noqa: RUF012
+  ignored: tuple[str, ...] = ()
+  renamed: tuple[tuple[str, str], ...] = ()
+
+
+def _linears(tensor: str, leaf: str, names: dict[str, str]) -> dict:
+  """Table entries of torch Linears, with the biases some of them have."""
+  entries = {}
+  for theirs, ours in names.items():
+    entries[f"{tensor}.{theirs}.weight"] = (f"{leaf}/{ours}/kernel", True)
+    entries[f"{tensor}.{theirs}.bias"] = (f"{leaf}/{ours}/bias", False)
+  return entries
+
+
+def _norms(names: dict[str, str]) -> dict:
+  """Table entries of norms, with the biases some of them have."""
+  entries = {}
+  for theirs, ours in names.items():
+    entries[f"{theirs}.weight"] = (f"{ours}/scale", False)
+    entries[f"{theirs}.bias"] = (f"{ours}/bias", False)
+  return entries
+
+
+EMBEDDING, HEAD = "embed/embedding", "head/kernel"
+_LAYER = "model.layers.{}"
+_ATTENTION, _MLP = "layers/attention", "layers/mlp"
+_QKV = ("query", "key", "value")
+_Q_NORMS = {
+  f"{_LAYER}.self_attn.q_norm": f"{_ATTENTION}/query_norm",
+  f"{_LAYER}.self_attn.k_norm": f"{_ATTENTION}/key_norm",
+}
+_OUTER = {
+  "model.embed_tokens.weight": (EMBEDDING, False),
+  "lm_head.weight": (HEAD, True),
+}
+_BUFFERS = (
+  f"{_LAYER}.self_attn.rotary_emb.inv_freq",
+  "model.rotary_emb.inv_freq",
+)
+_SELF_ATTENTION = _linears(
+  f"{_LAYER}.self_attn",
+  _ATTENTION,
+  {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"},
+)
+_GATED = _linears(
+  f"{_LAYER}.mlp",
+  _MLP,
+  {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"},
+)
+_PRE_NORMS = _norms(
+  {
+    f"{_LAYER}.input_layernorm": "layers/attention_norm",
+    f"{_LAYER}.post_attention_layernorm": "layers/mlp_norm",
+    "model.norm": "final_norm",
+  }
+)
+# post_attention_layernorm is where it says where there are post-norms.
+_POST_NORMS = {
+  f"{_LAYER}.post_attention_layernorm": "layers/attention_post_norm",
+  f"{_LAYER}.post_feedforward_layernorm": "layers/mlp_post_norm",
+  "model.norm": "final_norm",
+}
+
+_LLAMA = TensorTable(
+  _OUTER | _SELF_ATTENTION | _GATED | _PRE_NORMS | _norms(_Q_NORMS),
+  ignored=_BUFFERS,
+)
+_SANDWICH = TensorTable(
+  _OUTER
+  | _SELF_ATTENTION
+  | _GATED
+  | _norms(
+    _POST_NORMS
+    | _Q_NORMS
+    | {
+      f"{_LAYER}.input_layernorm": "layers/attention_norm",
+      f"{_LAYER}.pre_feedforward_layernorm": "layers/mlp_norm",
+    }
+  ),
+  ignored=_BUFFERS,
+)
+
+
+def _fused_qkv(tensor: str, transposed: bool, by_head: bool = False) -> dict:
+  return {
+    f"{tensor}.{theirs}": Fused(
+      tuple(f"{_ATTENTION}/{n}/{ours}" for n in _QKV), transposed, by_head
+    )
+    for theirs, ours in (("weight", "kernel"), ("bias", "bias"))
+  }
+
+
+_PHI3 = TensorTable(
+  _OUTER
+  | _PRE_NORMS
+  | _linears(f"{_LAYER}.self_attn", _ATTENTION, {"o_proj": "output"})
+  | _linears(f"{_LAYER}.mlp", _MLP, {"down_proj": "down"}),
+  fused=_fused_qkv(f"{_LAYER}.self_attn.qkv_proj", True)
+  | {
+    f"{_LAYER}.mlp.gate_up_proj.weight": Fused(
+      (f"{_MLP}/gate/kernel", f"{_MLP}/up/kernel"), True
+    )
+  },
+  ignored=_BUFFERS,
+)
+_STARCODER2 = TensorTable(
+  _OUTER
+  | _SELF_ATTENTION
+  | _PRE_NORMS
+  | _linears(f"{_LAYER}.mlp", _MLP, {"c_fc": "up", "c_proj": "down"}),
+  ignored=_BUFFERS,
+)
+_NEOX_LAYER = "gpt_neox.layers.{}"
+_NEOX = TensorTable(
+  {
+    "gpt_neox.embed_in.weight": (EMBEDDING, False),
+    "embed_out.weight": (HEAD, True),
+    **_linears(f"{_NEOX_LAYER}.attention", _ATTENTION, {"dense": "output"}),
+    **_linears(
+      f"{_NEOX_LAYER}.mlp",
+      _MLP,
+      {"dense_h_to_4h": "up", "dense_4h_to_h": "down"},
+    ),
+    **_norms(
+      {
+        f"{_NEOX_LAYER}.input_layernorm": "layers/attention_norm",
+        f"{_NEOX_LAYER}.post_attention_layernorm": "layers/mlp_norm",
+        "gpt_neox.final_layer_norm": "final_norm",
+      }
+    ),
+  },
+  fused=_fused_qkv(f"{_NEOX_LAYER}.attention.query_key_value", True, True),
+  ignored=tuple(
+    f"{_NEOX_LAYER}.attention.{buffer}"
+    for buffer in ("bias", "masked_bias", "rotary_emb.inv_freq")
+  ),
+  renamed=((r"^lm_head\.", "embed_out."),),
+)
+_GPT2_LAYER = "transformer.h.{}"
+_GPT2 = TensorTable(
+  {
+    "transformer.wte.weight": (EMBEDDING, False),
+    "transformer.wpe.weight": ("embed/position_embedding", False),
+    "lm_head.weight": (HEAD, True),
+    # Its Conv1D is a Linear that holds [in, out].
+    **{
+      name: (leaf, False)
+      for theirs, ours in (
+        ("attn.c_proj", "attention/output"),
+        ("mlp.c_fc", "mlp/up"),
+        ("mlp.c_proj", "mlp/down"),
+      )
+      for name, leaf in (
+        (f"{_GPT2_LAYER}.{theirs}.weight", f"layers/{ours}/kernel"),
+        (f"{_GPT2_LAYER}.{theirs}.bias", f"layers/{ours}/bias"),
+      )
+    },
+    **_norms(
+      {
+        f"{_GPT2_LAYER}.ln_1": "layers/attention_norm",
+        f"{_GPT2_LAYER}.ln_2": "layers/mlp_norm",
+        "transformer.ln_f": "final_norm",
+      }
+    ),
+  },
+  fused=_fused_qkv(f"{_GPT2_LAYER}.attn.c_attn", False),
+  ignored=tuple(
+    f"{_GPT2_LAYER}.attn.{buffer}" for buffer in ("bias", "masked_bias")
+  ),
+  # The first release has no prefix.
+  renamed=((r"^(?=(wte|wpe|h|ln_f)\.)", "transformer."),),
+)
+
+
+def _mixture(layer: str, gate: str, up: str, down: str) -> TensorTable:
+  """A Llama with norms of queries and keys, and experts."""
+  names = {gate: "gate", up: "up", down: "down"}
+  experts = {
+    f"{layer}.experts.{{}}.{theirs}.weight": (
+      f"{_MLP}/experts/{ours}/kernel",
+      True,
+    )
+    for theirs, ours in names.items()
+  }
+  router = {f"{layer}.gate.weight": (f"{_MLP}/router/kernel", True)}
+  return TensorTable(
+    _OUTER | _SELF_ATTENTION | _PRE_NORMS | _norms(_Q_NORMS) | router | experts,
+    ignored=_BUFFERS,
+  )
+
+
+_MIXTRAL = _mixture(f"{_LAYER}.block_sparse_moe", "w1", "w3", "w2")
+_QWEN3_MOE = _mixture(f"{_LAYER}.mlp", "gate_proj", "up_proj", "down_proj")
+FAMILIES = {
+  "llama": _LLAMA,
+  "mistral": _LLAMA,
+  "qwen2": _LLAMA,
+  "qwen3": _LLAMA,
+  "gemma": _LLAMA,
+  "gemma2": _SANDWICH,
+  "gemma3_text": _SANDWICH,
+  "gpt2": _GPT2,
+  "gpt_neox": _NEOX,
+  "phi3": _PHI3,
+  "olmo2": _SANDWICH,
+  "smollm3": _LLAMA,
+  "starcoder2": _STARCODER2,
+  "granite": _LLAMA,
+  "mixtral": _MIXTRAL,
+  "qwen3_moe": _QWEN3_MOE,
+}
