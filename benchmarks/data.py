@@ -13,6 +13,7 @@ measured: a token costs the pipeline the same whatever models and shapes are.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -27,7 +28,8 @@ from benchmarks import pairs, steps
 from benchmarks.pairs import NAME, V
 from calm_jax.composition.connections import Composition
 from calm_jax.data import pipeline
-from calm_jax.data.sources import TextExample
+from calm_jax.data.documents import RowOptions
+from calm_jax.data.examples import TextExample
 from calm_jax.text.alignment import ChunkEncoder
 from calm_jax.text.tokenizer import Tokenizer, train_sentencepiece
 
@@ -93,23 +95,18 @@ def sources(lines: list[str], anchor: Tokenizer, other: Tokenizer) -> dict:
     TextExample(line[:80], line[80:], f"line {i}")
     for i, line in enumerate(lines[1::2])
   ]
-  options = {"batch_size": BATCH, "length": LENGTH, "seed": 0}
-  both = {"augmenting": {NAME: ChunkEncoder(other)}} | options
-  makers = {
-    "one tokenizer": lambda: pipeline.text_source(
-      plain + asked, anchor, **options
-    ),
-    "two tokenizers": lambda: pipeline.text_source(
-      plain + asked, anchor, **both
-    ),
-    "two tokenizers, a mixture": lambda: pipeline.mix(
-      {"plain": (plain, 3.0), "asked": (asked, 1.0)}, anchor, **both
-    ),
-  }
+  alone = RowOptions(tokenizer=anchor, batch_size=BATCH, length=LENGTH, seed=0)
+  both = dataclasses.replace(alone, augmenting={NAME: ChunkEncoder(other)})
+  all_parts = {"": (plain + asked, 1.0)}
+  mixture = {"plain": (plain, 3.0), "asked": (asked, 1.0)}
   made = {}
-  for name, make in makers.items():
+  for name, parts, options in (
+    ("one tokenizer", all_parts, alone),
+    ("two tokenizers", all_parts, both),
+    ("two tokenizers, a mixture", mixture, both),
+  ):
     began = time.perf_counter()
-    source = make()
+    source = pipeline.text_source(parts, options)
     seconds = time.perf_counter() - began
     tokens = sum(part.tokens for part in source.truncation.values())
     made[name] = source, tokens / seconds

@@ -18,7 +18,7 @@ import sys
 
 from calm_jax import cli
 from calm_jax.core.errors import InputError
-from calm_jax.data.sources import read_prompts
+from calm_jax.data.examples import read_prompts
 from calm_jax.experiments import placement
 from calm_jax.models import quantisation
 from calm_jax.parallel.sharding import Layout

@@ -52,7 +52,7 @@ def text_task(**changes) -> ConfigDict:
 
 
 def source(path, **changes) -> ConfigDict:
-  """Examples; see calm_jax.data.sources.Source."""
+  """Examples; see calm_jax.data.examples.ExampleSource."""
   return ConfigDict(
     {
       "path": path,

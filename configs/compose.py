@@ -21,7 +21,7 @@ def get_config(variant: str = "frozen") -> ConfigDict:
   config = common.get_config()
   config.experiment = "text"
   config.workdir = "runs/compose"
-  # Files of text; see calm_jax.data.sources.
+  # Files of text; see calm_jax.data.examples.
   config.data = ""
   config.eval_data = ""
   # Of the anchor's own domain; empty: sampled from the anchor.

@@ -17,7 +17,7 @@ from calm_jax.composition.connections import CONTROLS, Composition
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError
 from calm_jax.data import arithmetic
-from calm_jax.data.sources import Source
+from calm_jax.data.examples import ExampleSource
 from calm_jax.evals import tasks
 from calm_jax.experiments import recipe
 from calm_jax.experiments.key_values import KeyValueTask
@@ -186,7 +186,7 @@ def test_the_folder_of_the_data_is_named_once(file):
     assert entry["path"].startswith("elsewhere/")
   # What a source and an evaluation take.
   for entry in entries:
-    Source(**entry)
+    ExampleSource(**entry)
   for entry in task.evals.values():
     given = {k: v for k, v in entry.items() if k != "kind"}
     if entry["kind"] in tasks.RUN_CODE:

@@ -30,6 +30,11 @@ class TokenLists:
   tokens: np.ndarray
   lengths_N: np.ndarray
 
+  @classmethod
+  def join(cls, lists: Sequence[np.ndarray]) -> "TokenLists":
+    """The lists of token ids of N examples as one."""
+    return cls(np.concatenate(lists), np.array([len(ids) for ids in lists]))
+
   @functools.cached_property
   def _starts_N(self) -> np.ndarray:
     return np.cumsum(self.lengths_N) - self.lengths_N

@@ -12,52 +12,69 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from calm_jax.core.batch import Batch
-from calm_jax.data.packing import make_batch, pack_rows, ragged_range
-from calm_jax.data.segments import Segments, Truncation, concatenate
+from calm_jax.data.documents import RowOptions, Segment, Truncation
+from calm_jax.data.packing import (
+  TokenLists,
+  host_rows,
+  make_batch,
+  pack_rows,
+  ragged_range,
+)
 
 _NAMED = 8
 
 
 class RowTable:
-  """Rows of one or more parts, the rows of a part one after the other.
+  """All rows of the parts of a mixture, the rows of a part one after the other.
 
   Attributes:
-    length: L, slots of a row.
-    augmenting_lengths: M of each augmenting model with other tokens.
     num_rows: of all parts.
     ranges: the rows of each part, by its name.
-    segments: of all parts.
+    origins: where each segment came from.
+    anchor: the N segments in the anchor's tokens.
+    augmenting: by name, in the tokens of augmenting models with other tokens.
+    augmenting_lengths: by the same names, M, slots of a row.
   """
 
-  def __init__(
-    self,
-    parts: Mapping[str, Segments],
-    *,
-    length: int,
-    augmenting_length: int,
-    pack: bool,
-  ):
-    self.length = length
-    self.segments = concatenate(list(parts.values()))
+  def __init__(self, parts: Mapping[str, list[Segment]], options: RowOptions):
+    self._length = options.length
+    segments = [segment for part in parts.values() for segment in part]
+    names = list(options.augmenting)
+    self.origins = [segment.origin for segment in segments]
+    self.anchor = TokenLists.join([segment.tokens for segment in segments])
+    self._prompt_lengths_N = np.array([s.prompt_length for s in segments])
+    self.augmenting = {
+      name: TokenLists.join([segment.augmenting[name] for segment in segments])
+      for name in names
+    }
+    self._visible = {
+      name: np.concatenate([segment.visible[name] for segment in segments])
+      for name in names
+    }
+    models = [(self.anchor.lengths_N, options.length)]
+    if options.augmenting_length:
+      models += [
+        (other.lengths_N, options.augmenting_length)
+        for other in self.augmenting.values()
+      ]
     self.ranges: dict[str, range] = {}
-    rows, self.num_rows = [], 0
+    rows, self.num_rows, first = [], 0, 0
     for name, part in parts.items():
-      models = [(part.anchor.lengths_N, length)]
-      if augmenting_length:
-        models += [
-          (other.lengths_N, augmenting_length)
-          for other in part.augmenting.values()
-        ]
-      first = self.num_rows
-      rows.append(first + pack_rows(models, pack=pack))
-      self.num_rows = int(rows[-1][-1]) + 1
-      self.ranges[name] = range(first, self.num_rows)
+      own = slice(first, first + len(part))
+      first += len(part)
+      rows_of_part = pack_rows(
+        [(lengths_N[own], limit) for lengths_N, limit in models],
+        pack=options.pack,
+      )
+      rows.append(self.num_rows + rows_of_part)
+      self.ranges[name] = range(self.num_rows, int(rows[-1][-1]) + 1)
+      self.num_rows = self.ranges[name].stop
     rows_N = np.concatenate(rows)
     # Segments of row r: _bounds[r] to _bounds[r + 1].
     self._bounds = np.searchsorted(rows_N, np.arange(self.num_rows + 1))
     self.augmenting_lengths = {
-      name: augmenting_length or _longest(other.lengths_N, rows_N)
-      for name, other in self.segments.augmenting.items()
+      name: options.augmenting_length or _longest(other.lengths_N, rows_N)
+      for name, other in self.augmenting.items()
     }
 
   def batch(self, rows_B: np.ndarray) -> Batch:
@@ -65,34 +82,39 @@ class RowTable:
     firsts_B = self._bounds[rows_B]
     counts_B = np.where(rows_B < 0, 0, self._bounds[rows_B + 1] - firsts_B)
     picked = np.repeat(firsts_B, counts_B) + ragged_range(counts_B)
-    segments = self.segments
-    places = segments.anchor.places(picked)
+    places = self.anchor.places(picked)
     return make_batch(
-      segments.anchor.take(picked, places),
-      segments.prompt_lengths_N[picked],
+      self.anchor.take(picked, places),
+      self._prompt_lengths_N[picked],
       np.repeat(np.arange(len(rows_B)), counts_B),
       batch_size=len(rows_B),
-      length=self.length,
+      length=self._length,
       augmenting={
-        name: other.take(picked) for name, other in segments.augmenting.items()
+        name: other.take(picked) for name, other in self.augmenting.items()
       },
-      visible={
-        name: visible[places] for name, visible in segments.visible.items()
-      },
+      visible={name: seen[places] for name, seen in self._visible.items()},
       augmenting_lengths=self.augmenting_lengths,
     )
 
-  def origins(self, row: int) -> tuple[str, ...]:
-    """Of the examples in a row; none in row -1."""
+  def row_origins(self, row: int) -> list[str]:
+    """Origins of the examples in a row; none in row -1."""
     if row < 0:
-      return ()
-    return self.segments.origins[self._bounds[row] : self._bounds[row + 1]]
+      return []
+    return self.origins[self._bounds[row] : self._bounds[row + 1]]
 
   def part(self, row: int) -> str:
     """The name of the part that a row is of."""
-    # A numpy integer would be looked for from the first to the last.
+    # `in range` is quick for an int, and a search for a NumPy integer.
     row = int(row)
     return next(name for name, rows in self.ranges.items() if row in rows)
+
+  def digest(self):
+    """A hash object that has read all tokens of the anchor."""
+    digest = hashlib.sha256(self.anchor.tokens.tobytes())
+    _update(digest, self.anchor.lengths_N, self._prompt_lengths_N)
+    for name, other in self.augmenting.items():
+      _update(digest, other.tokens, other.lengths_N, self._visible[name])
+    return digest
 
 
 class Epochs(Sequence[int]):
@@ -124,8 +146,6 @@ class TextSource:
 
   Attributes:
     batch_size: B, rows of the global batch.
-    length: L, slots of a row.
-    seed: of the order of the rows.
     num_rows: of one epoch, or of one epoch of every part of a mixture.
     augmenting_lengths: M of each augmenting model with other tokens.
     truncation: what was too long, by part; that of the only part is "".
@@ -135,10 +155,8 @@ class TextSource:
     self,
     table: RowTable,
     order: Sequence[int] | None,
+    options: RowOptions,
     *,
-    batch_size: int,
-    seed: int | None,
-    rows: slice,
     weights: Mapping[str, int],
     truncation: Mapping[str, Truncation],
   ):
@@ -148,16 +166,18 @@ class TextSource:
       table: of all rows.
       order: numbers of rows, the first `batch_size` of them are the first
         batch; None for one pass over all rows.
-      batch_size, seed, truncation: see above.
-      rows: of the global batch, those that this process takes.
+      options: the table's.
       weights: of the parts of a mixture, as they went into `order`.
+      truncation: see above.
     """
-    self.batch_size, self.length, self.seed = batch_size, table.length, seed
-    self.num_rows = table.num_rows
+    self.batch_size, self.num_rows = options.batch_size, table.num_rows
     self.augmenting_lengths = table.augmenting_lengths
     self.truncation = truncation
-    self._table, self._order = table, order
-    self._rows, self._weights = rows, weights
+    self._table, self._order, self._options = table, order, options
+    self._weights = weights
+    self._share = host_rows(
+      options.batch_size, options.process_index, options.process_count
+    )
 
   def __len__(self) -> int:
     rows = self.num_rows if self._order is None else len(self._order)
@@ -165,15 +185,15 @@ class TextSource:
 
   def __getitem__(self, index: int) -> Batch:
     """The batch at `index`: this process's rows [B / processes, L]."""
-    return self._table.batch(self._row_ids(index)[self._rows])
+    return self._table.batch(self._rows(index)[self._share])
 
   def describe(self, index: int) -> str:
     """Names the examples of the global batch at `index`, for messages."""
     several = len(self._table.ranges) > 1
     origins = dict.fromkeys(
       f"{self._table.part(row)}: {origin}" if several else origin
-      for row in self._row_ids(index)
-      for origin in self._table.origins(row)
+      for row in self._rows(index)
+      for origin in self._table.row_origins(row)
     )
     named = ", ".join(list(origins)[:_NAMED])
     more = len(origins) - _NAMED
@@ -192,29 +212,22 @@ class TextSource:
 
   def row_origins(self, index: int) -> list[list[str]]:
     """The origins of the examples in each of this process's rows."""
-    rows = self._row_ids(index)[self._rows]
-    return [list(self._table.origins(row)) for row in rows]
+    rows = self._rows(index)[self._share]
+    return [self._table.row_origins(row) for row in rows]
 
   @functools.cached_property
   def fingerprint(self) -> str:
     """Names the sequence of global batches, whatever the number of hosts."""
-    segments = self._table.segments
-    anchor = segments.anchor
-    digest = hashlib.sha256(anchor.tokens.tobytes())
-    for array in (anchor.lengths_N, segments.prompt_lengths_N):
-      digest.update(array.astype(np.int64).tobytes())
-    parts: list = [self.seed, self.batch_size, self.length, self.num_rows]
-    for name, other in segments.augmenting.items():
-      parts += [name, self.augmenting_lengths[name]]
-      visible = segments.visible[name]
-      for array in (other.tokens, other.lengths_N, visible):
-        digest.update(array.astype(np.int64).tobytes())
+    digest, options = self._table.digest(), self._options
+    parts: list = [options.seed, self.batch_size, options.length, self.num_rows]
+    for name, length in self.augmenting_lengths.items():
+      parts += [name, length]
     for name, weight in self._weights.items():
       parts += [name, weight, len(self._table.ranges[name])]
     digest.update(json.dumps(parts).encode())
     return digest.hexdigest()
 
-  def _row_ids(self, index: int) -> np.ndarray:
+  def _rows(self, index: int) -> np.ndarray:
     """Rows of the global batch [B], -1 past the end of a single pass."""
     index = operator.index(index)
     if not 0 <= index < len(self):
@@ -229,3 +242,8 @@ def _longest(lengths_N: np.ndarray, rows_N: np.ndarray) -> int:
   """The most that a row holds, rounded up to a multiple of 8."""
   longest = np.bincount(rows_N, lengths_N).max()
   return max(8, -(-int(longest) // 8) * 8)
+
+
+def _update(digest, *arrays: np.ndarray) -> None:
+  for array in arrays:
+    digest.update(array.astype(np.int64).tobytes())

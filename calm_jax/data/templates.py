@@ -9,7 +9,7 @@ import string
 from collections.abc import Callable, Sequence
 
 from calm_jax.core.errors import InputError
-from calm_jax.data.readers import BadRecord, Record
+from calm_jax.data.records import Record
 
 Texts = Callable[[Record], tuple[str, str]]
 
@@ -31,7 +31,7 @@ def templates(prompt: str, completion: str, columns: Sequence[str]) -> Texts:
   def texts(record: Record) -> tuple[str, str]:
     given, learnt = fill_prompt(record), fill_completion(record)
     if prompt and not given:
-      raise BadRecord(f"its prompt is empty, of the template {prompt!r}")
+      raise ValueError(f"its prompt is empty, of the template {prompt!r}")
     return _checked(given, learnt)
 
   return texts
@@ -48,7 +48,7 @@ def own_fields(prompt: str, completion: str, text: str) -> Texts:
       return _checked(_field(record, prompt), _field(record, completion))
     if text in record:
       return _checked("", _field(record, text))
-    raise BadRecord(
+    raise ValueError(
       f"expected {text!r}, or {prompt!r} and {completion!r}, but it has"
       f" {_names(record)}; name the fields in the data configuration"
     )
@@ -84,18 +84,18 @@ def _template(template: str, columns: Sequence[str]) -> Callable[[Record], str]:
       for name in fields:
         value, _ = formatter.get_field(name, (), record)
         if not isinstance(value, str | int | float):
-          raise BadRecord(
+          raise ValueError(
             f"{name!r} is a {type(value).__name__}, where text or a number is"
             f" expected in the template {template!r}"
           )
       return template.format_map(record)
     except KeyError as error:
-      raise BadRecord(
+      raise ValueError(
         f"the template {template!r} asks for {error.args[0]!r}, but it has"
         f" {_names(record)}"
       ) from error
     except (AttributeError, IndexError, TypeError, ValueError) as error:
-      raise BadRecord(
+      raise ValueError(
         f"the template {template!r} cannot be filled: {error}"
       ) from error
 
@@ -104,19 +104,19 @@ def _template(template: str, columns: Sequence[str]) -> Callable[[Record], str]:
 
 def _checked(prompt: str, completion: str) -> tuple[str, str]:
   if not completion:
-    raise BadRecord("there is no text to learn; remove the line")
+    raise ValueError("there is no text to learn; remove the line")
   try:
     # JSON can write half of a pair of surrogates.
     (prompt + completion).encode()
   except UnicodeEncodeError as error:
-    raise BadRecord(f"not text that UTF-8 can hold ({error})") from error
+    raise ValueError(f"not text that UTF-8 can hold ({error})") from error
   return prompt, completion
 
 
 def _field(record: Record, name: str) -> str:
   value = record[name]
   if not isinstance(value, str):
-    raise BadRecord(
+    raise ValueError(
       f"{name!r} is a {type(value).__name__}, where a string is expected"
     )
   return value

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from calm_jax.core.errors import InputError
-from calm_jax.data.sources import row_slice
+from calm_jax.data.examples import row_slice
 from calm_jax.evals.base import Evaluation, Fits, Judgement, Prompt, Row
 
 PROMPTS = Path(__file__).parent / "prompts"

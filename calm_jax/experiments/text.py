@@ -17,10 +17,11 @@ import numpy as np
 from calm_jax.core import files
 from calm_jax.core.errors import InputError
 from calm_jax.data import pipeline
-from calm_jax.data.sources import (
-  Source,
+from calm_jax.data.documents import RowOptions
+from calm_jax.data.examples import (
+  ExampleSource,
   TextExample,
-  read_source,
+  read_examples,
   take_fraction,
 )
 from calm_jax.evals import suite, tasks
@@ -46,7 +47,7 @@ class TextTask:
 
   Attributes:
     languages: codes, such as lij_Latn.
-    sources: by name, arguments of `data.sources.Source`.
+    sources: by name, arguments of `data.examples.ExampleSource`.
     held_out: the same, of text to measure. A source with an empty path is
       left out.
     evals: by name, see `evals.tasks.make`.
@@ -93,7 +94,7 @@ class Text:
     self.sources = _sources(task.sources, task.languages)
     held_out = _sources(task.held_out, task.languages)
     self.held_out = {
-      name: read_source(source, print)
+      name: read_examples(source, print)
       for name, source in held_out.items()
       if source.path
     }
@@ -147,7 +148,7 @@ class Text:
         "configs/compose.py, --config.data="
       )
     if name not in self._examples:
-      self._examples[name] = read_source(self.sources[name], print)
+      self._examples[name] = read_examples(self.sources[name], print)
     return self._examples[name]
 
   def source(
@@ -169,8 +170,7 @@ class Text:
           raise InputError(f"source {name!r} is in the mixture twice")
         examples = take_fraction(self._read(name), part["fraction"], task.seed)
         parts[name] = examples, part["weight"] / len(names)
-    source = pipeline.mix(
-      parts,
+    options = RowOptions(
       pack=data["pack"],
       too_long=data["too_long"],
       seed=seed,
@@ -179,6 +179,7 @@ class Text:
       **self._reading(model),
       **_shape(stage),
     )
+    source = pipeline.text_source(parts, options)
     print(source.describe_truncation(), flush=True)
     return source
 
@@ -193,11 +194,8 @@ class Text:
         "--config.eval_data= a jsonl or txt file"
       )
     examples = [e for name in names for e in self.held_out[name]]
-    return list(
-      pipeline.eval_batches(
-        examples, pack=True, **self._reading(model), **_shape(stage)
-      )
-    )
+    options = RowOptions(seed=None, **self._reading(model), **_shape(stage))
+    return list(pipeline.text_source({"": (examples, 1.0)}, options))
 
   def _reading(self, model: LanguageModel) -> dict[str, Any]:
     """The tokenizers that a model's batches are made with."""
@@ -274,14 +272,14 @@ class Text:
   def _score(self, model: LanguageModel, examples) -> list[tuple]:
     """What `evals.perplexity` asks for; long texts go on in a next window."""
     score = jax.jit(step.row_losses, static_argnums=1)
-    source = pipeline.text_source(
-      examples,
+    options = RowOptions(
       batch_size=self.task.eval_batch_size,
       length=self.task.eval_length,
       pack=False,
       seed=None,
       **self._reading(model),
     )
+    source = pipeline.text_source({"": (examples, 1.0)}, options)
     sums: dict[str, np.ndarray] = {}
     for i in range(len(source)):
       nats_B, tokens_B = processes.fetch(
@@ -311,11 +309,11 @@ class Text:
     return look | {"prompt_length": np.array(prompt_length)}
 
 
-def _sources(entries: dict[str, dict], languages) -> dict[str, Source]:
+def _sources(entries: dict[str, dict], languages) -> dict[str, ExampleSource]:
   found = {}
   for name, settings in expand(entries, languages).items():
     try:
-      found[name] = Source(**settings)
+      found[name] = ExampleSource(**settings)
     except TypeError as error:
       raise InputError(f"source {name!r}: {error}") from error
   return found

@@ -9,7 +9,7 @@ holds. Its axes belong to the leaf's last dimensions: each is None, the name of
 an axis, or a tuple of names; the dimensions before them, and with () all, are
 not cut. What else has a name: "states" are the hidden states [B, L, D],
 "heads" what kernels of attention read [B, N, L, H], "batch/.*" the arrays of a
-batch [B, L] ("batch/anchor/tokens"), "cache/.*" those of a decoding cache.
+batch [B, L], "cache/.*" those of a decoding cache.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _UNRULED = "fsdp"
 # What a layer's weights stay cut by while it computes.
 _COMPUTED = ("tensor",)
 _STACKED = re.compile(r"(.*/)?layers/.*")
-# All arrays of a batch have rows as its tokens do.
-_TOKENS = "batch/anchor/tokens"
+# The name that says how the rows of a batch are shared, alike for all arrays.
+_ROWS = "batch/tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,7 @@ class Layout:
     Raises:
       InputError: the devices cannot share the rows of a piece evenly.
     """
-    rule = self._rule(_TOKENS) or (None,)
+    rule = self._rule(_ROWS) or (None,)
     rows = self._size(self._real(rule[0]))
     if batch_size % (rows * pieces):
       raise InputError(
@@ -193,7 +193,7 @@ class Layout:
         f"the {rows} devices along {rule[0]}; make it a multiple of "
         f"{rows * pieces}"
       )
-    held = self._batch(_TOKENS, (batch_size, 1), (0,))
+    held = self._batch(_ROWS, (batch_size, 1), (0,))
     starts = {
       index[0].indices(batch_size)[:2]
       for index in held.addressable_devices_indices_map(

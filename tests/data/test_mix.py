@@ -6,10 +6,18 @@ import re
 import numpy as np
 import pytest
 import text_data
-from text_data import assert_same, documents, flat, joined, questions, texts_of
+from text_data import (
+  assert_same,
+  documents,
+  flat,
+  joined,
+  make_source,
+  questions,
+  texts_of,
+)
 
 from calm_jax.core.errors import InputError
-from calm_jax.data.pipeline import make_iterator, mix, text_source
+from calm_jax.data.pipeline import make_iterator
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +40,8 @@ PARTS = {
 def make(tokenizer, kind="mixture", **changes):
   settings = {"batch_size": 4, "length": 32, "seed": 0} | changes
   if kind == "mixture":
-    return mix(PARTS, tokenizer, **settings)
-  return text_source(PARTS["long"][0], tokenizer, **settings)
+    return make_source(PARTS, tokenizer, **settings)
+  return make_source(PARTS["long"][0], tokenizer, **settings)
 
 
 def rows_of(source, count):
@@ -96,7 +104,7 @@ def test_shares_of_the_rows_follow_the_weights(tokenizer):
         PARTS.items(), weights, strict=True
       )
     }
-    source = mix(parts, tokenizer, batch_size=5, length=32, seed=0)
+    source = make_source(parts, tokenizer, batch_size=5, length=32, seed=0)
     count = 5000
     files = [origins[0].split()[0] for origins in rows_of(source, count)]
     names = dict(zip(("a.txt", "b.txt", "q.jsonl"), weights, strict=True))
@@ -122,7 +130,7 @@ def test_no_row_comes_twice_in_an_epoch_of_its_part(tokenizer):
 
 def test_a_part_has_its_order_whatever_the_others_are(tokenizer):
   def order(parts):
-    source = mix(parts, tokenizer, batch_size=4, length=32, seed=0)
+    source = make_source(parts, tokenizer, batch_size=4, length=32, seed=0)
     rows = map(tuple, rows_of(source, 400))
     return [row for row in rows if row[0].startswith("a.txt")][:100]
 
@@ -134,7 +142,7 @@ def test_rows_of_two_tokenizers_have_the_shape_of_the_longest(
   tokenizer, augmenting
 ):
   alone = [
-    text_source(
+    make_source(
       examples, tokenizer, augmenting=augmenting, batch_size=4, length=32,
       seed=None,
     ).augmenting_lengths["letters"]
@@ -159,9 +167,9 @@ def test_batches_hold_the_texts_of_all_parts(tokenizer):
 
 
 def test_one_part_is_the_source_of_its_examples(tokenizer):
-  alone = text_source(documents(9), tokenizer, batch_size=2, length=32, seed=5)
+  alone = make_source(documents(9), tokenizer, batch_size=2, length=32, seed=5)
   one = {"a": (documents(9), 0.25)}
-  mixed = mix(one, tokenizer, batch_size=2, length=32, seed=5)
+  mixed = make_source(one, tokenizer, batch_size=2, length=32, seed=5)
   assert mixed.fingerprint == alone.fingerprint
   for i in range(9):
     assert_same(mixed[i], alone[i])
@@ -171,7 +179,7 @@ def test_one_part_is_the_source_of_its_examples(tokenizer):
 def test_the_fingerprint_follows_the_mixture(tokenizer):
   def fingerprint(parts, **changes):
     settings = {"batch_size": 4, "length": 32, "seed": 0}
-    return mix(parts, tokenizer, **settings | changes).fingerprint
+    return make_source(parts, tokenizer, **settings | changes).fingerprint
 
   renamed = {f"{name}2": part for name, part in PARTS.items()}
   weighed = PARTS | {"asked": (PARTS["asked"][0], 4.0)}
@@ -209,7 +217,7 @@ def test_describe_names_the_part(tokenizer):
 )
 def test_bad_mixtures(tokenizer, parts, message):
   with pytest.raises(InputError, match=message):
-    mix(parts, tokenizer, batch_size=4, length=32, seed=0)
+    make_source(parts, tokenizer, batch_size=4, length=32, seed=0)
 
 
 def test_a_mixture_takes_a_seed(tokenizer):

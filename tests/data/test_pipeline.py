@@ -9,7 +9,16 @@ import jax
 import numpy as np
 import pytest
 import text_data
-from text_data import assert_same, documents, flat, joined, questions, texts_of
+from text_data import (
+  assert_same,
+  documents,
+  flat,
+  joined,
+  make_source,
+  one_pass,
+  questions,
+  texts_of,
+)
 
 from calm_jax.core.errors import InputError
 from calm_jax.data.arithmetic import (
@@ -19,8 +28,8 @@ from calm_jax.data.arithmetic import (
   sample_expressions,
   train_tokenizer,
 )
-from calm_jax.data.pipeline import eval_batches, make_iterator, text_source
-from calm_jax.data.sources import TextExample
+from calm_jax.data.examples import TextExample
+from calm_jax.data.pipeline import make_iterator
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +39,12 @@ def tokenizer(tmp_path_factory):
 
 def make(tokenizer, data=None, **changes):
   settings = {"batch_size": 4, "length": 32, "seed": 0}
-  return text_source(data or documents(30), tokenizer, **settings | changes)
+  return make_source(data or documents(30), tokenizer, **settings | changes)
 
 
 def test_one_pass_in_order(tokenizer):
   data = questions(11)
-  batches = list(eval_batches(data, tokenizer, batch_size=4, length=32))
+  batches = one_pass(data, tokenizer, batch_size=4, length=32)
   assert len(batches) == 3
   rows = [row for batch in batches for row in texts_of(batch, tokenizer)]
   assert rows == [[e.prompt + e.completion] for e in data] + [[]]
@@ -45,7 +54,7 @@ def test_one_pass_in_order(tokenizer):
 
 def test_what_counts(tokenizer):
   data = questions(1)
-  (batch,) = eval_batches(data, tokenizer, batch_size=1, length=32)
+  (batch,) = one_pass(data, tokenizer, batch_size=1, length=32)
   prompt = [tokenizer.bos_id, *tokenizer.encode(data[0].prompt)]
   completion = [*tokenizer.encode("0"), tokenizer.eos_id]
   ids, end = prompt + completion, len(prompt)
@@ -60,7 +69,7 @@ def test_what_counts(tokenizer):
 def test_plain_text_counts_from_the_bos(tokenizer):
   for bos in (1, None):
     changed = dataclasses.replace(tokenizer, bos_id=bos)
-    (batch,) = eval_batches(documents(1), changed, batch_size=1, length=64)
+    (batch,) = one_pass(documents(1), changed, batch_size=1, length=64)
     used = int((batch.anchor.segments > 0).sum())
     assert batch.weights[0, : used - 1].all()
     assert batch.weights.sum() == used - 1
@@ -69,9 +78,7 @@ def test_plain_text_counts_from_the_bos(tokenizer):
 
 def test_packed_rows(tokenizer):
   data = questions(20)
-  batches = list(
-    eval_batches(data, tokenizer, batch_size=2, length=40, pack=True)
-  )
+  batches = one_pass(data, tokenizer, batch_size=2, length=40, pack=True)
   rows = [row for batch in batches for row in texts_of(batch, tokenizer)]
   assert flat(rows) == [e.prompt + e.completion for e in data]
   assert len(rows) < 12
@@ -108,7 +115,7 @@ def test_too_long_with_a_prompt(tokenizer):
 
 def test_nothing_to_learn(tokenizer):
   with pytest.raises(InputError, match="no examples"):
-    text_source([], tokenizer, batch_size=1, length=8, seed=0)
+    make_source([], tokenizer, batch_size=1, length=8, seed=0)
   bare = dataclasses.replace(tokenizer, bos_id=None, eos_id=None)
   with pytest.raises(InputError, match="x line 1: 1 tokens"):
     make(bare, [TextExample("", "7", "x line 1")])
@@ -251,13 +258,13 @@ def test_describe(tokenizer):
   )
 
 
-def test_expressions_as_eval_batches(tmp_path):
+def test_expressions_as_batches(tmp_path):
   kv = make_key_values(20, 0.5, seed=0)
   made = train_tokenizer(kv, tmp_path / "kv")
   drawn = sample_expressions(
     np.random.default_rng(0), kv, 10, min_terms=2, max_terms=3, part="eval"
   )
   data = examples(kv, drawn, "kv_math")
-  batches = list(eval_batches(data, made, batch_size=5, length=32))
+  batches = one_pass(data, made, batch_size=5, length=32)
   rows = [row for batch in batches for row in texts_of(batch, made)]
   assert rows == [[e.prompt + e.completion] for e in data]

@@ -3,7 +3,6 @@
 import pytest
 
 from calm_jax.core.errors import InputError
-from calm_jax.data.readers import BadRecord
 from calm_jax.data.templates import own_fields, templates
 
 
@@ -45,15 +44,15 @@ def test_bad_templates(prompt, completion, message):
   ],
 )
 def test_records_that_do_not_fit(record, message):
-  with pytest.raises(BadRecord, match=message):
+  with pytest.raises(ValueError, match=message):
     templates("", "{a}: {b[de]}", ())(record)
 
 
 def test_empty_texts():
-  with pytest.raises(BadRecord, match="no text to learn"):
+  with pytest.raises(ValueError, match="no text to learn"):
     templates("{a}", "{b}", ())({"a": "x", "b": ""})
   # It would be taken for plain text.
-  with pytest.raises(BadRecord, match="its prompt is empty"):
+  with pytest.raises(ValueError, match="its prompt is empty"):
     templates("{a}", "{b}", ())({"a": "", "b": "x"})
 
 
@@ -61,5 +60,5 @@ def test_own_fields():
   texts = own_fields("q", "a", "body")
   assert texts({"q": "x", "a": "y", "body": "z"}) == ("x", "y")
   assert texts({"q": "x", "body": "z"}) == ("", "z")
-  with pytest.raises(BadRecord, match="expected 'body', or 'q' and 'a'"):
+  with pytest.raises(ValueError, match="expected 'body', or 'q' and 'a'"):
     texts({"q": "x"})

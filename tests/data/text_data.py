@@ -5,7 +5,9 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from calm_jax.data.sources import TextExample
+from calm_jax.data.documents import RowOptions
+from calm_jax.data.examples import TextExample
+from calm_jax.data.pipeline import text_source
 from calm_jax.text.alignment import ChunkEncoder
 from calm_jax.text.tokenizer import train_sentencepiece
 
@@ -44,6 +46,19 @@ def questions(count):
 
 def flat(lists):
   return [item for items in lists for item in items]
+
+
+def make_source(parts, tokenizer, **options):
+  """A source of one list of examples, or of a mixture of parts."""
+  if not isinstance(parts, dict):
+    parts = {"": (parts, 1.0)}
+  return text_source(parts, RowOptions(tokenizer=tokenizer, **options))
+
+
+def one_pass(examples, tokenizer, **options):
+  """All batches of the examples in order, an example a row."""
+  settings = {"seed": None, "pack": False} | options
+  return list(make_source(examples, tokenizer, **settings))
 
 
 def texts_of(batch, tokenizer):

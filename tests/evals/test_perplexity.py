@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from calm_jax.data.sources import TextExample
+from calm_jax.data.examples import TextExample
 from calm_jax.evals.perplexity import perplexity
 
 

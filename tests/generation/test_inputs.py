@@ -16,7 +16,8 @@ from calm_jax.composition.connections import Composition, connect
 from calm_jax.core.batch import plain_sequence
 from calm_jax.core.errors import InputError
 from calm_jax.data import pipeline
-from calm_jax.data.sources import TextExample
+from calm_jax.data.documents import RowOptions
+from calm_jax.data.examples import TextExample
 from calm_jax.language_model import LanguageModel
 from calm_jax.text.alignment import ChunkEncoder, align, prompt_ends
 from calm_jax.training import step
@@ -82,11 +83,13 @@ def encoders(model):
 
 def batches(model, examples=EXAMPLES, **options):
   settings = {"batch_size": 2, "length": 64, "pack": True} | options
-  return list(
-    pipeline.eval_batches(
-      examples, model.tokenizer, augmenting=encoders(model), **settings
-    )
-  )
+  return list(source_of(model, examples, **settings))
+
+
+def source_of(model, examples=EXAMPLES, **options):
+  settings = {"augmenting": encoders(model), "seed": None} | options
+  options = RowOptions(tokenizer=model.tokenizer, **settings)
+  return pipeline.text_source({"": (examples, 1.0)}, options)
 
 
 run = jax.jit(step.batch_logits, static_argnums=1)
@@ -181,9 +184,7 @@ def test_the_batch_by_hand(toys):
 def test_same_tokens_add_nothing(toys):
   anchor = decoder(toys["byte_level"], 1)
   model = calm_jax.compose(anchor, anchor, 1)
-  plain = list(
-    pipeline.eval_batches(EXAMPLES, anchor.tokenizer, batch_size=2, length=64)
-  )
+  plain = batches(anchor, pack=False)
   for batch, expected in zip(batches(model, pack=False), plain, strict=True):
     assert batch.augmenting == batch.visible == {}
     jax.tree.map(np.testing.assert_array_equal, batch, expected)
@@ -280,14 +281,8 @@ def test_data_names_what_it_was_aligned_with(anchor, augmenting):
   model = compose(anchor, augmenting)
 
   def fingerprint(**changes):
-    return pipeline.text_source(
-      EXAMPLES,
-      anchor.tokenizer,
-      batch_size=2,
-      length=64,
-      seed=0,
-      **{"augmenting": encoders(model)} | changes,
-    ).fingerprint
+    settings = {"batch_size": 2, "length": 64, "seed": 0} | changes
+    return source_of(model, **settings).fingerprint
 
   plain = fingerprint(augmenting={})
   assert len({plain, fingerprint(), fingerprint(augmenting_length=90)}) == 3
@@ -297,9 +292,9 @@ def test_data_names_what_it_was_aligned_with(anchor, augmenting):
 def test_hosts_share_aligned_batches(anchor, augmenting):
   model = compose(anchor, augmenting)
   whole, *parts = (
-    pipeline.text_source(
-      EXAMPLES * 3, anchor.tokenizer, batch_size=4, length=64, seed=0,
-      augmenting=encoders(model), process_index=i, process_count=n,
+    source_of(
+      model, EXAMPLES * 3, batch_size=4, length=64, seed=0,
+      process_index=i, process_count=n,
     )
     for i, n in ((0, 1), (0, 2), (1, 2))
   )  # fmt: skip

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import text_data
-from text_data import flat, questions, texts_of
+from text_data import flat, make_source, questions, texts_of
 
 from calm_jax.core.errors import InputError
-from calm_jax.data.pipeline import text_source
-from calm_jax.data.segments import Truncation
-from calm_jax.data.sources import TextExample
+from calm_jax.data.documents import Truncation
+from calm_jax.data.examples import TextExample
 
 LONG = " ".join(text_data.WORDS)
 
@@ -25,7 +24,7 @@ def augmenting(tmp_path_factory):
 
 def make(tokenizer, data, **changes):
   settings = {"batch_size": 4, "length": 16, "seed": None, "pack": False}
-  return text_source(data, tokenizer, **settings | changes)
+  return make_source(data, tokenizer, **settings | changes)
 
 
 def size(tokenizer, example):
@@ -103,7 +102,7 @@ def test_error(tokenizer):
       InputError, match=r"a line 2: .* a row has 16 \(and 1 more\)"
     ):
       make(tokenizer, EXAMPLES, seed=seed)
-  with pytest.raises(InputError, match="too_long 'cats': expected error, cut"):
+  with pytest.raises(InputError, match="too_long='cats' is none of"):
     make(tokenizer, EXAMPLES, too_long="cats")
 
 

@@ -1,4 +1,4 @@
-"""Examples from files, tfds and Hugging Face data sets."""
+"""Text examples from files, tfds and Hugging Face data sets."""
 
 import dataclasses
 import glob
@@ -9,10 +9,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from calm_jax.core import files
 from calm_jax.core.errors import InputError
-from calm_jax.data import readers
-from calm_jax.data.readers import BadRecord
-from calm_jax.data.templates import own_fields, templates
+from calm_jax.data import records
+from calm_jax.data.templates import Texts, own_fields, templates
 
 T = TypeVar("T")
 
@@ -37,8 +37,8 @@ class TextExample:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-  """Where examples are, and what of a record is given and what is learnt.
+class ExampleSource:
+  """A set of examples: its files, and how records become prompt and completion.
 
   Attributes:
     path: a file; a pattern of files, such as "data/*.jsonl", read in the order
@@ -78,8 +78,8 @@ class Source:
   data_dir: str = ""
 
 
-def read_source(
-  source: Source, report: Callable[[str], None] | None = None
+def read_examples(
+  source: ExampleSource, report: Callable[[str], None] | None = None
 ) -> list[TextExample]:
   """Reads all examples of a source, in order; blank lines are skipped.
 
@@ -97,31 +97,17 @@ def read_source(
   kind = _kind(source)
   texts = _texts(source, kind)
   examples, bad = [], []
-  for origin, read in _rows(source, kind):
+  for origin, read in _entries(source, kind):
     try:
       record = read()
       if record is not None:
         examples.append(TextExample(*texts(record), origin))
-    except BadRecord as error:
+    except ValueError as error:
       bad.append(f"{origin}: {error}")
-  total = len(examples) + len(bad)
-  if not total:
+  if not examples and not bad:
     raise InputError(f"{source.path} holds no examples: every line is blank")
   if bad:
-    summary = (
-      f"{source.path}: {len(bad):,} of {total:,} lines are bad"
-      f" ({len(bad) / total:.2%})"
-    )
-    if len(bad) / total > source.bad_lines:
-      named = "\n".join(bad[:_NAMED])
-      more = len(bad) - _NAMED
-      rest = f"\nand {more:,} more" if more > 0 else ""
-      raise InputError(
-        f"{summary}, more than bad_lines={source.bad_lines} allows; repair or"
-        f" remove them, or raise bad_lines to skip them:\n{named}{rest}"
-      )
-    if report is not None:
-      report("\n".join([f"{summary} and skipped:", *bad]))
+    _judge(source, bad, len(examples) + len(bad), report)
   if not examples:
     raise InputError(f"{source.path} holds no examples: every line is bad")
   if not examples[part]:
@@ -132,29 +118,38 @@ def read_source(
   return examples[part]
 
 
+def _judge(
+  source: ExampleSource, bad: list[str], total: int, report: Callable | None
+) -> None:
+  """Reports bad lines, or raises if there are more than the source allows."""
+  share = len(bad) / total
+  summary = (
+    f"{source.path}: {len(bad):,} of {total:,} lines are bad ({share:.2%})"
+  )
+  if share > source.bad_lines:
+    named = "\n".join(bad[:_NAMED])
+    more = len(bad) - _NAMED
+    rest = f"\nand {more:,} more" if more > 0 else ""
+    raise InputError(
+      f"{summary}, more than bad_lines={source.bad_lines} allows; repair or"
+      f" remove them, or raise bad_lines to skip them:\n{named}{rest}"
+    )
+  if report is not None:
+    report("\n".join([f"{summary} and skipped:", *bad]))
+
+
 def read_prompts(path: str | Path) -> list[str]:
   """The "prompt" of each line of a .jsonl file.
 
   Raises:
     InputError: no such file, or a line without a prompt; it is named.
   """
-  path = Path(path)
-  if not path.is_file():
-    raise InputError(f"no prompts at {path}: there is no such file")
   prompts = []
-  for origin, read in readers.jsonl(path):
-    try:
-      record = read()
-    except BadRecord as error:
-      raise InputError(f"{origin}: {error}") from error
-    if record is None:
-      continue
-    if "prompt" not in record:
-      raise InputError(f"{origin}: it has no 'prompt'")
+  for number, record in files.read_json_lines(path, ["prompt"]):
     if not isinstance(record["prompt"], str):
       raise InputError(
-        f"{origin}: 'prompt' is a {type(record['prompt']).__name__}, where a"
-        " string is expected"
+        f"{path}, line {number}: 'prompt' is a"
+        f" {type(record['prompt']).__name__}, where a string is expected"
       )
     prompts.append(record["prompt"])
   return prompts
@@ -180,7 +175,22 @@ def take_fraction(examples: Sequence[T], fraction: float, seed: int) -> list[T]:
   return [examples[i] for i in np.sort(order[:count])]
 
 
-def _check(source: Source) -> None:
+def row_slice(rows: str) -> slice:
+  """ ":100" or "6000:" as a slice; "" is all.
+
+  Raises:
+    InputError: it is no such slice.
+  """
+  if rows and not re.fullmatch(r"-?\d*:-?\d*", rows):
+    raise InputError(f"rows {rows!r}: expected a slice such as :5000 or 5000:")
+  ends = rows.split(":") if rows else ["", ""]
+  try:
+    return slice(*(int(end) if end else None for end in ends))
+  except ValueError as error:
+    raise InputError(f"rows {rows!r}: {error}") from error
+
+
+def _check(source: ExampleSource) -> None:
   if source.kind and source.kind not in KINDS:
     raise InputError(
       f"{source.path}: unknown kind {source.kind!r}; one of {', '.join(KINDS)}"
@@ -207,22 +217,7 @@ def _check(source: Source) -> None:
     )
 
 
-def row_slice(rows: str) -> slice:
-  """ ":100" or "6000:" as a slice; "" is all.
-
-  Raises:
-    InputError: it is no such slice.
-  """
-  if rows and not re.fullmatch(r"-?\d*:-?\d*", rows):
-    raise InputError(f"rows {rows!r}: expected a slice such as :5000 or 5000:")
-  ends = rows.split(":") if rows else ["", ""]
-  try:
-    return slice(*(int(end) if end else None for end in ends))
-  except ValueError as error:
-    raise InputError(f"rows {rows!r}: {error}") from error
-
-
-def _kind(source: Source) -> str:
+def _kind(source: ExampleSource) -> str:
   """The kind that the source says; "" where each file's suffix does."""
   if source.kind:
     return source.kind
@@ -232,8 +227,9 @@ def _kind(source: Source) -> str:
   return "parallel" if source.target else ""
 
 
-def _texts(source: Source, kind: str):
-  kind = kind or _SUFFIXES.get(Path(source.path).suffix)
+def _texts(source: ExampleSource, kind: str) -> Texts:
+  """The function that makes prompt and completion of the source's records."""
+  kind = kind or _SUFFIXES.get(Path(source.path).suffix, "")
   columns = ()
   if kind in ("tsv", "parallel"):
     columns = tuple(source.columns)
@@ -256,44 +252,45 @@ def _texts(source: Source, kind: str):
   return own_fields(*names)
 
 
-def _rows(source: Source, kind: str) -> Iterator[readers.Row]:
+def _entries(source: ExampleSource, kind: str) -> Iterator[records.Entry]:
   """The records of all files, with their origins."""
+  columns = tuple(source.columns)
   if kind == "tfds":
     name = source.path.removeprefix("tfds:")
-    yield from readers.tfds(name, source.split, source.data_dir)
+    yield from records.tfds(name, source.split, source.data_dir)
   elif kind == "hf":
     name, _, config = source.path.removeprefix("hf:").partition(":")
-    yield from readers.hf(name, config, source.split)
+    yield from records.hf(name, config, source.split)
   elif kind == "parallel":
-    pair = _file(source.path), _file(source.target)
-    yield from readers.parallel(*pair, tuple(source.columns))
+    yield from records.parallel(
+      _file(source.path), _file(source.target), columns
+    )
   else:
     for path in _files(source.path):
-      yield from _of_file(source, path, kind or _SUFFIXES.get(path.suffix))
-
-
-def _of_file(source: Source, path: Path, kind: str | None):
-  if kind == "jsonl":
-    return readers.jsonl(path)
-  if kind == "text":
-    return readers.text(path, source.text_field)
-  if kind == "tsv":
-    return readers.tsv(path, tuple(source.columns))
-  raise InputError(
-    f"cannot read examples from {path}: its name must end in .jsonl (one"
-    " JSON object a line), .txt (one document a line) or .tsv (columns between"
-    " tabs), or its kind must be given"
-  )
+      file_kind = kind or _SUFFIXES.get(path.suffix)
+      if file_kind == "jsonl":
+        yield from records.jsonl(path)
+      elif file_kind == "text":
+        yield from records.text(path, source.text_field)
+      elif file_kind == "tsv":
+        yield from records.tsv(path, columns)
+      else:
+        raise InputError(
+          f"cannot read examples from {path}: its name must end in .jsonl (one"
+          " JSON object a line), .txt (one document a line) or .tsv (columns"
+          " between tabs), or its kind must be given"
+        )
 
 
 def _files(path: str) -> list[Path]:
+  """The file of this name, or all whose names fit it as a pattern."""
   if Path(path).is_file() or not glob.has_magic(path):
     return [_file(path)]
-  found = [Path(name) for name in sorted(glob.glob(path, recursive=True))]
-  files = [name for name in found if name.is_file()]
-  if not files:
+  names = sorted(glob.glob(path, recursive=True))
+  paths = [Path(name) for name in names if Path(name).is_file()]
+  if not paths:
     raise InputError(f"no examples at {path}: no file's name is like it")
-  return files
+  return paths
 
 
 def _file(path: str) -> Path:

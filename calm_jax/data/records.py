@@ -1,95 +1,94 @@
 """Records of files of lines, of tfds and of Hugging Face data sets.
 
-A reader yields an origin ("a.tsv line 3") and a function that reads what is
-there: the fields of a record by name, or None where a line is blank. What it
-cannot read raises `BadRecord` there and then, so that the next can be read.
+A function here yields entries: an origin ("a.tsv line 3") and a function that
+reads the record there, its fields by name, or None where a line is blank. It
+raises ValueError for a bad record, so that the next can be read.
 """
 
 import functools
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from calm_jax.core import files
 from calm_jax.core.errors import InputError
 
 Record = dict[str, Any]
-Row = tuple[str, Callable[[], Record | None]]
+Entry = tuple[str, Callable[[], Record | None]]
 
 
-class BadRecord(Exception):
-  """Why a line or a record cannot be used."""
-
-
-def jsonl(path: Path) -> Iterator[Row]:
+def jsonl(path: Path) -> Iterator[Entry]:
   """One JSON object a line."""
-  for number, line in _lines(path):
-    yield f"{path} line {number}", functools.partial(_parse, line, number)
+  return _entries(path, files.parse_json_line)
 
 
-def text(path: Path, field: str) -> Iterator[Row]:
+def text(path: Path, field: str) -> Iterator[Entry]:
   """One document a line, as the record {field: line}."""
 
-  def read(line, number):
-    document = _decode(line, number)
+  def parse(line: bytes, number: int) -> Record | None:
+    document = files.decode_line(line, number)
     return {field: document} if document.strip() else None
 
-  for number, line in _lines(path):
-    yield f"{path} line {number}", functools.partial(read, line, number)
+  return _entries(path, parse)
 
 
-def tsv(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
+def tsv(path: Path, columns: tuple[str, ...]) -> Iterator[Entry]:
   """Values between tabs, without a header and without quotes."""
 
-  def read(line, number):
-    joined = _decode(line, number)
+  def parse(line: bytes, number: int) -> Record | None:
+    joined = files.decode_line(line, number)
     if not joined.strip():
       return None
     values = joined.split("\t")
     if len(values) != len(columns):
-      raise BadRecord(
+      raise ValueError(
         f"{len(values)} columns, where {len(columns)} are expected"
         f" ({', '.join(columns)}); they stand between tabs"
       )
     return dict(zip(columns, values, strict=True))
 
-  for number, line in _lines(path):
-    yield f"{path} line {number}", functools.partial(read, line, number)
+  return _entries(path, parse)
+
+
+def _entries(
+  path: Path, parse: Callable[[bytes, int], Record | None]
+) -> Iterator[Entry]:
+  for number, line in files.read_lines(path):
+    yield f"{path} line {number}", functools.partial(parse, line, number)
 
 
 def parallel(
   path: Path, target: Path, columns: tuple[str, ...]
-) -> Iterator[Row]:
+) -> Iterator[Entry]:
   """Line i of one file with line i of the other, as two columns.
 
   Raises:
     InputError: at the end, the files have different numbers of lines.
   """
 
-  def read(lines, number):
-    values = [_decode(line, number) for line in lines]
+  def parse(lines, number):
+    values = [files.decode_line(line, number) for line in lines]
     empty = [not value.strip() for value in values]
     if all(empty):
       return None
     for is_empty, file in zip(empty, (path, target), strict=True):
       if is_empty:
-        raise BadRecord(f"it is empty in {file}, and not in the other file")
+        raise ValueError(f"it is empty in {file}, and not in the other file")
     return dict(zip(columns, values, strict=True))
 
   counts = [0, 0]
-  files = itertools.zip_longest(_lines(path), _lines(target))
-  for i, pair in enumerate(files, start=1):
-    counts = [
-      count if line is None else i
-      for count, line in zip(counts, pair, strict=True)
-    ]
+  both = itertools.zip_longest(files.read_lines(path), files.read_lines(target))
+  for number, pair in enumerate(both, start=1):
+    for i, line in enumerate(pair):
+      counts[i] += line is not None
     if None not in pair:
+      lines = [line for _, line in pair]
       yield (
-        f"{path} and {target} line {i}",
-        functools.partial(read, [line for _, line in pair], i),
+        f"{path} and {target} line {number}",
+        functools.partial(parse, lines, number),
       )
   if counts[0] != counts[1]:
     raise InputError(
@@ -98,7 +97,7 @@ def parallel(
     )
 
 
-def tfds(name: str, split: str, data_dir: str) -> Iterator[Row]:
+def tfds(name: str, split: str, data_dir: str) -> Iterator[Entry]:
   """A split of a data set that tensorflow_datasets knows; no TensorFlow.
 
   Raises:
@@ -123,7 +122,7 @@ def tfds(name: str, split: str, data_dir: str) -> Iterator[Row]:
     yield f"tfds:{name} {split} row {i}", lambda i=i: _plain(records[i])
 
 
-def hf(name: str, config: str, split: str) -> Iterator[Row]:
+def hf(name: str, config: str, split: str) -> Iterator[Entry]:
   """A split of a data set of the Hugging Face hub, or of a local folder.
 
   Args:
@@ -169,37 +168,6 @@ def _saved_split(saved, name: str, split: str):
   return saved[split]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-  # Bytes are split, not text: str.splitlines also splits at U+2028.
-  with path.open("rb") as file:
-    yield from enumerate(file, start=1)
-
-
-def _decode(line: bytes, number: int) -> str:
-  try:
-    decoded = line.decode("utf-8-sig" if number == 1 else "utf-8")
-  except UnicodeDecodeError as error:
-    raise BadRecord(f"not UTF-8 text ({error}); convert the file") from error
-  return decoded.rstrip("\r\n")
-
-
-def _parse(line: bytes, number: int) -> Record | None:
-  decoded = _decode(line, number)
-  if not decoded.strip():
-    return None
-  try:
-    record = json.loads(decoded)
-  except (ValueError, RecursionError) as error:
-    raise BadRecord(
-      f"not JSON ({error}); a line must be one JSON object"
-    ) from error
-  if not isinstance(record, dict):
-    raise BadRecord(
-      f"a JSON {type(record).__name__}, where an object is expected"
-    )
-  return record
-
-
 def _plain(value):
   """Bytes as text and numpy's scalars as Python's, within dicts too."""
   if isinstance(value, dict):
@@ -210,5 +178,5 @@ def _plain(value):
     try:
       return value.decode()
     except UnicodeDecodeError as error:
-      raise BadRecord(f"not UTF-8 text ({error})") from error
+      raise ValueError(f"not UTF-8 text ({error})") from error
   return value

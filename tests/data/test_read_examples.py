@@ -1,4 +1,4 @@
-"""Tests of calm_jax.data.sources."""
+"""Tests of calm_jax.data.examples."""
 
 import json
 
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from calm_jax.core.errors import InputError
-from calm_jax.data.sources import (
-  Source,
+from calm_jax.data.examples import (
+  ExampleSource,
   TextExample,
+  read_examples,
   read_prompts,
-  read_source,
   take_fraction,
 )
 
@@ -20,8 +20,8 @@ def write(path, *lines):
   return path
 
 
-def read_examples(path, **fields):
-  return read_source(Source(str(path), **fields))
+def read(path, **fields):
+  return read_examples(ExampleSource(str(path), **fields))
 
 
 def test_jsonl(tmp_path):
@@ -32,7 +32,7 @@ def test_jsonl(tmp_path):
     b'{"prompt": "2+2=", "completion": "4", "text": "ignored"}',
     '{"text": "日本\u2028 text"}'.encode(),
   )
-  assert read_examples(path) == [
+  assert read(path) == [
     TextExample("", "plain \u2028 text", f"{path} line 1"),
     TextExample("2+2=", "4", f"{path} line 3"),
     TextExample("", "日本\u2028 text", f"{path} line 4"),
@@ -42,13 +42,13 @@ def test_jsonl(tmp_path):
 def test_named_fields(tmp_path):
   # MBPP's prompt is called text.
   path = write(tmp_path / "a.jsonl", b'{"text": "Sort", "code": "sorted(x)"}')
-  (example,) = read_examples(path, prompt_field="text", completion_field="code")
+  (example,) = read(path, prompt_field="text", completion_field="code")
   assert (example.prompt, example.completion) == ("Sort", "sorted(x)")
 
 
 def test_plain_text(tmp_path):
   path = write(tmp_path / "a.txt", b"\xef\xbb\xbfone ", b"  ", b"", b"two\r")
-  assert read_examples(path) == [
+  assert read(path) == [
     TextExample("", "one ", f"{path} line 1"),
     TextExample("", "two", f"{path} line 4"),
   ]
@@ -72,18 +72,18 @@ def test_plain_text(tmp_path):
 def test_bad_lines(tmp_path, line, message):
   path = write(tmp_path / "data.jsonl", b'{"text": "fine"}', line)
   with pytest.raises(InputError, match=rf"data\.jsonl line 2: .*{message}"):
-    read_examples(path)
+    read(path)
 
 
 def test_bad_files(tmp_path):
   with pytest.raises(InputError, match="no such file"):
-    read_examples(tmp_path / "absent.jsonl")
+    read(tmp_path / "absent.jsonl")
   with pytest.raises(InputError, match="no such file"):
-    read_examples(tmp_path)
+    read(tmp_path)
   with pytest.raises(InputError, match=r"must end in \.jsonl"):
-    read_examples(write(tmp_path / "a.csv", b"a,b"))
+    read(write(tmp_path / "a.csv", b"a,b"))
   with pytest.raises(InputError, match="holds no examples"):
-    read_examples(write(tmp_path / "a.txt", b" "))
+    read(write(tmp_path / "a.txt", b" "))
 
 
 def test_fractions_are_nested():
@@ -152,8 +152,8 @@ def test_one_percent_of_corrupted_lines_are_each_named(
   path = tmp_path / name
   numbers = corrupt(path)
   messages = []
-  allowing = Source(str(path), bad_lines=0.01, **options)
-  examples = read_source(allowing, messages.append)
+  allowing = ExampleSource(str(path), bad_lines=0.01, **options)
+  examples = read_examples(allowing, messages.append)
   assert len(examples) == 9900
   bad = {f"{path} line {number}" for number in numbers}
   assert not bad & {example.origin for example in examples}
@@ -166,8 +166,8 @@ def test_one_percent_of_corrupted_lines_are_each_named(
   assert all(line.split(": ", 1)[1] for line in lines)  # why
   # A hair less, and it is fatal; the error names the first of them.
   with pytest.raises(InputError) as error:
-    strict = Source(str(path), bad_lines=0.0099, **options)
-    read_source(strict, messages.append)
+    strict = ExampleSource(str(path), bad_lines=0.0099, **options)
+    read_examples(strict, messages.append)
   text = str(error.value)
   assert "100 of 10,000 lines are bad (1.00%), more than bad_lines" in text
   for number in numbers[:10]:
@@ -178,40 +178,42 @@ def test_one_percent_of_corrupted_lines_are_each_named(
 def test_nothing_is_reported_of_good_files(tmp_path):
   path = write(tmp_path / "a.txt", b"one", b"", b"two")
   messages = []
-  read_source(Source(str(path), bad_lines=0.5), messages.append)
+  read_examples(ExampleSource(str(path), bad_lines=0.5), messages.append)
   assert messages == []
 
 
 def test_patterns_of_files(tmp_path):
   for name in ("b.txt", "a.txt", "c.jsonl"):
     write(tmp_path / name, f'{{"text": "{name}"}}'.encode())
-  found = read_source(Source(f"{tmp_path}/*.txt"))
+  found = read_examples(ExampleSource(f"{tmp_path}/*.txt"))
   assert [e.origin for e in found] == [
     f"{tmp_path}/a.txt line 1",
     f"{tmp_path}/b.txt line 1",
   ]
-  mixed = read_source(Source(f"{tmp_path}/*"))
+  mixed = read_examples(ExampleSource(f"{tmp_path}/*"))
   assert [e.completion for e in mixed][2] == "c.jsonl"
   with pytest.raises(InputError, match="no file's name is like it"):
-    read_source(Source(f"{tmp_path}/*.json"))
+    read_examples(ExampleSource(f"{tmp_path}/*.json"))
   # A name that reads as a pattern is that of a file if there is one.
   odd = write(tmp_path / "[x].txt", b"odd")
-  assert [e.completion for e in read_source(Source(str(odd)))] == ["odd"]
+  assert [e.completion for e in read_examples(ExampleSource(str(odd)))] == [
+    "odd"
+  ]
 
 
 def test_bad_lines_are_counted_over_all_files(tmp_path):
   write(tmp_path / "a.jsonl", *[b'{"text": "a"}'] * 8)
   write(tmp_path / "b.jsonl", b"{", b'{"text": "b"}')
   messages = []
-  source = Source(f"{tmp_path}/*.jsonl", bad_lines=0.1)
-  assert len(read_source(source, messages.append)) == 9
+  source = ExampleSource(f"{tmp_path}/*.jsonl", bad_lines=0.1)
+  assert len(read_examples(source, messages.append)) == 9
   assert f"{tmp_path}/b.jsonl line 1: not JSON" in messages[0]
 
 
 def test_every_line_is_bad(tmp_path):
   path = write(tmp_path / "a.jsonl", b"{", b"[]")
   with pytest.raises(InputError, match="every line is bad"):
-    read_source(Source(str(path), bad_lines=1.0))
+    read_examples(ExampleSource(str(path), bad_lines=1.0))
 
 
 def test_rows(tmp_path):
@@ -219,8 +221,8 @@ def test_rows(tmp_path):
   path = write(tmp_path / "a.jsonl", *lines)
 
   def texts(rows):
-    source = Source(str(path), rows=rows, bad_lines=0.1)
-    return [int(example.completion) for example in read_source(source)]
+    source = ExampleSource(str(path), rows=rows, bad_lines=0.1)
+    return [int(example.completion) for example in read_examples(source)]
 
   assert texts(":3") + texts("3:") == texts("") == list(range(9))
   assert texts("-2:") == [7, 8] and texts("2:4") == [2, 3]
@@ -238,12 +240,12 @@ def test_templates_of_a_source(tmp_path):
     b'{"q": {"de": "nein"}}',
   )
   options = {"prompt": "{q[de]}? ", "completion": "{a}"}
-  (example,) = read_source(Source(str(path), bad_lines=0.5, **options))
+  (example,) = read_examples(ExampleSource(str(path), bad_lines=0.5, **options))
   assert (example.prompt, example.completion) == ("ja? ", "3")
   with pytest.raises(
     InputError, match=r"a\.jsonl line 2: .*'\{a\}' asks for 'a', but it has 'q'"
   ):
-    read_source(Source(str(path), **options))
+    read_examples(ExampleSource(str(path), **options))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +267,7 @@ def test_templates_of_a_source(tmp_path):
 def test_bad_sources(tmp_path, options, message):
   path = write(tmp_path / "a.txt", *([b"one"] if len(options) > 1 else [b" "]))
   with pytest.raises(InputError, match=message):
-    read_source(Source(str(path), **options))
+    read_examples(ExampleSource(str(path), **options))
 
 
 def test_prompts(tmp_path):
@@ -276,7 +278,7 @@ def test_prompts(tmp_path):
     (b"[]", "a JSON list"),
     (b'{"prompt": 1}', "'prompt' is a int"),
   ]:
-    with pytest.raises(InputError, match=f"a.jsonl line 1: .*{message}"):
+    with pytest.raises(InputError, match=f"a.jsonl, line 1: .*{message}"):
       read_prompts(write(path, line))
-  with pytest.raises(InputError, match="no prompts at"):
+  with pytest.raises(InputError, match="no such file"):
     read_prompts(tmp_path / "absent.jsonl")

@@ -1,4 +1,4 @@
-"""Tests of calm_jax.data.readers, through the sources that use them."""
+"""Tests of calm_jax.data.records, through the sources that use them."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from calm_jax.core.errors import InputError
-from calm_jax.data.sources import Source, read_source
+from calm_jax.data.examples import ExampleSource, read_examples
 
 PAIRS = {"prompt": "{source} =", "completion": " {target}"}
 
@@ -23,7 +23,7 @@ def texts(examples):
 def test_tsv(tmp_path):
   data = '\ufeffone\tuno\r\n\r\n "two" \tdos\u2028\r\ntrês\ttrés'.encode()
   path = write(tmp_path / "a.tsv", data)
-  examples = read_source(Source(path, **PAIRS))
+  examples = read_examples(ExampleSource(path, **PAIRS))
   assert texts(examples) == [
     ("one =", " uno"),
     (' "two"  =', " dos\u2028"),
@@ -31,18 +31,18 @@ def test_tsv(tmp_path):
   ]
   lines = [f"{path} line {number}" for number in (1, 3, 4)]
   assert [example.origin for example in examples] == lines
-  named = Source(path, columns=("prompt", "completion"))
-  assert texts(read_source(named))[0] == ("one", "uno")
+  named = ExampleSource(path, columns=("prompt", "completion"))
+  assert texts(read_examples(named))[0] == ("one", "uno")
   # Of another suffix, when its kind is given.
   other = write(tmp_path / "a.en-es", data)
-  assert len(read_source(Source(other, kind="tsv", **PAIRS))) == 3
+  assert len(read_examples(ExampleSource(other, kind="tsv", **PAIRS))) == 3
 
 
 def test_bad_columns(tmp_path):
   path = write(tmp_path / "a.tsv", b"one\tuno\ntwo dos\nthree\ttres\t3\n")
   messages = []
-  source = Source(path, bad_lines=0.7, **PAIRS)
-  assert len(read_source(source, messages.append)) == 1
+  source = ExampleSource(path, bad_lines=0.7, **PAIRS)
+  assert len(read_examples(source, messages.append)) == 1
   _, second, third = messages[0].splitlines()
   assert f"{path} line 2: 1 columns, where 2 are expected (source," in second
   assert f"{path} line 3: 3 columns" in third
@@ -51,8 +51,10 @@ def test_bad_columns(tmp_path):
 def test_parallel(tmp_path):
   one = write(tmp_path / "a.eng", b"\xef\xbb\xbfone\r\n\r\ntwo\n")
   two = write(tmp_path / "a.spa", b"\xef\xbb\xbfuno\n\ndos")
-  source = Source(one, target=two, columns=("eng", "spa"), completion="{spa}")
-  examples = read_source(source)
+  source = ExampleSource(
+    one, target=two, columns=("eng", "spa"), completion="{spa}"
+  )
+  examples = read_examples(source)
   assert texts(examples) == [("", "uno"), ("", "dos")]
   assert examples[1].origin == f"{one} and {two} line 3"
 
@@ -65,25 +67,25 @@ def test_parallel_files_of_other_lengths(tmp_path, extra):
   with pytest.raises(
     InputError, match=rf"a\.eng has {count:,} lines and .*a\.spa has 1,300"
   ):
-    read_source(Source(one, target=two, **PAIRS))
+    read_examples(ExampleSource(one, target=two, **PAIRS))
   with pytest.raises(
     InputError, match=rf"a\.spa has 1,300 lines and .*a\.eng has {count:,}"
   ):
-    read_source(Source(two, target=one, **PAIRS))
+    read_examples(ExampleSource(two, target=one, **PAIRS))
 
 
 def test_an_empty_side_is_bad(tmp_path):
   one = write(tmp_path / "a.eng", b"one\n \nthree\nfo\xffur\n")
   two = write(tmp_path / "a.spa", b"uno\ndos\n\ncuatro\n")
   messages = []
-  source = Source(one, target=two, bad_lines=0.75, **PAIRS)
-  assert texts(read_source(source, messages.append)) == [("one =", " uno")]
+  source = ExampleSource(one, target=two, bad_lines=0.75, **PAIRS)
+  assert texts(read_examples(source, messages.append)) == [("one =", " uno")]
   _, second, third, fourth = messages[0].splitlines()
   assert f"line 2: it is empty in {one}, and not" in second
   assert f"line 3: it is empty in {two}, and not" in third
   assert "line 4: not UTF-8" in fourth
   with pytest.raises(InputError, match=r"no examples at .*absent"):
-    read_source(Source(one, target=f"{two}.absent", **PAIRS))
+    read_examples(ExampleSource(one, target=f"{two}.absent", **PAIRS))
 
 
 # Dataset: five rows {"n": i, "text": "é text i"}, prepared without a network.
@@ -115,16 +117,19 @@ Tiny(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
 
 READ = """
 import sys
-from calm_jax.data.sources import Source, read_source
+from calm_jax.data.examples import ExampleSource, read_examples
 
 folder = sys.argv[1]
-source = Source("tfds:tiny/short", data_dir=folder, completion="{n} {text}")
-examples = read_source(source)
+source = ExampleSource(
+  "tfds:tiny/short", data_dir=folder, completion="{n} {text}"
+)
+examples = read_examples(source)
 assert sorted(e.completion for e in examples) == [
   f"{i} é text {i}" for i in range(5)
 ], examples
 assert examples[3].origin == "tfds:tiny/short train row 3"
-some = read_source(Source("tfds:tiny/short", data_dir=folder, split="test[:1]"))
+test = ExampleSource("tfds:tiny/short", data_dir=folder, split="test[:1]")
+some = read_examples(test)
 assert len(some) == 1 and some[0].completion.startswith("é text")
 assert "tensorflow" not in sys.modules
 """
@@ -144,7 +149,7 @@ def test_tfds_without_tensorflow(tmp_path):
     with pytest.raises(
       InputError, match=f"cannot read {path}, split '{split}'"
     ):
-      read_source(Source(path, split=split, data_dir=str(tmp_path)))
+      read_examples(ExampleSource(path, split=split, data_dir=str(tmp_path)))
 
 
 @pytest.fixture
@@ -167,20 +172,20 @@ def test_hf_saved_to_disk(tmp_path, datasets):
   splits.save_to_disk(tmp_path / "splits")
   pair = {"prompt": "{translation[en]}=", "completion": "{translation[es]}"}
   path = f"hf:{tmp_path}/splits"
-  examples = read_source(Source(path, **pair))
+  examples = read_examples(ExampleSource(path, **pair))
   assert texts(examples) == [(f"{i}=", f"{-i}") for i in range(4)]
   assert examples[2].origin == f"{path} train row 2"
-  assert texts(read_source(Source(path, split="test", **pair))) == [
+  assert texts(read_examples(ExampleSource(path, split="test", **pair))) == [
     ("1=", "-1")
   ]
   with pytest.raises(InputError, match="no split 'dev'; it has train, test"):
-    read_source(Source(path, split="dev", **pair))
+    read_examples(ExampleSource(path, split="dev", **pair))
   with pytest.raises(InputError, match="row 0: 'text' is a NoneType"):
-    read_source(Source(path))
+    read_examples(ExampleSource(path))
   made.save_to_disk(tmp_path / "one")
-  assert len(read_source(Source(f"hf:{tmp_path}/one", **pair))) == 4
+  assert len(read_examples(ExampleSource(f"hf:{tmp_path}/one", **pair))) == 4
   with pytest.raises(InputError, match="no split 'test'; it has train"):
-    read_source(Source(f"hf:{tmp_path}/one", split="test", **pair))
+    read_examples(ExampleSource(f"hf:{tmp_path}/one", split="test", **pair))
 
 
 def test_hf_folder_of_files(tmp_path, datasets):
@@ -189,12 +194,12 @@ def test_hf_folder_of_files(tmp_path, datasets):
   made = datasets.Dataset.from_dict({"text": ["a", "b", "c"]})
   made.to_parquet(folder / "train-0.parquet")
   path = f"hf:{folder}"
-  assert texts(read_source(Source(path))) == [("", t) for t in "abc"]
-  sliced = Source(f"{path}:default", split="train[1:]")
-  assert texts(read_source(sliced)) == [("", "b"), ("", "c")]
+  assert texts(read_examples(ExampleSource(path))) == [("", t) for t in "abc"]
+  sliced = ExampleSource(f"{path}:default", split="train[1:]")
+  assert texts(read_examples(sliced)) == [("", "b"), ("", "c")]
   for changes in ({"split": "test"}, {"path": f"{path}:other"}):
     with pytest.raises(InputError, match=f"cannot read {path}"):
-      read_source(Source(**{"path": path} | changes))
+      read_examples(ExampleSource(**{"path": path} | changes))
 
 
 def test_hf_without_datasets(monkeypatch):
@@ -202,4 +207,4 @@ def test_hf_without_datasets(monkeypatch):
   with pytest.raises(
     InputError, match=r"hf:a/b: .*pip install 'calm_jax\[hf\]'"
   ):
-    read_source(Source("hf:a/b:c"))
+    read_examples(ExampleSource("hf:a/b:c"))

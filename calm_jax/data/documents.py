@@ -1,0 +1,287 @@
+"""Text examples as segments of tokens that fit a row, for all tokenizers.
+
+An example is tokenised as BOS + prompt + completion + EOS, as far as the
+tokenizer has them. Plain text (an empty prompt) longer than a row goes on in
+windows, each of which starts with the last token of the one before, so that
+every token is a target once. An example with a prompt has one window only.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from calm_jax.core.errors import InputError, check_choice
+from calm_jax.data.examples import TextExample
+from calm_jax.data.packing import host_rows
+from calm_jax.text.alignment import ChunkEncoder, align, prompt_ends
+from calm_jax.text.tokenizer import Tokenizer
+
+TOO_LONG = ("error", "cut", "drop")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowOptions:
+  """How text examples become rows, and batches of rows.
+
+  Attributes:
+    tokenizer: of the model to train, or of a composition's anchor.
+    batch_size: B, rows of the global batch.
+    length: L, slots of a row.
+    seed: the rows come in an endless random order, another one each epoch,
+      and the examples are shuffled before they are packed. None: one pass in
+      order, the last batch filled up with empty rows.
+    pack: fill rows with consecutive examples; else one example a row.
+    too_long: what becomes of an example with a prompt that is longer than a
+      row: "error"; "cut", its completion loses its end, and it is dropped if
+      nothing is left of that; "drop". `TextSource.truncation` counts them.
+    augmenting: by name, the encoders of augmenting models with other tokens.
+    augmenting_length: M, slots of a row of theirs; 0 for what the longest
+      row needs.
+    process_index, process_count: which share of the rows this process takes.
+  """
+
+  tokenizer: Tokenizer
+  batch_size: int
+  length: int
+  seed: int | None
+  pack: bool = True
+  too_long: str = "error"
+  augmenting: Mapping[str, ChunkEncoder] = dataclasses.field(
+    default_factory=dict
+  )
+  augmenting_length: int = 0
+  process_index: int = 0
+  process_count: int = 1
+
+  def __post_init__(self):
+    check_choice("too_long", self.too_long, TOO_LONG)
+    if self.length < 2:
+      raise InputError(f"length {self.length}: a row needs at least 2 slots")
+    host_rows(self.batch_size, self.process_index, self.process_count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Truncation:
+  """Counts of examples that are too long for a row, and of their tokens.
+
+  Attributes:
+    examples, tokens: all examples, and all their tokens in the anchor's.
+    split, split_tokens: plain texts that go on in further windows, and how many
+      tokens stand in those.
+    cut, cut_tokens: examples whose completion lost its end, and how much.
+    dropped, dropped_tokens: examples left out, and their tokens.
+  """
+
+  examples: int
+  tokens: int
+  split: int = 0
+  split_tokens: int = 0
+  cut: int = 0
+  cut_tokens: int = 0
+  dropped: int = 0
+  dropped_tokens: int = 0
+
+  def __str__(self) -> str:
+    kinds = [
+      f"{count:,} {what} ({tokens:,} tokens)"
+      for count, tokens, what in (
+        (self.split, self.split_tokens, "go on in further windows"),
+        (self.cut, self.cut_tokens, "lost the end of their completion"),
+        (self.dropped, self.dropped_tokens, "were dropped"),
+      )
+      if count
+    ]
+    return f"{self.examples:,} examples of {self.tokens:,} tokens, " + (
+      ", ".join(kinds) or "none too long for a row"
+    )
+
+
+class Segment(NamedTuple):
+  """An example, or a window of one, that fits a row.
+
+  Attributes:
+    tokens: the anchor's token ids, int32.
+    prompt_length: how many of them are BOS and prompt (at least 1).
+    origin: where the example came from.
+    augmenting: by name, the token ids that an augmenting model reads.
+    visible: by the same names, for each of `tokens` how many of these it sees.
+  """
+
+  tokens: np.ndarray
+  prompt_length: int
+  origin: str
+  augmenting: dict[str, np.ndarray]
+  visible: dict[str, np.ndarray]
+
+
+class _Document(NamedTuple):
+  """A tokenised example; `ends` are the bytes at which its tokens end."""
+
+  example: TextExample
+  tokens: np.ndarray
+  prompt_length: int
+  ends: np.ndarray | None  # None if there is nothing to align
+
+
+def make_segments(
+  examples: Sequence[TextExample], options: RowOptions, seed: int | None
+) -> tuple[list[Segment], Truncation]:
+  """Tokenises examples and makes them fit their rows.
+
+  Args:
+    examples: at least one.
+    options: the tokenizers, the lengths of rows and what is too long for them.
+    seed: of the order of the examples; None for theirs.
+
+  Returns:
+    Their segments, and what was too long.
+
+  Raises:
+    InputError: an example with a prompt is too long and `options` make that an
+      error, all were dropped, or an example has nothing to predict.
+  """
+  documents = [_tokenise(example, options) for example in examples]
+  order = np.arange(len(documents))
+  if seed is not None:
+    # Neighbours in a file are often alike and would share their rows.
+    order = np.random.default_rng(seed).permutation(len(documents))
+  segments: list[Segment] = []
+  counts: collections.Counter = collections.Counter()
+  refused: dict[int, str] = {}
+  for i in order:
+    document = documents[i]
+    windows = _windows(document, options)
+    total, kept = len(document.tokens), len(windows[0].tokens)
+    has_prompt = bool(document.example.prompt)
+    if kept == total:
+      segments += windows
+    elif not has_prompt:
+      segments += windows
+      counts.update(split=1, split_tokens=total - kept)
+    elif options.too_long == "error":
+      refused[int(i)] = _excess(document, options)
+    elif options.too_long == "cut" and kept > document.prompt_length:
+      segments += windows
+      counts.update(cut=1, cut_tokens=total - kept)
+    else:
+      counts.update(dropped=1, dropped_tokens=total)
+  if refused:
+    more = f" (and {len(refused) - 1:,} more)" if len(refused) > 1 else ""
+    raise InputError(
+      f"{refused[min(refused)]}{more}; raise that length, have too_long cut or"
+      " drop such examples, or shorten or remove them"
+    )
+  if not segments:
+    raise InputError(
+      f"all {len(documents):,} examples are longer than a row of"
+      f" {options.length} and were dropped; raise length"
+    )
+  tokens = sum(len(document.tokens) for document in documents)
+  return segments, Truncation(len(documents), tokens, **counts)
+
+
+def _tokenise(example: TextExample, options: RowOptions) -> _Document:
+  tokenizer, prompt = options.tokenizer, example.prompt
+  completion = example.completion
+  eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+  ends = None
+  if options.augmenting:
+    given, given_ends = prompt_ends(tokenizer, prompt)
+    new, new_ends = tokenizer.continuation_ends(prompt, completion)
+    size = len(prompt.encode()) + len(completion.encode())
+    ends = np.concatenate([given_ends, new_ends, [size] * len(eos)])
+  else:
+    given = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    given += tokenizer.encode(prompt)
+    new = tokenizer.encode_continuation(prompt, completion)
+  ids = np.array(given + new + eos, np.int32)
+  if len(ids) < 2:
+    raise InputError(
+      f"{example.origin}: {len(ids)} tokens, so there is nothing to predict;"
+      " remove it"
+    )
+  # Without a BOS nothing predicts the first token.
+  return _Document(example, ids, max(len(given), 1), ends)
+
+
+def _windows(document: _Document, options: RowOptions) -> list[Segment]:
+  """All windows of plain text; of an example with a prompt, its beginning."""
+  windows = [_window(document, 0, options)]
+  if document.example.prompt:
+    return windows
+  # One token of overlap: the first of a window is nobody's target there.
+  start = len(windows[0].tokens) - 1
+  while start < len(document.tokens) - 1:
+    windows.append(_window(document, start, options))
+    start += len(windows[-1].tokens) - 1
+  return windows
+
+
+def _window(document: _Document, start: int, options: RowOptions) -> Segment:
+  """The longest segment from token `start` on that fits all models' rows."""
+  stop = min(start + options.length, len(document.tokens))
+  limit = options.augmenting_length or np.iinfo(np.int64).max
+  aligned = {
+    name: _align(document, start, stop, encoder)
+    for name, encoder in options.augmenting.items()
+  }
+  size = stop - start
+  for _, visible in aligned.values():
+    size = min(size, int(np.searchsorted(visible, limit, "right")))
+  if size < 2 and not document.example.prompt:
+    raise InputError(
+      f"{_excess_of_augmenting(document, options)}; raise augmenting_length,"
+      " or shorten or remove the example"
+    )
+  return Segment(
+    document.tokens[start : start + size],
+    document.prompt_length if start == 0 else 1,
+    document.example.origin,
+    {
+      # Without a token of the anchor's, nothing is seen.
+      name: ids[: visible[size - 1]] if size else ids[:0]
+      for name, (ids, visible) in aligned.items()
+    },
+    {name: visible[:size] for name, (_, visible) in aligned.items()},
+  )
+
+
+def _align(
+  document: _Document, start: int, stop: int, encoder: ChunkEncoder
+) -> tuple[np.ndarray, np.ndarray]:
+  """The augmenting token ids of a window, and how many each anchor token sees.
+
+  The augmenting model reads the text of the window alone, as the anchor does.
+  """
+  ends, example = document.ends[start:stop], document.example
+  if start == 0:
+    ids, closes = encoder.encode(example.prompt, example.completion)
+    return ids, align(ends, closes)
+  data = (example.prompt + example.completion).encode()
+  begin = int(document.ends[start - 1])
+  while data[begin : begin + 1] and data[begin] & 0xC0 == 0x80:
+    begin -= 1  # Within a character, whose beginning has been read.
+  text = data[begin : int(ends[-1])].decode(errors="ignore")
+  ids, closes = encoder.encode("", text)
+  return ids, align(ends - begin, closes)
+
+
+def _excess(document: _Document, options: RowOptions) -> str:
+  """Says for which model, and by how much, a document is too long."""
+  count = len(document.tokens)
+  if count <= options.length:
+    return _excess_of_augmenting(document, options)
+  return (
+    f"{document.example.origin}: {count} tokens with its prompt, and a row has"
+    f" {options.length}"
+  )
+
+
+def _excess_of_augmenting(document: _Document, options: RowOptions) -> str:
+  return (
+    f"{document.example.origin}: the augmenting model reads more than"
+    f" {options.augmenting_length} tokens beside it"
+  )
