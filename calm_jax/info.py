@@ -37,32 +37,28 @@ def _parser() -> argparse.ArgumentParser:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
+
+  def flag(name: str, default: float | None, described: str) -> None:
+    kind = float if isinstance(default, float) else int
+    parser.add_argument(f"--{name}", type=kind, default=default, help=described)
+
   parser.add_argument(
     "model", nargs="?", help="a checkpoint or composition: folder or id"
   )
   parser.add_argument("--example", choices=["bert"], help="of Appendix C")
   parser.add_argument("--anchor", help="m_B of a planned composition")
   parser.add_argument("--augmenting", help="its m_A")
-  parser.add_argument(
-    "--connections", type=int, help="its number; by default m_A's layers / 4"
-  )
-  parser.add_argument(
-    "--batch_size", type=int, default=1, help="rows of a training step"
-  )
-  parser.add_argument("--length", type=int, default=512, help="tokens of a row")
-  parser.add_argument(
-    "--augmenting_length", type=int, default=0,
-    help="of m_A's rows, if its tokens are others; 0: as many",
-  )  # fmt: skip
-  parser.add_argument(
-    "--data_share", type=float, default=overhead.PAPER_DATA_SHARE,
-    help="what Θ_C is trained on, of the data of fine-tuning m_B",
-  )  # fmt: skip
+  flag("connections", None, "its number; by default m_A's layers / 4")
+  flag("batch_size", 1, "rows of a training step")
+  flag("length", 512, "tokens of a row")
+  rows = "of m_A's rows, if its tokens are others; 0: as many"
+  flag("augmenting_length", 0, rows)
+  share = "what Θ_C is trained on, of the data of fine-tuning m_B"
+  flag("data_share", overhead.PAPER_DATA_SHARE, share)
   return parser
 
 
-def main() -> None:
-  """Runs the command line."""
+def _arguments() -> argparse.Namespace:
   parser = _parser()
   arguments = parser.parse_args()
   planned = arguments.anchor, arguments.augmenting
@@ -75,29 +71,37 @@ def main() -> None:
     parser.error("--batch_size and --length are at least 1")
   if arguments.augmenting_length < 0:
     parser.error("--augmenting_length is at least 0")
-  console, name = Console(), arguments.model
+  return arguments
+
+
+def main() -> None:
+  """Runs the command line."""
+  arguments, console = _arguments(), Console()
+  name, anchor, augmenting = (
+    getattr(arguments, k) for k in ("model", "anchor", "augmenting")
+  )
   if arguments.example:
     spec = overhead.bert()
-    console.print("BERT-small (m_A) and BERT-large (m_B), as in Appendix C.1")
-    describe(spec, console)
-  elif arguments.anchor:
-    spec = plan(*planned, arguments.connections)
-    console.print(f"anchor: {arguments.anchor}", soft_wrap=True)
-    console.print(f"augmenting/m_A: {arguments.augmenting}", soft_wrap=True)
-    describe(spec, console)
+    lines = ["BERT-small (m_A) and BERT-large (m_B), as in Appendix C.1"]
+  elif anchor:
+    spec = plan(anchor, augmenting, arguments.connections)
+    lines = [f"anchor: {anchor}", f"augmenting/m_A: {augmenting}"]
   elif checkpoint.describes_composition(name):
-    spec = describe_composition(name, console)
+    spec, lines = _saved_composition(name)
   else:
     console.print(name, soft_wrap=True)
-    console.print(_models({"": _config(name)}))
+    console.print(_model_table({"": _config(name)}))
     return
+  for line in lines:
+    console.print(line, soft_wrap=True)
+  _print_composition(spec, console)
   _print_overhead(spec, arguments, console)
 
 
 def plan(
   anchor: str, augmenting: str, connections: int | None = None
 ) -> Composition:
-  """Two checkpoints as `compose` would join them.
+  """Joins two checkpoints as `compose` would.
 
   Raises:
     InputError: one is not there, or so many connections are impossible.
@@ -107,45 +111,31 @@ def plan(
   return Composition(config, (("m_A", joined),))
 
 
-def describe_composition(name: str, console: Console) -> Composition:
-  """Prints a saved composition as `describe` does; returns what it is."""
-  folder = hub.locate(name, None, _FILES).folder
-  saved = checkpoint.read_config(folder)
-  configs = {
-    part: _config(model["name"], model["revision"])
-    for part, model in saved["models"].items()
-  }
-  parts = []
-  for joined in saved["augmenting"]:
-    options = {k: v for k, v in joined.items() if k != "name"}
-    config = configs[f"augmenting/{joined['name']}"]
-    parts.append((
-      joined["name"],
-      connect(config, configs["anchor"], **options),
-    ))  # fmt: skip
-  spec = Composition(configs["anchor"], tuple(parts))
+def _saved_composition(name: str) -> tuple[Composition, list[str]]:
+  """Returns a saved composition, and a line on each of its models."""
+  saved = checkpoint.read_config(hub.locate(name, None, _FILES).folder)
+  configs, lines = {}, []
   for part, model in saved["models"].items():
-    at = f" at {model['revision']}" if model["revision"] else ""
-    console.print(f"{part}: {model['name']}{at}", soft_wrap=True)
-  describe(spec, console)
-  return spec
+    configs[part] = _config(model["name"], model["revision"])
+    revision = f" at {model['revision']}" if model["revision"] else ""
+    lines.append(f"{part}: {model['name']}{revision}")
+  joined = []
+  for options in saved["augmenting"]:
+    part = options.pop("name")
+    config = configs[f"augmenting/{part}"]
+    joined.append((part, connect(config, configs["anchor"], **options)))
+  return Composition(configs["anchor"], tuple(joined)), lines
 
 
-def describe(spec: Composition, console: Console) -> None:
-  """Prints the shapes of the models, their connections, and Θ_C."""
+def _print_composition(spec: Composition, console: Console) -> None:
   configs = {f"augmenting/{n}": a.config for n, a in spec.augmenting}
-  console.print(_models({"anchor": spec.anchor} | configs))
+  console.print(_model_table({"anchor": spec.anchor} | configs))
   table = Table("augmenting", "connections", "visibility", "norm", "Θ_C")
   theta = forward.param_shapes(spec)
   for part, joined in spec.augmenting:
     pairs = ", ".join(f"{c.augmenting}→{c.anchor}" for c in joined.connections)
-    table.add_row(
-      part,
-      pairs,
-      joined.visibility,
-      str(joined.norm),
-      f"{trees.count(theta[part]):,}",
-    )
+    count = f"{trees.count(theta[part]):,}"
+    table.add_row(part, pairs, joined.visibility, str(joined.norm), count)
   console.print(table)
   count = trees.count(theta)
   share = count / trees.count(decoder.param_shapes(spec.anchor))
@@ -157,20 +147,19 @@ def describe(spec: Composition, console: Console) -> None:
   )
 
 
-def _print_overhead(spec: Composition, arguments, console: Console) -> None:
+def _print_overhead(
+  spec: Composition, arguments: argparse.Namespace, console: Console
+) -> None:
   batch, length = arguments.batch_size, arguments.length
   steps = overhead.training_flops(
     spec, batch, length, arguments.augmenting_length
   )
+  printed = ["paper prints"] if arguments.example else []
+  table = Table("", *printed, "as the paper counts", "as the program does")
   counts = overhead.parameters(spec)
-  printed = overhead.PRINTED if arguments.example else None
-  columns = ["as the paper counts", "as the program does"]
-  table = Table("", *(["paper prints"] if printed else []), *columns)
   for row in overhead.table(counts, steps, arguments.data_share):
-    cells = [_shown(row.paper), _shown(row.counted)]
-    if printed:
-      cells = [printed.get(row.key, "–"), *cells]
-    table.add_row(row.what, *cells)
+    cells = [overhead.PRINTED.get(row.key, "–")] if printed else []
+    table.add_row(row.what, *cells, _shown(row.paper), _shown(row.counted))
   console.print(table)
   console.print(
     f"Steps and forward passes of {batch} x {length} tokens. A step on all of "
@@ -188,11 +177,9 @@ def _config(name: str, revision: str | None = None) -> ModelConfig:
   return loading.load_config(hub.locate(name, revision, _FILES).folder)
 
 
-def _models(configs: dict[str, ModelConfig]) -> Table:
-  table = Table(
-    "", "layers", "width", "vocab", "length", "parameters",
-    "memory", "cache/token",
-  )  # fmt: skip
+def _model_table(configs: dict[str, ModelConfig]) -> Table:
+  names = "layers width vocab length parameters memory cache/token"
+  table = Table("", *names.split())
   for name, config in configs.items():
     count = trees.count(decoder.param_shapes(config))
     cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim
@@ -200,9 +187,7 @@ def _models(configs: dict[str, ModelConfig]) -> Table:
       name,
       str(config.num_layers),
       str(config.width),
-      f"{config.vocab_size:,}",
-      f"{config.max_length:,}",
-      f"{count:,}",
+      *(f"{n:,}" for n in (config.vocab_size, config.max_length, count)),
       "\n".join(
         f"{_bytes(_size(config, kind))} {kind or 'bf16'}"
         for kind in quantisation.KINDS
