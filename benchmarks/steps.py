@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import pairs
@@ -18,30 +17,24 @@ from calm_jax.core.batch import Batch, plain_sequence
 from calm_jax.planning import flops
 from calm_jax.training import optimizer
 from calm_jax.training import step as step_lib
+from calm_jax.training.stage import Stage
 
 
 def parts(spec: Composition) -> tuple[Callable, Callable]:
   """The trainer's step of Θ_C, and what makes its (state, frozen leaves)."""
   shapes = jax.eval_shape(lambda: pairs.parameters(spec, "float32"))
   mask = trees.mask(shapes, ("composition/.*",))
-  rate = optimizer.schedule("constant", 1e-4, steps=1000, warmup=0, final=1.0)
-  tx = optimizer.optimizer(
-    mask, rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, decay="", clip=1.0
+  stage = Stage(
+    learning_rate=1e-4, schedule="constant", warmup=0, b2=0.95, weight_decay=0.0
   )
+  made = optimizer.make_optimizer(stage, mask)
 
   def make() -> tuple[dict, dict]:
     params = pairs.parameters(spec, "float32")
     trainable, frozen = trees.partition(params, mask)
-    state = {
-      "trainable": trainable,
-      "opt_state": tx.init(params),
-      "step": jnp.int32(0),
-      "rng": jax.random.key(0),
-    }
-    return state, frozen
+    return step_lib.initial_state(made, trainable), frozen
 
-  step = step_lib.make_step(spec, "composed", tx, rate, accumulate=1)
-  return step, make
+  return step_lib.make_step(spec, stage, made), make
 
 
 def batch_of(rows: int, length: int, vocabulary: int = pairs.V) -> Batch:

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from calm_jax.core.errors import InputError
 from calm_jax.parallel.rules import SHARDING
-from calm_jax.training.trainer import Stage
+from calm_jax.training.stage import Stage
 
 
 def model(**changes) -> ConfigDict:
@@ -26,7 +26,7 @@ def model(**changes) -> ConfigDict:
 
 
 def stage(**changes) -> ConfigDict:
-  """One run of the training loop; see calm_jax.training.trainer.Stage."""
+  """One run of the training loop; see calm_jax.training.stage.Stage."""
   return ConfigDict(dataclasses.asdict(Stage(**changes)))
 
 

@@ -40,6 +40,7 @@ from calm_jax.parallel import mesh, processes, sharding
 from calm_jax.training import optimizer, trainer
 from calm_jax.training import step as step_lib
 from calm_jax.training.metrics import read_metrics
+from calm_jax.training.stage import Stage
 from configs import common, kv
 
 STEPS, ROWS, LENGTH, VOCABULARY = 20, 16, 12, 61
@@ -77,8 +78,8 @@ class Source:
     return f"batch {index}"
 
 
-def stage(**changes) -> trainer.Stage:
-  return trainer.Stage(
+def stage(**changes) -> Stage:
+  return Stage(
     **common.stage(
       data={}, steps=STEPS, batch_size=ROWS, length=LENGTH, warmup=2,
       log_every=1, eval_every=20, checkpoint_every=20, learning_rate=1e-2,
@@ -147,18 +148,9 @@ def memory(folder: Path, axes: dict) -> None:
   spec = model.spec.with_compute(lambda part: {"place": layout.at(f"{part}/")})
   asked = stage()
   mask = trees.mask(model.params, asked.trainable)
-  rate = optimizer.schedule("constant", 1e-3, 10, 0, 0.0)
-  tx = optimizer.optimizer(
-    mask, rate, b1=0.9, b2=0.9, eps=1e-8, weight_decay=0.1, decay="kernel",
-    clip=1.0,
-  )  # fmt: skip
+  made = optimizer.make_optimizer(asked, mask)
   trainable, frozen = trees.partition(model.params, mask)
-  state = {
-    "trainable": trainable,
-    "opt_state": jax.eval_shape(tx.init, model.params),
-    "step": jax.ShapeDtypeStruct((), jnp.int32),
-    "rng": jax.eval_shape(lambda: jax.random.key(0)),
-  }
+  state = jax.eval_shape(lambda p: step_lib.initial_state(made, p), trainable)
 
   def at(shapes, places):
     return jax.tree.map(
@@ -170,7 +162,7 @@ def memory(folder: Path, axes: dict) -> None:
   state = at(state, layout.following(state))
   frozen = at(frozen, layout.shardings(frozen))
   batch = layout.batch(Source()[0], ROWS)
-  step = step_lib.make_step(spec, "composed", tx, rate, 1, layout)
+  step = step_lib.make_step(spec, asked, made, layout)
   compiled = step.lower(state, frozen, batch).compile()
   # No step needs m_A's last norm, nor this one where prompts end: they are no
   # arguments of the program.

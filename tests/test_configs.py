@@ -23,7 +23,8 @@ from calm_jax.experiments import recipe
 from calm_jax.experiments.key_values import KeyValueTask
 from calm_jax.experiments.text import TextTask
 from calm_jax.language_model import LanguageModel
-from calm_jax.training import optimizer, trainer
+from calm_jax.training import optimizer
+from calm_jax.training.stage import Stage
 from configs import common
 
 FOLDER = pathlib.Path(common.__file__).parent
@@ -100,17 +101,14 @@ def test_every_stage_can_be_run(file, variant):
   names = [*settings["recipe"], *settings["alternatives"]]
   assert names
   for name in names:
-    stage = trainer.Stage(**settings["stages"][name])
+    stage = Stage(**settings["stages"][name])
     # A pattern that matches no leaf raises.
     trainable, frozen = trees.partition(
       params, trees.mask(params, stage.trainable)
     )
     forward.alone(spec, params, stage.model)
     assert stage.batch_size % stage.accumulate == 0
-    optimizer.schedule(
-      stage.schedule, stage.learning_rate, stage.steps, stage.warmup,
-      stage.final,
-    )  # fmt: skip
+    optimizer.schedule(stage)
     part = "composition" if stage.model == "composed" else stage.model
     for leaf in trees.flatten(trainable):
       assert leaf.startswith(f"{part}/")
@@ -159,7 +157,7 @@ def test_the_papers_size():
 
 
 def test_a_stage_of_the_configs_is_a_stage_of_the_trainer():
-  names = {field.name for field in dataclasses.fields(trainer.Stage)}
+  names = {field.name for field in dataclasses.fields(Stage)}
   assert names == set(common.stage())
 
 
@@ -225,7 +223,7 @@ def test_every_kind_of_every_config(file, kind):
   params = jax.eval_shape(lambda p: recipe.with_lora(p, settings)[0], params)
   last, old = settings["recipe"][-1], plain["recipe"][-1]
   assert last == old
-  stage = trainer.Stage(**settings["stages"][last])
+  stage = Stage(**settings["stages"][last])
   trainable, _ = trees.partition(params, trees.mask(params, stage.trainable))
   forward.alone(spec, params, stage.model)
   # The same data and steps for all, and about as many parameters.

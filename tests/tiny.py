@@ -19,6 +19,7 @@ from calm_jax.core import trees
 from calm_jax.core.batch import Batch
 from calm_jax.data import packing
 from calm_jax.training import trainer
+from calm_jax.training.stage import Stage
 from configs import common
 
 SHAPE = {
@@ -73,9 +74,9 @@ class Source:
     return f"rows {index}.0 to {index}.{self.batch_size - 1} of tests"
 
 
-def stage(**changes) -> trainer.Stage:
+def stage(**changes) -> Stage:
   """Six steps, a checkpoint after every second."""
-  return trainer.Stage(
+  return Stage(
     **common.stage(
       data={}, steps=6, batch_size=8, length=LENGTH, warmup=1, log_every=1,
       eval_every=3, checkpoint_every=2, learning_rate=1e-2,
@@ -89,7 +90,7 @@ class Run:
   """The arguments of `trainer.run_stage` that tests do not care about."""
 
   directory: Path
-  stage: trainer.Stage = dataclasses.field(default_factory=stage)
+  stage: Stage = dataclasses.field(default_factory=stage)
   source: Source = dataclasses.field(default_factory=Source)
   dtype: str = "float32"
   eval_batches: tuple = ()

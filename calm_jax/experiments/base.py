@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from calm_jax.language_model import LanguageModel
 from calm_jax.text.tokenizer import Tokenizer
-from calm_jax.training.trainer import Stage
+from calm_jax.training.stage import Stage
 
 
 class Experiment(Protocol):

@@ -12,7 +12,7 @@ from calm_jax.core import files
 from calm_jax.data import arithmetic
 from calm_jax.evals.exact_match import exact_match
 from calm_jax.language_model import LanguageModel
-from calm_jax.training.trainer import Stage
+from calm_jax.training.stage import Stage
 
 # Which keys the expressions of an evaluation set are drawn from.
 SPLITS = ("held_in", "mixed", "held_out")

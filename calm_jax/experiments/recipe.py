@@ -21,6 +21,7 @@ from calm_jax.models import attention, decoder, lora
 from calm_jax.models.config import Compute, ModelConfig
 from calm_jax.parallel import processes, sharding
 from calm_jax.training import trainer
+from calm_jax.training.stage import Stage
 
 EXPERIMENTS = {
   "key_values": (KeyValues, KeyValueTask),
@@ -91,7 +92,7 @@ def fit(settings: dict[str, Any]) -> Fitted:
     origins[augmenting] = "random weights"
   *before, last = settings["recipe"]
   ends = [last, *settings["alternatives"]]
-  stages = {n: trainer.Stage(**settings["stages"][n]) for n in [*before, *ends]}
+  stages = {n: Stage(**settings["stages"][n]) for n in [*before, *ends]}
   quantising.check(settings, params, ends)
   seeds = dict.fromkeys(before, settings["seed"])
   seeds |= dict.fromkeys(ends, _trial_seed(settings))

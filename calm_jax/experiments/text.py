@@ -33,7 +33,8 @@ from calm_jax.language_model import LanguageModel
 from calm_jax.parallel import processes
 from calm_jax.text.alignment import ChunkEncoder
 from calm_jax.text.tokenizer import Tokenizer
-from calm_jax.training import step, trainer
+from calm_jax.training import step
+from calm_jax.training.stage import Stage
 
 ANCHOR_DOMAIN = "anchor_domain"
 LOOK_TOKENS = 40
@@ -153,7 +154,7 @@ class Text:
 
   def source(
     self,
-    stage: trainer.Stage,
+    stage: Stage,
     model: LanguageModel,
     seed: int,
     share: tuple[int, int] = (0, 1),
@@ -183,7 +184,7 @@ class Text:
     print(source.describe_truncation(), flush=True)
     return source
 
-  def eval_batches(self, stage: trainer.Stage, model: LanguageModel) -> list:
+  def eval_batches(self, stage: Stage, model: LanguageModel) -> list:
     """The held-out sets that the stage's data "watch"; all if it names none."""
     watched = stage.data["watch"] or tuple(self.held_out)
     names = expand(dict.fromkeys(watched), self.task.languages)
@@ -319,7 +320,7 @@ def _sources(entries: dict[str, dict], languages) -> dict[str, ExampleSource]:
   return found
 
 
-def _shape(stage: trainer.Stage) -> dict[str, int]:
+def _shape(stage: Stage) -> dict[str, int]:
   return {
     "batch_size": stage.batch_size,
     "length": stage.length,

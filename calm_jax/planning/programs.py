@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from typing import Any, NamedTuple
@@ -20,8 +21,8 @@ from calm_jax.parallel import sharding
 from calm_jax.planning import flops, shapes
 from calm_jax.planning.shapes import Job
 from calm_jax.planning.topology import Target
+from calm_jax.training import optimizer
 from calm_jax.training import step as step_lib
-from calm_jax.training import trainer
 
 PyTree = Any
 KINDS = ("frozen", "trainable", "optimizer", "caches", "batch")
@@ -119,14 +120,10 @@ def training_given(placed: Placed, rows: int) -> Given:
   """
   job, layout = placed.job, placed.layout
   mask = trees.mask(job.params, job.stage.trainable)
-  tx, _ = trainer.optimizer(job.stage, mask)
   trainable, frozen = trees.partition(job.params, mask)
-  state = {
-    "trainable": trainable,
-    "opt_state": jax.eval_shape(tx.init, job.params),
-    "step": jax.ShapeDtypeStruct((), jnp.int32),
-    "rng": jax.eval_shape(lambda: jax.random.key(0)),
-  }
+  made = optimizer.make_optimizer(job.stage, mask)
+  start = functools.partial(step_lib.initial_state, made)
+  state = jax.eval_shape(start, trainable)
   batch = shapes.batch(job, rows)
   places = None, None
   if layout is not None:
@@ -163,11 +160,9 @@ def training(placed: Placed, rows: int) -> Program:
   """One step of training on `rows` rows."""
   stage = placed.job.stage
   mask = trees.mask(placed.job.params, stage.trainable)
-  tx, rate = trainer.optimizer(stage, mask)
+  made = optimizer.make_optimizer(stage, mask)
   given = training_given(placed, rows)
-  step = step_lib.make_step(
-    placed.job.spec, stage.model, tx, rate, stage.accumulate, placed.layout
-  )
+  step = step_lib.make_step(placed.job.spec, stage, made, placed.layout)
   return _compile(step.trace(*given.arguments), given)
 
 

@@ -20,7 +20,7 @@ from calm_jax.experiments import recipe as recipe_lib
 from calm_jax.models import decoder, quantisation
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.hf import families, loading
-from calm_jax.training import trainer
+from calm_jax.training.stage import Stage
 
 
 class Job(NamedTuple):
@@ -35,7 +35,7 @@ class Job(NamedTuple):
   """
 
   settings: dict[str, Any]
-  stage: trainer.Stage
+  stage: Stage
   spec: Composition
   params: dict
   own: dict[str, int]
@@ -54,7 +54,7 @@ def job(settings: dict[str, Any], stage: str = "") -> Job:
   stage = stage or settings["recipe"][-1]
   if stage not in settings["stages"]:
     raise InputError(f"stage={stage!r} is none of {list(settings['stages'])}")
-  asked = trainer.Stage(**settings["stages"][stage])
+  asked = Stage(**settings["stages"][stage])
   configs = _models(settings)
   anchor, augmenting = configs["anchor"], configs["augmenting"]
   name, joint = settings["augmenting_name"], dict(settings["composition"])

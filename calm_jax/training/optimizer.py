@@ -1,112 +1,108 @@
-"""The optimizer: AdamW over the trainable leaves of a tree, nothing else."""
+"""The optimizer: AdamW for the trainable leaves of a tree of parameters."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from typing import Any
 
 import jax
 import optax
 
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError
+from calm_jax.training.stage import Stage
+
+Tree = dict[str, Any]
 
 
-def schedule(
-  kind: str, peak: float, steps: int, warmup: int, final: float
-) -> optax.Schedule:
-  """Learning rate by step: linear warm-up, then "cosine" or "constant".
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """Updates the trainable leaves of a tree; knows the others by name only.
 
-  Args:
-    kind: "cosine" (down to final * peak at the last step) or "constant".
-    peak: the highest learning rate.
-    steps: length of the whole run.
-    warmup: steps from 0 to the peak.
-    final: the last learning rate as a fraction of the peak.
-  """
-  if kind not in ("cosine", "constant"):
-    raise InputError(f"schedule={kind!r} is neither 'cosine' nor 'constant'")
-  if not 0 <= warmup < steps:
-    raise InputError(f"warmup={warmup} does not lie within steps={steps}")
-  rise = optax.linear_schedule(0.0, peak, warmup)
-  rest = (
-    optax.cosine_decay_schedule(peak, steps - warmup, alpha=final)
-    if kind == "cosine"
-    else optax.constant_schedule(peak)
-  )
-  return optax.join_schedules([rise, rest], [warmup])
+  `optax.masked` builds the transformation over the whole tree, so that state
+  exists for trainable leaves only. Gradients exist for these only, too: in the
+  trees that the transformation is given, optax's `MaskedNode` stands for each
+  frozen leaf.
 
-
-def optimizer(
-  trainable_mask: dict,
-  learning_rate: optax.Schedule,
-  *,
-  b1: float,
-  b2: float,
-  eps: float,
-  weight_decay: float,
-  decay: str,
-  clip: float,
-) -> optax.GradientTransformation:
-  """AdamW with a global-norm clip, masked to the trainable leaves.
-
-  `optax.masked` lets the updates of the other leaves pass: feed it zeros
-  there, as `update` does.
-
-  Args:
-    trainable_mask: bool at every leaf of the tree.
-    learning_rate: from `schedule`.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
-    eps: added to the root of the second moment.
-    weight_decay: decoupled decay of the leaves whose last name matches.
-    decay: regex over the last part of a leaf's name.
-    clip: largest global norm of the trainable gradients.
+  Attributes:
+    transformation: from `optax.masked`.
+    learning_rate: by step.
+    mask: bool at every leaf of the whole tree, True for the trainable ones.
   """
 
-  def decays(tree):
-    return jax.tree_util.tree_map_with_path(
-      lambda path, _: re.fullmatch(decay, path[-1].key) is not None, tree
+  transformation: optax.GradientTransformation
+  learning_rate: optax.Schedule
+  mask: Tree
+
+  def init(self, trainable: Tree) -> optax.OptState:
+    """Returns the state before the first update of the trainable leaves."""
+    return self.transformation.init(self._masked_tree(trainable))
+
+  def update(
+    self, gradients: Tree, state: optax.OptState, trainable: Tree
+  ) -> tuple[Tree, optax.OptState]:
+    """Returns the trainable leaves and the state after one update."""
+    updates, state = self.transformation.update(
+      self._masked_tree(gradients), state, self._masked_tree(trainable)
+    )
+    updates, _ = trees.partition(updates, self.mask)
+    return optax.apply_updates(trainable, updates), state
+
+  def _masked_tree(self, trainable: Tree) -> Tree:
+    leaves = trees.flatten(trainable)
+    names = trees.flatten(self.mask)
+    return trees.unflatten(
+      {name: leaves.get(name, optax.MaskedNode()) for name in names}
     )
 
-  return optax.masked(
-    optax.chain(
-      optax.clip_by_global_norm(clip),
-      optax.adamw(
-        learning_rate,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        weight_decay=weight_decay,
-        mask=decays,
-      ),
-    ),
-    trainable_mask,
-  )
 
-
-def update(
-  tx: optax.GradientTransformation,
-  grads: dict,
-  opt_state: optax.OptState,
-  trainable: dict,
-  frozen: dict,
-) -> tuple[dict, optax.OptState]:
-  """One step of a masked optimizer on the trainable partition.
+def make_optimizer(stage: Stage, mask: Tree) -> Optimizer:
+  """AdamW with a clip of the global norm, masked to the trainable leaves.
 
   Args:
-    tx: from `optimizer`, masked over the merged tree.
-    grads: gradients of the trainable leaves only.
-    opt_state: its state.
-    trainable: the trainable leaves.
-    frozen: the other leaves; never read, their shapes complete the tree.
+    stage: its fields from `learning_rate` to `clip`.
+    mask: bool at every leaf of the whole tree, from `trees.mask`.
 
-  Returns:
-    (new trainable leaves, new state).
+  Raises:
+    InputError: see `schedule`.
   """
-  zeros = jax.tree.map(lambda _: 0.0, frozen)
-  updates, opt_state = tx.update(
-    trees.merge(grads, zeros), opt_state, trees.merge(trainable, frozen)
+  learning_rate = schedule(stage)
+
+  def decayed(tree: Tree) -> Tree:
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: re.fullmatch(stage.decay, path[-1].key) is not None, tree
+    )
+
+  adamw = optax.adamw(
+    learning_rate,
+    b1=stage.b1,
+    b2=stage.b2,
+    eps=stage.eps,
+    weight_decay=stage.weight_decay,
+    mask=decayed,
   )
-  updates = trees.flatten(updates)
-  chosen = {name: updates[name] for name in trees.flatten(trainable)}
-  return optax.apply_updates(trainable, trees.unflatten(chosen)), opt_state
+  clipped = optax.chain(optax.clip_by_global_norm(stage.clip), adamw)
+  return Optimizer(optax.masked(clipped, mask), learning_rate, mask)
+
+
+def schedule(stage: Stage) -> optax.Schedule:
+  """Learning rate by step: linear warm-up, then "cosine" or "constant".
+
+  Raises:
+    InputError: there is no such schedule, or the warm-up is not within the
+      steps of the stage.
+  """
+  kind, peak, warmup = stage.schedule, stage.learning_rate, stage.warmup
+  if kind not in ("cosine", "constant"):
+    raise InputError(f"schedule={kind!r} is neither 'cosine' nor 'constant'")
+  if not 0 <= warmup < stage.steps:
+    raise InputError(f"warmup={warmup} does not lie within steps={stage.steps}")
+  rise = optax.linear_schedule(0.0, peak, warmup)
+  if kind == "cosine":
+    rest = optax.cosine_decay_schedule(
+      peak, stage.steps - warmup, alpha=stage.final
+    )
+  else:
+    rest = optax.constant_schedule(peak)
+  return optax.join_schedules([rise, rest], [warmup])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ from calm_jax.core.batch import Batch
 from calm_jax.models import decoder
 from calm_jax.parallel.sharding import Layout
 from calm_jax.training import loss as loss_lib
-from calm_jax.training import optimizer
+from calm_jax.training.optimizer import Optimizer
+from calm_jax.training.stage import Stage
 
 Array = jax.Array
 
@@ -81,22 +83,31 @@ def batch_states(params: dict, spec: Composition, batch: Batch):
   return forward.states(params, spec, batch.anchor, augmenting, visible)[0]
 
 
+def initial_state(optimizer: Optimizer, trainable: dict) -> dict[str, Any]:
+  """The training state before the first step."""
+  return {
+    "trainable": trainable,
+    "opt_state": optimizer.init(trainable),
+    "step": jnp.int32(0),
+  }
+
+
 def make_step(
   spec: Composition,
-  model: str,
-  tx,
-  learning_rate,
-  accumulate: int,
+  stage: Stage,
+  optimizer: Optimizer,
   layout: Layout | None = None,
 ) -> Callable:
   """The jitted update: (state, frozen, batch) -> (state, metrics).
 
-  `state` is {"trainable", "opt_state", "step", "rng"} and is donated;
-  gradients are taken of the trainable leaves only.
+  `state` is that of `initial_state` and is donated; gradients are taken of the
+  trainable leaves only.
   """
+  accumulate = stage.accumulate
 
   def piece_loss(trainable, frozen, piece, total):
-    part, params = forward.alone(spec, trees.merge(trainable, frozen), model)
+    params = trees.merge(trainable, frozen)
+    part, params = forward.alone(spec, params, stage.model)
     return summed_loss(params, part, piece) / total
 
   def gradients(trainable, frozen, batch):
@@ -121,20 +132,17 @@ def make_step(
   def step(state, frozen, batch):
     trainable = state["trainable"]
     loss, grads = gradients(trainable, frozen, batch)
-    new, opt_state = optimizer.update(
-      tx, grads, state["opt_state"], trainable, frozen
-    )
+    new, opt_state = optimizer.update(grads, state["opt_state"], trainable)
     metrics = {
       "loss": loss,
       "grad_norm": optax.tree.norm(grads),
-      "learning_rate": learning_rate(state["step"]),
+      "learning_rate": optimizer.learning_rate(state["step"]),
       "tokens": (batch.anchor.segments > 0).sum(),
     }
     state = {
       "trainable": new,
       "opt_state": opt_state,
       "step": state["step"] + 1,
-      "rng": state["rng"],
     }
     if layout is not None:
       places = layout.following(state)

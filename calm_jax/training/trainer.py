@@ -7,6 +7,7 @@ bit-equal to a run that was never interrupted, and is skipped once complete.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -24,59 +25,13 @@ from calm_jax.data import pipeline
 from calm_jax.parallel import processes
 from calm_jax.parallel.sharding import Layout
 from calm_jax.training import checkpoint, run_identity, signals
-from calm_jax.training import optimizer as optimizer_lib
 from calm_jax.training import step as step_lib
 from calm_jax.training.metrics import MetricWriter, Progress
+from calm_jax.training.optimizer import Optimizer, make_optimizer
+from calm_jax.training.stage import Stage
 from calm_jax.training.watchdog import Watchdog
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-  """One run of the training loop, and its defaults.
-
-  Attributes:
-    model: what is run: "composed", "anchor" or "augmenting/<name>".
-    trainable: regexes over leaf names; all other leaves are frozen.
-    data: the batches to learn from, in a type of the experiment.
-    steps: updates.
-    batch_size: rows of one update.
-    length: tokens of a row.
-    augmenting_length: tokens of a row of an augmenting model with another
-      tokenizer; 0 for what the longest row of the data needs.
-    accumulate: pieces that a batch is computed in, one after the other.
-    learning_rate, schedule, warmup, final: see `optim.schedule`.
-    b1, b2, eps, weight_decay, decay, clip: see `optim.optimizer`.
-    log_every: steps between two lines of metrics.
-    eval_every: steps between two measurements of the held-out loss.
-    checkpoint_every: steps between two checkpoints.
-    keep_last, keep_best: checkpoints kept.
-  """
-
-  model: str = "composed"
-  trainable: tuple[str, ...] = ("composition/.*",)
-  data: Any = dataclasses.field(default_factory=dict)
-  steps: int = 1000
-  batch_size: int = 64
-  length: int = 128
-  augmenting_length: int = 0
-  accumulate: int = 1
-  learning_rate: float = 1e-3
-  schedule: str = "cosine"
-  warmup: int = 50
-  final: float = 0.05
-  b1: float = 0.9
-  b2: float = 0.98
-  eps: float = 1e-8
-  weight_decay: float = 0.01
-  decay: str = "kernel|embedding"
-  clip: float = 1.0
-  log_every: int = 20
-  eval_every: int = 500
-  checkpoint_every: int = 500
-  keep_last: int = 2
-  keep_best: int = 1
 
 
 def run_stage(
@@ -156,8 +111,8 @@ def run_stage(
       # Stopped before that step comes again, it must not be looked for.
       checkpoint.unmark(directory)
 
-  tx, rate = optimizer(stage, mask)
-  state = _fresh(tx, trainable, frozen, seed, layout)
+  optimizer = make_optimizer(stage, mask)
+  state = _initial_state(optimizer, trainable, layout)
   with checkpoint.Checkpoints(
     checkpoints_dir,
     keep_last=stage.keep_last,
@@ -176,9 +131,7 @@ def run_stage(
       name, stage, source, eval_batches, checkpoints, meta, directory, layout,
       watchdog,
     )  # fmt: skip
-    step = step_lib.make_step(
-      spec, stage.model, tx, rate, stage.accumulate, layout
-    )
+    step = step_lib.make_step(spec, stage, optimizer, layout)
     evaluate = step_lib.make_eval(spec, stage.model)
     state, seconds = loop.run(
       step, evaluate, state, frozen, iterator, first, seconds
@@ -189,34 +142,23 @@ def run_stage(
   return trees.merge(state["trainable"], frozen), seconds
 
 
-def optimizer(stage: Stage, mask: dict) -> tuple:
-  """(optimizer of the masked leaves, learning rate by step)."""
-  rate = optimizer_lib.schedule(
-    stage.schedule, stage.learning_rate, stage.steps, stage.warmup, stage.final
-  )
-  return optimizer_lib.optimizer(
-    mask, rate, b1=stage.b1, b2=stage.b2, eps=stage.eps,
-    weight_decay=stage.weight_decay, decay=stage.decay, clip=stage.clip,
-  ), rate  # fmt: skip
-
-
-def _fresh(tx, trainable, frozen, seed: int, layout: Layout | None) -> dict:
-  """The state before the first step."""
-
-  def rest(trainable, frozen):
-    return {
-      "opt_state": tx.init(trees.merge(trainable, frozen)),
-      "step": jnp.int32(0),
-      "rng": jax.random.key(seed),
-    }
-
-  state = {"trainable": trainable}
+def _initial_state(
+  optimizer: Optimizer, trainable: dict, layout: Layout | None
+) -> dict[str, Any]:
+  """The state before the first step, laid out as its parameters are."""
+  make = functools.partial(step_lib.initial_state, optimizer)
   if layout is None:
-    return state | rest(trainable, frozen)
-  shapes = state | jax.eval_shape(rest, trainable, frozen)
-  places = layout.following(shapes)
-  del places["trainable"]
-  return state | jax.jit(rest, out_shardings=places)(trainable, frozen)
+    return make(trainable)
+  shardings = layout.following(jax.eval_shape(make, trainable))
+  del shardings["trainable"]
+
+  def rest(trainable):
+    state = make(trainable)
+    del state["trainable"]
+    return state
+
+  made = jax.jit(rest, out_shardings=shardings)(trainable)
+  return made | {"trainable": trainable}
 
 
 @dataclasses.dataclass

@@ -10,7 +10,7 @@ import pytest
 
 from calm_jax.data import arithmetic
 from calm_jax.experiments.key_values import KeyValues, KeyValueTask
-from calm_jax.training import trainer
+from calm_jax.training.stage import Stage
 from configs import kv as kv_config
 
 TASK = KeyValueTask(
@@ -124,7 +124,7 @@ def sources(experiment):
   config = kv_config.get_config("tiny")
   for name in [*config.recipe, *config.alternatives]:
     settings = config.stages[name].to_dict() | {"batch_size": 64, "length": 24}
-    stage = trainer.Stage(**settings)
+    stage = Stage(**settings)
     yield name, experiment.source(stage, None, seed=0), stage
 
 

@@ -29,6 +29,7 @@ from calm_jax.parallel import sharding
 from calm_jax.planning import flops
 from calm_jax.training import optimizer
 from calm_jax.training import step as step_lib
+from calm_jax.training.stage import Stage
 from configs import common
 
 KINDS = ("int8", "int4")
@@ -176,18 +177,11 @@ def step_of(spec, params):
   """(step, state, frozen) of training Θ_C."""
   mask = trees.mask(params, ("composition/.*",))
   trained, frozen = trees.partition(params, mask)
-  rate = optimizer.schedule("constant", 1e-3, 10, 0, 0.0)
-  tx = optimizer.optimizer(
-    mask, rate, b1=0.9, b2=0.9, eps=1e-8, weight_decay=0.1,
-    decay="kernel", clip=1.0,
-  )  # fmt: skip
-  state = {
-    "trainable": jax.tree.map(jnp.copy, trained),  # which the step donates
-    "opt_state": tx.init(params),
-    "step": jnp.int32(0),
-    "rng": jax.random.key(0),
-  }
-  return (step_lib.make_step(spec, "composed", tx, rate, 1), state, frozen)
+  stage = Stage(schedule="constant", warmup=0)
+  made = optimizer.make_optimizer(stage, mask)
+  # A copy, which the step donates.
+  state = step_lib.initial_state(made, jax.tree.map(jnp.copy, trained))
+  return step_lib.make_step(spec, stage, made), state, frozen
 
 
 def few_bits(params: dict, kind: str) -> dict:

@@ -17,7 +17,8 @@ from calm_jax.models import decoder, lora
 from calm_jax.models.config import ModelConfig
 from calm_jax.parallel.mesh import AXES
 from calm_jax.parallel.sharding import Layout
-from calm_jax.training import optimizer
+from calm_jax.training import optimizer, step
+from calm_jax.training.stage import Stage
 from configs import common
 
 
@@ -136,16 +137,8 @@ def test_optimizer_state_follows_its_parameter():
     },
     "b": {"up": {"kernel": jnp.zeros((8, 6))}},
   }
-  rate = optimizer.schedule("constant", 1e-3, 10, 0, 0.0)
-  tx = optimizer.optimizer(
-    trees.mask(params, (".*",)), rate, b1=0.9, b2=0.9, eps=1e-8,
-    weight_decay=0.1, decay="kernel", clip=1.0,
-  )  # fmt: skip
-  state = {
-    "trainable": params,
-    "opt_state": tx.init(params),
-    "step": jnp.int32(0),
-  }
+  adamw = optimizer.make_optimizer(Stage(), trees.mask(params, (".*",)))
+  state = step.initial_state(adamw, params)
   places = made.following(state)
   found: dict[str, set] = {}
   for path, place in jax.tree_util.tree_leaves_with_path(places):

@@ -20,6 +20,7 @@ from calm_jax.models.config import ModelConfig
 from calm_jax.planning import flops, overhead
 from calm_jax.training import optimizer
 from calm_jax.training import step as step_lib
+from calm_jax.training.stage import Stage
 
 B, L, M = 3, 37, 53
 
@@ -155,22 +156,14 @@ def traced(spec: Composition, run: str, rank: int):
       lambda p: lora.add(p, rank, jax.random.key(0)), params["anchor"]
     )
   mask = trees.mask(params, [trainable])
-  rate = optimizer.schedule("constant", 1e-3, 10, 1, 1.0)
-  tx = optimizer.optimizer(
-    mask, rate, b1=0.9, b2=0.9, eps=1e-8, weight_decay=0.1, decay="kernel",
-    clip=1.0,
-  )  # fmt: skip
+  stage = Stage(model=model)
+  made = optimizer.make_optimizer(stage, mask)
   chosen, frozen = trees.partition(params, mask)
-  state = {
-    "trainable": chosen,
-    "opt_state": jax.eval_shape(tx.init, params),
-    "step": jax.ShapeDtypeStruct((), jnp.int32),
-    "rng": jax.eval_shape(lambda: jax.random.key(0)),
-  }
+  state = jax.eval_shape(lambda p: step_lib.initial_state(made, p), chosen)
   ids = jax.ShapeDtypeStruct((B, L), jnp.int32)
   weights = jax.ShapeDtypeStruct((B, L), jnp.float32)
   batch = Batch(Sequence(ids, ids, ids), {}, {}, ids, ids, weights)
-  return step_lib.make_step(spec, model, tx, rate, 1), (state, frozen, batch)
+  return step_lib.make_step(spec, stage, made), (state, frozen, batch)
 
 
 @pytest.mark.parametrize("run", ["composed", "anchor", "lora"])

@@ -65,8 +65,10 @@ class OtherTokens(tiny.Source):
   def __getitem__(self, index):
     batch = super().__getitem__(index)
     own_BM = np.ones((self.batch_size, 16), np.int32)
-    batch |= {f"augmenting/kv/{name}": own_BM for name in Sequence._fields}
-    return batch | {"augmenting/kv/visible": batch["positions"]}
+    return batch._replace(
+      augmenting={"kv": Sequence(own_BM, own_BM, own_BM)},
+      visible={"kv": batch.anchor.positions},
+    )
 
 
 def test_a_step_with_other_tokens_is_that_of_a_run(tmp_path):
