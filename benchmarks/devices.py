@@ -18,11 +18,11 @@ from rich.table import Table
 
 from benchmarks import pairs
 from calm_jax.composition.connections import Composition
+from calm_jax.experiments.settings import Settings
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.planning import estimate, programs, topology
 from calm_jax.planning.shapes import Job
-from calm_jax.training import trainer
-from configs import common
+from calm_jax.training.stage import Stage
 
 COUNTS = 1, 2, 4, 8
 ALONG = "data", "fsdp"
@@ -46,15 +46,16 @@ class Device(NamedTuple):
 
 def job(spec: Composition, rows: int, length: int) -> Job:
   """The training of Θ_C by the defaults of all experiments."""
-  config = common.get_config()
-  config.unroll = max(
-    spec.anchor.num_layers, *(a.config.num_layers for _, a in spec.augmenting)
+  layers = [a.config.num_layers for _, a in spec.augmenting]
+  stage = Stage(batch_size=rows, length=length)
+  settings = Settings(
+    "text",
+    None,
+    unroll=max(spec.anchor.num_layers, *layers),
+    loss_chunk=0,
+    stages={"compose": stage},
   )
-  config.loss_chunk = 0
-  config.stages.compose.update(batch_size=rows, length=length)
-  settings = config.to_dict()
   params = jax.eval_shape(lambda: pairs.parameters(spec, "float32"))
-  stage = trainer.Stage(**settings["stages"]["compose"])
   return Job(settings, stage, spec, params, {})
 
 

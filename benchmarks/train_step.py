@@ -42,6 +42,7 @@ from rich.table import Table
 from benchmarks import machine, pairs, steps
 from benchmarks.machine import Clock
 from calm_jax.composition.connections import Composition
+from calm_jax.experiments.settings import Settings
 from calm_jax.planning import flops
 
 BATCH, LENGTH = 8, 256
@@ -158,9 +159,6 @@ def growth(how: dict, options, clock: Clock) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-  from configs import common  # Here: data of others needs no ml_collections.
-
-  defaults = common.get_config()
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -169,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--dtype", default="float32")
   parser.add_argument("--rows", type=int, default=BATCH)
   parser.add_argument("--length", type=int, default=LENGTH)
-  parser.add_argument("--attention", default=defaults.attention)
+  parser.add_argument("--attention", default=Settings.attention)
   parser.add_argument("--no_cap", action="store_true")
   parser.add_argument("--matmul", type=int, help="size of its squares")
   parser.add_argument("--torch", action="store_true")
@@ -177,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--devices", action="store_true")
   parser.add_argument("--cpu", action="store_true")
   for name in HOW:
-    default = defaults[name]
+    default = getattr(Settings, name)
     parser.add_argument(f"--{name}", type=type(default), default=default)
   options = parser.parse_args(arguments)
   if options.growth and options.pair != "small":

@@ -3,167 +3,192 @@
   python -m calm_jax.ablations --config=configs/kv.py:ablations
 
 Trains m_A and m_B once, then the last stage as every kind of
-configs/common.py's KINDS, on the same data and for as many steps, several
+`experiments.variants`, on the same data and for as many steps, several
 times each: from other fresh parameters and in another order of the data.
 Started again by the same command, it goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from calm_jax import cli, train
+from calm_jax import cli
 from calm_jax.core import files
 from calm_jax.core.errors import InputError
-from calm_jax.experiments import recipe, variants
+from calm_jax.experiments import config_files, recipe, variants
+from calm_jax.experiments.settings import Settings
 from calm_jax.reporting import table
 from calm_jax.reporting.runs import LABELS, RESULTS
 from calm_jax.reporting.table1 import accuracies
 from calm_jax.reporting.trials import LOSS, trials_table
 from calm_jax.training.metrics import read_metrics
-from configs import common
 
 FOLDER = "ablations"
-WIDTH = 200  # of the printed table
-Runs = dict[str, list[dict[str, Any]]]
+WIDTH = 200  # columns of the printed table
+Results = dict[str, Any]
+Runs = dict[str, list[Results]]
+
+
+class Trial(NamedTuple):
+  """One run of one kind, which has a number.
+
+  Attributes:
+    settings: of the run.
+    config: the same as plain dicts, for its results.json.
+  """
+
+  settings: Settings
+  config: dict[str, Any]
 
 
 def main(config: ConfigDict) -> dict[str, Any]:
   """Runs what config.ablations asks for; returns ablations.json."""
-  asked, trials = config.ablations.kinds, config.ablations.trials
-  if config.distributed:
-    raise InputError(
-      "ablations are runs of one process: leave config.distributed, or start "
-      "each run by calm_jax.train"
-    )
-  unknown = [kind for kind in asked if kind not in common.KINDS]
-  if unknown or not asked or trials < 1:
-    raise InputError(
-      f"ablations of kinds={asked}, trials={trials}: give one trial or more, "
-      f"and some of {list(common.KINDS)}"
-    )
-  plan = [
-    (kind, _settings(config, kind, trial))
-    for trial in range(trials)
-    for kind in asked
-  ]
-  left = sum(_finished(settings) is None for _, settings in plan)
+  plan = _plan(config)
+  kinds = config.ablations.kinds
+  left = sum(_finished(trial) is None for trial in plan)
   print(
-    f"{len(plan)} runs: {', '.join(asked)}, {trials} times each, after the "
-    f"stages that they share; {left} are left, about "
+    f"{len(plan)} runs: {', '.join(kinds)}, {config.ablations.trials} times "
+    f"each, after the stages that they share; {left} are left, about "
     f"{left * config.ablations.minutes:.0f} min on two CPU cores",
     flush=True,
   )
-  runs: Runs = {kind: [] for kind in asked}
+  runs: Runs = {kind: [] for kind in kinds}
   spent: list[float] = []
-  for kind, settings in plan:
-    results = _finished(settings)
+  for trial in plan:
+    kind, number = trial.settings.kind, trial.settings.trial
+    results = _finished(trial)
     if results is None:
       began = time.monotonic()
-      results = run(settings)
+      results = execute(trial)
       spent.append(time.monotonic() - began)
       left -= 1
-      # The first has trained what all share.
-      mean = sum(spent[1:] or spent) / len(spent[1:] or spent)
+      # The first run has trained what all share.
+      typical = statistics.fmean(spent[1:] or spent)
       print(
-        f"{kind}, trial {settings['trial']}: {spent[-1]:.0f} s; "
-        f"left: {left} runs, {left * mean / 60:.0f} min",
+        f"{kind}, trial {number}: {spent[-1]:.0f} s; left: {left} runs, "
+        f"{left * typical / 60:.0f} min",
         flush=True,
       )
     runs[kind].append(results)
-    # Also of what there is if this is stopped.
+    # Written after each run, for a command that is stopped.
     summary = summarise(runs)
-    folder = Path(config.workdir) / FOLDER
-    files.write_json(folder / "ablations.json", summary)
-    text = table.as_markdown(trials_table(summary))
-    (folder / "ablations.md").write_text(f"{text}\n", encoding="utf-8")
-  # Its columns are numbers that are to stay whole.
+    _write(summary, Path(config.workdir) / FOLDER)
+  # The table's numbers are not to be broken across lines.
   console = Console(width=max(Console().width, WIDTH))
   table.print_tables([trials_table(summary)], console)
   return summary
 
 
-def _settings(config: ConfigDict, kind: str, trial: int) -> dict[str, Any]:
-  changed = config.copy_and_resolve_references()
-  common.become([kind], changed)
+def _plan(config: ConfigDict) -> list[Trial]:
+  """All runs that config.ablations asks for, trial by trial."""
+  kinds, trials = config.ablations.kinds, config.ablations.trials
+  if config.distributed:
+    raise InputError(
+      "ablations are runs of one process: leave config.distributed, or start "
+      "each run by calm_jax.train"
+    )
+  unknown = [kind for kind in kinds if kind not in variants.KINDS]
+  if unknown or not kinds or trials < 1:
+    raise InputError(
+      f"ablations of kinds={kinds}, trials={trials}: give one trial or more, "
+      f"and some of {list(variants.KINDS)}"
+    )
+  return [
+    plan_trial(config, kind, number)
+    for number in range(trials)
+    for kind in kinds
+  ]
+
+
+def plan_trial(config: ConfigDict, kind: str, number: int) -> Trial:
+  """The run of a kind, with the models that all kinds share."""
+  changed = copy.deepcopy(config)  # which keeps references
+  variants.apply_kinds([kind], changed)
   changed.update(
-    kind=kind, trial=trial, alternatives=(), output=f"{FOLDER}/{kind}/{trial}"
+    kind=kind, trial=number, alternatives=(), output=f"{FOLDER}/{kind}/{number}"
   )
-  settings = train.plain(changed)
-  del settings["ablations"]
-  return settings
+  as_dict = config_files.to_dict(changed)
+  del as_dict["ablations"]
+  return Trial(config_files.read_settings(changed), as_dict)
 
 
-def _finished(settings: dict[str, Any]) -> dict[str, Any] | None:
+def _finished(trial: Trial) -> Results | None:
   """The results of a run, if it has been made with these settings."""
-  path = Path(settings["workdir"]) / settings["output"] / RESULTS
+  path = Path(trial.settings.workdir) / trial.settings.output / RESULTS
   if not path.exists():
     return None
   results = json.loads(path.read_text())
-  same = results["config"] == json.loads(json.dumps(settings))
+  same = results["config"] == json.loads(json.dumps(trial.config))
   return results if same else None
 
 
-def run(settings: dict[str, Any]) -> dict[str, Any]:
-  """One run: its stages, its evaluation, its results.json."""
-  fitted = recipe.fit(settings)
-  [(last, final)] = fitted.models.items()
+def execute(trial: Trial) -> Results:
+  """Trains and evaluates a trial, and writes its results.json."""
+  settings, trained = trial.settings, recipe.run_recipe(trial.settings)
+  [(last, final)] = trained.models.items()
   models = {"composed": final}
-  if settings["kind"] == "composed" and not settings["trial"]:
-    models |= fitted.alone  # The same for all.
-  results = fitted.experiment.evaluate(models, settings["stages"][last]["data"])
+  if settings.kind == "composed" and not settings.trial:
+    models |= trained.frozen_models  # which are the same for all runs
+  results = trained.experiment.evaluate(models, settings.last.data)
   losses = [
     line["eval_loss"]
-    for line in read_metrics(fitted.folder / last)
+    for line in read_metrics(trained.folder / last)
     if "eval_loss" in line
   ]
   results |= {
-    "kind": settings["kind"],
-    "parameters": fitted.parameters,
-    "seconds": fitted.seconds,
+    "kind": settings.kind,
+    "parameters": trained.parameters,
+    "seconds": trained.seconds,
     "eval_loss": losses[-1] if losses else None,
-    "config": settings,
+    "config": trial.config,
   }
-  files.write_json(fitted.folder / RESULTS, results)
+  files.write_json(trained.folder / RESULTS, results)
   return results
+
+
+def _write(summary: dict[str, Any], folder: Path) -> None:
+  files.write_json(folder / "ablations.json", summary)
+  text = table.as_markdown(trials_table(summary))
+  files.write_atomically(folder / "ablations.md", f"{text}\n")
 
 
 def scores(results: dict[str, Any], model: str) -> dict[str, float]:
   """The numbers that a table shows of a model, the headline first."""
-  found = accuracies(results, model)
+  shown = accuracies(results, model)
   for name in ("perplexity", "bits_per_byte"):
     for text, values in results.get(name, {}).items():
-      found[f"{name.replace('_', ' ')}, {text}"] = values.get(model)
+      shown[f"{name.replace('_', ' ')}, {text}"] = values.get(model)
   for group, values in results.get("groups", {}).items():
-    found[group] = values["average"].get(model)
-  return {label: value for label, value in found.items() if value is not None}
+    shown[group] = values["average"].get(model)
+  return {label: value for label, value in shown.items() if value is not None}
 
 
 def summarise(runs: Runs) -> dict[str, Any]:
   """ablations.json: by kind the runs' numbers, their mean and their range."""
-  found: dict[str, list[dict]] = {}
+  rows: dict[str, list[dict]] = {}
   for results in runs.get("composed", []):
     for model in ("augmenting", "anchor"):
-      if alone := scores(results, model):
-        name = LABELS[model]
-        trained = {"parameters": 0, "difference": None}
-        found[name] = [{"scores": alone} | trained]
+      if frozen := scores(results, model):
+        untrained = {"parameters": 0, "difference": None}
+        rows[LABELS[model]] = [{"scores": frozen} | untrained]
   for kind, made in runs.items():
-    found[variants.NAMES[kind]] = [_of_run(results) for results in made]
+    rows[variants.KINDS[kind].label] = [_row(results) for results in made]
   return {
-    name: {"runs": made, "scores": _spread([one["scores"] for one in made])}
-    for name, made in found.items()
+    name: {"runs": made, "scores": _spread([run["scores"] for run in made])}
+    for name, made in rows.items()
     if made
   }
 
 
-def _of_run(results: dict[str, Any]) -> dict[str, Any]:
+def _row(results: dict[str, Any]) -> dict[str, Any]:
   loss = results["eval_loss"]
   return {
     "scores": scores(results, "composed") | ({LOSS: loss} if loss else {}),
@@ -176,11 +201,11 @@ def _of_run(results: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def _spread(found: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-  """Mean, lowest and highest of each number that all runs have."""
+def _spread(scores: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+  """Mean, lowest and highest of each number of the first run, by its label."""
   spread = {}
-  for label in found[0]:
-    values = [one[label] for one in found if label in one]
+  for label in scores[0]:
+    values = [run[label] for run in scores if label in run]
     spread[label] = {
       "mean": sum(values) / len(values),
       "lowest": min(values),

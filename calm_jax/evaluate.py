@@ -20,16 +20,24 @@ from ml_collections import ConfigDict
 from calm_jax import cli, report
 from calm_jax.core import files
 from calm_jax.core.errors import InputError
-from calm_jax.experiments import placement, recipe
+from calm_jax.experiments import (
+  config_files,
+  recipe,
+  run_models,
+  sharded_models,
+)
+from calm_jax.experiments.settings import Bits, Settings
 from calm_jax.language_model import LanguageModel
 from calm_jax.models import quantisation
 from calm_jax.parallel import processes
-from calm_jax.train import plain
+
+# The option's values that are no kind of quantisation: as saved, and none.
+_QUANTISE = {"": None, "none": ""}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What the command line says besides the config.
+  """The flags besides --config.
 
   Attributes:
     model: a checkpoint or a composition, a folder or a hub id.
@@ -49,80 +57,79 @@ def main(config: ConfigDict, options: Options) -> dict[str, Any]:
     InputError: no such model, what the experiment raises, a model of other
       tokens than the experiment's, or results of something else in `out`.
   """
-  settings = plain(config)
-  if settings["distributed"]:
-    processes.start(settings["heartbeat"])
+  settings = config_files.read_settings(config)
+  if settings.distributed:
+    processes.start(settings.heartbeat)
   with processes.quiet_but_first():
-    return _main(settings, options)
+    results = _evaluate(settings, options, config_files.to_dict(config))
+    if jax.process_index() == 0:
+      report.write_report(Path(options.out), results)
+      report.print_results(Path(options.out))
+  return results
 
 
-def _main(settings: dict[str, Any], options: Options) -> dict[str, Any]:
+def _evaluate(
+  settings: Settings, options: Options, config: dict[str, Any]
+) -> dict[str, Any]:
   recipe.check(settings)
-  folder = Path(options.out)
-  _check_folder(folder)
-  if any(settings["quantise"].values()):
+  _check_folder(Path(options.out))
+  if settings.quantise != Bits():
     raise InputError(
       "config.quantise is for models that a run loads; here give --quantise"
     )
-  model = placement.load(
+  model = sharded_models.load(
     options.model,
-    recipe.layout_of(settings),
-    settings["dtype"],
-    {"": None, "none": ""}.get(options.quantise, options.quantise),
+    recipe.make_layout(settings),
+    settings.dtype,
+    _QUANTISE.get(options.quantise, options.quantise),
   )
-  spec = recipe.configured(model.spec, settings)
-  model = dataclasses.replace(model, spec=spec)
-  columns = _columns(model)
-  folder = processes.own_folder(folder)
-  make, task = recipe.EXPERIMENTS[settings["experiment"]]
+  spec = run_models.with_compute(model.spec, settings)
+  columns = _columns(dataclasses.replace(model, spec=spec))
+  model = columns["composed"] if model.is_composed else columns["anchor"]
   frozen = {side: m for side, m in columns.items() if side != "composed"}
-  experiment = make(
-    task(**settings["task"], seed=settings["seed"]), folder, frozen
+  folder = processes.own_folder(Path(options.out))
+  experiment = recipe.EXPERIMENTS[settings.experiment](
+    settings.task, settings.seed, folder, frozen
   )
-  ours, theirs = model.text().fingerprint, experiment.tokenizer.fingerprint
-  if ours != theirs:
+  if model.text().fingerprint != experiment.tokenizer.fingerprint:
     raise InputError(
       f"{options.model} reads other tokens than the experiment's: give the "
       "config that it was trained by, its seed and its task's settings too"
     )
-  data = settings["stages"][settings["recipe"][-1]]["data"]
+  data = settings.last.data
   results = experiment.evaluate(columns, data)
   counts = {side: m.num_params for side, m in frozen.items()}
   if model.is_composed:
     counts["composition"] = model.num_composition_params
-    if _can_be_looked_at(model):
-      np.savez(folder / "attention.npz", **experiment.look(model, data))
-  results |= {
+    if _has_attention_maps(model):
+      maps = experiment.attention_maps(model, data)
+      np.savez(folder / "attention.npz", **maps)
+  origins = {side: m.origin for side, m in frozen.items()}
+  return results | {
     "model": options.model,
     "quantise": quantisation.kind_of(model.params),
     "parameters": counts,
-    # A folder of its own, not one of a run's kinds.
-    "config": settings
-    | {side: m.origin for side, m in frozen.items()}
-    | {"output": ""},
+    # The results are in a folder of their own, not in that of a kind of run.
+    "config": config | origins | {"output": ""},
   }
-  if jax.process_index() == 0:
-    report.write_report(folder, results)
-    report.print_results(folder)
-  return results
 
 
 def _check_folder(folder: Path) -> None:
-  """What training wrote took longer than an evaluation does."""
+  """Refuses to overwrite the results of a training run."""
   path = folder / "results.json"
   if path.exists() and "model" not in files.read_json(path):
     raise InputError(f"{folder} holds the results of a run; give another --out")
 
 
-def _can_be_looked_at(model: LanguageModel) -> bool:
-  """Of one row, which cannot be shuffled, and of one text beside it."""
+def _has_attention_maps(model: LanguageModel) -> bool:
+  """Whether one row, which cannot be shuffled, is one text for all models."""
   joined = model.spec.augmenting
-  alone = len(joined) == 1 or not model.tokenizers
-  return alone and all(a.control != "shuffled" for _, a in joined)
+  is_one_text = len(joined) == 1 or not model.tokenizers
+  return is_one_text and all(a.control != "shuffled" for _, a in joined)
 
 
 def _columns(model: LanguageModel) -> dict[str, LanguageModel]:
-  """The models by column of the results; of several m_A none by itself."""
+  """The models by column of the results; several m_A have none."""
   if not model.is_composed:
     return {"anchor": model}
   names = [name for name, _ in model.spec.augmenting]

@@ -15,13 +15,23 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from calm_jax import cli
 from calm_jax.core.errors import InputError
 from calm_jax.data.examples import read_prompts
-from calm_jax.experiments import placement
+from calm_jax.experiments import sharded_models
 from calm_jax.models import quantisation
+from calm_jax.parallel import mesh
+from calm_jax.parallel.rules import SHARDING
 from calm_jax.parallel.sharding import Layout
+
+# Flags that are arguments of `LanguageModel.generate`.
+_OPTIONS = (
+  *("max_new_tokens", "temperature", "top_k", "top_p", "min_p"),
+  *("repetition_penalty", "stop", "seed"),
+)
 
 
 def _arguments() -> argparse.Namespace:
@@ -62,26 +72,22 @@ def main() -> None:
   """Runs the command line."""
   arguments = _arguments()
   cli.keep_compiled_programs()
-  model = placement.load(
+  model = sharded_models.load(
     arguments.model,
     _layout(arguments.mesh) if arguments.mesh else None,
     arguments.dtype,
     arguments.quantise,
   )
-  options = {
-    name: getattr(arguments, name)
-    for name in (
-      "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
-      "repetition_penalty", "stop", "seed",
-    )
-  }  # fmt: skip
+  options = {name: getattr(arguments, name) for name in _OPTIONS}
   if arguments.prompts:
     prompts = read_prompts(arguments.prompts)
     texts = model.generate(prompts, batch_size=arguments.batch_size, **options)
     for prompt, text in zip(prompts, texts, strict=True):
       print(json.dumps({"prompt": prompt, "completion": text}))
     return
-  prompts = [arguments.prompt] if arguments.prompt is not None else _asked()
+  prompts = (
+    [arguments.prompt] if arguments.prompt is not None else _typed_prompts()
+  )
   for prompt in prompts:
     pieces = []
     for piece in model.stream(prompt, **options):
@@ -93,11 +99,8 @@ def main() -> None:
 
 
 def _layout(asked: str) -> Layout | None:
-  # Loaded here: few need it at the start.
-  from configs import common
-
-  config = common.get_config()
-  sizes = config.mesh.to_dict()
+  """The layout of a mesh such as "fsdp=2,tensor=4"."""
+  sizes = dict.fromkeys(mesh.AXES, 1)
   for part in asked.split(","):
     axis, _, count = part.partition("=")
     if axis not in sizes or not re.fullmatch(r"-?\d+", count):
@@ -105,24 +108,24 @@ def _layout(asked: str) -> Layout | None:
         f"--mesh={asked} is not like fsdp=2,tensor=4; the axes are {[*sizes]}"
       )
     sizes[axis] = int(count)
-  return placement.layout_of(config.to_dict() | {"mesh": sizes})
+  return sharded_models.make_layout(sizes, SHARDING)
 
 
-def _draw(look: dict, path: str) -> None:
-  # Loaded here: matplotlib would take half of the time to the first token.
+def _draw(maps: dict[str, Any], path: str) -> None:
+  # Imported here: matplotlib would take half of the time to the first token.
   from calm_jax.reporting.figures import attention_figure, save_figure
 
   figure = attention_figure(
-    look["weights"],
-    look["tokens"].tolist(),
-    look["connections"].tolist(),
-    look["prompt_length"],
-    look.get("augmenting_tokens"),
+    maps["weights"],
+    maps["tokens"].tolist(),
+    maps["connections"].tolist(),
+    maps["prompt_length"],
+    maps.get("augmenting_tokens"),
   )
   save_figure(figure, path)
 
 
-def _asked():
+def _typed_prompts() -> Iterator[str]:
   while True:
     try:
       yield input("> " if sys.stdin.isatty() else "")

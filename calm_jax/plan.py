@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from calm_jax import cli
 from calm_jax.core.errors import InputError
+from calm_jax.experiments import config_files
 from calm_jax.generation import batching, decode
 from calm_jax.planning import (
   estimate,
@@ -34,7 +35,6 @@ from calm_jax.planning import (
   topology,
 )
 from calm_jax.planning.search import Case
-from calm_jax.train import plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def main(config: ConfigDict, options: Options) -> dict[str, Any]:
   topology.prepare(options.topology, options.effort)
   until = time.monotonic() + 60 * options.minutes
   target = topology.target(options.topology)
-  job = shapes.job(plain(config), options.stage)
+  job = shapes.job(config_files.read_settings(config), options.stage)
   settings, rows = job.settings, job.stage.batch_size
   if options.search:
     cases = search.search(
@@ -83,8 +83,8 @@ def main(config: ConfigDict, options: Options) -> dict[str, Any]:
         f"{options.topology}: nothing was compiled; {best}: {best.reason}"
       )
   else:
-    axes = _axes(settings["mesh"], len(target.devices))
-    case = Case(axes, settings["remat"], rows)
+    axes = _axes(settings.mesh, len(target.devices))
+    case = Case(axes, settings.remat, rows)
     best = search.compiled(job, target, case)
     cases = [best]
   found = {"topology": target, "job": job, "cases": cases, "largest": None}

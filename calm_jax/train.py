@@ -13,6 +13,7 @@ calm_jax.parallel.processes.
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from ml_collections import ConfigDict
 
 from calm_jax import cli, report
 from calm_jax.core import hub, trees
-from calm_jax.experiments import quantising, recipe
+from calm_jax.experiments import config_files, quantisation_plan, recipe
+from calm_jax.experiments.recipe import TrainedRun
+from calm_jax.experiments.settings import Settings
 from calm_jax.language_model import LanguageModel
 from calm_jax.models import lora
 from calm_jax.parallel import processes
@@ -32,109 +35,101 @@ from calm_jax.planning import overhead
 
 def main(config: ConfigDict) -> dict[str, Any]:
   """Runs everything that a config asks for; returns results.json."""
-  settings = plain(config)
-  if settings["distributed"]:
-    processes.start(settings["heartbeat"])
+  settings = config_files.read_settings(config)
+  if settings.distributed:
+    processes.start(settings.heartbeat)
   with processes.quiet_but_first():
-    return _main(settings)
-
-
-def _main(settings: dict[str, Any]) -> dict[str, Any]:
-  fitted = recipe.fit(settings)
-  experiment, stages = fitted.experiment, settings["stages"]
-  last, *others = fitted.models
-  final = fitted.models[last]
-  results = experiment.evaluate(
-    fitted.alone | {"composed": final}, stages[last]["data"]
-  )
-  results["other_runs"] = {
-    name: experiment.evaluate(
-      {"composed": fitted.models[name]}, stages[name]["data"], prefix=f"{name}/"
-    )
-    for name in others
-  }
-  results |= {
-    "kind": settings["kind"],
-    "parameters": fitted.parameters,
-    "flops": _flops(fitted, settings["stages"][last]),
-    "seconds": fitted.seconds,
-    "config": settings,
-  }
-  # Of one row, which cannot be shuffled.
-  if final.is_composed and settings["composition"]["control"] != "shuffled":
-    look = experiment.look(final, stages[last]["data"])
-    np.savez(fitted.folder / "attention.npz", **look)
-  if jax.process_index() == 0:
-    report.write_report(fitted.folder, results)
-    report.print_results(fitted.folder)
-  _keep(fitted, settings)
+    run = recipe.run_recipe(settings)
+    results = _evaluate(run, settings) | {
+      "config": config_files.to_dict(config)
+    }
+    if jax.process_index() == 0:
+      report.write_report(run.folder, results)
+      report.print_results(run.folder)
+    save_models(run, settings)
   return results
 
 
-def _flops(fitted: recipe.Fitted, stage: dict[str, Any]) -> dict[str, Any]:
-  """Of a step of the last stage, and of what it could have been (C.2)."""
-  return overhead.training_flops(
-    fitted.whole.spec,
-    stage["batch_size"],
-    stage["length"],
-    stage["augmenting_length"],
+def _evaluate(run: TrainedRun, settings: Settings) -> dict[str, Any]:
+  """Evaluates what a run trained; draws where the composed model attends."""
+  last, *others = run.models
+  final, data = run.models[last], settings.last.data
+  results = run.experiment.evaluate(
+    run.frozen_models | {"composed": final}, data
   )
+  results["other_runs"] = {
+    name: run.experiment.evaluate(
+      {"composed": run.models[name]},
+      settings.stages[name].data,
+      prefix=f"{name}/",
+    )
+    for name in others
+  }
+  # The maps are of one row, which cannot be shuffled.
+  if final.is_composed and settings.composition.control != "shuffled":
+    maps = run.experiment.attention_maps(final, data)
+    np.savez(run.folder / "attention.npz", **maps)
+  return results | {
+    "kind": settings.kind,
+    "parameters": run.parameters,
+    "flops": overhead.training_flops(
+      run.untrained.spec,
+      settings.last.batch_size,
+      settings.last.length,
+      settings.last.augmenting_length,
+    ),
+    "seconds": run.seconds,
+  }
 
 
-def _keep(fitted: recipe.Fitted, settings: dict[str, Any]) -> None:
+def save_models(run: TrainedRun, settings: Settings) -> None:
   """Writes the composition, and the models that this run trained itself.
 
-  A run that adapted m_B instead writes that, LoRA merged into its kernels.
+  A run that adapted m_B instead writes that, with LoRA merged into its kernels.
   """
-  *_, last = settings["recipe"]
-  trained = fitted.params[last]
+  last = settings.recipe[-1]
+  params = run.trees[last]
   if jax.process_count() > 1:
-    trained = processes.fetch(trained)
+    params = processes.fetch(params)
   if jax.process_index() != 0:
     return
-  params = trained | {"anchor": lora.merge(trained["anchor"])}
-  model = dataclasses.replace(fitted.whole, params=params)
-  if not fitted.models[last].is_composed:
-    _export(model, "anchor", fitted.folder / "model")
+  params = params | {"anchor": lora.merge(params["anchor"])}
+  model = dataclasses.replace(run.untrained, params=params)
+  if not run.models[last].is_composed:
+    _export(model, "anchor", run.folder / "model")
     return
+  exact = dataclasses.replace(
+    model, params=quantisation_plan.undo(params, run.exact_leaves)
+  )
+  for part in settings.parts.values():
+    if part not in model.sources or _is_changed(settings, part, exact.params):
+      source = _export(exact, part, run.folder / "models" / part)
+      model = dataclasses.replace(model, sources=model.sources | {part: source})
+  shutil.rmtree(run.folder / "composition", ignore_errors=True)
+  model.save(run.folder / "composition")
+
+
+def _is_changed(settings: Settings, part: str, params: dict) -> bool:
+  """Whether this run made other weights than the loaded ones of a model."""
+  if part == settings.parts["augmenting"] and settings.random_augmenting:
+    return True
   patterns = [
     pattern
-    for name in settings["recipe"]
-    for pattern in settings["stages"][name]["trainable"]
+    for name in settings.recipe
+    for pattern in settings.stages[name].trainable
   ]
-  before = quantising.undo(trained, fitted.exact)
-  changed = {
-    name
-    for name, on in trees.flatten(trees.mask(before, patterns)).items()
-    if on
-  }
-  exact = quantising.undo(params, fitted.exact)
-  for part in ["anchor", *(f"augmenting/{n}" for n in params["augmenting"])]:
-    own = any(name.startswith(f"{part}/") for name in changed)
-    own = own or (part != "anchor" and settings["random_augmenting"])
-    if part in model.sources and not own:
-      continue
-    source = _export(
-      dataclasses.replace(model, params=exact),
-      part,
-      fitted.folder / "models" / part,
-    )
-    model = dataclasses.replace(model, sources=model.sources | {part: source})
-  shutil.rmtree(fitted.folder / "composition", ignore_errors=True)
-  model.save(fitted.folder / "composition")
+  return any(
+    re.fullmatch(pattern, name)
+    for name in trees.flatten(params)
+    if name.startswith(f"{part}/")
+    for pattern in patterns
+  )
 
 
 def _export(model: LanguageModel, part: str, folder: Path) -> hub.CheckpointRef:
   shutil.rmtree(folder, ignore_errors=True)  # of an earlier call
   model.part(part).export_hf(folder)
   return hub.locate(folder)
-
-
-def plain(value: Any) -> Any:
-  """A ConfigDict as plain dicts, which is all that goes below here."""
-  if isinstance(value, ConfigDict):
-    return {k: plain(v) for k, v in value.items()}
-  return value
 
 
 if __name__ == "__main__":

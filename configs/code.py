@@ -4,8 +4,8 @@ configs/code.py        a 1.5 B anchor and a 0.5 B code model of its family from
                        the hub, for a v5e-8 or one GPU of 80 GB
 configs/code.py:tiny   the same recipe with two tiny models on two CPU cores, on
                        the material in the folder CALM_SHARED
-configs/code.py:lora   and every other name of configs/common.py's KINDS; also
-                       with a size: configs/code.py:tiny,lora
+configs/code.py:lora   and every other kind of calm_jax.experiments.variants;
+                       also with a size: configs/code.py:tiny,lora
 
 Runs what the models write, in a sandbox: say --allow_code_execution, or leave
 those evaluations out with --config.task.skip_evals="('mbpp','humaneval')", of
@@ -25,91 +25,85 @@ import os
 
 from ml_collections import ConfigDict
 
-from configs import common
+from calm_jax.data.examples import ExampleSource
+from calm_jax.experiments import config_files, variants
+from calm_jax.experiments.settings import Settings
+from calm_jax.experiments.text_data import Share, TextData, TextTask
+from calm_jax.training.stage import Stage
 
 LANGUAGES = ("go", "java", "javascript", "php", "python", "ruby")
 FOLDER = "/codexglue/code_to_text_{language}"
 
 
 def get_config(variant: str = "full") -> ConfigDict:
-  """See above."""
-  config = common.get_config()
-  config.experiment = "text"
-  config.workdir = "runs/code"
-  config.dtype = "bfloat16"
-  # Apache 2.0, of one tokenizer and one vocabulary size; the 7 B model's
-  # differs, and its tokens would be aligned by the text.
-  config.anchor = "Qwen/Qwen2.5-1.5B"
-  config.augmenting = "Qwen/Qwen2.5-Coder-0.5B"
-  config.augmenting_name = "code"
-  config.data_dir = "data"
+  """The config of a variant: the fields of `Settings`, and data_dir."""
+  config = ConfigDict({"data_dir": "data"})
   data = config.get_ref("data_dir")
-  config.task = common.text_task(
-    languages=LANGUAGES,
-    sources=ConfigDict(
-      {
-        "{language}": common.source(
-          data + FOLDER + "/train.jsonl", completion="{original_string}"
+  train, valid = data + FOLDER + "/train.jsonl", data + FOLDER + "/valid.jsonl"
+  settings = Settings(
+    experiment="text",
+    task=TextTask(
+      languages=LANGUAGES,
+      sources={
+        "{language}": ExampleSource(train, completion="{original_string}"),
+        "{language}-described": ExampleSource(
+          train, prompt="{docstring}\n", completion="{code}"
         ),
-        "{language}-described": common.source(
-          data + FOLDER + "/train.jsonl",
-          prompt="{docstring}\n",
-          completion="{code}",
-        ),
-      }
-    ),
-    held_out=ConfigDict(
-      {
-        "{language}": common.source(
-          data + FOLDER + "/valid.jsonl",
-          completion="{original_string}",
-          rows=":500",
+      },
+      held_out={
+        "{language}": ExampleSource(
+          valid, completion="{original_string}", rows=":500"
         )
-      }
+      },
+      evals=_evals(data),
+      prompt_tokens=2048,
     ),
-    evals=_evals(data),
-    prompt_tokens=2048,
-  )
-  weights = {"{language}": 0.7, "{language}-described": 0.3}
-  config.recipe = ("augmenting", "compose")
-  config.stages = ConfigDict(
-    {
-      "augmenting": common.stage(
+    workdir="runs/code",
+    dtype="bfloat16",
+    # Apache 2.0, of one tokenizer and one vocabulary size; the 7 B model's
+    # differs, and its tokens would be aligned by the text.
+    anchor="Qwen/Qwen2.5-1.5B",
+    augmenting="Qwen/Qwen2.5-Coder-0.5B",
+    augmenting_name="code",
+    recipe=("augmenting", "compose"),
+    stages={
+      "augmenting": Stage(
         model="augmenting/code",
         trainable=("augmenting/code/.*",),
-        data=common.mixture(weights, too_long="cut"),
+        data=_data(fraction=1.0),
         steps=4000,
         learning_rate=1e-4,
         length=1024,
       ),
-      "compose": common.stage(
-        data=common.mixture(weights, fraction=0.07, too_long="cut"),
-        steps=2000,
-        learning_rate=3e-4,
-        length=1024,
+      "compose": Stage(
+        data=_data(fraction=0.07), steps=2000, learning_rate=3e-4, length=1024
       ),
-    }
+    },
   )
-  common.apply(VARIANTS, variant, config)
+  config.update(config_files.to_config(settings))
+  variants.apply(VARIANTS, variant, config)
   return config
 
 
-def _evals(data) -> ConfigDict:
-  evals = {
+def _data(fraction: float) -> TextData:
+  mixture = {
+    "{language}": Share(0.7, fraction),
+    "{language}-described": Share(0.3, fraction),
+  }
+  return TextData(mixture, too_long="cut")
+
+
+def _evals(data) -> dict[str, dict]:
+  programs = {"max_new_tokens": 384, "limit": 0}
+  return {
     "humaneval": {
       "kind": "humaneval",
       "group": "HumanEval",
       "path": data + "/humaneval/HumanEval.jsonl",
-      "max_new_tokens": 384,
-      "limit": 0,
-    },
-    "mbpp": {
-      "kind": "mbpp",
-      "group": "MBPP",
-      "path": data + "/mbpp/mbpp.jsonl",
-      "max_new_tokens": 384,
-      "limit": 0,
-    },
+    }
+    | programs,
+    "mbpp": {"kind": "mbpp", "group": "MBPP", "path": data + "/mbpp/mbpp.jsonl"}
+    | programs,
     "codexglue-{language}": {
       "kind": "code_to_text",
       "group": "CodeXGLUE",
@@ -123,7 +117,6 @@ def _evals(data) -> ConfigDict:
       "limit": 0,
     },
   }
-  return ConfigDict({name: ConfigDict(e) for name, e in evals.items()})
 
 
 def _full(config: ConfigDict) -> None:
@@ -145,25 +138,25 @@ def _tiny(config: ConfigDict) -> None:
   config.composition.connections = tuple((5, layer) for layer in range(1, 7))
   # D_Code are MBPP's training problems, lines 601 to 974.
   mbpp, gsm8k = data + "/mbpp/mbpp.jsonl", data + "/gsm8k"
-  config.task.sources = ConfigDict(
+  config.task.sources = config_files.to_config(
     {
-      "mbpp": common.source(
+      "mbpp": ExampleSource(
         mbpp,
         rows="600:",
         prompt="{text}\n[BEGIN]\n",
         completion="{code}\n[DONE]",
       ),
-      "python": common.source(mbpp, rows="600:", completion="{code}"),
-      "gsm8k": common.source(
+      "python": ExampleSource(mbpp, rows="600:", completion="{code}"),
+      "gsm8k": ExampleSource(
         gsm8k + "/train.jsonl", completion="{question}\n{answer}"
       ),
-      "eng": common.source(data + "/nllb_seed/eng_Latn.txt"),
+      "eng": ExampleSource(data + "/nllb_seed/eng_Latn.txt"),
     }
   )
-  config.task.held_out = ConfigDict(
+  config.task.held_out = config_files.to_config(
     {
-      "python": common.source(mbpp, rows="510:600", completion="{code}"),
-      "mathematics": common.source(
+      "python": ExampleSource(mbpp, rows="510:600", completion="{code}"),
+      "mathematics": ExampleSource(
         gsm8k + "/test.jsonl", rows=":200", completion="{question}\n{answer}"
       ),
     }
@@ -177,16 +170,19 @@ def _tiny(config: ConfigDict) -> None:
   described.pool = data + FOLDER + "/test.jsonl"
   described.update(pool_rows=":61", rows="61:", max_new_tokens=64, limit=200)
   config.recipe = ("augmenting", "anchor", "compose")
-  both = {"mbpp": 0.5, "python": 0.5}
-  config.stages.augmenting.data = common.mixture(both, watch=("python",))
-  # All of it: 7% would be 26 problems.
-  config.stages.compose.data = common.mixture(both)
-  config.stages.anchor = common.stage(
-    model="anchor",
-    trainable=("anchor/.*",),
-    data=common.mixture({"eng": 0.5, "gsm8k": 0.5}, watch=("mathematics",)),
-    steps=400,
+  programs = {"mbpp": Share(0.5), "python": Share(0.5)}
+  english = {"eng": Share(0.5), "gsm8k": Share(0.5)}
+  data = {
+    "augmenting": TextData(programs, watch=("python",)),
+    "anchor": TextData(english, watch=("mathematics",)),
+    # All of it: 7% would be 26 problems.
+    "compose": TextData(programs),
+  }
+  config.stages.anchor = config_files.to_config(
+    Stage(model="anchor", trainable=("anchor/.*",), steps=400)
   )
+  for name, mixture in data.items():
+    config.stages[name].data = config_files.to_config(mixture)
   config.stages.augmenting.update(steps=200)
   config.stages.compose.update(steps=130)
   for stage in config.stages.values():

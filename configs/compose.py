@@ -6,67 +6,68 @@
 
   configs/compose.py          both models are frozen; D_C is 5% of the text
   configs/compose.py:domain   m_A is first trained on all of the text
-  configs/compose.py:lora     and every other of KINDS in configs/common.py, of
-                              a variant too: configs/compose.py:domain,lora; a
-                              vanilla m_A is the checkpoint as it was given
+  configs/compose.py:lora     and every other kind of
+                              calm_jax.experiments.variants, of a variant too:
+                              configs/compose.py:domain,lora; a vanilla m_A is
+                              the checkpoint as it was given
 """
 
 from ml_collections import ConfigDict
 
-from configs import common
+from calm_jax.data.examples import ExampleSource
+from calm_jax.experiments import config_files, variants
+from calm_jax.experiments.settings import Settings
+from calm_jax.experiments.text_data import Share, TextData, TextTask
+from calm_jax.training.stage import Stage
 
 
 def get_config(variant: str = "frozen") -> ConfigDict:
-  """See above."""
-  config = common.get_config()
-  config.experiment = "text"
-  config.workdir = "runs/compose"
-  # Files of text; see calm_jax.data.examples.
-  config.data = ""
-  config.eval_data = ""
-  # Of the anchor's own domain; empty: sampled from the anchor.
-  config.anchor_eval_data = ""
-  # What the fields of jsonl files are called.
-  config.text_field = "text"
-  config.prompt_field = "prompt"
-  config.completion_field = "completion"
-  fields = {
-    name: config.get_ref(name)
-    for name in ("text_field", "prompt_field", "completion_field")
-  }
-  held_out = {"domain": "eval_data", "anchor_domain": "anchor_eval_data"}
-  config.task = common.text_task(
-    sources=ConfigDict(
-      {"data": common.source(config.get_ref("data"), **fields)}
-    ),
-    held_out=ConfigDict(
-      {
-        name: common.source(config.get_ref(option), **fields)
-        for name, option in held_out.items()
-      }
-    ),
-    num_samples=64,
-  )
-  config.stages = ConfigDict(
+  """The config of a variant: the fields of `Settings`, and files of text."""
+  config = ConfigDict(
     {
-      "augmenting": common.stage(
-        model="augmenting/augmenting",
-        trainable=("augmenting/augmenting/.*",),
-        data=_data(1.0),
-        batch_size=16,
-        length=256,
-      ),
-      "compose": common.stage(
-        data=_data(0.05), batch_size=16, length=256, steps=300
-      ),
+      # Files of text; see calm_jax.data.examples.
+      "data": "",
+      "eval_data": "",
+      # Of the anchor's own domain; empty: sampled from the anchor.
+      "anchor_eval_data": "",
+      # What the fields of jsonl files are called.
+      "text_field": ExampleSource.text_field,
+      "prompt_field": ExampleSource.prompt_field,
+      "completion_field": ExampleSource.completion_field,
     }
   )
-  common.apply(VARIANTS, variant, config)
+
+  def source(path: str) -> ExampleSource:
+    names = ("text_field", "prompt_field", "completion_field")
+    fields = {name: config.get_ref(name) for name in names}
+    return ExampleSource(config.get_ref(path), **fields)
+
+  task = TextTask(
+    sources={"data": source("data")},
+    held_out={
+      "domain": source("eval_data"),
+      "anchor_domain": source("anchor_eval_data"),
+    },
+    num_samples=64,
+  )
+  stages = {
+    "augmenting": Stage(
+      model="augmenting/augmenting",
+      trainable=("augmenting/augmenting/.*",),
+      data=_data(1.0),
+      batch_size=16,
+      length=256,
+    ),
+    "compose": Stage(data=_data(0.05), batch_size=16, length=256, steps=300),
+  }
+  settings = Settings("text", task, workdir="runs/compose", stages=stages)
+  config.update(config_files.to_config(settings))
+  variants.apply(VARIANTS, variant, config)
   return config
 
 
-def _data(fraction: float) -> ConfigDict:
-  return common.mixture({"data": 1.0}, fraction, watch=("domain",))
+def _data(fraction: float) -> TextData:
+  return TextData({"data": Share(1.0, fraction)}, watch=("domain",))
 
 
 def _frozen(config: ConfigDict) -> None:

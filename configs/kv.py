@@ -3,93 +3,83 @@
 configs/kv.py         for two CPU cores, about 15 minutes
 configs/kv.py:paper   the paper's size, for an accelerator
 configs/kv.py:tiny    a minute, to see that everything runs
-configs/kv.py:lora    and every other name of configs/common.py's KINDS; also
-                      with a size: configs/kv.py:paper,lora
+configs/kv.py:lora    and every other kind of calm_jax.experiments.variants;
+                      also with a size: configs/kv.py:paper,lora
 """
 
 from ml_collections import ConfigDict
 
-from configs import common
+from calm_jax.experiments import config_files, variants
+from calm_jax.experiments.key_values import KeyValueTask
+from calm_jax.experiments.settings import Settings
+from calm_jax.training.stage import Stage
 
 # Arithmetic on what is written last, whatever came before.
 AFTER_PREFIXES = {"num_math": 0.3, "num_math_steps": 0.2, "num_math_given": 0.5}
 
 
 def get_config(variant: str = "small") -> ConfigDict:
-  """See above."""
-  config = common.get_config()
-  config.experiment = "key_values"
-  config.workdir = "runs/kv"
-  config.augmenting_name = "kv"
-  config.task = ConfigDict()
-  config.task.num_keys = 999
-  config.task.held_in_fraction = 0.2
-  config.task.min_terms = 2
-  config.task.max_terms = 2
-  config.task.operators = "+-"
-  config.task.keys = "pieces"
-  config.task.digits = "single"
-  config.task.num_examples = 1000
-  config.recipe = ("augmenting", "anchor", "anchor_prefix", "compose")
-  config.alternatives = ("compose_direct",)
-  config.stages = ConfigDict()
-  config.stages.augmenting = common.stage(
-    model="augmenting/kv",
-    trainable=("augmenting/kv/.*",),
-    # Single keys, the dictionary itself, are among the expressions. m_A knows
-    # of nothing but substitution, and does it under any prompt.
-    data=_data({"kv_subs": 1.0}, min_terms=1, any_prompt=True),
-    steps=600,
-    length=16,
-    weight_decay=0.1,
+  """The config of a variant, with the fields of `Settings`."""
+  settings = Settings(
+    experiment="key_values",
+    task=KeyValueTask(),
+    workdir="runs/kv",
+    augmenting_name="kv",
+    recipe=("augmenting", "anchor", "anchor_prefix", "compose"),
+    alternatives=("compose_direct",),
+    stages=_stages(),
+    vanilla=("augmenting_vanilla",),
   )
-  # m_B learns to calculate, then to calculate with what is written last,
-  # whatever came before.
-  config.stages.anchor = common.stage(
-    model="anchor",
-    trainable=("anchor/.*",),
-    data=_data({"num_math": 0.5, "num_math_steps": 0.5}),
-    steps=1800,
-    schedule="constant",
-    length=24,
-  )
-  config.stages.anchor_prefix = common.stage(
-    model="anchor",
-    trainable=("anchor/.*",),
-    data=_data(AFTER_PREFIXES),
-    steps=2000,
-    length=24,
-  )
-  # A vanilla m_A has learnt what m_B has in its last stage, of keys nothing but
-  # that they are words.
-  config.stages.augmenting_vanilla = common.stage(
-    model="augmenting/kv",
-    trainable=("augmenting/kv/.*",),
-    data=_data(AFTER_PREFIXES),
-    steps=600,
-    length=24,
-    weight_decay=0.1,
-  )
-  config.vanilla = ("augmenting_vanilla",)
-  config.stages.compose = _compose("kv_math_steps")
-  config.stages.compose_direct = _compose("kv_math")
-  common.apply(VARIANTS, variant, config)
+  config = config_files.to_config(settings)
+  variants.apply(VARIANTS, variant, config)
   return config
 
 
-def _data(tasks: dict[str, float], **changes) -> ConfigDict:
-  return ConfigDict({"tasks": ConfigDict(tasks), "pack": False} | changes)
-
-
-def _compose(kv_math: str) -> ConfigDict:
-  """D_C: arithmetic over held-in keys, and what keeps the other tasks."""
-  return common.stage(
-    data=_data(
-      {kv_math: 0.6, "kv_subs": 0.15, "num_math": 0.25}, keys="held_in"
+def _stages() -> dict[str, Stage]:
+  augmenting = {
+    "model": "augmenting/kv",
+    "trainable": ("augmenting/kv/.*",),
+    "steps": 600,
+    "weight_decay": 0.1,
+  }
+  anchor = {"model": "anchor", "trainable": ("anchor/.*",), "length": 24}
+  return {
+    # Single keys, the dictionary itself, are among the expressions. m_A knows
+    # of nothing but substitution, and does it under any prompt.
+    "augmenting": Stage(
+      data=_data({"kv_subs": 1.0}, min_terms=1, any_prompt=True),
+      length=16,
+      **augmenting,
     ),
-    steps=900,
-    length=20,
-    weight_decay=0.1,
+    # m_B learns to calculate, then to calculate with what is written last,
+    # whatever came before.
+    "anchor": Stage(
+      data=_data({"num_math": 0.5, "num_math_steps": 0.5}),
+      steps=1800,
+      schedule="constant",
+      **anchor,
+    ),
+    "anchor_prefix": Stage(data=_data(AFTER_PREFIXES), steps=2000, **anchor),
+    # A vanilla m_A has learnt what m_B has in its last stage, of keys nothing
+    # but that they are words.
+    "augmenting_vanilla": Stage(
+      data=_data(AFTER_PREFIXES), length=24, **augmenting
+    ),
+    "compose": _compose("kv_math_steps"),
+    "compose_direct": _compose("kv_math"),
+  }
+
+
+def _data(tasks: dict[str, float], **changes) -> dict:
+  """The fields of `KeyValueData` that a stage can change."""
+  return {"tasks": tasks, "pack": False} | changes
+
+
+def _compose(kv_math: str) -> Stage:
+  """A stage on D_C: arithmetic over held-in keys, and the other tasks."""
+  tasks = {kv_math: 0.6, "kv_subs": 0.15, "num_math": 0.25}
+  return Stage(
+    data=_data(tasks, keys="held_in"), steps=900, length=20, weight_decay=0.1
   )
 
 

@@ -4,8 +4,8 @@ configs/ntl.py        an 8 B anchor and a 0.6 B m_A from the hub, for a v5e-8 or
                       one GPU of 80 GB
 configs/ntl.py:tiny   the same recipe with two tiny models on two CPU cores, on
                       the material in the folder CALM_SHARED
-configs/ntl.py:lora   and every other name of configs/common.py's KINDS; also
-                      with a size: configs/ntl.py:tiny,lora
+configs/ntl.py:lora   and every other kind of calm_jax.experiments.variants;
+                      also with a size: configs/ntl.py:tiny,lora
 
 --config.data_dir is a folder with
 
@@ -22,7 +22,11 @@ import os
 
 from ml_collections import ConfigDict
 
-from configs import common
+from calm_jax.data.examples import ExampleSource
+from calm_jax.experiments import config_files, variants
+from calm_jax.experiments.settings import Settings
+from calm_jax.experiments.text_data import Share, TextData, TextTask
+from calm_jax.training.stage import Stage
 
 # Of NLLB-Seed; FLORES-200 has them all.
 LANGUAGES = (
@@ -37,110 +41,117 @@ LEARNT, HELD_OUT = ":6000", "6000:"
 
 
 def get_config(variant: str = "full") -> ConfigDict:
-  """See above."""
-  config = common.get_config()
-  config.experiment = "text"
-  config.workdir = "runs/ntl"
-  config.dtype = "bfloat16"
-  # Apache 2.0, one tokenizer.
-  config.anchor = "Qwen/Qwen3-8B-Base"
-  config.augmenting = "Qwen/Qwen3-0.6B-Base"
-  config.augmenting_name = "ntl"
-  config.data_dir = "data"
+  """The config of a variant: the fields of `Settings`, and data_dir."""
+  config = ConfigDict({"data_dir": "data"})
   data = config.get_ref("data_dir")
-  config.task = common.text_task(
-    languages=LANGUAGES,
-    sources=ConfigDict(
-      {
-        "{language}": _monolingual(data, rows=LEARNT),
-        "{language}-eng": common.source(
-          data + "/nllb_seed/{language}.txt",
-          kind="parallel",
-          target=data + "/nllb_seed/eng_Latn.txt",
-          # As calm_jax/evals/prompts/translation.txt asks.
-          prompt="{language_name}: {source}\nEnglish:",
-          completion=" {target}",
-          rows=LEARNT,
-        ),
-        "eng": common.source(data + "/nllb_seed/eng_Latn.txt", rows=LEARNT),
-        "gsm8k": common.source(
-          data + "/gsm8k/train.jsonl",
-          prompt="Question: {question}\nAnswer:",
-          completion=" {answer}",
-        ),
-      }
-    ),
-    held_out=ConfigDict(
-      {
-        "{language}": _monolingual(data, rows=HELD_OUT),
-        "eng_Latn": common.source(
+  settings = Settings(
+    experiment="text",
+    task=TextTask(
+      languages=LANGUAGES,
+      sources=_sources(data),
+      held_out={
+        "{language}": _monolingual(data, HELD_OUT),
+        "eng_Latn": ExampleSource(
           data + "/nllb_seed/eng_Latn.txt", rows=HELD_OUT
         ),
-      }
+      },
+      evals=_evals(data),
+      prompt_tokens=2048,
     ),
-    evals=_evals(data),
-    prompt_tokens=2048,
+    workdir="runs/ntl",
+    dtype="bfloat16",
+    # Apache 2.0, one tokenizer.
+    anchor="Qwen/Qwen3-8B-Base",
+    augmenting="Qwen/Qwen3-0.6B-Base",
+    augmenting_name="ntl",
+    recipe=("augmenting", "compose"),
+    stages=_stages(),
   )
-  learnt = {"{language}": 0.5, "{language}-eng": 0.5}
-  # D_C: 5% of D_NTL, and high-resource text.
-  composed = common.mixture(
-    {"{language}": 0.5, "{language}-eng": 0.15, "eng": 0.3, "gsm8k": 0.05},
-    fraction=0.05,
-  )
-  for name in ("eng", "gsm8k"):
-    composed.mixture[name].fraction = 1.0
-  config.recipe = ("augmenting", "compose")
-  config.stages = ConfigDict(
-    {
-      "augmenting": common.stage(
-        model="augmenting/ntl",
-        trainable=("augmenting/ntl/.*",),
-        data=common.mixture(learnt, watch=("{language}",)),
-        steps=4000,
-        learning_rate=1e-4,
-        length=512,
-      ),
-      "compose": common.stage(
-        data=composed, steps=2000, learning_rate=3e-4, length=512
-      ),
-    }
-  )
-  common.apply(VARIANTS, variant, config)
+  config.update(config_files.to_config(settings))
+  variants.apply(VARIANTS, variant, config)
   return config
 
 
-def _monolingual(data, rows: str) -> ConfigDict:
-  return common.source(data + "/nllb_seed/{language}.txt", rows=rows)
-
-
-def _evals(data) -> ConfigDict:
-  evals = {
-    "flores-{language}": {
-      "kind": "translation",
-      "group": "FLORES-200",
-      "language": "{language}",
-      "path": data + "/flores200",
-      "shots": 5,
-      "max_new_tokens": 192,
-      "limit": 0,
-    },
-    "gsm8k": {
-      "kind": "maths",
-      "group": "GSM8K",
-      "path": data + "/gsm8k/test.jsonl",
-      "pool": data + "/gsm8k/train.jsonl",
-      "shots": 8,
-      "max_new_tokens": 256,
-      "limit": 0,
-    },
+def _sources(data) -> dict[str, ExampleSource]:
+  return {
+    "{language}": _monolingual(data, LEARNT),
+    "{language}-eng": ExampleSource(
+      data + "/nllb_seed/{language}.txt",
+      kind="parallel",
+      target=data + "/nllb_seed/eng_Latn.txt",
+      # As calm_jax/evals/prompts/translation.txt asks.
+      prompt="{language_name}: {source}\nEnglish:",
+      completion=" {target}",
+      rows=LEARNT,
+    ),
+    "eng": ExampleSource(data + "/nllb_seed/eng_Latn.txt", rows=LEARNT),
+    "gsm8k": ExampleSource(
+      data + "/gsm8k/train.jsonl",
+      prompt="Question: {question}\nAnswer:",
+      completion=" {answer}",
+    ),
   }
-  for code in MGSM:
-    evals[f"mgsm-{code}"] = evals["gsm8k"] | {
+
+
+def _monolingual(data, rows: str) -> ExampleSource:
+  return ExampleSource(data + "/nllb_seed/{language}.txt", rows=rows)
+
+
+def _stages() -> dict[str, Stage]:
+  learnt = {"{language}": Share(0.5), "{language}-eng": Share(0.5)}
+  # D_C: 5% of D_NTL, and high-resource text.
+  composed = {
+    "{language}": Share(0.5, 0.05),
+    "{language}-eng": Share(0.15, 0.05),
+    "eng": Share(0.3),
+    "gsm8k": Share(0.05),
+  }
+  return {
+    "augmenting": Stage(
+      model="augmenting/ntl",
+      trainable=("augmenting/ntl/.*",),
+      data=TextData(learnt, watch=("{language}",)),
+      steps=4000,
+      learning_rate=1e-4,
+      length=512,
+    ),
+    "compose": Stage(
+      data=TextData(composed), steps=2000, learning_rate=3e-4, length=512
+    ),
+  }
+
+
+def _evals(data) -> dict[str, dict]:
+  gsm8k = {
+    "kind": "maths",
+    "path": data + "/gsm8k/test.jsonl",
+    "pool": data + "/gsm8k/train.jsonl",
+    "shots": 8,
+    "max_new_tokens": 256,
+    "limit": 0,
+  }
+  mgsm = {
+    f"mgsm-{code}": gsm8k
+    | {
       "group": "MGSM",
       "language": code,
       "path": data + f"/mgsm/mgsm_{code}.tsv",
     }
-  return ConfigDict({name: ConfigDict(e) for name, e in evals.items()})
+    for code in MGSM
+  }
+  flores = {
+    "kind": "translation",
+    "group": "FLORES-200",
+    "language": "{language}",
+    "path": data + "/flores200",
+    "shots": 5,
+    "max_new_tokens": 192,
+    "limit": 0,
+  }
+  return {
+    "flores-{language}": flores,
+    "gsm8k": gsm8k | {"group": "GSM8K"},
+  } | mgsm
 
 
 def _full(config: ConfigDict) -> None:
@@ -168,10 +179,13 @@ def _tiny(config: ConfigDict) -> None:
   )
   _tiny_evals(config)
   config.recipe = ("augmenting", "anchor", "compose")
-  config.stages.anchor = common.stage(
-    model="anchor",
-    trainable=("anchor/.*",),
-    data=common.mixture({"eng": 0.7, "gsm8k": 0.3}, watch=("eng_Latn",)),
+  mixture = {"eng": Share(0.7), "gsm8k": Share(0.3)}
+  config.stages.anchor = config_files.to_config(
+    Stage(
+      model="anchor",
+      trainable=("anchor/.*",),
+      data=TextData(mixture, watch=("eng_Latn",)),
+    )
   )
   for name, steps in (("augmenting", 160), ("anchor", 450), ("compose", 1000)):
     stage = config.stages[name]

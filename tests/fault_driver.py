@@ -27,8 +27,8 @@ from calm_jax.core import trees
 from calm_jax.core.batch import Batch
 from calm_jax.data import packing
 from calm_jax.parallel import mesh, processes, sharding
+from calm_jax.parallel.rules import SHARDING
 from calm_jax.training import signals, trainer
-from configs import common
 
 STEPS, EVERY, BATCH = 40, 5, 8
 HEARTBEAT, GRACE = 5, 20
@@ -53,8 +53,8 @@ def train(
   folder: Path, *, hangs=None, watchdog=0.0, broken=(), poisoned=(), every=EVERY
 ) -> None:
   """The stage, from wherever it was left, on all devices; "trained.npz"."""
-  axes = mesh.make_mesh(common.get_config().mesh.to_dict() | {"fsdp": -1})
-  layout = axes and sharding.Layout(axes, common.SHARDING)
+  axes = mesh.make_mesh(dict.fromkeys(mesh.AXES, 1) | {"fsdp": -1})
+  layout = axes and sharding.Layout(axes, SHARDING)
   share = layout.share(BATCH, 1) if layout else (0, 1)
   stage = tiny.stage(
     steps=STEPS, checkpoint_every=every, batch_size=BATCH,

@@ -30,18 +30,19 @@ from calm_jax.composition.connections import Composition
 from calm_jax.core import trees
 from calm_jax.core.batch import Batch
 from calm_jax.data import packing
-from calm_jax.experiments import placement
+from calm_jax.experiments import sharded_models
 from calm_jax.generation import decode
 from calm_jax.generation.sampling import Sampler
 from calm_jax.language_model import LanguageModel, load_model
 from calm_jax.models import attention, decoder
 from calm_jax.models.hf import export
 from calm_jax.parallel import mesh, processes, sharding
+from calm_jax.parallel.rules import SHARDING
 from calm_jax.training import optimizer, trainer
 from calm_jax.training import step as step_lib
 from calm_jax.training.metrics import read_metrics
 from calm_jax.training.stage import Stage
-from configs import common, kv
+from configs import kv
 
 STEPS, ROWS, LENGTH, VOCABULARY = 20, 16, 12, 61
 PROMPTS = [[7], [3, 1, 4, 1, 5, 9, 2, 6], [60, 2], [5, 5, 5, 8, 9]]
@@ -80,19 +81,20 @@ class Source:
 
 def stage(**changes) -> Stage:
   return Stage(
-    **common.stage(
-      data={}, steps=STEPS, batch_size=ROWS, length=LENGTH, warmup=2,
-      log_every=1, eval_every=20, checkpoint_every=20, learning_rate=1e-2,
+    **{
+      "steps": STEPS, "batch_size": ROWS, "length": LENGTH, "warmup": 2,
+      "log_every": 1, "eval_every": 20, "checkpoint_every": 20,
+      "learning_rate": 1e-2,
       # Adam makes steps of full size of rounding errors, where eps lets it.
-      eps=1e-4,
-    ).to_dict()
+      "eps": 1e-4,
+    }
     | changes
   )  # fmt: skip
 
 
 def layout_of(axes: dict) -> sharding.Layout | None:
-  made = mesh.make_mesh(common.get_config().mesh.to_dict() | axes)
-  return made and sharding.Layout(made, common.SHARDING)
+  made = mesh.make_mesh(dict.fromkeys(mesh.AXES, 1) | axes)
+  return made and sharding.Layout(made, SHARDING)
 
 
 def compose() -> tuple[Composition, dict]:
@@ -107,7 +109,7 @@ def run(
 ) -> None:
   """A stage, and a few texts: metrics, "trained.npz" and "texts.json"."""
   layout = layout_of(axes)
-  model = placement.place(LanguageModel(*compose()), layout)
+  model = sharded_models.shard(LanguageModel(*compose()), layout)
   asked = stage(**changes)
   share = layout.share(ROWS, asked.accumulate) if layout else (0, 1)
   source = Source(share, broken)
@@ -205,12 +207,12 @@ def load(folder: Path, axes: dict) -> None:
   export.save_params(folder / "model", config, params)
   whole, cut = (
     load_model(
-      str(folder / "model"), shardings=placement.shardings(of, "anchor")
+      str(folder / "model"), shardings=sharded_models.shardings(of, "anchor")
     )
     for of in (None, layout)
   )
   places = layout.shardings(cut.params)
-  placed = placement.place(cut, layout)
+  placed = sharded_models.shard(cut, layout)
   for name, leaf in trees.flatten(cut.params).items():
     assert leaf.sharding == trees.flatten(places)[name], name
     assert trees.flatten(placed.params)[name] is leaf
@@ -222,7 +224,7 @@ def load(folder: Path, axes: dict) -> None:
   saved = folder / f"composed_{jax.process_index()}"
   joined.save(saved)
   np.testing.assert_allclose(
-    processes.fetch(placement.load(saved, layout).logits(tokens)),
+    processes.fetch(sharded_models.load(saved, layout).logits(tokens)),
     joined.logits(tokens),
     atol=1e-5,
   )

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 
 from calm_jax.experiments import recipe
+from calm_jax.experiments.config_files import read_settings
 from calm_jax.planning import estimate, programs, search, shapes, topology
 from calm_jax.planning.shapes import Job
-from calm_jax.train import plain
 from calm_jax.training import step as step_lib
 from configs import kv
 
@@ -95,9 +95,9 @@ def config_of(folder: str, axes: dict[str, int], **changes):
 
 def truth(folder: str, axes: dict[str, int], **changes) -> dict[str, dict]:
   """What both say of one config."""
-  settings = plain(config_of(folder, axes, **changes))
+  settings = read_settings(config_of(folder, axes, **changes))
   return {
-    "compiler": by_compiler(first_step(lambda: recipe.fit(settings))),
+    "compiler": by_compiler(first_step(lambda: recipe.run_recipe(settings))),
     "plan": by_plan(shapes.job(settings), ONE | axes, jax.device_count()),
   }
 
@@ -113,7 +113,7 @@ def long_row(folder: str, chips: int, length: int) -> dict[str, Any]:
   target = target._replace(chip=target.chip._replace(hbm=2**25))
   said = []
   found = search.search(
-    shapes.job(plain(config)), target, 1,
+    shapes.job(read_settings(config)), target, 1,
     compiles=1, until=float("inf"), say=said.append,
   )  # fmt: skip
   return {

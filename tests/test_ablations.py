@@ -16,10 +16,9 @@ import calm_jax
 from calm_jax import ablations, train
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError
-from calm_jax.experiments import recipe
+from calm_jax.experiments import config_files, recipe, run_models, variants
 from calm_jax.reporting import table, trials
 from calm_jax.training import checkpoint, step
-from configs import common
 
 KINDS = ("composed", "lora")
 
@@ -40,7 +39,7 @@ def quick(workdir, *kinds):
   """Of the stages before the last, one."""
   config = small(workdir)
   config.recipe = ("anchor", "compose")
-  common.become([*kinds], config)
+  variants.apply_kinds([*kinds], config)
   return config
 
 
@@ -136,18 +135,18 @@ def test_started_again_it_makes_what_is_missing_only(finished, monkeypatch):
   (workdir / "ablations/lora/1/results.json").unlink()
   assert ablations.main(asked(workdir)) == summary
 
-  monkeypatch.setattr(ablations, "run", None)  # And nothing is evaluated.
+  monkeypatch.setattr(ablations, "execute", None)  # And nothing is evaluated.
   assert ablations.main(asked(workdir)) == summary
 
 
 def test_a_fine_tuned_m_b_is_written_as_a_checkpoint(finished):
   workdir, _ = finished
-  settings = train.plain(quick(workdir, "finetune"))
-  fitted = recipe.fit(settings)  # Which takes the m_B that is there.
-  counts = fitted.parameters
+  settings = config_files.read_settings(quick(workdir, "finetune"))
+  run = recipe.run_recipe(settings)  # Which takes the m_B that is there.
+  counts = run.parameters
   assert counts["trained"] == counts["anchor"]
-  assert list(fitted.alone) == ["anchor"]  # There is no m_A in it.
-  train._keep(fitted, settings)
+  assert list(run.frozen_models) == ["anchor"]  # There is no m_A in it.
+  train.save_models(run, settings)
   model = calm_jax.load_model(str(workdir / "finetune" / "model"))
   folder = workdir / "finetune" / "compose" / "checkpoints"
   saved, _ = checkpoint.restore_trainable(folder)
@@ -181,9 +180,9 @@ def test_a_random_m_a_is_another_in_each_trial(tmp_path):
   made = []
   for kind, trial in (("random", 0), ("random", 1), ("composed", 0)):
     config = asked(tmp_path)
-    settings = ablations._settings(config, kind, trial)
+    settings = ablations.plan_trial(config, kind, trial).settings
     tokenizer = type("T", (), {"vocab_size": 50, "fingerprint": ""})
-    made.append(recipe.build_models(settings, tokenizer, {}).params)
+    made.append(run_models.compose(settings, tokenizer, {}).params)
   kernels = [p["augmenting"]["kv"]["embed"]["embedding"] for p in made]
   for i, j in ((0, 1), (0, 2), (1, 2)):
     assert np.abs(kernels[i] - kernels[j]).max() > 1e-3

@@ -170,8 +170,9 @@ RUN_CODE = "--allow_code_execution"
 # of a process, which is forked when all is imported: that saves the seconds.
 COMMAND = """
 import json, os, signal, sys, tempfile
-from calm_jax import cli, errors
-from calm_jax.errors import InputError
+from calm_jax import cli
+from calm_jax.core import errors
+from calm_jax.core.errors import InputError
 def main(config):
   if config.seed in errors.EXIT_CODES.values():
     [kind] = [k for k, code in errors.EXIT_CODES.items() if code == config.seed]

@@ -41,7 +41,9 @@ METHOD = {
 }
 WINGS = {"planning", "reporting", "experiments", "evals", "sandbox", *COMMANDS}
 # The command lines, and what makes typed settings of their configs.
-READS_CONFIG_DICTS = {f"{name}.py" for name in COMMANDS}
+READS_CONFIG_DICTS = {f"{name}.py" for name in COMMANDS} | {
+  "experiments/config_files.py"
+}
 
 
 def room(file: str) -> str:

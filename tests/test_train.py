@@ -201,7 +201,6 @@ def test_an_encoder_runs_to_its_report(finished, tmp_path):
 @pytest.mark.parametrize(
   ("change", "said"),
   [
-    ({"experiment": "poetry"}, "'poetry' is none of"),
     ({"recipe": ("augmenting", "glue")}, "no stage 'glue'.*compose_direct"),
     ({"alternatives": ("glue",)}, "no stage 'glue'"),
     ({"recipe": ()}, "recipe"),

@@ -20,7 +20,6 @@ from calm_jax.core.batch import Batch
 from calm_jax.data import packing
 from calm_jax.training import trainer
 from calm_jax.training.stage import Stage
-from configs import common
 
 SHAPE = {
   "vocab_size": 17, "width": 8, "num_layers": 2, "num_heads": 2,
@@ -77,10 +76,11 @@ class Source:
 def stage(**changes) -> Stage:
   """Six steps, a checkpoint after every second."""
   return Stage(
-    **common.stage(
-      data={}, steps=6, batch_size=8, length=LENGTH, warmup=1, log_every=1,
-      eval_every=3, checkpoint_every=2, learning_rate=1e-2,
-    ).to_dict()
+    **{
+      "steps": 6, "batch_size": 8, "length": LENGTH, "warmup": 1,
+      "log_every": 1, "eval_every": 3, "checkpoint_every": 2,
+      "learning_rate": 1e-2,
+    }
     | changes
   )  # fmt: skip
 

@@ -1,8 +1,11 @@
-"""What an experiment gives to the training command."""
+"""The interface of an experiment: data for stages, and its evaluation."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
 
 from calm_jax.language_model import LanguageModel
 from calm_jax.text.tokenizer import Tokenizer
@@ -10,9 +13,29 @@ from calm_jax.training.stage import Stage
 
 
 class Experiment(Protocol):
-  """Data for the stages of a run, and its evaluation."""
+  """Data for the stages of a run, and its evaluation.
 
+  Attributes:
+    task_type: the dataclass of the settings' "task".
+    data_type: the dataclass of each stage's "data".
+    tokenizer: of the models that this run trains from scratch.
+  """
+
+  task_type: ClassVar[type]
+  data_type: ClassVar[type]
   tokenizer: Tokenizer
+
+  def __init__(
+    self, task: Any, seed: int, workdir: Path, loaded: dict[str, LanguageModel]
+  ):
+    """Reads or makes everything that data and evaluation need.
+
+    Args:
+      task: a task_type.
+      seed: of the run.
+      workdir: the folder of predictions.
+      loaded: "anchor" and "augmenting", as far as the run does not train them.
+    """
 
   def source(
     self,
@@ -23,17 +46,22 @@ class Experiment(Protocol):
   ):
     """Random access to the training batches of a stage.
 
-    `model` is what the stage trains, for its tokenizers; `share` is what this
-    process takes of each batch's rows: (index, of how many).
+    Args:
+      stage: to train.
+      model: the part that it trains, for its tokenizers.
+      seed: of the stage.
+      share: this process's rows of each batch: (index, number of shares).
     """
 
   def eval_batches(self, stage: Stage, model: LanguageModel) -> list:
-    """Held-out batches of a stage, all of their rows; may be empty."""
+    """Held-out batches of a stage, with the rows of all processes."""
 
   def evaluate(
-    self, models: dict[str, LanguageModel], data: dict, prefix: str = ""
+    self, models: dict[str, LanguageModel], data: Any, prefix: str = ""
   ) -> dict[str, Any]:
-    """A part of results.json; the keys of models are its columns."""
+    """Measures models, which are the columns of results.json by name."""
 
-  def look(self, model: LanguageModel, data: dict) -> dict[str, Any]:
-    """Arrays for the picture of where the composed model looks."""
+  def attention_maps(
+    self, model: LanguageModel, data: Any
+  ) -> dict[str, np.ndarray]:
+    """Arrays for the picture of cross-attention, by `cross_attention`."""

@@ -14,10 +14,10 @@ from calm_jax.evals.exact_match import exact_match
 from calm_jax.language_model import LanguageModel
 from calm_jax.training.stage import Stage
 
-# Which keys the expressions of an evaluation set are drawn from.
+# The keys that the expressions of an evaluation set are drawn from.
 SPLITS = ("held_in", "mixed", "held_out")
-# The losses watched in training and the accuracies reported at the end are of
-# different expressions.
+# Held-out losses in training and accuracies at the end are of different
+# expressions.
 _WATCH_SEED = 1_000_003
 _TEST_SEED = 2_000_003
 _EVAL_ROWS = 256
@@ -25,7 +25,7 @@ _EVAL_ROWS = 256
 
 @dataclasses.dataclass(frozen=True)
 class KeyValueTask:
-  """What is memorised and asked; see `data.arithmetic` for the formats.
+  """The dictionary and the expressions over it; formats: `data.arithmetic`.
 
   Attributes:
     num_keys: size of the dictionary D_KV; values are 1 .. num_keys.
@@ -35,35 +35,56 @@ class KeyValueTask:
     keys: "pieces" or "characters", how a key is split.
     digits: "single" or "grouped", how a number is split.
     num_examples: expressions per evaluation set.
-    seed: of keys, values and expressions.
   """
 
-  num_keys: int
-  held_in_fraction: float
-  min_terms: int
-  max_terms: int
-  operators: str
-  keys: str
-  digits: str
-  num_examples: int
-  seed: int
+  num_keys: int = 999
+  held_in_fraction: float = 0.2
+  min_terms: int = 2
+  max_terms: int = 2
+  operators: str = "+-"
+  keys: str = "pieces"
+  digits: str = "single"
+  num_examples: int = 1000
 
 
-class KeyValues:
-  """The experiment: stages' data, Table 1, and where the model looks."""
+@dataclasses.dataclass(frozen=True)
+class KeyValueData:
+  """The data of a stage; see `ArithmeticSource` for the other fields.
 
-  def __init__(self, task: KeyValueTask, workdir: Path, loaded: dict):
+  Attributes:
+    tasks: weight of each task of the mixture.
+    min_terms, max_terms, operators: those of the task if None.
+  """
+
+  tasks: dict[str, float] = dataclasses.field(default_factory=dict)
+  pack: bool = True
+  any_prompt: bool = False
+  keys: str = "all"
+  part: str = "train"
+  min_terms: int | None = None
+  max_terms: int | None = None
+  operators: str | None = None
+
+
+class KeyValueExperiment:
+  """The stages' data, Table 1, and attention maps; see `Experiment`."""
+
+  task_type, data_type = KeyValueTask, KeyValueData
+
+  def __init__(
+    self, task: KeyValueTask, seed: int, workdir: Path, loaded: dict[str, Any]
+  ):
     del loaded
-    self.task, self.workdir = task, workdir
+    self.task, self.seed, self.workdir = task, seed, workdir
     self.kv = arithmetic.make_key_values(
-      task.num_keys, task.held_in_fraction, task.seed
+      task.num_keys, task.held_in_fraction, seed
     )
     self.tokenizer = arithmetic.train_tokenizer(
       self.kv,
       workdir / "tokenizer",
       keys=task.keys,
       digits=task.digits,
-      seed=task.seed,
+      seed=seed,
     )
     for split in SPLITS:
       self._expressions(split)  # Raises now what it would after training.
@@ -75,41 +96,42 @@ class KeyValues:
     seed: int,
     share: tuple[int, int] = (0, 1),
   ):
-    """An endless mixture of the stage's tasks; see ArithmeticSource."""
+    """An endless mixture of the stage's tasks; see `ArithmeticSource`."""
     del model
-    settings = {
-      "min_terms": self.task.min_terms,
-      "max_terms": self.task.max_terms,
-      "operators": self.task.operators,
-    } | stage.data
+    options = dataclasses.asdict(stage.data)
+    for name in ("min_terms", "max_terms", "operators"):
+      if options[name] is None:
+        options[name] = getattr(self.task, name)
     return arithmetic.ArithmeticSource(
       self.kv,
       self.tokenizer,
-      settings.pop("tasks"),
+      options.pop("tasks"),
       seed=seed,
       batch_size=stage.batch_size,
       length=stage.length,
       process_index=share[0],
       process_count=share[1],
-      **settings,
+      **options,
     )
 
   def eval_batches(self, stage: Stage, model: LanguageModel) -> list:
     """Two batches of expressions that no stage trains on."""
-    held_out = {"part": "eval", "min_terms": self.task.min_terms}
-    stage = dataclasses.replace(stage, data=stage.data | held_out)
+    data = dataclasses.replace(
+      stage.data, part="eval", min_terms=self.task.min_terms
+    )
+    stage = dataclasses.replace(stage, data=data)
     source = self.source(stage, model, _WATCH_SEED)
     return [source[0], source[1]]
 
   def evaluate(
-    self, models: dict[str, LanguageModel], data: dict, prefix: str = ""
+    self, models: dict[str, LanguageModel], data: KeyValueData, prefix: str = ""
   ) -> dict[str, Any]:
-    """Table 1 for the models given, in percent; writes their predictions.
+    """Measures Table 1, in percent, and writes the models' predictions.
 
     Args:
       models: by column: "augmenting", "anchor", "composed".
       data: of the stage that composed them; KV-MATH is asked as there.
-      prefix: of the files of predictions.
+      prefix: of the names of the files of predictions.
     """
     kv_math = _kv_math(data)
     tasks = {"kv_subs": "kv_subs", "num_math": "num_math", "kv_math": kv_math}
@@ -122,8 +144,8 @@ class KeyValues:
           splits = SPLITS
         for split in splits:
           kind = f"_{split}" if row == "kv_math" else ""
-          name = f"{prefix}{row}{kind}.{column}.jsonl"
-          accuracy = self._accuracy(name, model, task, split)
+          file = f"{prefix}{row}{kind}.{column}.jsonl"
+          accuracy = self._accuracy(file, model, task, split)
           if len(splits) > 1:
             table[row][f"{column}_{split}"] = accuracy
         # The headline is all keys held out, the last of the splits.
@@ -137,7 +159,7 @@ class KeyValues:
   def _expressions(self, split: str):
     task = self.task
     return arithmetic.sample_expressions(
-      np.random.default_rng((_TEST_SEED, task.seed)),
+      np.random.default_rng((_TEST_SEED, self.seed)),
       self.kv,
       task.num_examples,
       min_terms=task.min_terms,
@@ -156,7 +178,9 @@ class KeyValues:
     terms = "+".join([str(task.num_keys)] * task.max_terms)
     return len(f"{terms}=-{largest}") + 1  # and EOS
 
-  def _accuracy(self, name, model, task, split) -> float:
+  def _accuracy(
+    self, file: str, model: LanguageModel, task: str, split: str
+  ) -> float:
     examples = arithmetic.examples(self.kv, self._expressions(split), task)
     accuracy, rows = exact_match(
       [example.prompt for example in examples],
@@ -166,23 +190,21 @@ class KeyValues:
       ),
       num_terms=[example.num_terms for example in examples],
     )
-    files.write_json_lines(self.workdir / "predictions" / name, rows)
+    files.write_json_lines(self.workdir / "predictions" / file, rows)
     return round(accuracy, 2)
 
-  def look(self, model: LanguageModel, data: dict) -> dict[str, np.ndarray]:
-    """Cross-attention over one KV-MATH example with all keys held out.
-
-    Returns:
-      What `LanguageModel.attention` does.
-    """
+  def attention_maps(
+    self, model: LanguageModel, data: KeyValueData
+  ) -> dict[str, np.ndarray]:
+    """Cross-attention over one KV-MATH example with all keys held out."""
     example = arithmetic.examples(
       self.kv, self._expressions("held_out"), _kv_math(data)
     )[0]
     return model.attention(example.prompt, example.completion)
 
 
-def _kv_math(data: dict) -> str:
+def _kv_math(data: KeyValueData) -> str:
   """The task that a composition learnt KV-MATH as: direct or in steps."""
-  tasks = [t for t in ("kv_math", "kv_math_steps") if data["tasks"].get(t)]
+  tasks = [t for t in ("kv_math", "kv_math_steps") if data.tasks.get(t)]
   # D_C may hold substitutions only (§4.1): what follows them is asked then.
   return tasks[-1] if tasks else "kv_math_steps"

@@ -1,7 +1,8 @@
-"""One entry of a config for many languages."""
+"""Entries of a config that stand for one entry of each language."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,16 +16,17 @@ NAME = "{language_name}"
 def expand(
   entries: Mapping[str, Any], languages: Sequence[str]
 ) -> dict[str, Any]:
-  """Entries by name; one with {language} in its name becomes one a language.
+  """Replaces each entry with {language} in its name by one of each language.
 
-  Within what it stands for, {language} is the code, such as lij_Latn, and
-  {language_name} FLORES-200's English name of it. Other {fields} stay.
+  In its values, dicts and dataclasses among them, {language} becomes the code,
+  such as lij_Latn, and {language_name} FLORES-200's English name. Other
+  {fields} stay.
 
   Raises:
     InputError: there is no language to put into a name, or two names are the
       same.
   """
-  found: dict[str, Any] = {}
+  expanded: dict[str, Any] = {}
   for name, entry in entries.items():
     if LANGUAGE not in name:
       several = {name: entry}
@@ -34,13 +36,15 @@ def expand(
       several = {
         name.replace(LANGUAGE, code): _fill(entry, code) for code in languages
       }
-    if twice := found.keys() & several.keys():
+    if twice := expanded.keys() & several.keys():
       raise InputError(f"{sorted(twice)} are named twice")
-    found |= several
-  return found
+    expanded |= several
+  return expanded
 
 
 def _fill(value: Any, code: str) -> Any:
+  if dataclasses.is_dataclass(value):
+    return dataclasses.replace(value, **_fill(vars(value), code))
   if isinstance(value, Mapping):
     return {k: _fill(v, code) for k, v in value.items()}
   if isinstance(value, (tuple, list)):

@@ -1,4 +1,4 @@
-"""The stages of an experiment, from settings to trained models."""
+"""Runs the stages of an experiment, from settings to trained models."""
 
 from __future__ import annotations
 
@@ -8,55 +8,63 @@ from typing import Any, NamedTuple
 
 import jax
 
-from calm_jax.composition import model as model_lib
-from calm_jax.composition.connections import Composition, paper_count
+from calm_jax.composition.connections import paper_count
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError
-from calm_jax.experiments import placement, quantising
+from calm_jax.experiments import quantisation_plan, run_models, sharded_models
 from calm_jax.experiments.base import Experiment
-from calm_jax.experiments.key_values import KeyValues, KeyValueTask
-from calm_jax.experiments.text import Text, TextTask
+from calm_jax.experiments.key_values import KeyValueExperiment
+from calm_jax.experiments.settings import Settings
+from calm_jax.experiments.text import TextExperiment
 from calm_jax.language_model import LanguageModel
-from calm_jax.models import attention, decoder, lora
-from calm_jax.models.config import Compute, ModelConfig
-from calm_jax.parallel import processes, sharding
+from calm_jax.parallel import processes
+from calm_jax.parallel.sharding import Layout
 from calm_jax.training import trainer
-from calm_jax.training.stage import Stage
 
-EXPERIMENTS = {
-  "key_values": (KeyValues, KeyValueTask),
-  "text": (Text, TextTask),
+EXPERIMENTS: dict[str, type[Experiment]] = {
+  "key_values": KeyValueExperiment,
+  "text": TextExperiment,
 }
 
 
-class Fitted(NamedTuple):
+class TrainedRun(NamedTuple):
   """A run after its last stage.
 
   Attributes:
     experiment: its data and evaluation.
     folder: of the results; for a process that is not the first, one that is
       thrown away.
-    whole: the frozen models and a fresh composition, as before that stage.
-    params: the whole tree after the last stage and after each alternative.
-    models: what those made, by the name of the stage.
-    alone: the frozen models by themselves, "augmenting" only if it is used.
+    untrained: the frozen models and a fresh composition, as before the last
+      stage.
+    trees: the whole tree of parameters after the last stage and after each
+      alternative, by the name of the stage.
+    models: what those stages made, by the name of the stage.
+    frozen_models: the composed models by themselves; "augmenting" only if the
+      last stage uses it.
     parameters: counts, for results.json.
     seconds: of each stage.
-    exact: by name, leaves of `params` as they were before quantising.
+    exact_leaves: by name, leaves as they were before quantising.
   """
 
   experiment: Experiment
   folder: Path
-  whole: LanguageModel
-  params: dict[str, dict]
+  untrained: LanguageModel
+  trees: dict[str, dict]
   models: dict[str, LanguageModel]
-  alone: dict[str, LanguageModel]
+  frozen_models: dict[str, LanguageModel]
   parameters: dict[str, int]
   seconds: dict[str, float]
-  exact: dict[str, Any]
+  exact_leaves: dict[str, Any]
 
 
-def fit(settings: dict[str, Any]) -> Fitted:
+class _Batches(NamedTuple):
+  """The data of a stage; see `Experiment`."""
+
+  source: Any
+  eval_batches: list
+
+
+def run_recipe(settings: Settings) -> TrainedRun:
   """Runs all stages, from wherever an earlier process left them.
 
   Raises:
@@ -65,100 +73,91 @@ def fit(settings: dict[str, Any]) -> Fitted:
   """
   check(settings)
   _check_models(settings)
-  workdir = Path(settings["workdir"])
-  shared = workdir / settings["output"]
-  layout = layout_of(settings)
-  folder = processes.own_folder(shared)
-  augmenting = f"augmenting/{settings['augmenting_name']}"
-  loaded = {
-    side: quantising.load(
-      settings, side, part, placement.shardings(layout, part)
-    )
-    for side, part in (("anchor", "anchor"), ("augmenting", augmenting))
-    if settings[side]
-  }
-  make, task = EXPERIMENTS[settings["experiment"]]
-  experiment = make(
-    task(**settings["task"], seed=settings["seed"]), folder, loaded
-  )
-  whole = placement.place(
-    build_models(settings, experiment.tokenizer, loaded), layout
-  )
-  spec, params = whole.spec, whole.params
-  if layout is not None:
-    print(layout.describe(params), flush=True)
-  origins = {"anchor": settings["anchor"], augmenting: settings["augmenting"]}
-  if settings["random_augmenting"]:
-    origins[augmenting] = "random weights"
-  *before, last = settings["recipe"]
-  ends = [last, *settings["alternatives"]]
-  stages = {n: Stage(**settings["stages"][n]) for n in [*before, *ends]}
-  quantising.check(settings, params, ends)
-  seeds = dict.fromkeys(before, settings["seed"])
-  seeds |= dict.fromkeys(ends, _trial_seed(settings))
-  # Of all stages: what is wrong with the last is known before the first.
-  sources, eval_batches = {}, {}
-  for name, stage in stages.items():
-    trained = _part(whole, stage.model, params)
-    share = 0, 1
-    if layout is not None:
-      share = layout.share(stage.batch_size, stage.accumulate)
-    sources[name] = experiment.source(stage, trained, seeds[name], share)
-    eval_batches[name] = experiment.eval_batches(stage, trained)
-  # What is quantised later is not to be held besides as it was.
-  del loaded, trained
+  layout = make_layout(settings)
+  folder = processes.own_folder(Path(settings.workdir) / settings.output)
+  experiment, model = _compose(settings, folder, layout)
+  quantisation_plan.check(settings, model.params)
+  # Faults in the data of the last stage are found before the first one runs.
+  batches = _make_batches(settings, experiment, model, layout)
   seconds: dict[str, float] = {}
-
-  def run(name, params):
-    trained, seconds[name] = trainer.run_stage(
-      name,
-      stages[name],
-      spec,
-      params,
-      sources[name],
-      eval_batches[name],
-      (workdir if name in before else shared) / name,
-      origins={k: v for k, v in origins.items() if v},
-      seed=seeds[name],
-      layout=layout,
-      watchdog=settings["watchdog"],
+  params = model.params
+  for name in settings.recipe[:-1]:
+    params, seconds[name] = _run_stage(
+      settings, name, model, params, batches[name], layout
     )
-    return trained
-
-  for name in before:
-    params = run(name, params)
-  params, exact = quantising.quantise(settings, params)
+  exact_params, params = params, quantisation_plan.quantise(settings, params)
+  exact = quantisation_plan.exact_leaves(exact_params, params)
   if layout is not None:
     params = layout.place(params)
-  whole = dataclasses.replace(whole, params=params)
-  alone = {"anchor": _part(whole, "anchor", params)}
-  of_augmenting = _part(whole, augmenting, params)
-  if stages[last].model == "composed":
-    alone = {"augmenting": of_augmenting} | alone
-  params, rank = with_lora(params, settings)
-  parameters = {
-    "anchor": alone["anchor"].num_params,
-    "augmenting": of_augmenting.num_params,
-    "composition": trees.count(params["composition"]),
-    "composition_paper_count": paper_count(spec),
-    "trained": _num_trained(params, stages[last].trainable),
-    "lora_rank": rank,
-  }
-  parameters["trained_minus_composition"] = (
-    parameters["trained"] - parameters["composition"]
-  )
-  finals = {name: run(name, params) for name in ends}
-  models = {
-    name: _part(whole, stages[name].model, finals[name]) for name in ends
-  }
-  return Fitted(
-    experiment, folder, whole, finals, models, alone, parameters, seconds, exact
+  untrained = dataclasses.replace(model, params=params)
+  del model, exact_params
+  params, rank = run_models.add_lora(settings, params)
+  ends = {}
+  for name in settings.ends:
+    ends[name], seconds[name] = _run_stage(
+      settings, name, untrained, params, batches[name], layout
+    )
+  return TrainedRun(
+    experiment,
+    folder,
+    untrained,
+    ends,
+    {
+      name: _part(settings, name, untrained, tree)
+      for name, tree in ends.items()
+    },
+    _frozen_models(settings, untrained),
+    _count(settings, untrained, params, rank),
+    seconds,
+    exact,
   )
 
 
-def layout_of(settings: dict[str, Any]) -> sharding.Layout | None:
-  """Of all arrays of a run; None for one device."""
-  layout = placement.layout_of(settings)
+def check(settings: Settings) -> None:
+  """Checks that the stages are there, and that workdir can be a folder.
+
+  Raises:
+    InputError: they are not, or it cannot.
+  """
+  if "://" in settings.workdir:
+    raise InputError(
+      f"workdir={settings.workdir!r} is an address, not a folder: mount the "
+      "bucket, as docs/launch.md says, and give the folder"
+    )
+  if not settings.recipe:
+    raise InputError("the recipe has no stage: it ends with the composition")
+  for name in (*settings.recipe, *settings.alternatives):
+    if name not in settings.stages:
+      raise InputError(
+        f"there is no stage {name!r}; there are {list(settings.stages)}"
+      )
+
+
+def _check_models(settings: Settings) -> None:
+  """Checks that each model that is needed is loaded or trained by a stage."""
+  if settings.experiment == "key_values":
+    if given := [side for side in settings.parts if getattr(settings, side)]:
+      raise InputError(
+        f"the key-value experiment trains its own {' and '.join(given)}: leave "
+        "--config.anchor and --config.augmenting empty"
+      )
+    return
+  trained = {settings.stages[name].model for name in settings.recipe}
+  if settings.random_augmenting:
+    trained.add(settings.parts["augmenting"])
+  for side, part in settings.parts.items():
+    is_needed = side == "anchor" or settings.last.model == "composed"
+    if is_needed and not getattr(settings, side) and part not in trained:
+      raise InputError(
+        f"no {side} model: give --config.{side}= a folder or a hub id"
+      )
+
+
+def make_layout(settings: Settings) -> Layout | None:
+  """The layout of all arrays of a run; None for one device."""
+  layout = sharded_models.make_layout(
+    settings.mesh, settings.sharding, settings.replicated
+  )
   if layout is None and jax.device_count() > 1:
     print(
       f"one of {jax.device_count()} devices is used; --config.mesh.fsdp=-1 "
@@ -167,145 +166,113 @@ def layout_of(settings: dict[str, Any]) -> sharding.Layout | None:
   return layout
 
 
-def check(settings: dict[str, Any]) -> None:
-  """Checks that the experiment and the stages are there.
-
-  Raises:
-    InputError: they are not, or a workdir that is no folder.
-  """
-  if settings["experiment"] not in EXPERIMENTS:
-    raise InputError(
-      f"experiment={settings['experiment']!r} is none of {list(EXPERIMENTS)}"
-    )
-  if "://" in settings["workdir"]:
-    raise InputError(
-      f"workdir={settings['workdir']!r} is an address, not a folder: mount the "
-      "bucket, as docs/launch.md says, and give the folder"
-    )
-  if not settings["recipe"]:
-    raise InputError("the recipe has no stage: it ends with the composition")
-  for name in [*settings["recipe"], *settings["alternatives"]]:
-    if name not in settings["stages"]:
-      raise InputError(
-        f"there is no stage {name!r}; there are {list(settings['stages'])}"
-      )
-
-
-def _check_models(settings: dict[str, Any]) -> None:
-  """A model is loaded or trained; one that was forgotten is not made up."""
-  if settings["experiment"] == "key_values":
-    if given := [s for s in ("anchor", "augmenting") if settings[s]]:
-      raise InputError(
-        f"the key-value experiment trains its own {' and '.join(given)}: leave "
-        "--config.anchor and --config.augmenting empty"
-      )
-    return
-  trained = {settings["stages"][n]["model"] for n in settings["recipe"]}
-  if settings["random_augmenting"]:
-    trained.add(f"augmenting/{settings['augmenting_name']}")
-  for side, part in (
-    ("anchor", "anchor"),
-    ("augmenting", f"augmenting/{settings['augmenting_name']}"),
-  ):
-    composed = settings["stages"][settings["recipe"][-1]]["model"] == "composed"
-    needed = composed or side == "anchor"
-    if needed and not settings[side] and part not in trained:
-      raise InputError(
-        f"no {side} model: give --config.{side}= a folder or a hub id"
-      )
-
-
-def with_lora(params: dict, settings) -> tuple[dict, int]:
-  """The tree with LoRA on the anchor if asked for, and its rank."""
-  rank, anchor = settings["lora_rank"], params["anchor"]
-  if not rank:
-    return params, 0
-  if rank == -1:
-    rank = lora.closest_rank(anchor, trees.count(params["composition"]))
-  key = jax.random.fold_in(jax.random.key(_trial_seed(settings)), 1)
-  return params | {"anchor": lora.add(anchor, rank, key)}, rank
-
-
-def _num_trained(params: dict, trainable) -> int:
-  return trees.count(trees.partition(params, trees.mask(params, trainable))[0])
-
-
-def _trial_seed(settings: dict[str, Any]) -> int:
-  return settings["seed"] + settings["trial"]
-
-
-def _part(whole: LanguageModel, name: str, params: dict) -> LanguageModel:
-  """A part of the composition, or all of it, with the given parameters."""
-  return dataclasses.replace(whole, params=params).part(name)
-
-
-def build_models(settings, tokenizer, loaded) -> LanguageModel:
-  """The composition with every model loaded or freshly initialised."""
-  keys = jax.random.split(jax.random.key(settings["seed"]), 3)
-  models = {}
-  for side, key in zip(("anchor", "augmenting"), keys, strict=False):
-    if side in loaded:
-      models[side] = loaded[side]
-      continue
-    config = scratch(settings, side, tokenizer.vocab_size)
-    models[side] = LanguageModel(
-      Composition(config), {"anchor": decoder.init(key, config)}, tokenizer
-    )
-  if settings["random_augmenting"]:
-    key = jax.random.fold_in(keys[2], settings["trial"])
-    models["augmenting"] = _random(models["augmenting"], key)
-  name, joint = settings["augmenting_name"], settings["composition"]
-  composed = model_lib.compose(
-    models["anchor"],
-    {name: models["augmenting"]},
-    joint["connections"] or joint["num_connections"] or None,
-    visibility=joint["visibility"],
-    norm=joint["norm"],
-    positions=joint["positions"],
-    output_init=joint["output_init"],
-    control=joint["control"],
-    # One program for all trials of the others.
-    control_seed=_trial_seed(settings) if joint["control"] == "noise" else 0,
-    seed=_trial_seed(settings),
+def _compose(
+  settings: Settings, folder: Path, layout: Layout | None
+) -> tuple[Experiment, LanguageModel]:
+  """Loads what is loaded, and makes the experiment and the composition."""
+  loaded = run_models.load(settings, layout)
+  experiment = EXPERIMENTS[settings.experiment](
+    settings.task, settings.seed, folder, loaded
   )
-  return dataclasses.replace(composed, spec=configured(composed.spec, settings))
+  composed = run_models.compose(settings, experiment.tokenizer, loaded)
+  model = sharded_models.shard(composed, layout)
+  if layout is not None:
+    print(layout.describe(model.params), flush=True)
+  return experiment, model
 
 
-def scratch(settings, side: str, vocab_size: int) -> ModelConfig:
-  """The "anchor" or "augmenting" model that settings train from scratch."""
-  shape = settings[f"{side}_model"]
-  return ModelConfig(
-    vocab_size=vocab_size,
-    head_dim=shape["width"] // shape["num_heads"],
-    compute=Compute(dtype=settings["dtype"]),
-    **shape,
+def _make_batches(
+  settings: Settings,
+  experiment: Experiment,
+  model: LanguageModel,
+  layout: Layout | None,
+) -> dict[str, _Batches]:
+  """The training data and held-out batches of each stage, by its name."""
+  made = {}
+  for name in (*settings.recipe, *settings.alternatives):
+    stage, share = settings.stages[name], (0, 1)
+    if layout is not None:
+      share = layout.share(stage.batch_size, stage.accumulate)
+    trained = model.part(stage.model)
+    source = experiment.source(stage, trained, _seed(settings, name), share)
+    made[name] = _Batches(source, experiment.eval_batches(stage, trained))
+  return made
+
+
+def _run_stage(
+  settings: Settings,
+  name: str,
+  model: LanguageModel,
+  params: dict,
+  batches: _Batches,
+  layout: Layout | None,
+) -> tuple[dict, float]:
+  """Runs one stage; returns the whole tree after it, and its seconds."""
+  workdir = Path(settings.workdir)
+  if name in settings.ends:
+    workdir = workdir / settings.output
+  origins = {
+    part: getattr(settings, side) for side, part in settings.parts.items()
+  }
+  if settings.random_augmenting:
+    origins[settings.parts["augmenting"]] = "random weights"
+  return trainer.run_stage(
+    name,
+    settings.stages[name],
+    model.spec,
+    params,
+    batches.source,
+    batches.eval_batches,
+    workdir / name,
+    origins={part: origin for part, origin in origins.items() if origin},
+    seed=_seed(settings, name),
+    layout=layout,
+    watchdog=settings.watchdog,
   )
 
 
-def configured(
-  spec: Composition, settings: dict[str, Any], device: jax.Device | None = None
-) -> Composition:
-  """The composition with what the settings say of how it is computed.
+def _seed(settings: Settings, name: str) -> int:
+  """The seed of a stage; trials share the stages before the last."""
+  return settings.trial_seed if name in settings.ends else settings.seed
+
+
+def _part(
+  settings: Settings, name: str, model: LanguageModel, params: dict
+) -> LanguageModel:
+  """What a stage trained, with these parameters of the whole tree."""
+  stage = settings.stages[name]
+  return dataclasses.replace(model, params=params).part(stage.model)
+
+
+def _frozen_models(
+  settings: Settings, model: LanguageModel
+) -> dict[str, LanguageModel]:
+  sides = ["anchor"]
+  if settings.last.model == "composed":
+    sides = ["augmenting", "anchor"]
+  return {side: model.part(settings.parts[side]) for side in sides}
+
+
+def _count(
+  settings: Settings, model: LanguageModel, params: dict, lora_rank: int
+) -> dict[str, int]:
+  """Counts the parameters of the models and of the last stage.
 
   Args:
-    spec: the composition.
-    settings: of an experiment.
-    device: one of those that will compute; of this process if None.
+    settings: of the run.
+    model: the frozen models and the composition.
+    params: what the last stage trains, with LoRA if it has that.
+    lora_rank: 0 for none.
   """
-  device = jax.devices()[0] if device is None else device
-  models = {"anchor": spec.anchor}
-  models |= {f"augmenting/{n}": a.config for n, a in spec.augmenting}
-
-  def changes(part):
-    asked = settings["attention"]
-    how = {name: settings[name] for name in ("unroll", "remat", "loss_chunk")}
-    return how | {"attention": attention.choose(asked, device, models[part])}
-
-  return spec.with_compute(changes)
-
-
-def _random(model: LanguageModel, key) -> LanguageModel:
-  """The same architecture before any training."""
-  fresh = {"anchor": decoder.init(key, model.spec.anchor)}
-  params = jax.tree.map(lambda x, p: x.astype(p.dtype), fresh, model.params)
-  return dataclasses.replace(model, params=params)
+  is_trained = trees.mask(params, settings.last.trainable)
+  trained = trees.count(trees.partition(params, is_trained)[0])
+  composition = trees.count(params["composition"])
+  return {
+    "anchor": model.part("anchor").num_params,
+    "augmenting": model.part(settings.parts["augmenting"]).num_params,
+    "composition": composition,
+    "composition_paper_count": paper_count(model.spec),
+    "trained": trained,
+    "lora_rank": lora_rank,
+    "trained_minus_composition": trained - composition,
+  }

@@ -1,23 +1,142 @@
-"""What the kinds of configs/common.py are called in tables."""
+"""Kinds of runs: the ablations and baselines of §4.4 and Table 5, and controls.
 
-from collections.abc import Mapping
-from typing import Any
+A kind changes a config before it becomes `Settings`. Every config file offers
+all kinds after a colon: configs/kv.py:tiny,lora.
+"""
 
-NAMES = {
-  "composed": "composed",
-  "vanilla": "vanilla m_A",
-  "random": "random m_A",
-  "encoder": "m_A as an encoder",
-  "lora": "m_B with LoRA",
-  "finetune": "m_B fine-tuned",
-  "zeroed": "m_A zeroed",
-  "shuffled": "m_A shuffled over the batch",
-  "noise": "m_A replaced by noise",
-  "unmasked": "unmasked: leaks the answer",
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from calm_jax.core.errors import InputError
+
+Config = Any  # a ConfigDict with the fields of `settings.Settings`
+
+
+class Kind(NamedTuple):
+  """What tables call a kind of run, and how it changes a config.
+
+  Attributes:
+    label: the name of the trained model in tables.
+    change: changes a config in place.
+  """
+
+  label: str
+  change: Callable[[Config], None]
+
+
+def _last_stages(config: Config) -> list[Config]:
+  names = [*config.recipe[-1:], *config.alternatives]
+  return [config.stages[name] for name in names]
+
+
+def _train_augmenting_in(config: Config, stages: tuple[str, ...]) -> None:
+  """Trains m_A in these stages instead of those on its domain."""
+  rest = [
+    name
+    for name in config.recipe
+    if not config.stages[name].model.startswith("augmenting/")
+  ]
+  config.recipe = (*stages, *rest)
+
+
+def _vanilla(config: Config) -> None:
+  _train_augmenting_in(config, config.vanilla)
+
+
+def _random(config: Config) -> None:
+  _train_augmenting_in(config, ())
+  config.random_augmenting = True
+
+
+def _lora(config: Config) -> None:
+  _train_augmenting_in(config, ())
+  config.lora_rank = -1
+  for stage in _last_stages(config):
+    # LoRA's matrices decay as a composition's kernels do.
+    decay = f"{stage.decay}|lora_a|lora_b"
+    stage.update(model="anchor", trainable=("anchor/.*/lora_.",), decay=decay)
+
+
+def _finetune(config: Config) -> None:
+  _train_augmenting_in(config, ())
+  for stage in _last_stages(config):
+    stage.update(model="anchor", trainable=("anchor/.*",))
+  config.quantise.anchor = ""
+
+
+def _unchanged(config: Config) -> None:
+  del config
+
+
+def _compose(config: Config, **options: str) -> None:
+  config.composition.update(options)
+
+
+KINDS = {
+  name: Kind(label, change)
+  for name, label, change in (
+    ("composed", "composed", _unchanged),
+    ("vanilla", "vanilla m_A", _vanilla),
+    ("random", "random m_A", _random),
+    ("encoder", "m_A as an encoder", partial(_compose, visibility="encoder")),
+    ("lora", "m_B with LoRA", _lora),
+    ("finetune", "m_B fine-tuned", _finetune),
+    ("zeroed", "m_A zeroed", partial(_compose, control="zeroed")),
+    (
+      "shuffled",
+      "m_A shuffled over the batch",
+      partial(_compose, control="shuffled"),
+    ),
+    ("noise", "m_A replaced by noise", partial(_compose, control="noise")),
+    (
+      "unmasked",
+      "unmasked: leaks the answer",
+      partial(_compose, visibility="unmasked"),
+    ),
+  )
 }
 
 
 def label(results: Mapping[str, Any]) -> str:
-  """What the last stage of a run made; "composed" if it does not say."""
+  """What tables call the last stage of a run, from its results.json."""
   kind = results.get("kind", "composed")
-  return NAMES.get(kind, kind)
+  return KINDS[kind].label if kind in KINDS else kind
+
+
+def apply_kinds(kinds: Sequence[str], config: Config) -> None:
+  """Changes a config to one or several of KINDS at once."""
+  for kind in kinds:
+    KINDS[kind].change(config)
+  if [*kinds] not in ([], ["composed"]):
+    config.kind = config.output = "-".join(kinds)
+
+
+def apply(
+  variants: Mapping[str, Callable[[Config], None]], names: str, config: Config
+) -> None:
+  """Changes a config to the variant that was named after its file.
+
+  Args:
+    variants: the file's own functions that change a config; the first is the
+      default.
+    names: one of them, any of KINDS, or both: "small,lora".
+    config: is changed.
+
+  Raises:
+    InputError: a name is unknown, or two are the file's own.
+  """
+  asked = names.split(",")
+  for name in asked:
+    if name not in variants and name not in KINDS:
+      raise InputError(
+        f"variant {name!r} is none of {[*variants, *KINDS]}, nor several of "
+        "them with commas between"
+      )
+  own = [name for name in asked if name in variants] or [next(iter(variants))]
+  if len(own) > 1:
+    raise InputError(f"variants {own} exclude each other")
+  variants[own[0]](config)
+  apply_kinds([name for name in asked if name not in variants], config)

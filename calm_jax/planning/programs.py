@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -14,7 +15,7 @@ from calm_jax.composition import cross_attention, forward
 from calm_jax.core import trees
 from calm_jax.core.batch import Sequence
 from calm_jax.core.errors import InputError
-from calm_jax.experiments import placement, recipe
+from calm_jax.experiments import run_models, sharded_models
 from calm_jax.generation import batching, decode
 from calm_jax.generation.sampling import GREEDY
 from calm_jax.parallel import sharding
@@ -73,16 +74,18 @@ def place(job: Job, target: Target, axes: dict[str, int]) -> Placed:
   Raises:
     InputError: the devices do not form such a mesh.
   """
+  settings = job.settings
   try:
-    layout = placement.layout_of(job.settings | {"mesh": axes}, target.devices)
+    layout = sharded_models.make_layout(
+      axes, settings.sharding, settings.replicated, target.devices
+    )
   except (NotImplementedError, ValueError) as error:
     # What JAX raises, where a torus cannot hold the mesh.
     raise InputError(f"mesh={axes} on {target.name}: {error}") from error
-  settings = job.settings
   if not target.exact:
     # The CPU's compiler stands in, and it has no other.
-    settings = settings | {"attention": "xla"}
-  spec = recipe.configured(job.spec, settings, target.devices[0])
+    settings = dataclasses.replace(settings, attention="xla")
+  spec = run_models.with_compute(job.spec, settings, target.devices[0])
   if layout is not None:
     spec = spec.with_compute(lambda part: {"place": layout.at(f"{part}/")})
   return Placed(job._replace(spec=spec), layout, target)

@@ -105,7 +105,8 @@ def _divisors(n: int) -> list[int]:
 
 def with_case(job: Job, case: Case) -> Job:
   """The job with the remat policy of a case."""
-  return job._replace(settings=job.settings | {"remat": case.remat})
+  settings = dataclasses.replace(job.settings, remat=case.remat)
+  return job._replace(settings=settings)
 
 
 def guessed(job: Job, target: Target, case: Case) -> Case:
@@ -199,7 +200,7 @@ def _guess_memory(job: Job, target: Target, case: Case, sizes: _Sizes) -> float:
   memory = config.num_layers * kept + _LAYERS_AT_WORK * layer
   weights = _WEIGHTS_AT_WORK * sizes.anchor / config.num_layers + sizes.head
   memory += weights / tensor * _HALF
-  logits = min(job.settings["loss_chunk"], tokens * config.vocab_size)
+  logits = min(job.settings.loss_chunk, tokens * config.vocab_size)
   return memory + _LOGITS_COPIES * _FULL * logits
 
 

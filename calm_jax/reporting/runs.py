@@ -17,11 +17,9 @@ RESULTS = "results.json"
 ABLATIONS = "ablations"
 MODELS = ("augmenting", "anchor", "composed")
 # Of the columns of tables; see `paper` for their keys.
-LABELS = {
-  "base": "m_A before",
-  "augmenting": "m_A",
-  "anchor": "m_B",
-} | variants.NAMES
+LABELS = {"base": "m_A before", "augmenting": "m_A", "anchor": "m_B"} | {
+  name: kind.label for name, kind in variants.KINDS.items()
+}
 
 # Kinds whose m_A has not been trained on its domain.
 _OTHER_MA = ("vanilla", "random")
@@ -220,7 +218,7 @@ def _join(groups: list, run: Run) -> None:
 
 
 def _order(kind: str) -> int:
-  return [*variants.NAMES, kind].index(kind)
+  return [*variants.KINDS, kind].index(kind)
 
 
 def _by_kind(path: Path) -> tuple[int, str, int]:

@@ -33,7 +33,7 @@ def test_names_of_other_things_are_not_asked_for():
   assert expand({"{language}": {"path": "{language}"}}, ("ruby",)) == {
     "ruby": {"path": "ruby"}
   }
-  with pytest.raises(InputError, match="no name for 'ruby'"):
+  with pytest.raises(InputError, match="no language 'ruby'"):
     expand({"{language}": "{language_name}"}, ("ruby",))
 
 

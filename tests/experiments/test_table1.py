@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
@@ -9,21 +10,22 @@ import numpy as np
 import pytest
 
 from calm_jax.data import arithmetic
-from calm_jax.experiments.key_values import KeyValues, KeyValueTask
-from calm_jax.training.stage import Stage
+from calm_jax.experiments.config_files import read_settings
+from calm_jax.experiments.key_values import (
+  KeyValueData,
+  KeyValueExperiment,
+  KeyValueTask,
+)
 from configs import kv as kv_config
 
-TASK = KeyValueTask(
-  num_keys=60, held_in_fraction=0.4, min_terms=2, max_terms=2, operators="+-",
-  keys="pieces", digits="single", num_examples=12, seed=0,
-)  # fmt: skip
-STEPS = {"tasks": {"kv_math_steps": 0.6, "kv_subs": 0.2, "num_math": 0.2}}
-DIRECT = {"tasks": {"kv_math": 1.0}}
+TASK = KeyValueTask(num_keys=60, held_in_fraction=0.4, num_examples=12)
+STEPS = KeyValueData({"kv_math_steps": 0.6, "kv_subs": 0.2, "num_math": 0.2})
+DIRECT = KeyValueData({"kv_math": 1.0})
 
 
 @pytest.fixture
 def experiment(tmp_path):
-  return KeyValues(TASK, tmp_path, {})
+  return KeyValueExperiment(TASK, 0, tmp_path, {})
 
 
 class Book:
@@ -121,10 +123,9 @@ def test_a_prefix_keeps_other_runs_apart(experiment, tmp_path):
 
 def sources(experiment):
   """The training batches of every stage of the configuration."""
-  config = kv_config.get_config("tiny")
-  for name in [*config.recipe, *config.alternatives]:
-    settings = config.stages[name].to_dict() | {"batch_size": 64, "length": 24}
-    stage = Stage(**settings)
+  settings = read_settings(kv_config.get_config("tiny"))
+  for name in [*settings.recipe, *settings.alternatives]:
+    stage = dataclasses.replace(settings.stages[name], batch_size=64, length=24)
     yield name, experiment.source(stage, None, seed=0), stage
 
 
@@ -223,7 +224,7 @@ def test_where_the_model_looks(experiment):
       return {"weights": np.zeros(1)}
 
   model = Looking()
-  look = experiment.look(model, STEPS)
+  maps = experiment.attention_maps(model, STEPS)
   assert model.prompt.startswith("show:") and model.prompt.endswith("=")
   assert model.completion == Book(experiment.kv).one(model.prompt)
-  assert "weights" in look
+  assert "weights" in maps

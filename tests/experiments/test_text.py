@@ -13,7 +13,9 @@ import tiny
 
 import calm_jax
 from calm_jax.core.errors import InputError
-from calm_jax.experiments.text import LOOK_TOKENS, Text, TextTask
+from calm_jax.data.examples import ExampleSource
+from calm_jax.experiments.text import PICTURE_TOKENS, TextExperiment
+from calm_jax.experiments.text_data import Share, TextData, TextTask
 
 LENGTH = 8
 LINES = [
@@ -42,28 +44,24 @@ def make(tmp_path, model, data="", eval_data="", anchor_data="", **changes):
   for name, lines in (("data", LINES * 10), ("eval_data", LINES)):
     own[name] = own[name] or write(tmp_path / f"{name}.jsonl", lines)
   settings = {
-    "languages": (), "sources": {"data": {"path": own["data"]}},
+    "sources": {"data": ExampleSource(own["data"])},
     "held_out": {
-      "domain": {"path": own["eval_data"]},
-      "anchor_domain": {"path": anchor_data},
+      "domain": ExampleSource(own["eval_data"]),
+      "anchor_domain": ExampleSource(anchor_data),
     },
-    "evals": {}, "skip_evals": (), "allow_code_execution": False,
-    "num_samples": 0, "sample_tokens": 5, "prompt_tokens": 30,
-    "eval_batch_size": 4, "eval_length": LENGTH, "seed": 0,
+    "sample_tokens": 5, "prompt_tokens": 30, "eval_batch_size": 4,
+    "eval_length": LENGTH,
   } | changes  # fmt: skip
-  return Text(
-    TextTask(**settings), tmp_path, {"anchor": model, "augmenting": model}
-  )
+  loaded = {"anchor": model, "augmenting": model}
+  return TextExperiment(TextTask(**settings), 0, tmp_path, loaded)
 
 
 def mixture(*, fraction=1.0, **weights):
   parts = {
-    name.replace("_", "-"): {"weight": weight, "fraction": fraction}
+    name.replace("_", "-"): Share(weight, fraction)
     for name, weight in weights.items()
   }
-  return {
-    "mixture": parts, "pack": False, "too_long": "error", "watch": ("domain",)
-  }  # fmt: skip
+  return TextData(parts, pack=False, watch=("domain",))
 
 
 def by_hand(model, record) -> tuple[float, int]:
@@ -88,7 +86,7 @@ def by_hand(model, record) -> tuple[float, int]:
 
 
 def test_perplexity_equals_numpy(tmp_path, model):
-  result = make(tmp_path, model).evaluate({"anchor": model}, {})
+  result = make(tmp_path, model).evaluate({"anchor": model}, None)
   parts = [by_hand(model, record) for record in LINES]
   nats, tokens = map(sum, zip(*parts, strict=True))
   size = sum(len(r.get("text") or r["completion"]) for r in LINES)
@@ -115,20 +113,20 @@ def test_the_anchors_domain_is_sampled_from_it(tmp_path, model):
     return any(value is model for value in vars(experiment).values())
 
   assert held()
-  result = experiment.evaluate({"anchor": model}, {})
+  result = experiment.evaluate({"anchor": model}, None)
   assert not held()  # A run that trains it has another one.
   assert result["perplexity"].keys() == {"domain", "anchor_domain"}
-  texts = [e.completion for e in experiment.held_out["anchor_domain"]]
+  texts = [e.completion for e in experiment.corpus.held_out["anchor_domain"]]
   assert len(set(texts)) > 1
   again = make(tmp_path, model, num_samples=4)
-  again.evaluate({"anchor": model}, {}, prefix="other/")
-  assert [e.completion for e in again.held_out["anchor_domain"]] == texts
+  again.evaluate({"anchor": model}, None, prefix="other/")
+  assert [e.completion for e in again.corpus.held_out["anchor_domain"]] == texts
 
 
 def test_a_file_for_the_anchors_domain(tmp_path, model):
   path = write(tmp_path / "own.jsonl", [{"text": "abc"}])
   experiment = make(tmp_path, model, anchor_data=path, num_samples=4)
-  [example] = experiment.held_out["anchor_domain"]
+  [example] = experiment.corpus.held_out["anchor_domain"]
   assert example.completion == "abc"
 
 
@@ -154,26 +152,24 @@ def test_where_the_model_looks(record, length, tmp_path, model):
     tmp_path, model, eval_data=write(tmp_path / "one.jsonl", [record])
   )
   composed = calm_jax.compose(model, model, 1, visibility="encoder")
-  look = experiment.look(composed, {})
+  maps = experiment.attention_maps(composed, None)
   text = record.get("text") or record["prompt"] + record["completion"]
-  tokens = min(1 + len(text), LOOK_TOKENS)
-  assert look["weights"].shape == (1, 2, tokens, tokens)
-  assert look["prompt_length"] == length
-  assert not look["weights"][..., length:].any()
+  tokens = min(1 + len(text), PICTURE_TOKENS)
+  assert maps["weights"].shape == (1, 2, tokens, tokens)
+  assert maps["prompt_length"] == length
+  assert not maps["weights"][..., length:].any()
 
 
 def test_no_text(tmp_path, model):
   with pytest.raises(InputError, match=r"--config\.eval_data="):
-    make(tmp_path, model, held_out={"domain": {"path": ""}})
-  experiment = make(tmp_path, model, sources={"data": {"path": ""}})
+    make(tmp_path, model, held_out={"domain": ExampleSource("")})
+  experiment = make(tmp_path, model, sources={"data": ExampleSource("")})
   stage = tiny.stage(data=mixture(data=1.0), length=LENGTH)
   with pytest.raises(InputError, match=r"--config\.data="):
     experiment.source(stage, model, seed=0)
   stage = tiny.stage(data=mixture(other=1.0), length=LENGTH)
   with pytest.raises(InputError, match=r"no source 'other'.*\['data'\]"):
     experiment.source(stage, model, seed=0)
-  with pytest.raises(InputError, match=r"source 'data': .*'pat'"):
-    make(tmp_path, model, sources={"data": {"pat": ""}})
 
 
 def test_a_mixture_of_languages(tmp_path, model):
@@ -184,12 +180,14 @@ def test_a_mixture_of_languages(tmp_path, model):
     model,
     languages=("x", "y"),
     sources={
-      "{language}": {"path": str(tmp_path / "{language}.jsonl")},
-      "other": {"path": write(tmp_path / "z.jsonl", [{"text": "ccc"}] * 8)},
+      "{language}": ExampleSource(str(tmp_path / "{language}.jsonl")),
+      "other": ExampleSource(
+        write(tmp_path / "z.jsonl", [{"text": "ccc"}] * 8)
+      ),
     },
   )
-  data = mixture(other=0.5) | {"pack": False}
-  data["mixture"]["{language}"] = {"weight": 0.5, "fraction": 0.5}
+  data = mixture(other=0.5)
+  data.mixture["{language}"] = Share(0.5, 0.5)
   stage = tiny.stage(data=data, batch_size=40, length=LENGTH)
   source = experiment.source(stage, model, seed=0)
   texts = [
@@ -214,7 +212,7 @@ def test_evaluations_of_the_config(tmp_path, model):
   experiment = make(tmp_path, model, evals={"seed": settings})
   composed = calm_jax.compose(model, model, 1)
   models = {"anchor": model, "composed": composed}
-  results = experiment.evaluate(models, {})
+  results = experiment.evaluate(models, None)
   entry = results["evals"]["seed"]
   # 29 characters and BOS do not hold an exemplar and the question.
   assert (entry["examples"], entry["shots"], entry["prompts_cut"]) == (2, 0, 0)
@@ -225,7 +223,7 @@ def test_evaluations_of_the_config(tmp_path, model):
     prompts = [json.loads(row)["prompt"] for row in rows]
     assert prompts == ["Ligurian: cab\nEnglish:", "Ligurian: bad\nEnglish:"]
   skipped = make(tmp_path, model, evals={"seed": settings}, skip_evals=("se*",))
-  assert "evals" not in skipped.evaluate(models, {})
+  assert "evals" not in skipped.evaluate(models, None)
   with pytest.raises(InputError, match=r"\['x\*'\] are none of \['seed'\]"):
     make(tmp_path, model, evals={"seed": settings}, skip_evals=("x*",))
   code = {"kind": "mbpp", "group": "M", "path": "x", "max_new_tokens": 9}
@@ -242,18 +240,18 @@ def test_which_prompts_fit(tmp_path, model):
 def test_an_anchor_that_is_trained_here_reads_the_tokens_of_m_a(
   tmp_path, model
 ):
-  task = make(tmp_path, model).task
-  experiment = Text(task, tmp_path, {"augmenting": model})
+  task = make(tmp_path, model)._task
+  loaded = {"augmenting": model}
+  experiment = TextExperiment(task, 0, tmp_path, loaded)
   assert experiment.tokenizer is model.tokenizer
   with pytest.raises(InputError, match="cannot be sampled"):
-    Text(
-      dataclasses.replace(task, num_samples=2), tmp_path, {"augmenting": model}
-    )
+    sampling = dataclasses.replace(task, num_samples=2)
+    TextExperiment(sampling, 0, tmp_path, loaded)
 
 
 def test_no_models(tmp_path):
   with pytest.raises(InputError, match=r"--config\.anchor="):
-    Text(None, tmp_path, {})
+    TextExperiment(None, 0, tmp_path, {})
 
 
 def test_models_with_different_tokenizers(tmp_path, model):
@@ -263,7 +261,7 @@ def test_models_with_different_tokenizers(tmp_path, model):
   experiment = make(tmp_path, model, eval_data=path)
   composed = calm_jax.compose(model, other, 1)
   models = {"augmenting": other, "anchor": model, "composed": composed}
-  result = experiment.evaluate(models, {})
+  result = experiment.evaluate(models, None)
   # Perplexities per token of different tokens do not compare.
   assert result.keys() == {"bits_per_byte"}
   bits = result["bits_per_byte"]["domain"]

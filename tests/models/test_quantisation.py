@@ -20,17 +20,18 @@ from calm_jax.composition.connections import Augmenting, Composition, Connection
 from calm_jax.core import trees
 from calm_jax.core.batch import plain_sequence
 from calm_jax.core.errors import InputError
-from calm_jax.experiments import placement, quantising
+from calm_jax.experiments import quantisation_plan, run_models, sharded_models
+from calm_jax.experiments.settings import Bits, Settings
 from calm_jax.generation import decode
 from calm_jax.models import decoder, lora, quantisation
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.hf import export
 from calm_jax.parallel import sharding
+from calm_jax.parallel.rules import SHARDING
 from calm_jax.planning import flops
 from calm_jax.training import optimizer
 from calm_jax.training import step as step_lib
 from calm_jax.training.stage import Stage
-from configs import common
 
 KINDS = ("int8", "int4")
 # At most, as a share of bfloat16.
@@ -260,7 +261,7 @@ def test_lora_on_few_bits():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_leaf_has_a_place(kind):
-  made = sharding.Layout(_one(), common.SHARDING)
+  made = sharding.Layout(_one(), SHARDING)
   config, _ = helpers.model(3, num_experts=4, experts_per_token=2)
   shapes = quantisation.shapes(decoder.param_shapes(config), kind)
   for name in trees.flatten({"anchor": shapes}):
@@ -309,11 +310,11 @@ def test_loading_quantises(folders, kind, dtype, monkeypatch):
     want,
   )
   assert loaded.num_params == whole.num_params
-  layout = sharding.Layout(_one(), common.SHARDING)
+  layout = sharding.Layout(_one(), SHARDING)
   placed = calm_jax.load_model(
     str(folders / "anchor"),
     dtype,
-    shardings=placement.shardings(layout, "anchor"),
+    shardings=sharded_models.shardings(layout, "anchor"),
     quantise=kind,
   )
   jax.tree.map(np.testing.assert_array_equal, placed.params, loaded.params)
@@ -345,40 +346,37 @@ def test_a_composition_remembers_its_bits(folders, tmp_path):
 # Runs.
 
 
-def settings(**changes):
-  config = common.get_config()
-  config.recipe = ("anchor", "compose")
-  config.stages.anchor = common.stage(model="anchor", trainable=("anchor/.*",))
-  config.update(changes)
-  return config.to_dict()
-
-
 def test_a_run_quantises_what_it_has_trained(folders):
-  asked = settings(
+  trains_anchor = Stage(model="anchor", trainable=("anchor/.*",))
+  asked = Settings(
+    "text",
+    None,
+    recipe=("anchor", "compose"),
+    stages={"anchor": trains_anchor, "compose": Stage()},
     anchor=str(folders / "anchor"),
     augmenting=str(folders / "kv"),
     augmenting_name="kv",
-    quantise={"anchor": "int8", "augmenting": "int4"},
+    quantise=Bits("int8", "int4"),
   )
-  loaded = {
-    side: quantising.load(asked, side, part, None)
-    for side, part in (("anchor", "anchor"), ("augmenting", "augmenting/kv"))
-  }
+  loaded = run_models.load(asked, None)
   kinds = [quantisation.kind_of(m.params) for m in loaded.values()]
   assert kinds == ["", "int4"]
   params = {
     "anchor": loaded["anchor"].params["anchor"],
     "augmenting": {"kv": loaded["augmenting"].params["anchor"]},
   }
-  quantising.check(asked, params, ["compose"])
-  made, exact = quantising.quantise(asked, params)
+  quantisation_plan.check(asked, params)
+  made = quantisation_plan.quantise(asked, params)
+  exact = quantisation_plan.exact_leaves(params, made)
   jax.tree.map(
     np.testing.assert_array_equal,
     made["anchor"],
     quantisation.quantise(params["anchor"], "int8"),
   )
   jax.tree.map(
-    np.testing.assert_array_equal, quantising.undo(made, exact), params
+    np.testing.assert_array_equal, quantisation_plan.undo(made, exact), params
   )
   with pytest.raises(InputError, match="stage 'anchor' trains it"):
-    quantising.check(asked, params, ["anchor"])
+    quantisation_plan.check(
+      dataclasses.replace(asked, recipe=("compose", "anchor")), params
+    )

@@ -16,13 +16,13 @@ from calm_jax.core.errors import InputError
 from calm_jax.models import decoder, lora
 from calm_jax.models.config import ModelConfig
 from calm_jax.parallel.mesh import AXES
+from calm_jax.parallel.rules import SHARDING
 from calm_jax.parallel.sharding import Layout
 from calm_jax.training import optimizer, step
 from calm_jax.training.stage import Stage
-from configs import common
 
 
-def layout(rules=common.SHARDING, **axes) -> Layout:
+def layout(rules=SHARDING, **axes) -> Layout:
   """Of devices that are not there: rules need only their numbers."""
   sizes = dict.fromkeys(AXES, 1) | axes
   return Layout(AbstractMesh(tuple(sizes.values()), tuple(sizes)), rules)
@@ -64,7 +64,7 @@ def test_axes_of_one_device_cut_nothing():
 
 
 def test_the_first_rule_holds():
-  rules = (("augmenting/.*", ()), *common.SHARDING)
+  rules = (("augmenting/.*", ()), *SHARDING)
   made = layout(rules, fsdp=4)
   name = "layers/mlp/up/kernel"
   shape = (2, 8, 8)

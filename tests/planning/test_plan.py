@@ -12,11 +12,11 @@ import pytest
 
 from calm_jax import plan
 from calm_jax.core.errors import InputError
+from calm_jax.experiments.config_files import read_settings
 from calm_jax.generation import decode
 from calm_jax.plan import Options
 from calm_jax.planning import estimate, hlo, programs, search, shapes, topology
 from calm_jax.planning.chips import TPUS
-from calm_jax.train import plain
 from configs import kv
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
@@ -42,7 +42,7 @@ def planned(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def job():
-  return shapes.job(plain(tiny()))
+  return shapes.job(read_settings(tiny()))
 
 
 def test_json_is_what_was_found(planned):
@@ -103,7 +103,7 @@ def test_a_decoded_token_is_as_counted_by_hand():
   for side in ("anchor", "augmenting"):
     config[f"{side}_model"].update(width=128, num_heads=2, num_kv_heads=2)
   config.anchor_model.num_layers, config.augmenting_model.num_layers = 2, 1
-  job = shapes.job(plain(config))
+  job = shapes.job(read_settings(config))
   target = topology.target("cpu")
   chip = target.chip._replace(flops=1e9, bandwidth=1e7, links=1.0)
   placed = programs.place(job, target._replace(chip=chip), ONE)
@@ -298,8 +298,11 @@ def test_without_libtpu(monkeypatch):
 
 
 def test_shapes_of_published_models_and_their_errors(tmp_path):
-  settings = plain(tiny()) | {"anchor": "configs/shapes/gemma2-27b.json"}
-  settings["augmenting"] = "configs/shapes/gemma2-2b.json"
+  settings = dataclasses.replace(
+    read_settings(tiny()),
+    anchor="configs/shapes/gemma2-27b.json",
+    augmenting="configs/shapes/gemma2-2b.json",
+  )
   found = shapes.job(settings)
   counts = [
     sum(x.size for x in jax.tree.leaves(found.params[part]))
@@ -309,10 +312,10 @@ def test_shapes_of_published_models_and_their_errors(tmp_path):
   with pytest.raises(InputError, match="is none of"):
     shapes.job(settings, "nothing")
   with pytest.raises(InputError, match="is missing"):
-    shapes.job(settings | {"anchor": str(tmp_path / "no.json")})
+    shapes.job(dataclasses.replace(settings, anchor=str(tmp_path / "no.json")))
   with pytest.raises(InputError, match="vocabulary is not known"):
     shapes.job(
-      settings | {"anchor": "", "augmenting": "", "experiment": "text"}
+      dataclasses.replace(settings, anchor="", augmenting="", experiment="text")
     )
 
 
@@ -325,7 +328,9 @@ def test_a_tpu_step_runs_the_splash_kernel(job):
   topology.prepare("v5e:2x2", -1.0)
   try:
     target = topology.target("v5e:2x2")
-    settings = job.settings | {"attention": "auto", "dtype": "bfloat16"}
+    settings = dataclasses.replace(
+      job.settings, attention="auto", dtype="bfloat16"
+    )
     job = job._replace(settings=settings)
     placed = programs.place(job, target, ONE | {"fsdp": 2, "tensor": 2})
     program = programs.training(placed, 4)
@@ -344,7 +349,7 @@ def test_a_tpu_step_runs_the_splash_kernel(job):
 def test_frozen_models_are_planned_in_their_bits(job):
   config = tiny()
   config.quantise.anchor = "int4"
-  made = shapes.job(plain(config))
+  made = shapes.job(read_settings(config))
 
   def size(of):
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(of))
@@ -352,7 +357,7 @@ def test_frozen_models_are_planned_in_their_bits(job):
   assert size(made.params["anchor"]) < 0.3 * size(job.params["anchor"])
   assert made.params["augmenting"] == job.params["augmenting"]
   # Before the last stage it is trained, and whole.
-  whole = shapes.job(plain(config), "anchor")
+  whole = shapes.job(read_settings(config), "anchor")
   assert size(whole.params["anchor"]) == size(job.params["anchor"])
   placed = programs.place(made, topology.target("cpu"), ONE)
   found = estimate.of(placed, programs.training(placed, 4))

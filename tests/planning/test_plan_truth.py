@@ -14,9 +14,9 @@ import pytest
 import tiny
 
 from calm_jax.core.batch import Sequence
-from calm_jax.experiments import recipe
+from calm_jax.experiments import run_models
+from calm_jax.experiments.settings import Settings
 from calm_jax.planning import shapes
-from configs import common
 
 ALL = {
   "axes": {"fsdp": 2, "tensor": 2, "sequence": 2},
@@ -72,9 +72,9 @@ class OtherTokens(tiny.Source):
 
 
 def test_a_step_with_other_tokens_is_that_of_a_run(tmp_path):
-  settings = common.get_config().to_dict()
+  settings = Settings("text", None)
   run = tiny.Run(tmp_path, tiny.stage(), OtherTokens())
-  run.spec = recipe.configured(run.spec, settings)
+  run.spec = run_models.with_compute(run.spec, settings)
   told = plan_driver.by_compiler(plan_driver.first_step(run))
   params = jax.eval_shape(lambda: run.params)
   job = shapes.Job(settings, run.stage, run.spec, params, {"kv": 16})

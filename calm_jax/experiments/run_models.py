@@ -1,0 +1,238 @@
+"""Loads or makes the models of a run and composes them, also as shapes only."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from calm_jax.composition import forward, pretrained
+from calm_jax.composition import model as model_lib
+from calm_jax.composition.connections import Composition, connect
+from calm_jax.core import hub, trees
+from calm_jax.experiments import quantisation_plan, sharded_models
+from calm_jax.experiments.settings import Settings
+from calm_jax.language_model import LanguageModel
+from calm_jax.models import attention, decoder, lora, quantisation
+from calm_jax.models.config import Compute, ModelConfig
+from calm_jax.models.hf import loading
+from calm_jax.parallel.sharding import Layout
+from calm_jax.text.tokenizer import Tokenizer
+from calm_jax.training.stage import Stage
+
+
+def load(settings: Settings, layout: Layout | None) -> dict[str, LanguageModel]:
+  """Loads the models that the settings name: "anchor", "augmenting" or both.
+
+  Each is quantised if it stays so all through the run.
+  """
+  loaded = {}
+  for side, part in settings.parts.items():
+    if name := getattr(settings, side):
+      source = hub.locate(name)
+      shapes = decoder.param_shapes(loading.load_config(source.folder))
+      bits = quantisation_plan.bits_when_loaded(settings, side, shapes)
+      shardings = sharded_models.shardings(layout, part)
+      model = pretrained.load(source, settings.dtype, shardings, bits)
+      loaded[side] = LanguageModel(**vars(model))
+  return loaded
+
+
+def compose(
+  settings: Settings, tokenizer: Tokenizer, loaded: dict[str, LanguageModel]
+) -> LanguageModel:
+  """Composes the loaded models, or fresh ones in their place.
+
+  Under `jax.eval_shape` no weight is made; see `stage_shapes`.
+
+  Args:
+    settings: of the run.
+    tokenizer: of models that the run trains from scratch.
+    loaded: from `load`.
+  """
+  keys = jax.random.split(jax.random.key(settings.seed), 3)
+  models = {}
+  for side, key in zip(settings.parts, keys, strict=False):
+    if side in loaded:
+      models[side] = loaded[side]
+    else:
+      models[side] = _fresh(settings, side, tokenizer, key)
+  if settings.random_augmenting:
+    key = jax.random.fold_in(keys[2], settings.trial)
+    models["augmenting"] = _with_random_weights(models["augmenting"], key)
+  composed = model_lib.compose(
+    models["anchor"],
+    {settings.augmenting_name: models["augmenting"]},
+    seed=settings.trial_seed,
+    **_composition_options(settings),
+  )
+  spec = with_compute(composed.spec, settings)
+  return dataclasses.replace(composed, spec=spec)
+
+
+def stage_shapes(
+  settings: Settings, stage: str, configs: dict[str, ModelConfig]
+) -> tuple[Composition, dict]:
+  """The composition as a stage trains it, without reading or making a weight.
+
+  The tree has the dtypes, quantisation and LoRA matrices that `run_recipe`
+  gives to it: a loaded model has `settings.dtype`, what this or an earlier
+  stage trains is float32, and the frozen models are quantised in the last stage
+  or, if no stage trains them, from the start.
+
+  Args:
+    settings: of the run.
+    stage: a name of `settings.stages`.
+    configs: the "anchor" and the "augmenting" model: what a folder's
+      config.json says of a model that is loaded, and `scratch_config` of one
+      that the run makes.
+
+  Returns:
+    (the composition, its whole tree of `jax.ShapeDtypeStruct`).
+
+  Raises:
+    InputError: a connection or a quantisation is impossible.
+  """
+  configs = {
+    side: config.with_compute(dtype=settings.dtype)
+    for side, config in configs.items()
+  }
+  options = _composition_options(settings)
+  name, connections = settings.augmenting_name, options.pop("connections")
+  joined = connect(
+    configs["augmenting"], configs["anchor"], connections, **options
+  )
+  spec = Composition(configs["anchor"], ((name, joined),))
+  models = {
+    side: _shapes_when_loaded(settings, side, config)
+    for side, config in configs.items()
+  }
+  params = {
+    "anchor": models["anchor"],
+    "augmenting": {name: models["augmenting"]},
+    "composition": forward.param_shapes(spec),
+  }
+  quantisation_plan.check(settings, params)
+  if stage in settings.recipe:
+    for earlier in settings.recipe[: settings.recipe.index(stage)]:
+      params = _shapes_when_trained(params, settings.stages[earlier])
+  if stage in settings.ends:
+    params = jax.eval_shape(
+      lambda p: add_lora(settings, quantisation_plan.quantise(settings, p))[0],
+      params,
+    )
+  params = _shapes_when_trained(params, settings.stages[stage])
+  return spec, params
+
+
+def scratch_config(
+  settings: Settings, side: str, vocab_size: int
+) -> ModelConfig:
+  """The "anchor" or "augmenting" model that the run trains from scratch."""
+  shape = getattr(settings, f"{side}_model")
+  return ModelConfig(
+    vocab_size=vocab_size,
+    head_dim=shape.width // shape.num_heads,
+    compute=Compute(dtype=settings.dtype),
+    **dataclasses.asdict(shape),
+  )
+
+
+def with_compute(
+  spec: Composition, settings: Settings, device: jax.Device | None = None
+) -> Composition:
+  """The composition, computed as the settings say.
+
+  Args:
+    spec: the composition.
+    settings: of the run.
+    device: one of those that will compute; of this process if None.
+  """
+  device = jax.devices()[0] if device is None else device
+  configs = {"anchor": spec.anchor}
+  configs |= {f"augmenting/{n}": a.config for n, a in spec.augmenting}
+
+  def changes(part: str) -> dict[str, Any]:
+    return {
+      "unroll": settings.unroll,
+      "remat": settings.remat,
+      "loss_chunk": settings.loss_chunk,
+      "attention": attention.choose(settings.attention, device, configs[part]),
+    }
+
+  return spec.with_compute(changes)
+
+
+def add_lora(settings: Settings, params: dict) -> tuple[dict, int]:
+  """Adds LoRA matrices to the anchor, if the settings ask for them.
+
+  Returns:
+    (the whole tree, the rank of the matrices; 0 for none).
+  """
+  rank, anchor = settings.lora_rank, params["anchor"]
+  if not rank:
+    return params, 0
+  if rank == -1:
+    rank = lora.closest_rank(anchor, trees.count(params["composition"]))
+  key = jax.random.fold_in(jax.random.key(settings.trial_seed), 1)
+  return params | {"anchor": lora.add(anchor, rank, key)}, rank
+
+
+def _composition_options(settings: Settings) -> dict[str, Any]:
+  """The arguments of `compose` and `join` that the settings give."""
+  options = {
+    field.name: getattr(settings.composition, field.name)
+    for field in dataclasses.fields(settings.composition)
+  }
+  number = options.pop("num_connections")
+  options["connections"] = options["connections"] or number or None
+  # Without noise all trials share one program.
+  is_noise = settings.composition.control == "noise"
+  options["control_seed"] = settings.trial_seed if is_noise else 0
+  return options
+
+
+def _fresh(
+  settings: Settings, side: str, tokenizer: Tokenizer, key: jax.Array
+) -> LanguageModel:
+  config = scratch_config(settings, side, tokenizer.vocab_size)
+  return LanguageModel(
+    Composition(config), {"anchor": decoder.init(key, config)}, tokenizer
+  )
+
+
+def _with_random_weights(model: LanguageModel, key: jax.Array) -> LanguageModel:
+  """The same architecture before any training."""
+  fresh = {"anchor": decoder.init(key, model.spec.anchor)}
+  params = jax.tree.map(lambda x, p: x.astype(p.dtype), fresh, model.params)
+  return dataclasses.replace(model, params=params)
+
+
+def _shapes_when_loaded(
+  settings: Settings, side: str, config: ModelConfig
+) -> dict:
+  """A model's tree before the first stage; a fresh one is float32."""
+  shapes = decoder.param_shapes(config)
+  if not getattr(settings, side):
+    return shapes
+  bits = quantisation_plan.bits_when_loaded(settings, side, shapes)
+  dtype = jnp.dtype(settings.dtype)
+  loaded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+  return quantisation.shapes(loaded, bits)
+
+
+def _shapes_when_trained(params: dict, stage: Stage) -> dict:
+  """A tree with the trainable leaves of a stage in float32."""
+  is_trainable = trees.flatten(trees.mask(params, stage.trainable))
+
+  def trained(name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jax.ShapeDtypeStruct(
+      x.shape, wide if is_trainable[name] else x.dtype
+    )
+
+  return trees.unflatten(
+    {name: trained(name, x) for name, x in trees.flatten(params).items()}
+  )

@@ -1,0 +1,188 @@
+"""The settings of an experiment: every field with its type and its default.
+
+The defaults of a stage stand in `training.stage.Stage`, those of a source of
+text in `data.examples.ExampleSource`, and those of a connection in
+`connections.Augmenting`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from calm_jax.composition.connections import Augmenting
+from calm_jax.experiments import variants
+from calm_jax.parallel import mesh
+from calm_jax.parallel.rules import SHARDING
+from calm_jax.training.stage import Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderShape:
+  """A decoder that the run trains from scratch; see `ModelConfig`."""
+
+  width: int = 128
+  num_layers: int = 4
+  num_heads: int = 4
+  num_kv_heads: int = 4
+  mlp_width: int = 352
+  max_length: int = 512
+  tie_embeddings: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Bits:
+  """The bits of each model's matrices while it is frozen.
+
+  Attributes:
+    anchor, augmenting: "int8", "int4", or "" for no quantisation. A model that
+      this run trains is quantised after that.
+  """
+
+  anchor: str = ""
+  augmenting: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompositionOptions:
+  """How the two models are composed; for the other fields see `Augmenting`.
+
+  Attributes:
+    connections: pairs (augmenting layer, anchor layer) counted from 1; if
+      empty, num_connections of them, evenly spaced.
+    num_connections: 0 for a quarter of m_A's layers (§4).
+  """
+
+  connections: tuple[tuple[int, int], ...] = ()
+  num_connections: int = 0
+  visibility: str = Augmenting.visibility
+  norm: bool = Augmenting.norm
+  positions: str = Augmenting.positions
+  output_init: str = Augmenting.output_init
+  control: str = Augmenting.control
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablations:
+  """The runs of `python -m calm_jax.ablations`.
+
+  Attributes:
+    kinds: names of `variants.KINDS`.
+    trials: runs of each kind.
+    minutes: of one run on two CPU cores, for the first estimate.
+  """
+
+  kinds: tuple[str, ...] = tuple(variants.KINDS)
+  trials: int = 3
+  minutes: float = 1.4
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Everything that a config file and the command line say about a run.
+
+  Attributes:
+    experiment: a key of `recipe.EXPERIMENTS`.
+    task: of the experiment's `task_type`.
+    workdir: the folder of the run.
+    seed: of data, fresh parameters and samples.
+    dtype: of the computation; trainable leaves and optimizer state are
+      float32 always.
+    unroll: layers compiled out per step of the scan over layers; more is
+      faster for small models on a CPU, and compiles for longer.
+    attention: the kernel: "xla", which any device has, "splash" on TPUs,
+      "cudnn" on GPUs, or "auto"; see `models.attention`.
+    remat: what the backward pass computes again; see `models.config`.
+    loss_chunk: logits that exist at a time on each device.
+    mesh: devices along each axis; -1, on one axis, for all that are left. All
+      1: one device without a mesh. See `parallel.sharding`.
+    sharding: rules; see `parallel.rules`.
+    replicated: regexes of leaves that every device holds whole, whatever the
+      rules say, such as "augmenting/.*".
+    distributed: whether this is one of several processes; see
+      `parallel.processes`.
+    grace: seconds between a signal and the end of the process, in which it
+      saves; spot machines are gone after 30.
+    watchdog: seconds after which a step counts as hung, 0 for never; ten times
+      that where programs are compiled.
+    heartbeat: seconds after which a silent process counts as gone.
+    anchor, augmenting: folders or hub ids; empty: trained from scratch in a
+      stage.
+    augmenting_name: m_A's name in the tree of parameters.
+    quantise: the bits of frozen models.
+    anchor_model, augmenting_model: shapes of models from scratch.
+    composition: how the models are composed.
+    recipe: names of the stages, in order.
+    stages: by name.
+    alternatives: names of stages that make further compositions of the same
+      frozen models, each from a fresh start.
+    kind: what this is, for tables: a key of `variants.KINDS`.
+    output: where in workdir the last stage and the results go. The stages
+      before it are in workdir itself, shared by all kinds.
+    trial: added to the seed of the last stage: of its fresh parameters and its
+      data.
+    lora_rank: of LoRA matrices on the anchor in the last stage; 0 for none, -1
+      for about as many parameters as the composition has.
+    random_augmenting: whether m_A has random weights instead of its own.
+    vanilla: stages that train a vanilla m_A, in place of those on its domain.
+    ablations: the runs of `python -m calm_jax.ablations`.
+  """
+
+  experiment: str
+  task: Any
+  workdir: str = "runs/default"
+  seed: int = 0
+  dtype: str = "float32"
+  unroll: int = 1
+  attention: str = "xla"
+  remat: str = "auto"
+  loss_chunk: int = 2**24
+  mesh: dict[str, int] = dataclasses.field(
+    default_factory=lambda: dict.fromkeys(mesh.AXES, 1)
+  )
+  sharding: tuple[tuple[str, tuple], ...] = SHARDING
+  replicated: tuple[str, ...] = ()
+  distributed: bool = False
+  grace: float = 25.0
+  watchdog: float = 1800.0
+  heartbeat: int = 100
+  anchor: str = ""
+  augmenting: str = ""
+  augmenting_name: str = "augmenting"
+  quantise: Bits = Bits()
+  anchor_model: DecoderShape = DecoderShape()
+  augmenting_model: DecoderShape = DecoderShape()
+  composition: CompositionOptions = CompositionOptions()
+  recipe: tuple[str, ...] = ("compose",)
+  stages: dict[str, Stage] = dataclasses.field(
+    default_factory=lambda: {"compose": Stage()}
+  )
+  alternatives: tuple[str, ...] = ()
+  kind: str = "composed"
+  output: str = ""
+  trial: int = 0
+  lora_rank: int = 0
+  random_augmenting: bool = False
+  vanilla: tuple[str, ...] = ()
+  ablations: Ablations = Ablations()
+
+  @property
+  def parts(self) -> dict[str, str]:
+    """The names of the two models in the tree of parameters, by side."""
+    augmenting = f"augmenting/{self.augmenting_name}"
+    return {"anchor": "anchor", "augmenting": augmenting}
+
+  @property
+  def last(self) -> Stage:
+    """The stage that the recipe ends with."""
+    return self.stages[self.recipe[-1]]
+
+  @property
+  def ends(self) -> tuple[str, ...]:
+    """The names of the last stage and of its alternatives."""
+    return (self.recipe[-1], *self.alternatives)
+
+  @property
+  def trial_seed(self) -> int:
+    """The seed of the last stage."""
+    return self.seed + self.trial

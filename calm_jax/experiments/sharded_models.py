@@ -1,0 +1,90 @@
+"""Models whose parameters are sharded over the devices of a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+
+import jax
+
+from calm_jax import language_model
+from calm_jax.core import trees
+from calm_jax.language_model import LanguageModel
+from calm_jax.parallel import mesh
+from calm_jax.parallel.sharding import Layout, Rules
+
+
+def make_layout(
+  axes: dict[str, int],
+  rules: Rules,
+  replicated: Sequence[str] = (),
+  devices: Sequence[jax.Device] | None = None,
+) -> Layout | None:
+  """Makes the layout of a run's arrays; None for one device.
+
+  Args:
+    axes: devices along each axis; see `mesh.make_mesh`.
+    rules: see `parallel.sharding`.
+    replicated: regexes of leaves that every device holds whole.
+    devices: see `mesh.make_mesh`.
+  """
+  made = mesh.make_mesh(axes, devices)
+  if made is None:
+    return None
+  return Layout(made, (*((pattern, ()) for pattern in replicated), *rules))
+
+
+def shard(model: LanguageModel, layout: Layout | None) -> LanguageModel:
+  """Shards a model's parameters; without a layout it stays as it is.
+
+  A single model is sharded as an anchor. It generates and scores as before; on
+  several processes all of them call it together, and with the same arguments.
+  """
+  if layout is None:
+    return model
+  spec = model.spec.with_compute(lambda part: {"place": layout.at(f"{part}/")})
+  return dataclasses.replace(
+    model, spec=spec, params=layout.place(model.params)
+  )
+
+
+def load(
+  path_or_hub_id: str | os.PathLike,
+  layout: Layout | None,
+  dtype: str | None = None,
+  quantise: str | None = None,
+) -> LanguageModel:
+  """Loads a model or composition; each process keeps what its devices hold.
+
+  To check a composition's hashes each reads all of its files.
+  """
+  places = None
+  if layout is not None:
+    places = functools.partial(shardings, layout)
+  model = language_model.load_any(
+    path_or_hub_id, dtype, quantise, shardings=places
+  )
+  return shard(model, layout)
+
+
+def shardings(layout: Layout | None, part: str) -> Callable | None:
+  """The `shardings` of `load_model` for a part; None without a layout.
+
+  Args:
+    layout: of the whole tree.
+    part: which the model is, "anchor" or "augmenting/<name>".
+  """
+  if layout is None:
+    return None
+
+  def of_part(shapes: trees.Tree) -> trees.Tree:
+    names = trees.flatten(shapes)
+    tree = trees.unflatten({f"{part}/{n}": x for n, x in names.items()})
+    placed = trees.flatten(layout.shardings(tree))
+    return trees.unflatten(
+      {n.removeprefix(f"{part}/"): x for n, x in placed.items()}
+    )
+
+  return of_part

@@ -1,0 +1,186 @@
+"""Text that the stages of a run learn from: named sources, mixed by weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from calm_jax.core.errors import InputError
+from calm_jax.data import examples, pipeline
+from calm_jax.data.documents import RowOptions
+from calm_jax.data.examples import ExampleSource, TextExample
+from calm_jax.experiments.languages import expand
+from calm_jax.language_model import LanguageModel
+from calm_jax.text.alignment import ChunkEncoder
+from calm_jax.training.stage import Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTask:
+  """The text that is learnt and measured.
+
+  An entry with {language} in its name stands for one entry of each language.
+
+  Attributes:
+    languages: codes, such as lij_Latn.
+    sources: text to learn, by name.
+    held_out: text to measure. A source with an empty path is left out.
+    evals: by name, see `evals.tasks.make`.
+    skip_evals: names or patterns, such as mgsm_*, of those to leave out.
+    allow_code_execution: whether programs that models write are run, in a
+      sandbox.
+    num_samples: texts to sample from an anchor that is loaded, for held-out
+      text of its own domain if there is no "anchor_domain"; 0 for none.
+    sample_tokens: the longest length of a sample.
+    prompt_tokens: the longest prompt of an evaluation, in the anchor's tokens.
+    eval_batch_size: rows of an evaluation batch, in generation too.
+    eval_length: tokens of a row of an evaluation batch.
+  """
+
+  languages: tuple[str, ...] = ()
+  sources: dict[str, ExampleSource] = dataclasses.field(default_factory=dict)
+  held_out: dict[str, ExampleSource] = dataclasses.field(default_factory=dict)
+  evals: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+  skip_evals: tuple[str, ...] = ()
+  allow_code_execution: bool = False
+  num_samples: int = 0
+  sample_tokens: int = 200
+  prompt_tokens: int = 1024
+  eval_batch_size: int = 32
+  eval_length: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """The part that a source has in a mixture.
+
+  Attributes:
+    weight: of the source; languages share that of an entry with {language}.
+    fraction: of the source's examples that are used.
+  """
+
+  weight: float
+  fraction: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TextData:
+  """The data of a stage.
+
+  Attributes:
+    mixture: names of the task's sources.
+    pack: whether a row holds several examples.
+    too_long: "error", "cut" or "drop" an example with a prompt that is longer
+      than a row.
+    watch: held-out sets whose loss is followed; all if it names none.
+  """
+
+  mixture: dict[str, Share] = dataclasses.field(default_factory=dict)
+  pack: bool = True
+  too_long: str = "error"
+  watch: tuple[str, ...] = ()
+
+
+class TextCorpus:
+  """The text of a task, read from files and cut into batches for a model.
+
+  Attributes:
+    held_out: the examples of each held-out set with a path, by name.
+
+  Raises:
+    InputError: there is no held-out text, or a file is not as it should be.
+  """
+
+  def __init__(self, task: TextTask, seed: int):
+    self._task, self._seed = task, seed
+    self._encoders: dict[str, ChunkEncoder] = {}
+    self._examples: dict[str, list[TextExample]] = {}
+    self._sources = expand(task.sources, task.languages)
+    held_out = expand(task.held_out, task.languages)
+    self.held_out = {
+      name: examples.read_examples(source, print)
+      for name, source in held_out.items()
+      if source.path
+    }
+    if not self.held_out:
+      raise InputError(
+        f"no held-out text: give {list(held_out)} a path; for "
+        "configs/compose.py, --config.eval_data= a jsonl or txt file"
+      )
+
+  def source(
+    self,
+    stage: Stage,
+    model: LanguageModel,
+    seed: int,
+    share: tuple[int, int] = (0, 1),
+  ):
+    """Shuffled rows of a stage's mixture; see `Experiment.source`."""
+    data, languages, parts = stage.data, self._task.languages, {}
+    for entry, part in data.mixture.items():
+      names = list(expand({entry: None}, languages))
+      for name in names:
+        if name in parts:
+          raise InputError(f"source {name!r} is in the mixture twice")
+        used = examples.take_fraction(
+          self._read(name), part.fraction, self._seed
+        )
+        parts[name] = used, part.weight / len(names)
+    options = RowOptions(
+      pack=data.pack,
+      too_long=data.too_long,
+      seed=seed,
+      process_index=share[0],
+      process_count=share[1],
+      **self.tokenizers(model),
+      **_shape(stage),
+    )
+    source = pipeline.text_source(parts, options)
+    print(source.describe_truncation(), flush=True)
+    return source
+
+  def eval_batches(self, stage: Stage, model: LanguageModel) -> list:
+    """Batches of the held-out sets that a stage watches."""
+    entries = stage.data.watch or tuple(self.held_out)
+    names = expand(dict.fromkeys(entries), self._task.languages)
+    if missing := [name for name in names if name not in self.held_out]:
+      raise InputError(
+        f"watch has {missing}, which are no held-out sets with a path; there "
+        f"are {list(self.held_out)}; for configs/compose.py, "
+        "--config.eval_data= a jsonl or txt file"
+      )
+    watched = [e for name in names for e in self.held_out[name]]
+    options = RowOptions(seed=None, **self.tokenizers(model), **_shape(stage))
+    return list(pipeline.text_source({"": (watched, 1.0)}, options))
+
+  def tokenizers(self, model: LanguageModel) -> dict[str, Any]:
+    """The tokenizers of a model's batches, as `data.pipeline` takes them."""
+    for name, tokenizer in model.tokenizers.items():
+      if name not in self._encoders:
+        self._encoders[name] = ChunkEncoder(tokenizer)
+    return {
+      "tokenizer": model.text(),
+      "augmenting": {name: self._encoders[name] for name in model.tokenizers},
+    }
+
+  def _read(self, name: str) -> list[TextExample]:
+    if name not in self._sources:
+      raise InputError(
+        f"there is no source {name!r}; there are {list(self._sources)}"
+      )
+    if not self._sources[name].path:
+      raise InputError(
+        f"source {name!r} has no path: give it a jsonl or txt file; for "
+        "configs/compose.py, --config.data="
+      )
+    if name not in self._examples:
+      self._examples[name] = examples.read_examples(self._sources[name], print)
+    return self._examples[name]
+
+
+def _shape(stage: Stage) -> dict[str, int]:
+  return {
+    "batch_size": stage.batch_size,
+    "length": stage.length,
+    "augmenting_length": stage.augmenting_length,
+  }
