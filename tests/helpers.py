@@ -17,7 +17,7 @@ import numpy as np
 from calm_jax.composition import forward
 from calm_jax.composition.connections import Augmenting, Composition, Connection
 from calm_jax.core.batch import Sequence
-from calm_jax.models import decoder
+from calm_jax.models import decoder, masks
 from calm_jax.models.config import Compute, ModelConfig
 from calm_jax.models.rope import Rope
 
@@ -63,8 +63,8 @@ def layouts(a, b, length: int) -> dict[str, tuple[Sequence, dict]]:
 @functools.partial(jax.jit, static_argnames="config")
 def decode_rows(params, config: ModelConfig, sequence: Sequence):
   """Logits [B, L, V] of one model by itself."""
-  mask = decoder.self_attention_mask(sequence.segments, sequence.segments)
-  context = decoder.make_context(config, sequence.positions, mask)
+  mask = masks.self_attention_mask(sequence.segments, sequence.segments)
+  context = masks.make_context(config, sequence.positions, mask)
   x = decoder.embed(params, config, sequence.tokens, sequence.positions)
   x, _ = decoder.run_layers(params, config, x, context)
   return decoder.logits(params, config, x)

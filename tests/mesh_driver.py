@@ -34,7 +34,7 @@ from calm_jax.experiments import sharded_models
 from calm_jax.generation import decode
 from calm_jax.generation.sampling import Sampler
 from calm_jax.language_model import LanguageModel, load_model
-from calm_jax.models import attention, decoder
+from calm_jax.models import attention, decoder, masks
 from calm_jax.models.hf import export
 from calm_jax.parallel import mesh, processes, sharding
 from calm_jax.parallel.rules import SHARDING
@@ -240,15 +240,18 @@ def kernel(folder: Path, axes: dict) -> None:
   q, weights = (random.standard_normal((2, 200, 4, 8)) for _ in range(2))
   k, v = (random.standard_normal((2, 200, 1, 8)) for _ in range(2))
   ids = np.repeat([[1, 2, 0], [1, 1, 2]], [70, 101, 29], 1)
-  mask = decoder.self_attention_mask(ids, ids)[:, None]
+  mask = masks.self_attention_mask(ids, ids)[:, None]
+
+  def attend(q_BLNH, k_BSKH, v_BSKH, mask, **how):
+    keys_values = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    return attention.attend(q_BLNH, [(*keys_values, mask)], **how)
 
   def splash(*qkv):
-    return attention.splash(
-      *qkv, attention.Segments(ids, ids, None), place=layout.at("anchor/")
-    )
+    both = attention.SegmentMask(ids, ids, None)
+    return attend(*qkv, both, place=layout.at("anchor/"))
 
   def plain(*qkv, **how):
-    return attention.dot_product_attention(*qkv, mask, **how)
+    return attend(*qkv, mask, **how)
 
   def cudnn(*qkv):
     return plain(*qkv, kernel="cudnn", place=layout.at("anchor/"))

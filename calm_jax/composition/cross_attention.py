@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from calm_jax.core.errors import InputError
 from calm_jax.models import rope
-from calm_jax.models.attention import Segments, attend, splash
+from calm_jax.models.attention import SegmentMask, attend
 from calm_jax.models.cache import blocks
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.layers import Linear, RMSNorm, at_least_float32
@@ -74,42 +74,36 @@ class CrossAttention(nn.Module):
       "value": self._heads(self.value(h_BME)).swapaxes(1, 2),
     }
 
-  def _query(self, x_BLD: Array, mask_BLM: Array | Segments) -> Array:
+  def _query(self, x_BLD: Array, mask_BLM: Array | SegmentMask) -> Array:
     q_BLNH = self._heads(
       self.query(self.query_norm(x_BLD) if self.norm else x_BLD)
     )
     # A position stands where the newest token that it sees does.
-    if isinstance(mask_BLM, Segments):
+    if isinstance(mask_BLM, SegmentMask):
       return self._turned(q_BLNH, mask_BLM.positions)
     return self._turned(q_BLNH, jnp.maximum(mask_BLM.sum(-1) - 1, 0))
 
   def attend(
-    self, x_BLD: Array, keys_values: dict, mask_BLM: Array | Segments
+    self, x_BLD: Array, keys_values: dict, mask_BLM: Array | SegmentMask
   ) -> Array:
     """What is added to the residual stream, [B, L, D].
 
-    `keys_values` may be a cache of them, of one row. With `Segments` for a
+    `keys_values` may be a cache of them, of one row. With a `SegmentMask` for a
     mask, both models read the same tokens.
     """
-    if isinstance(mask_BLM, Segments):
-      out_BLNH = splash(
-        self._query(x_BLD, mask_BLM),
-        keys_values["key"].swapaxes(1, 2),
-        keys_values["value"].swapaxes(1, 2),
-        mask_BLM,
-        place=self.anchor.compute.place,
-      )
-      return self.output(out_BLNH.reshape(*out_BLNH.shape[:2], -1))
-    mask_B1LM = mask_BLM[:, None]
+    by_segments = isinstance(mask_BLM, SegmentMask)
+    mask = mask_BLM if by_segments else mask_BLM[:, None]
     if keys_values["key"].ndim == 5:
-      found = blocks(keys_values, 0, mask_B1LM)
+      key_blocks = blocks(keys_values, 0, mask)
     else:
-      found = [(keys_values["key"], keys_values["value"], mask_B1LM)]
-    out_BLNH = attend(self._query(x_BLD, mask_BLM), found)
-    # A position that sees nothing gets nothing; the softmax of an empty row
-    # would average over what it must not see.
-    sees_BL = mask_BLM.any(-1)
-    out_BLNH = jnp.where(sees_BL[..., None, None], out_BLNH, 0)
+      key_blocks = [(keys_values["key"], keys_values["value"], mask)]
+    q_BLNH = self._query(x_BLD, mask_BLM)
+    out_BLNH = attend(q_BLNH, key_blocks, place=self.anchor.compute.place)
+    if not by_segments:
+      # A position that sees nothing gets nothing; the softmax of an empty row
+      # would average over what it must not see.
+      sees_BL = mask_BLM.any(-1)
+      out_BLNH = jnp.where(sees_BL[..., None, None], out_BLNH, 0)
     return self.output(out_BLNH.reshape(*out_BLNH.shape[:2], -1))
 
   def probabilities(

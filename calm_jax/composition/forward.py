@@ -25,8 +25,8 @@ from calm_jax.composition.cross_attention import (
 from calm_jax.core.batch import Sequence
 from calm_jax.core.errors import InputError
 from calm_jax.models import cache as cache_lib
-from calm_jax.models import decoder
-from calm_jax.models.attention import Segments
+from calm_jax.models import decoder, masks
+from calm_jax.models.attention import SegmentMask
 from calm_jax.models.config import ModelConfig
 
 Array = jax.Array
@@ -134,12 +134,12 @@ def _start(params, config, sequence: Sequence, cache, index, lengths_B):
     )
     cache = cache["layers"]
   if cache is None and config.compute.attention == "splash":
-    mask = Segments(segments, segments, sequence.positions)
+    mask = SegmentMask(segments, segments, sequence.positions)
   else:
-    mask = decoder.self_attention_mask(
+    mask = masks.self_attention_mask(
       sequence.segments, segments, 0 if index is None else index
     )
-  context = decoder.make_context(
+  context = masks.make_context(
     config, sequence.positions, mask, index, lengths_B
   )
   x = decoder.embed(params, config, sequence.tokens, sequence.positions)
@@ -254,7 +254,7 @@ def states(
       [B, N, L, M]}, or None.
     lengths: with a cache, int32 [B] by "anchor" and the augmenting names, how
       long each row will have become, for rotary scalings that depend on it;
-      see `decoder.make_context`.
+      see `masks.make_context`.
 
   Returns:
     Hidden states after the last layer [B, L, D], and the updated cache (None
@@ -285,7 +285,7 @@ def states(
         and (augmenting is None or augmenting[name] is anchor)
         and cache is look is None
       ):
-        mask = Segments(anchor.segments, keys_BM, anchor.positions)
+        mask = SegmentMask(anchor.segments, keys_BM, anchor.positions)
       else:
         visible_BL = visible_tokens(
           joined.visibility,

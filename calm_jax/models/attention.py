@@ -1,4 +1,4 @@
-"""Attention: the plain path, and kernels that keep no scores in memory.
+"""Attention, by XLA or by kernels that keep no scores in memory.
 
 B batch, L query length, S key length, N query heads, K key-value heads, H head
 width, G = N / K queries of a key-value head.
@@ -7,32 +7,32 @@ width, G = N / K queries of a key-value head.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from calm_jax.core.errors import InputError
-from calm_jax.models.config import ATTENTIONS, ModelConfig
+from calm_jax.models.config import ATTENTIONS, ModelConfig, Placement
 from calm_jax.models.layers import at_least_float32
 
 Array = jax.Array
 _HALVES = ("bfloat16", "float16")
-# What the TPU's kernel reads at a time: multiples of its 128 lanes.
+# The TPU's kernel reads blocks of these lengths, multiples of its 128 lanes.
 _LANES = 128
 _BLOCKS = (512, 256, _LANES)
-# What cuDNN reads at a time. Its gradient takes no odd length with a mask, and
-# may be NaN where it has to fill up a tile itself (pytorch issue 196678).
+# cuDNN reads tiles of this length. Its gradient takes no odd length with a
+# mask, and may be NaN where it fills up a tile itself (pytorch issue 196678).
 _TILE = 128
 
 
-class Segments(NamedTuple):
-  """In place of a mask: causal, and within segments, of contiguous tokens.
+class SegmentMask(NamedTuple):
+  """Stands for a causal mask within segments of contiguous tokens.
 
   Attributes:
-    queries: int32 [B, L].
-    keys: int32 [B, S].
-    positions: of the queries within their segments, int32 [B, L].
+    queries: int32 [B, L], the segment of each query.
+    keys: int32 [B, S], the segment of each key.
+    positions: int32 [B, L], of the queries within their segments.
   """
 
   queries: Array
@@ -41,12 +41,12 @@ class Segments(NamedTuple):
 
 
 def choose(asked: str, device: jax.Device, config: ModelConfig) -> str:
-  """The kernel of one model: `Compute.attention`.
+  """Chooses the kernel of one model, a value of `Compute.attention`.
 
   Args:
     asked: one of config.ATTENTIONS, or "auto" for splash on TPUs, cudnn on
       GPUs, and xla elsewhere and for models that those do not take.
-    device: one of those that compute.
+    device: one of the devices that will compute.
     config: the model.
 
   Raises:
@@ -67,6 +67,7 @@ def choose(asked: str, device: jax.Device, config: ModelConfig) -> str:
 
 
 def _why_not(kernel: str, device: jax.Device, config: ModelConfig) -> str:
+  """Says why a kernel cannot compute a model on a device; "" if it can."""
   if kernel == "splash" and device.platform != "tpu":
     return "runs on TPUs only"
   if kernel != "cudnn":
@@ -91,117 +92,109 @@ def _why_not(kernel: str, device: jax.Device, config: ModelConfig) -> str:
   return ""
 
 
-def splash(
+def attend(
   q_BLNH: Array,
-  k_BSKH: Array,
-  v_BSKH: Array,
-  segments: Segments,
-  window: int | None = None,
+  blocks: list[tuple[Array, Array, Array | SegmentMask]],
   scale: float | None = None,
   cap: float | None = None,
-  place: Any = None,
+  *,
+  kernel: str = "xla",
+  window: int | None = None,
+  place: Placement | None = None,
 ) -> Array:
-  """`dot_product_attention` by the TPU's kernel, [B, L, N, H].
+  """Softmax attention, [B, L, N, H]; each key head serves N / K queries.
 
-  Query l reads the keys up to the l-th, of its own segment, and of those the
-  latest `window`. Lengths that the kernel's blocks do not divide are padded.
+  A query that may read no key gets a finite value, which depends on the kernel.
 
   Args:
     q_BLNH: queries.
-    k_BSKH: keys.
-    v_BSKH: values.
-    segments: of both.
-    window: keys that a query sees, its own among them; all if None.
-    scale: as for `dot_product_attention`.
-    cap: as there.
-    place: of the model, see `Compute.place`; None on one device.
+    blocks: (keys [B, K, S, H], values [B, K, S, H], mask) of each block of
+      keys; one softmax goes over all of them. The mask is bool [B, 1, L, S],
+      or a `SegmentMask`, which only the splash kernel reads. All kernels but
+      "xla" read a single block.
+    scale: scores are multiplied by it; H^-1/2 if None.
+    cap: c, scores become c tanh(scores / c); None for none.
+    kernel: "xla", or "cudnn" without a cap; a `SegmentMask` means "splash".
+    window: with a `SegmentMask`, the number of latest keys that a query reads,
+      its own among them; all if None.
+    place: the model's `Compute.place`.
   """
-  # Here: no one but TPUs needs it at the start of a program.
+  if isinstance(blocks[0][2], SegmentMask):
+    [block] = blocks
+    return _splash(q_BLNH, *block, window, scale, cap, place)
+  if kernel == "cudnn":
+    [(k_BKSH, v_BKSH, mask_B1LS)] = blocks
+    rows = functools.partial(_cudnn, scale)
+    arrays = q_BLNH.swapaxes(1, 2), k_BKSH, v_BKSH, mask_B1LS
+    if place is None:
+      return rows(None, *arrays).swapaxes(1, 2)
+    return place.attention(rows, None, *arrays).swapaxes(1, 2)
+  return _xla(q_BLNH, blocks, scale, cap)
+
+
+def _splash(
+  q_BLNH: Array,
+  k_BKSH: Array,
+  v_BKSH: Array,
+  segments: SegmentMask,
+  window: int | None,
+  scale: float | None,
+  cap: float | None,
+  place: Placement | None,
+) -> Array:
+  """`attend` by the TPU's kernel; lengths are padded to whole blocks of it."""
+  # Imported here: only TPUs need it at the start of a program.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 
   L, H = q_BLNH.shape[1], q_BLNH.shape[-1]
   pieces = 1 if place is None else place.sequence
-  q_BLNH = q_BLNH * jnp.asarray(
-    H**-0.5 if scale is None else scale, q_BLNH.dtype
-  )
   unit = _LANES * pieces
+  scale = H**-0.5 if scale is None else scale
+  q_BLNH = q_BLNH * jnp.asarray(scale, q_BLNH.dtype)
   q_BNLH = _padded(q_BLNH, unit).swapaxes(1, 2)
-  k_BKSH = _padded(k_BSKH, unit).swapaxes(1, 2)
-  v_BKSH = _padded(v_BSKH, unit).swapaxes(1, 2)
+  k_BKSH, v_BKSH = _padded(k_BKSH, unit, 2), _padded(v_BKSH, unit, 2)
   shape = q_BNLH.shape[2], k_BKSH.shape[2]
-  left = None if window is None else window - 1
-  mask = splash_lib.LocalMask(shape, (left, 0), 0)
   if window is None:
     mask = splash_lib.CausalMask(shape)
-  block_q = _block(shape[0] // pieces)
-  block_kv = _block(shape[1])
+  else:
+    mask = splash_lib.LocalMask(shape, (window - 1, 0), 0)
+  block_q, block_kv = _block(shape[0] // pieces), _block(shape[1])
+  # The forward pass, the gradients of keys and values, those of queries.
+  sizes = (block_q, block_kv, block_kv) * 2 + (block_q, block_kv)
   kernel = splash_lib.make_splash_mha(
     # All heads share it, those of other devices too.
     splash_lib.MultiHeadMask([mask]),
-    block_sizes=splash_lib.BlockSizes(
-      block_q, block_kv, block_kv,
-      block_q_dkv=block_q, block_kv_dkv=block_kv, block_kv_dkv_compute=block_kv,
-      block_q_dq=block_q, block_kv_dq=block_kv,
-    ),
+    block_sizes=splash_lib.BlockSizes(*sizes),
     attn_logits_soft_cap=cap,
     head_shards=1,
     q_seq_shards=pieces,
-  )  # fmt: skip
-  arrays = (
-    q_BNLH, k_BKSH, v_BKSH,
-    _padded(segments.queries, unit), _padded(segments.keys, unit),
-  )  # fmt: skip
+  )
+  ids = _padded(segments.queries, unit), _padded(segments.keys, unit)
+  arrays = q_BNLH, k_BKSH, v_BKSH, *ids
   if place is None:
-    out_BNLH = _rows(kernel, *arrays)
+    out_BNLH = _splash_rows(kernel, *arrays)
   else:
-    out_BNLH = place.attention(_rows, kernel, *arrays)
+    out_BNLH = place.attention(_splash_rows, kernel, *arrays)
   return out_BNLH.swapaxes(1, 2)[:, :L]
 
 
-def _rows(kernel, q_BNLH, k_BKSH, v_BKSH, q_segments_BL, k_segments_BS):
+def _splash_rows(kernel, q_BNLH, k_BKSH, v_BKSH, q_segments_BL, k_segments_BS):
   from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 
   ids = splash_lib.SegmentIds(q_segments_BL, k_segments_BS)
   return jax.vmap(kernel)(q_BNLH, k_BKSH, v_BKSH, ids)
 
 
-def _padded(x: Array, unit: int) -> Array:
-  """Zeros at the end of the second axis, which no real query sees."""
-  missing = -x.shape[1] % unit
+def _padded(x: Array, unit: int, axis: int = 1) -> Array:
+  """Zeros at the end of an axis, which no real query sees."""
+  missing = -x.shape[axis] % unit
   if not missing:
     return x
-  return jnp.pad(x, [(0, missing if i == 1 else 0) for i in range(x.ndim)])
+  return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
 
 
 def _block(length: int) -> int:
   return max(size for size in _BLOCKS if length % size == 0)
-
-
-def dot_product_attention(
-  q_BLNH: Array,
-  k_BSKH: Array,
-  v_BSKH: Array,
-  mask_B1LS: Array,
-  scale: float | None = None,
-  cap: float | None = None,
-  kernel: str = "xla",
-  place: Any = None,
-) -> Array:
-  """Softmax attention, [B, L, N, H]; each key head serves N / K queries.
-
-  Scores are multiplied by `scale`, H^-1/2 if None, and with a cap they become
-  cap tanh(scores / cap). `kernel` is "xla" or, without a cap, "cudnn"; `place`
-  is the model's, see `Compute.place`. What a query gets that sees no key is
-  finite, and otherwise up to the kernel.
-  """
-  if kernel == "cudnn":
-    rows = functools.partial(_cudnn, scale)
-    arrays = *(x.swapaxes(1, 2) for x in (q_BLNH, k_BSKH, v_BSKH)), mask_B1LS
-    if place is None:
-      return rows(None, *arrays).swapaxes(1, 2)
-    return place.attention(rows, None, *arrays).swapaxes(1, 2)
-  k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-  return attend(q_BLNH, [(k_BKSH, v_BKSH, mask_B1LS)], scale, cap)
 
 
 def _cudnn(scale, _, q_BNLH, k_BKSH, v_BKSH, mask_B1LS):
@@ -212,23 +205,19 @@ def _cudnn(scale, _, q_BNLH, k_BKSH, v_BKSH, mask_B1LS):
   # A row that sees nothing, as those that are added, sees all: in a softmax of
   # nothing NaNs arise, which would reach the gradients of other rows.
   mask_B1LS |= ~mask_B1LS.any(axis=-1, keepdims=True)
+  q_BLNH, k_BSKH, v_BSKH = (_padded(x, _TILE) for x in arrays)
   out_BLNH = jax.nn.dot_product_attention(
-    *(_padded(x, _TILE) for x in arrays), mask=mask_B1LS, scale=scale,
-    implementation="cudnn",
-  )  # fmt: skip
+    q_BLNH, k_BSKH, v_BSKH, mask=mask_B1LS, scale=scale, implementation="cudnn"
+  )
   return out_BLNH[:, :L].swapaxes(1, 2)
 
 
-def attend(
+def _xla(
   q_BLNH: Array,
   blocks: list[tuple[Array, Array, Array]],
-  scale: float | None = None,
-  cap: float | None = None,
+  scale: float | None,
+  cap: float | None,
 ) -> Array:
-  """`dot_product_attention` to blocks of keys, values [B, K, S, H] and masks.
-
-  One softmax goes over the keys of all blocks.
-  """
   B, L, N, H = q_BLNH.shape
   K = blocks[0][0].shape[1]
   dtype = at_least_float32(q_BLNH.dtype)

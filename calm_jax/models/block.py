@@ -8,108 +8,42 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from calm_jax.models.attention import (
-  Segments,
-  attend,
-  dot_product_attention,
-  splash,
-)
+from calm_jax.models.attention import SegmentMask, attend
 from calm_jax.models.cache import blocks, extend
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.layers import Linear, norm
+from calm_jax.models.masks import Context, at_layer, is_among
 from calm_jax.models.moe import MoE
 from calm_jax.models.rope import rotate
 
 Array = jax.Array
 
 
-class Context(NamedTuple):
-  """What every layer needs to know of the sequence.
-
-  Attributes:
-    rope: (cos, sin), each float32 or more [B, L, 1, R/2]; None without rope.
-    mask: bool [B, 1, L, S], True where query l may read key s; None where
-      `segments` say it.
-    index: int32 [], the cache's slot of the first query; None without a cache.
-    local_rope: `rope` of layers with a window, where that differs.
-    window_mask: `mask` of layers with a window, if there are any.
-    segments: what kernels without a mask read; None elsewhere.
-  """
-
-  rope: tuple[Array, Array] | None
-  mask: Array | None
-  index: Array | None = None
-  local_rope: tuple[Array, Array] | None = None
-  window_mask: Array | None = None
-  segments: Segments | None = None
-
-
-def window_mask(mask_BLS: Array, window: int) -> Array:
-  """What is left of a mask when a query sees its latest `window` keys.
-
-  Keys are counted, not slots, so that slots left empty (padding between a
-  prompt and its continuation) take up no part of the window.
-  """
-  through_BLS = jnp.cumsum(mask_BLS, axis=-1, dtype=jnp.int32)
-  return mask_BLS & (through_BLS > through_BLS[..., -1:] - window)
-
-
-def _among(config: ModelConfig, layers: tuple[int, ...], layer: Array) -> Array:
-  return jnp.asarray(np.isin(np.arange(config.num_layers), layers))[layer]
-
-
-def at_layer(config: ModelConfig, context: Context, layer: Array):
-  """The (cos, sin) or None, and the mask, of one layer.
-
-  Layers differ by `where` on a traced index, and not in their program, so that
-  one body is compiled whatever the depth.
-  """
-
-  def among(layers):
-    return _among(config, layers, layer)
-
-  def choose(chosen, a, b):
-    return jax.tree.map(lambda x, y: jnp.where(chosen, x, y), a, b)
-
-  rope, mask = context.rope, context.mask
-  if config.window is not None:
-    local = context.local_rope or rope, context.window_mask
-    if config.full_layers:
-      local = choose(among(config.full_layers), (rope, mask), local)
-    rope, mask = local
-  if config.nope_layers and rope is not None:
-    still = (jnp.ones_like(rope[0]), jnp.zeros_like(rope[1]))
-    rope = choose(among(config.nope_layers), still, rope)
-  return rope, mask
-
-
-def _segmented(c: ModelConfig, q_BLNH, k_BSKH, v_BSKH, segments, layer):
-  """Attention of one layer by the kernel that reads segments."""
-
-  def within(window):
-    return lambda *qkv: splash(
-      *qkv,
-      segments,
-      window,
-      c.attention_scale,
-      c.attention_cap,
-      c.compute.place,
-    )
-
-  qkv = q_BLNH, k_BSKH, v_BSKH
-  if c.window is None or c.window >= k_BSKH.shape[1]:
-    return within(None)(*qkv)
+def _attend(
+  c: ModelConfig, q_BLNH: Array, blocks: list, layer: Array, kernel: str
+) -> Array:
+  """Attention of one layer; a `SegmentMask` does not tell its window."""
+  everywhere = functools.partial(
+    attend,
+    scale=c.attention_scale,
+    cap=c.attention_cap,
+    kernel=kernel,
+    place=c.compute.place,
+  )
+  mask = blocks[0][2]
+  has_window = isinstance(mask, SegmentMask) and c.window is not None
+  if not has_window or c.window >= mask.keys.shape[1]:
+    return everywhere(q_BLNH, blocks)
+  within_window = functools.partial(everywhere, window=c.window)
   if not c.full_layers:
-    return within(c.window)(*qkv)
-  is_full = _among(c, c.full_layers, layer)
-  return jax.lax.cond(is_full, within(None), within(c.window), *qkv)
+    return within_window(q_BLNH, blocks)
+  is_full = is_among(c, c.full_layers, layer)
+  return jax.lax.cond(is_full, everywhere, within_window, q_BLNH, blocks)
 
 
 class Attention(nn.Module):
@@ -139,25 +73,22 @@ class Attention(nn.Module):
       q_BLNH, k_BSKH = rotate(q_BLNH, rope), rotate(k_BSKH, rope)
     if c.scale_by_depth:
       q_BLNH = q_BLNH / jnp.asarray(layer + 1, q_BLNH.dtype)
-    how = (c.attention_scale, c.attention_cap)
-    if context.segments is not None:
-      out_BLNH = _segmented(c, q_BLNH, k_BSKH, v_BSKH, context.segments, layer)
-    elif cache is None:
-      out_BLNH = dot_product_attention(
-        q_BLNH, k_BSKH, v_BSKH, mask, *how, c.compute.attention, c.compute.place
-      )
+    new = {"key": k_BSKH.swapaxes(1, 2), "value": v_BSKH.swapaxes(1, 2)}
+    if cache is None:
+      keys_values = [(new["key"], new["value"], mask)]
+      kernel = c.compute.attention
     else:
       # A cache may be of this layer alone; see `decoder.unstack`.
       row = 0 if len(cache["key"]) == 1 else layer
-      new = {"key": k_BSKH.swapaxes(1, 2), "value": v_BSKH.swapaxes(1, 2)}
       cache = extend(cache, new, row, context.index)
-      out_BLNH = attend(q_BLNH, blocks(cache, row, mask), *how)
+      keys_values, kernel = blocks(cache, row, mask), "xla"
+    out_BLNH = _attend(c, q_BLNH, keys_values, layer, kernel)
     out = Linear(D, c.output_bias, c.compute.dtype, name="output")
     return out(out_BLNH.reshape(B, L, -1)), cache
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-  """One of config.ACTIVATIONS."""
+  """Returns the function of one of config.ACTIVATIONS."""
   if name == "gelu_exact":
     return functools.partial(jax.nn.gelu, approximate=False)
   return getattr(jax.nn, name)
@@ -186,18 +117,6 @@ class MLP(nn.Module):
     )
 
 
-def _experts(c: ModelConfig) -> MoE:
-  return MoE(
-    c.num_experts,
-    c.experts_per_token,
-    c.mlp_width,
-    c.normalise_experts,
-    activation(c.activation),
-    c.compute.dtype,
-    name="mlp",
-  )
-
-
 class Block(nn.Module):
   """Attention, then MLP, each added to the residual stream."""
 
@@ -224,7 +143,15 @@ class Block(nn.Module):
     normed = before("mlp")(x_BLD if c.parallel_residual else attended_BLD)
     with jax.named_scope("mlp"):
       if c.num_experts:
-        delta = _experts(c)(normed, layer)
+        delta = MoE(
+          c.num_experts,
+          c.experts_per_token,
+          c.mlp_width,
+          c.normalise_experts,
+          activation(c.activation),
+          c.compute.dtype,
+          name="mlp",
+        )(normed, layer)
       else:
         delta = MLP(c, name="mlp")(normed)
     return attended_BLD + after("mlp", delta), cache

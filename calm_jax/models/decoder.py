@@ -22,14 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm_jax.core.errors import InputError
 from calm_jax.models import cache as cache_lib
-from calm_jax.models.attention import Segments
-from calm_jax.models.block import Block, Context, window_mask
+from calm_jax.models.block import Block
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.layers import Linear, at_least_float32, norm
+from calm_jax.models.masks import Context, make_context
 from calm_jax.models.quantisation import dense, matmul
-from calm_jax.models.rope import tables
 
 Array = jax.Array
 
@@ -42,7 +40,7 @@ def init(rng: Array, config: ModelConfig) -> dict:
   sqrt(2 num_layers).
   """
 
-  def one(key, path, shape):
+  def draw(key, path, shape):
     owner, name = path[-2].key, path[-1].key
     if name == "scale":
       value = 0 if config.norm == "rms_plus_one" else 1
@@ -57,12 +55,12 @@ def init(rng: Array, config: ModelConfig) -> dict:
   leaves, treedef = jax.tree_util.tree_flatten_with_path(param_shapes(config))
   keys = jax.random.split(rng, len(leaves))
   return jax.tree_util.tree_unflatten(
-    treedef, [one(k, p, s) for k, (p, s) in zip(keys, leaves, strict=True)]
+    treedef, [draw(k, p, s) for k, (p, s) in zip(keys, leaves, strict=True)]
   )
 
 
-def _shapes(config: ModelConfig) -> dict:
-  """The parameter tree; call under eval_shape."""
+def _zeros(config: ModelConfig) -> dict:
+  """A parameter tree of zeros; call under eval_shape."""
   rng = jax.random.key(0)
   x = jnp.zeros((1, 1, config.width))
   context = make_context(
@@ -87,92 +85,13 @@ def _shapes(config: ModelConfig) -> dict:
 def param_shapes(config: ModelConfig) -> dict:
   """The parameter tree as ShapeDtypeStructs, nothing allocated."""
   shapes = _traced_shapes(config, jax.config.jax_enable_x64)
-  return jax.tree.map(lambda leaf: leaf, shapes)
+  return jax.tree.map(lambda leaf: leaf, shapes)  # a copy that may be changed
 
 
 @functools.lru_cache
 def _traced_shapes(config: ModelConfig, x64: bool) -> dict:
-  del x64  # Told apart: the default dtype follows it.
-  return jax.eval_shape(lambda: _shapes(config))
-
-
-def make_context(
-  config: ModelConfig,
-  positions_BL: Array,
-  mask_BLS: Array | Segments,
-  index: Array | None = None,
-  lengths: Array | None = None,
-) -> Context:
-  """What the layers need to know of the sequence.
-
-  Args:
-    config: the architecture.
-    positions_BL: of each token in its sequence, from 0.
-    mask_BLS: from `self_attention_mask`; windows are derived from it. Or
-      `Segments`, if the config's kernel reads those.
-    index: int32 [], the cache's slot of the first token; None without one.
-    lengths: [B] or [B, L], tokens in the whole sequence, for rotary scalings
-      that depend on it; see `rope.tables`. Without a cache the mask tells.
-
-  Raises:
-    InputError: such a scaling, and a cache of more slots than it leaves
-      alone, and no lengths: how keys in the cache were turned is not known.
-  """
-  segments = mask_BLS if isinstance(mask_BLS, Segments) else None
-  slots = mask_BLS.shape[2] if segments is None else segments.keys.shape[1]
-  by_length = any(
-    r is not None
-    and r.kind in ("dynamic", "longrope")
-    and slots > r.original_length
-    for r in (config.rope, config.local_rope)
-  )
-  if lengths is None and by_length:
-    if index is not None:
-      raise InputError(
-        "rotary positions that depend on the length of the whole sequence "
-        "(dynamic, longrope): give `lengths` to decode with a cache of "
-        f"{slots} slots"
-      )
-    if segments is not None:
-      mask_BLS = self_attention_mask(segments.queries, segments.keys)
-    # A token sees those up to itself, and is seen by those from itself on.
-    lengths = mask_BLS.sum(axis=2) + mask_BLS.sum(axis=1) - 1
-
-  def turn(rope):
-    if rope is None:
-      return None
-    return tables(
-      rope, positions_BL, at_least_float32(config.compute.dtype), lengths
-    )
-
-  if segments is not None:
-    return Context(
-      turn(config.rope), None, index, turn(config.local_rope), segments=segments
-    )
-  windowed = None
-  if config.window is not None:
-    windowed = window_mask(mask_BLS, config.window)[:, None]
-  return Context(
-    turn(config.rope),
-    mask_BLS[:, None],
-    index,
-    turn(config.local_rope),
-    windowed,
-  )
-
-
-def self_attention_mask(
-  query_segments_BL: Array, key_segments_BS: Array, first_slot: Array | int = 0
-) -> Array:
-  """Causal mask within segments, bool [B, L, S].
-
-  Query l sits at slot first_slot + l. Segment 0 is padding; it sees only
-  itself, so that no row of the softmax is empty.
-  """
-  L, S = query_segments_BL.shape[1], key_segments_BS.shape[1]
-  causal_LS = jnp.arange(S) <= first_slot + jnp.arange(L)[:, None]
-  same_BLS = query_segments_BL[:, :, None] == key_segments_BS[:, None, :]
-  return causal_LS & same_BLS
+  del x64  # part of the cache's key, since the default dtype follows it
+  return jax.eval_shape(lambda: _zeros(config))
 
 
 def embed(
@@ -197,12 +116,6 @@ def embed(
   )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _layer(config: ModelConfig, weights, x_BLD, context, cache, layer):
-  """One layer; all of a shape are traced once."""
-  return Block(config).apply({"params": weights}, x_BLD, context, cache, layer)
-
-
 def run_layers(
   params: dict,
   config: ModelConfig,
@@ -210,9 +123,9 @@ def run_layers(
   context: Context,
   start: int = 0,
   stop: int | None = None,
-  cache: dict | None = None,
-) -> tuple[Array, dict | None]:
-  """Layers start+1 .. stop (counting from 1) of the decoder.
+  cache: dict | tuple | None = None,
+) -> tuple[Array, dict | tuple | None]:
+  """Runs layers start+1 .. stop (counting from 1) of the decoder.
 
   Args:
     params: the decoder's tree.
@@ -229,73 +142,88 @@ def run_layers(
   """
   stop = config.num_layers if stop is None else stop
   if isinstance(params["layers"], tuple):
-    caches = list(cache or [None] * config.num_layers)
-    for i in range(start, stop):
-      x_BLD, caches[i] = _layer(
-        config, params["layers"][i], x_BLD, context, caches[i], i
-      )
-    return x_BLD, cache and tuple(caches)
-  whole = (start, stop) == (0, config.num_layers)
-  # The scan would copy all experts of a layer, where a step needs few.
-  whole = whole and not (config.num_experts and cache is not None)
+    return _run_unstacked(params, config, x_BLD, context, start, stop, cache)
+  # The gradient of indexing would add into the whole stack once per layer, so
+  # a scan over all layers slices the stack itself. But slicing some layers
+  # before the scan would copy them, so these are indexed inside; and so are
+  # experts in decoding, since the scan would copy all of a layer's, where a
+  # step needs few.
+  sliced = (start, stop) == (0, config.num_layers)
+  sliced = sliced and not (config.num_experts and cache is not None)
+  place = config.compute.place
 
-  def body(carry, scanned):
+  def run_layer(carry, scanned):
     x, cache = carry
     layer, weights = scanned
-    if weights is None:
-      weights = _of_layer(config, params["layers"], layer)
-    else:
+    if sliced:
       weights = _placed(config, weights)
-    y = Block(config).apply({"params": weights}, x, context, cache, layer)
-    if config.compute.place is not None:
-      y = config.compute.place.states(y[0]), y[1]
-    return y, None
+    else:
+      weights = _layer_weights(config, params["layers"], layer)
+    x, cache = Block(config).apply(
+      {"params": weights}, x, context, cache, layer
+    )
+    if place is not None:
+      x = place.states(x)
+    return (x, cache), None
 
-  # The gradient of indexing would add into the whole stack once per layer. But
-  # slicing the stack before the scan would copy it, so index inside then.
-  weights = params["layers"] if whole else None
-  policy = _saved(config.compute.remat, indexed=not whole)
+  policy = _remat_policy(config.compute.remat, sliced)
   if policy is not None:
-    body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    run_layer = jax.checkpoint(run_layer, policy=policy, prevent_cse=False)
   (x_BLD, cache), _ = jax.lax.scan(
-    body,
+    run_layer,
     (x_BLD, cache),
-    (jnp.arange(start, stop), weights),
+    (jnp.arange(start, stop), params["layers"] if sliced else None),
     unroll=min(config.compute.unroll, stop - start),
   )
   return x_BLD, cache
 
 
-def _saved(remat: str, indexed: bool) -> Callable | None:
-  """What the backward pass finds of a layer: a policy, None for everything.
+def _run_unstacked(params, config, x_BLD, context, start, stop, cache):
+  """`run_layers` of parameters and a cache from `unstack`, layer by layer."""
+  caches = [None] * config.num_layers if cache is None else list(cache)
+  for i in range(start, stop):
+    x_BLD, caches[i] = _layer(
+      config, params["layers"][i], x_BLD, context, caches[i], i
+    )
+  return x_BLD, None if cache is None else tuple(caches)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _layer(config: ModelConfig, weights, x_BLD, context, cache, layer):
+  """One layer, under jit: layers of equal shapes are traced once."""
+  return Block(config).apply({"params": weights}, x_BLD, context, cache, layer)
+
+
+def _remat_policy(remat: str, sliced: bool) -> Callable | None:
+  """Which values of a layer the backward pass finds; None for all of them.
 
   Weights that were indexed are never kept, which would copy the stack.
   """
   if remat == "full":
     return jax.checkpoint_policies.nothing_saveable
-  if remat == "dots" or (remat == "auto" and indexed):
+  if remat == "dots" or (remat == "auto" and not sliced):
     return jax.checkpoint_policies.dots_saveable
-  if not indexed:
+  if sliced:
     return None
-  cheap = ("dynamic_slice", "squeeze", "sharding_constraint",
-           "convert_element_type")  # fmt: skip
+  cheap = {"dynamic_slice", "squeeze", "sharding_constraint"}
+  cheap |= {"convert_element_type"}
   return lambda primitive, *_, **__: primitive.name not in cheap
 
 
-def _of_layer(config: ModelConfig, layers: dict, layer: Array) -> dict:
+def _layer_weights(config: ModelConfig, layers: dict, layer: Array) -> dict:
   """A layer's weights; experts stay stacked, `MoE` picks those it needs."""
 
-  def one(path, p):
+  def pick(path, leaf):
     if any(key.key == "experts" for key in path):
-      return p
-    return _placed_weight(config, path, p[layer])
+      return leaf
+    return _placed_weight(config, path, leaf[layer])
 
-  return jax.tree_util.tree_map_with_path(one, layers)
+  return jax.tree_util.tree_map_with_path(pick, layers)
 
 
 def _placed(config: ModelConfig, weights: dict, part: str = "layers") -> dict:
   return jax.tree_util.tree_map_with_path(
-    lambda path, p: _placed_weight(config, path, p, part), weights
+    lambda path, leaf: _placed_weight(config, path, leaf, part), weights
   )
 
 

@@ -17,7 +17,7 @@ from calm_jax.composition.connections import Composition
 from calm_jax.core import trees
 from calm_jax.core.batch import plain_sequence
 from calm_jax.core.errors import InputError
-from calm_jax.models import decoder
+from calm_jax.models import decoder, masks
 from calm_jax.text import tokenizer
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 7))
@@ -76,8 +76,8 @@ def hidden(model: calm_jax.LanguageModel, layers: int):
   """Hidden states of a single model after so many layers."""
   config, params = model.spec.anchor, model.params["anchor"]
   sequence = plain_sequence(jnp.asarray(TOKENS))
-  mask = decoder.self_attention_mask(sequence.segments, sequence.segments)
-  context = decoder.make_context(config, sequence.positions, mask)
+  mask = masks.self_attention_mask(sequence.segments, sequence.segments)
+  context = masks.make_context(config, sequence.positions, mask)
   x = decoder.embed(params, config, sequence.tokens, sequence.positions)
   return decoder.run_layers(params, config, x, context, 0, layers)[0], context
 

@@ -20,8 +20,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 
 from calm_jax.composition import forward
 from calm_jax.core.errors import InputError
-from calm_jax.models import attention, decoder
-from calm_jax.models.block import window_mask
+from calm_jax.models import attention, masks
+from calm_jax.models.masks import window_mask
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +65,11 @@ def for_cuda(function, *args) -> str:
   return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+def attend(q_BLNH, k_BSKH, v_BSKH, mask, **how):
+  keys_values = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+  return attention.attend(q_BLNH, [(*keys_values, mask)], **how)
+
+
 def inputs(heads: int, keys: int, width: int):
   random = np.random.default_rng(0)
   shapes = [(2, 200, n, width) for n in (heads, keys, keys, heads)]
@@ -81,17 +86,17 @@ def inputs(heads: int, keys: int, width: int):
 def test_splash_is_the_plain_path(heads, keys, width, window, cap, scale):
   """Grouped heads, odd widths, windows, caps, a length that needs padding."""
   (q, k, v, weights), segments = inputs(heads, keys, width)
-  mask = decoder.self_attention_mask(segments, segments)
+  mask = masks.self_attention_mask(segments, segments)
   if window is not None:
     mask = window_mask(mask, window)
 
   def plain(q, k, v):
-    out = attention.dot_product_attention(q, k, v, mask[:, None], scale, cap)
+    out = attend(q, k, v, mask[:, None], scale=scale, cap=cap)
     return (out * weights).sum(), out
 
   def kernel(q, k, v):
-    both = attention.Segments(segments, segments, None)
-    out = attention.splash(q, k, v, both, window, scale, cap)
+    both = attention.SegmentMask(segments, segments, None)
+    out = attend(q, k, v, both, window=window, scale=scale, cap=cap)
     return (out * weights).sum(), out
 
   def run(function):
@@ -108,7 +113,7 @@ def both(length: int, heads: int, keys: int, width: int, dtype: str):
   (q, k, v, weights), segments = inputs(heads, keys, width)
   q, k, v = (x[:, :length].astype(dtype) for x in (q, k, v))
   weights, segments = weights[:, :length], segments[:, :length]
-  mask = decoder.self_attention_mask(segments, segments)
+  mask = masks.self_attention_mask(segments, segments)
   mask = window_mask(mask, 33)[:, None]
   if length > 1:  # A query that sees nothing disturbs no other.
     mask, weights = mask.at[0, :, 5].set(False), weights.at[0, 5].set(0)
@@ -116,7 +121,7 @@ def both(length: int, heads: int, keys: int, width: int, dtype: str):
 
   def run(kernel):
     def loss(q, k, v):
-      out = attention.dot_product_attention(q, k, v, mask, 0.3, kernel=kernel)
+      out = attend(q, k, v, mask, scale=0.3, kernel=kernel)
       # What it gets is finite.
       return (out * weights).sum(), jnp.where(sees, out, 0 * out)
 
@@ -166,7 +171,7 @@ def test_jax_lets_cudnn_have_any_length(
   mask = jnp.ones((2, 1, length, length), bool)
 
   def out(q, k, v):
-    return attention.dot_product_attention(q, k, v, mask, kernel="cudnn")
+    return attend(q, k, v, mask, kernel="cudnn")
 
   def loss(*qkv):
     return out(*qkv).astype(jnp.float32).sum()

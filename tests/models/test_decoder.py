@@ -13,10 +13,10 @@ import pytest
 from golden import cases, options
 
 from calm_jax.core.errors import InputError
-from calm_jax.models import decoder
-from calm_jax.models.block import window_mask
+from calm_jax.models import decoder, masks
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.hf import families, loading
+from calm_jax.models.masks import window_mask
 from calm_jax.models.rope import Rope
 
 LENGTH = sum(cases.LENGTHS)
@@ -61,8 +61,8 @@ def test_golden_files_are_small():
 @functools.partial(jax.jit, static_argnames="config")
 def in_steps(params, config, sequence):
   """Logits, from layers that are run in three parts."""
-  mask = decoder.self_attention_mask(sequence.segments, sequence.segments)
-  context = decoder.make_context(config, sequence.positions, mask)
+  mask = masks.self_attention_mask(sequence.segments, sequence.segments)
+  context = masks.make_context(config, sequence.positions, mask)
   x = decoder.embed(params, config, sequence.tokens, sequence.positions)
   for start, stop in ((0, 1), (1, 3), (3, 4)):
     x, _ = decoder.run_layers(params, config, x, context, start, stop)
@@ -89,10 +89,8 @@ def test_unroll_changes_nothing():
 @functools.partial(jax.jit, static_argnames="config")
 def _cached(params, config, sequence, segments, cache, index, lengths):
   """One call with a cache; `segments` are those of all slots so far."""
-  mask = decoder.self_attention_mask(sequence.segments, segments, index)
-  context = decoder.make_context(
-    config, sequence.positions, mask, index, lengths
-  )
+  mask = masks.self_attention_mask(sequence.segments, segments, index)
+  context = masks.make_context(config, sequence.positions, mask, index, lengths)
   x = decoder.embed(params, config, sequence.tokens, sequence.positions)
   x, cache = decoder.run_layers(params, config, x, context, cache=cache)
   return decoder.logits(params, config, x), cache
@@ -154,7 +152,7 @@ def test_lengths_that_turn_keys_must_be_given_with_a_cache():
   def context(slots):
     mask = np.ones((1, 1, slots), bool)
     positions = np.zeros((1, 1), np.int32)
-    return decoder.make_context(config, positions, mask, jnp.int32(0))
+    return masks.make_context(config, positions, mask, jnp.int32(0))
 
   context(10)  # nothing is turned otherwise in as few slots
   with pytest.raises(InputError, match="lengths"):
@@ -163,7 +161,7 @@ def test_lengths_that_turn_keys_must_be_given_with_a_cache():
 
 def test_a_window_counts_keys_and_not_slots():
   segments = jnp.array([[1, 1, 0, 0, 1, 1, 2]])  # with a gap, as when decoding
-  mask = decoder.self_attention_mask(segments, segments)
+  mask = masks.self_attention_mask(segments, segments)
   np.testing.assert_array_equal(
     window_mask(mask, 2)[0],
     [
@@ -201,7 +199,7 @@ def test_learned_positions_end():
 
 def test_causal_within_segments():
   segments = jnp.array([[0, 1, 1, 2, 2]])
-  mask = decoder.self_attention_mask(segments, segments)[0]
+  mask = masks.self_attention_mask(segments, segments)[0]
   np.testing.assert_array_equal(
     mask,
     [

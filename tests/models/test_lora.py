@@ -15,7 +15,7 @@ from calm_jax.composition.connections import Composition
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError
 from calm_jax.generation import decode
-from calm_jax.models import decoder, lora
+from calm_jax.models import decoder, lora, masks
 from calm_jax.models.hf import export, loading
 from calm_jax.models.layers import Linear
 
@@ -125,11 +125,11 @@ def test_a_base_in_bfloat16_keeps_its_dtype():
 
 def test_in_steps_and_while_generating():
   config, _, params = adapted()
-  mask = decoder.self_attention_mask(SEQUENCE.segments, SEQUENCE.segments)
+  mask = masks.self_attention_mask(SEQUENCE.segments, SEQUENCE.segments)
 
   @jax.jit
   def in_steps(params):
-    context = decoder.make_context(config, SEQUENCE.positions, mask)
+    context = masks.make_context(config, SEQUENCE.positions, mask)
     x = decoder.embed(params, config, SEQUENCE.tokens, SEQUENCE.positions)
     for start, stop in ((0, 1), (1, 4)):
       x, _ = decoder.run_layers(params, config, x, context, start, stop)

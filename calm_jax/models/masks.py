@@ -1,0 +1,152 @@
+"""Masks and rotary positions of a sequence, computed once for all layers.
+
+B batch, L query length, S key length, R features rotated.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from calm_jax.core.errors import InputError
+from calm_jax.models.attention import SegmentMask
+from calm_jax.models.config import ModelConfig
+from calm_jax.models.layers import at_least_float32
+from calm_jax.models.rope import tables
+
+Array = jax.Array
+
+
+class Context(NamedTuple):
+  """Positions and masks of a sequence, which every layer reads.
+
+  Attributes:
+    rope: (cos, sin), each float32 or more [B, L, 1, R/2]; None without rope.
+    mask: bool [B, 1, L, S], True where query l may read key s; or a
+      `SegmentMask` for a kernel that reads those.
+    index: int32 [], the cache's slot of the first query; None without a cache.
+    local_rope: `rope` of layers with a window; None where it is the same.
+    window_mask: `mask` of layers with a window; None for a `SegmentMask` or
+      without such layers.
+  """
+
+  rope: tuple[Array, Array] | None
+  mask: Array | SegmentMask
+  index: Array | None = None
+  local_rope: tuple[Array, Array] | None = None
+  window_mask: Array | None = None
+
+
+def make_context(
+  config: ModelConfig,
+  positions_BL: Array,
+  mask_BLS: Array | SegmentMask,
+  index: Array | None = None,
+  lengths: Array | None = None,
+) -> Context:
+  """Computes the positions and masks that every layer reads.
+
+  Args:
+    config: the architecture.
+    positions_BL: of each token in its sequence, from 0.
+    mask_BLS: bool [B, L, S] from `self_attention_mask`, from which windows are
+      derived; or a `SegmentMask`, if the config's kernel reads those.
+    index: int32 [], the cache's slot of the first token; None without one.
+    lengths: [B] or [B, L], tokens in the whole sequence, for rotary scalings
+      that depend on it; see `rope.tables`. Without a cache the mask tells.
+
+  Raises:
+    InputError: such a scaling, and a cache of more slots than it leaves
+      alone, and no lengths: how keys in the cache were turned is not known.
+  """
+  segments = mask_BLS if isinstance(mask_BLS, SegmentMask) else None
+  slots = mask_BLS.shape[2] if segments is None else segments.keys.shape[1]
+  ropes = [r for r in (config.rope, config.local_rope) if r is not None]
+  by_length = any(
+    r.kind in ("dynamic", "longrope") and slots > r.original_length
+    for r in ropes
+  )
+  if lengths is None and by_length:
+    if index is not None:
+      raise InputError(
+        "rotary positions that depend on the length of the whole sequence "
+        "(dynamic, longrope): give `lengths` to decode with a cache of "
+        f"{slots} slots"
+      )
+    pairs_BLS = mask_BLS
+    if segments is not None:
+      pairs_BLS = self_attention_mask(segments.queries, segments.keys)
+    # A token sees those up to itself, and is seen by those from itself on.
+    lengths = pairs_BLS.sum(axis=2) + pairs_BLS.sum(axis=1) - 1
+  dtype = at_least_float32(config.compute.dtype)
+  rope, local_rope = (
+    None if r is None else tables(r, positions_BL, dtype, lengths)
+    for r in (config.rope, config.local_rope)
+  )
+  mask, windowed = mask_BLS, None
+  if segments is None:
+    if config.window is not None:
+      windowed = window_mask(mask_BLS, config.window)[:, None]
+    mask = mask_BLS[:, None]
+  return Context(rope, mask, index, local_rope, windowed)
+
+
+def self_attention_mask(
+  query_segments_BL: Array, key_segments_BS: Array, first_slot: Array | int = 0
+) -> Array:
+  """Causal mask within segments, bool [B, L, S].
+
+  Query l sits at slot first_slot + l. Segment 0 is padding; it sees only
+  itself, so that no row of the softmax is empty.
+  """
+  L, S = query_segments_BL.shape[1], key_segments_BS.shape[1]
+  causal_LS = jnp.arange(S) <= first_slot + jnp.arange(L)[:, None]
+  same_BLS = query_segments_BL[:, :, None] == key_segments_BS[:, None, :]
+  return causal_LS & same_BLS
+
+
+def window_mask(mask_BLS: Array, window: int) -> Array:
+  """Restricts a mask to the latest `window` keys of each query.
+
+  Keys are counted, not slots, so that slots left empty (padding between a
+  prompt and its continuation) take up no part of the window.
+  """
+  through_BLS = jnp.cumsum(mask_BLS, axis=-1, dtype=jnp.int32)
+  return mask_BLS & (through_BLS > through_BLS[..., -1:] - window)
+
+
+def is_among(
+  config: ModelConfig, layers: tuple[int, ...], layer: Array
+) -> Array:
+  """Returns whether a traced layer, from 0, is one of `layers`: bool []."""
+  return jnp.asarray(np.isin(np.arange(config.num_layers), layers))[layer]
+
+
+def at_layer(config: ModelConfig, context: Context, layer: Array):
+  """Returns the (cos, sin) or None, and the mask, of one layer.
+
+  Layers differ by `where` on a traced index, and not in their program, so that
+  one body is compiled whatever the depth.
+  """
+
+  def choose(chosen, a, b):
+    return jax.tree.map(lambda x, y: jnp.where(chosen, x, y), a, b)
+
+  rope, mask = context.rope, context.mask
+  if config.window is not None:
+    local_rope = context.local_rope or rope
+    local_mask = mask if context.window_mask is None else context.window_mask
+    if config.full_layers:
+      is_full = is_among(config, config.full_layers, layer)
+      rope = choose(is_full, rope, local_rope)
+      if context.window_mask is not None:
+        mask = choose(is_full, mask, local_mask)
+    else:
+      rope, mask = local_rope, local_mask
+  if config.nope_layers and rope is not None:
+    still = (jnp.ones_like(rope[0]), jnp.zeros_like(rope[1]))
+    rope = choose(is_among(config, config.nope_layers, layer), still, rope)
+  return rope, mask
