@@ -311,7 +311,7 @@ def test_shapes_of_published_models_and_their_errors(tmp_path):
   assert counts == [27_227_128_320, 2_614_341_888]
   with pytest.raises(InputError, match="is none of"):
     shapes.job(settings, "nothing")
-  with pytest.raises(InputError, match="is missing"):
+  with pytest.raises(InputError, match="no such file"):
     shapes.job(dataclasses.replace(settings, anchor=str(tmp_path / "no.json")))
   with pytest.raises(InputError, match="vocabulary is not known"):
     shapes.job(
