@@ -12,7 +12,7 @@ import tiny
 import calm_jax
 from calm_jax import train
 from calm_jax.core.errors import InputError
-from calm_jax.training import checkpoint, step, trainer
+from calm_jax.training import checkpoint, run_identity, step, trainer
 from calm_jax.training.metrics import read_metrics
 from configs import kv
 
@@ -154,7 +154,7 @@ def test_a_second_composition_of_the_same_models(finished, monkeypatch):
   run_stage = trainer.run_stage
 
   def watched(name, stage, spec, params, *args, **kwargs):
-    done = checkpoint.is_complete(args[2])
+    done = run_identity.completion(args[2])
     trained.append((name, done is not None))
     return run_stage(name, stage, spec, params, *args, **kwargs)
 
@@ -177,7 +177,7 @@ def test_a_second_composition_of_the_same_models(finished, monkeypatch):
   assert other["answer"] == "direct"
   # The models that it composes are those of the other composition.
   frozen = [
-    checkpoint.is_complete(workdir / name)["meta"]["frozen"]
+    run_identity.completion(workdir / name)["identity"]["frozen"]
     for name in ("compose", "compose_direct")
   ]
   assert frozen[0] == frozen[1]

@@ -16,21 +16,14 @@ from typing import Any
 from calm_jax.core.errors import InputError
 
 
-def write_atomically(path: os.PathLike, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
   """Writes a file completely or not at all, even if the process is killed.
 
-  Args:
-    path: a local path, or an `epath.Path` of an object store; folders above it
-      are made if absent.
-    content: bytes, or text, which is written as UTF-8.
+  Text is written as UTF-8; folders above the file are made if absent.
   """
   if isinstance(content, str):
     content = content.encode()
   path.parent.mkdir(parents=True, exist_ok=True)
-  if "://" in os.fspath(path):
-    # An object store has no rename, and its writes are atomic themselves.
-    path.write_bytes(content)
-    return
   temporary = path.with_name(path.name + ".tmp")
   with open(temporary, "wb") as file:
     file.write(content)
@@ -39,14 +32,10 @@ def write_atomically(path: os.PathLike, content: str | bytes) -> None:
   os.replace(temporary, path)
 
 
-def sha256(path: os.PathLike) -> str:
+def sha256(path: Path) -> str:
   """Returns the sha256 (hex) of a file, as the Hugging Face hub shows it."""
-  digest = hashlib.sha256()
-  # Not hashlib.file_digest: files of an object store may lack `readinto`.
   with path.open("rb") as file:
-    while chunk := file.read(1 << 22):
-      digest.update(chunk)
-  return digest.hexdigest()
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # JSON has no number for these; `float` reads all three.
@@ -82,7 +71,7 @@ def number_from_json(value: Any) -> Any:
   return float(value) if is_number else value
 
 
-def write_json(path: os.PathLike, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
   """Writes `to_json(value)` atomically; what JSON does not know as its str."""
   text = json.dumps(
     to_json(value), indent=2, ensure_ascii=False, allow_nan=False, default=str
@@ -90,13 +79,12 @@ def write_json(path: os.PathLike, value: Any) -> None:
   write_atomically(path, text + "\n")
 
 
-def read_json(path: os.PathLike) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
   """Reads a JSON object.
 
   Raises:
     InputError: the file cannot be read, or holds anything else.
   """
-  path = Path(path)
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError as error:
@@ -108,19 +96,14 @@ def read_json(path: os.PathLike) -> dict[str, Any]:
   return value
 
 
-def write_json_lines(
-  path: os.PathLike, records: Sequence[Mapping[str, Any]]
-) -> None:
+def write_json_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
   """Writes one JSON object a line, atomically."""
   lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
   write_atomically(path, "".join(lines))
 
 
 def read_json_lines(
-  path: os.PathLike,
-  fields: Sequence[str] = (),
-  *,
-  drop_unfinished: bool = False,
+  path: Path, fields: Sequence[str] = (), *, drop_unfinished: bool = False
 ) -> Iterator[tuple[int, dict[str, Any]]]:
   """Reads one JSON object a line; blank lines are passed over.
 
@@ -152,7 +135,7 @@ def read_json_lines(
     yield number, record
 
 
-def read_lines(path: os.PathLike) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
   """Yields (number from 1, line) of a file; see `decode_line`.
 
   Lines are split as bytes: str.splitlines also splits at U+2028.
@@ -160,7 +143,6 @@ def read_lines(path: os.PathLike) -> Iterator[tuple[int, bytes]]:
   Raises:
     InputError: the file does not exist.
   """
-  path = Path(path)
   if not path.exists() or path.is_dir():
     raise InputError(f"{path}: no such file")
   with path.open("rb") as file:

@@ -3,46 +3,39 @@
 A step on disk holds three items: `state` (a pytree of arrays), `data` (the
 data iterator's state, JSON) and `meta` (what the run depends on, JSON). The
 state is stored as nested dicts under the names of its leaves, so that what is
-on disk does not depend on optax's NamedTuples, and a mismatch can be told by
-name. All files have checksums, which are verified before they are read.
+on disk does not depend on optax's NamedTuples, and an error can name the leaves
+that do not match. See `checkpoint_integrity` for the checksums.
 """
+
+from __future__ import annotations
 
 import contextlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
-from calm_jax.core import trees
-from calm_jax.core.errors import (
-  InputError,
-  LostProcess,
-  Preempted,
-  StorageError,
-)
-from calm_jax.training import (
-  checkpoint_files,
-  checkpoint_leaves,
-  checkpoint_steps,
-)
+from calm_jax.core import errors, trees
+from calm_jax.training import checkpoint_integrity
 
 PyTree = Any
 
-_COMPLETE = "complete.json"
 _DELETED = ".deleted"
+_LOSS = "loss"  # The name under which a step's loss is on disk.
 
 
 class Checkpoints:
-  """The checkpoints of one run in one directory.
+  """The checkpoints of one run, used by all its processes together.
 
-  All processes of a run make one and call its methods together. A context
-  manager: leaving it waits for the save in flight.
+  A context manager: leaving it waits for the save in flight.
   """
 
   def __init__(
@@ -51,43 +44,36 @@ class Checkpoints:
     *,
     keep_last: int = 2,
     keep_best: int = 0,
-    best_metric: str = "loss",
   ):
     """Opens a directory for writing and cleans what a killed process left.
 
-    The newest step is a good one from then on: one that is damaged is renamed
-    to `<step>.corrupt`, which is told on standard error.
+    A damaged newest step is renamed to `<step>.corrupt`, with a warning.
 
     Args:
       directory: made if absent; one run at a time may write to it.
       keep_last: how many of the newest checkpoints to keep, at least 1.
-      keep_best: how many of the best to keep besides, among those saved with
-        metrics.
-      best_metric: the metric they are ranked by; lower is better.
+      keep_best: how many to keep besides, of those with the lowest loss.
 
     Raises:
-      InputError: keep_last or keep_best is out of range.
-      StorageError: each step that there is is damaged.
+      StorageError: there are steps, and each is damaged.
     """
     if keep_last < 1 or keep_best < 0:
-      raise InputError(
-        f"keep_last must be at least 1 and keep_best at least 0, got"
-        f" {keep_last} and {keep_best}"
+      raise errors.InputError(
+        f"{keep_last=} must be at least 1, and {keep_best=} at least 0"
       )
-    self._directory = epath.Path(directory).absolute()
-    checkpoint_steps.recover(self._directory)
-    self._best_metric = best_metric
+    self._directory = Path(directory).absolute()
+    checkpoint_integrity.recover(self._directory)
     best = managers.BestN(
-      get_metric_fn=self._rank,
+      get_metric_fn=_rank,
       reverse=True,
       n=keep_best,
       keep_checkpoints_without_metrics=False,
     )
-    self._manager = checkpoint_steps.manager(
+    self._manager = _manager(
       self._directory,
       cleanup_tmp_directories=True,
       # Orbax stores the metrics only if it is told how to rank them.
-      best_fn=self._rank if keep_best else None,
+      best_fn=_rank if keep_best else None,
       best_mode="min",
       preservation_policy=managers.AnyPreservationPolicy(
         [managers.LatestN(keep_last), best]
@@ -99,7 +85,7 @@ class Checkpoints:
       async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
     )
     self._saving: int | None = None
-    self._sweep()
+    self._remove_deleted()
 
   def save(
     self,
@@ -107,58 +93,40 @@ class Checkpoints:
     state: PyTree,
     data: Any,
     meta: Any,
-    metrics: Mapping[str, float] | None = None,
-  ) -> bool:
+    loss: float | None = None,
+  ) -> None:
     """Starts a save; the arrays may be donated as soon as this returns.
-
-    An error in an earlier save that ran in the background is raised here, or
-    by `wait` or `close`.
 
     Args:
       step: must be greater than every step saved so far.
       state: pytree of arrays, with the key "trainable" if
         `restore_trainable` is to work.
-      data: JSON, the same on all processes.
-      meta: JSON, the same on all processes.
-      metrics: makes the step a candidate for the best; not stored when
-        keep_best is 0.
-
-    Returns:
-      False if this step is the latest and saved already, in which case nothing
-      is written.
+      data, meta: JSON, the same on all processes.
+      loss: makes the step a candidate for the best; stored if any are kept.
 
     Raises:
-      InputError: a later step is saved already, or `metrics` lacks the metric
-        that checkpoints are ranked by.
-      StorageError: this save or the one before failed; earlier ones are kept.
+      InputError: this step or a later one is saved already.
+      StorageError: this save or the one before failed (`wait` and `close` raise
+        it too); earlier ones are kept.
       LostProcess: other processes do not take part.
     """
     latest = self.latest()
-    if latest == step:
-      return False
-    if latest is not None and latest > step:
-      raise InputError(
-        f"{self._directory} has step {latest} already, which is after step"
-        f" {step}: resume from it or write to another directory"
+    if latest is not None and latest >= step:
+      raise errors.InputError(
+        f"{self._directory} has step {latest}, and step {step} is to be saved: "
+        "resume from it or write to another directory"
       )
-    if metrics is not None and self._best_metric not in metrics:
-      raise InputError(
-        f"metrics {sorted(metrics)} lack {self._best_metric!r}, by which the"
-        " best checkpoint is chosen"
-      )
-    self._sweep()
+    self._remove_deleted()
     args = ocp.args.Composite(
-      state=ocp.args.PyTreeSave(
-        trees.unflatten(checkpoint_leaves.by_name(state))
-      ),
+      state=ocp.args.PyTreeSave(_nested(state)),
       data=ocp.args.JsonSave(_json_copy(data)),
       meta=ocp.args.JsonSave(_json_copy(meta)),
     )
     # Empty ranks last; None would make Orbax warn at every save.
-    metrics = {k: float(v) for k, v in (metrics or {}).items()}
+    metrics = {} if loss is None else {_LOSS: float(loss)}
     self._saving = step
-    with self._storing():
-      return self._manager.save(step, args=args, metrics=metrics, force=True)
+    with self._storage_errors():
+      self._manager.save(step, args=args, metrics=metrics, force=True)
 
   def check(self) -> None:
     """Raises the error of a save that has failed by now; does not wait."""
@@ -167,100 +135,74 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Blocks until the save in flight is complete; raises as `save`."""
-    with self._storing():
+    with self._storage_errors():
       self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits for the save in flight and releases the threads."""
-    with self._storing():
+    with self._storage_errors():
       self._manager.close()
-    self._sweep()
+    self._remove_deleted()
 
   def latest(self) -> int | None:
     """Returns the newest complete step; waits for one in flight."""
     self.wait()
     return self._manager.latest_step()
 
-  def best(self) -> int | None:
-    """Returns the complete step with the lowest metric, None without one."""
-    self.wait()
-    return checkpoint_steps.best(self._manager, self._best_metric)
+  def restore_meta(self) -> Any:
+    """Restores `meta` of the newest step, None if there is no step."""
+    step = self.latest()
+    if step is None:
+      return None
+    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    return self._manager.restore(step, args=args).meta
 
-  def steps(self) -> list[int]:
-    """Returns the complete steps on disk, ascending."""
-    self.wait()
-    return sorted(self._manager.all_steps())
-
-  def restore(
-    self, abstract_state: PyTree, step: int | None = None
-  ) -> tuple[PyTree, Any, Any]:
-    """Restores a step into the structure, dtypes and shardings given.
+  def restore(self, abstract_state: PyTree) -> tuple[PyTree, Any]:
+    """Restores (state, data) of the newest step.
 
     Args:
       abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings, or of
-        arrays. A leaf without a sharding goes to the default device; numpy
-        arrays are restored as such.
-      step: the latest if None.
-
-    Returns:
-      (state, data, meta).
+        arrays, whose structure, dtypes and shardings the state gets. A leaf
+        without a sharding goes to the default device.
 
     Raises:
-      InputError: there is no such step, or its leaves are not those of
-        `abstract_state`.
-      StorageError: the step is damaged.
+      InputError: there is no step, or its leaves are not the same.
     """
-    self.wait()
+    step = self.latest()
     if step is None:
-      step = checkpoint_steps.find_step(self._manager, None)
-    else:
-      step = checkpoint_steps.good_step(self._manager, step)
-    want = checkpoint_leaves.by_name(abstract_state)
-    saved = self._manager.item_metadata(step).state.tree
-    nested = trees.unflatten(want)
-    trees.check_same_structure(
-      saved, nested, f"the checkpoint {self._directory / str(step)}"
+      raise errors.InputError(f"no complete checkpoint in {self._directory}")
+    restored = _restore(self._manager, step, _nested(abstract_state))
+    leaves = trees.flatten(restored.state)
+    state = jax.tree_util.tree_map_with_path(
+      lambda path, _: leaves[_leaf_name(path)], abstract_state
     )
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeRestore(
-          nested,
-          restore_args=jax.tree.map(checkpoint_leaves.restore_args, nested),
-        ),
-        data=ocp.args.JsonRestore(),
-        meta=ocp.args.JsonRestore(),
-      ),
-    )
-    state = checkpoint_leaves.like(
-      abstract_state, trees.flatten(restored.state)
-    )
-    return state, restored.data, restored.meta
+    return state, restored.data
 
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, kind, *_) -> None:
-    if jax.process_count() > 1 and kind and not issubclass(kind, Preempted):
+    is_fault = kind is not None and not issubclass(kind, errors.Preempted)
+    if jax.process_count() > 1 and is_fault:
       return  # The others may be gone, and a save ends with theirs only.
     self.close()
 
   @contextlib.contextmanager
-  def _storing(self) -> Iterator[None]:
-    """Tells of a failure to write which step is still good."""
+  def _storage_errors(self) -> Iterator[None]:
+    """Turns failures to write into errors that name the last good step."""
     try:
       yield
     except jax.errors.JaxRuntimeError:
       raise
     except TimeoutError as error:
-      raise LostProcess(
+      raise errors.LostProcess(
         f"step {self._saving} in {self._directory} was not saved, since other "
         f"processes did not take part: {error}"
       ) from error
     except Exception as error:
       # Tensorstore raises ValueError where the disk is full.
       kept = ocp.utils.checkpoint_steps(self._directory)
-      raise StorageError(
+      raise errors.StorageError(
         f"step {self._saving} was not saved in {self._directory}: {error}\n"
         f"the last good checkpoint there is step {max(kept, default=None)}; "
         "see that there is space and that it can be written to, and start "
@@ -268,23 +210,12 @@ class Checkpoints:
       ) from error
 
   def _seal(self) -> None:
-    # Orbax does not say which folder it is about to rename.
-    name = str(self._saving)
-    [step] = [
-      path
-      for path in self._directory.iterdir()
-      if path.name == name or path.name.startswith(f"{name}.orbax-checkpoint")
-    ]
-    checkpoint_files.seal(step)
+    name = f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}"
+    checkpoint_integrity.seal(self._directory / name)
 
-  def _rank(self, metrics: Mapping[str, float]) -> float:
-    return checkpoint_steps.finite_or_worst(
-      metrics.get(self._best_metric, math.inf)
-    )
-
-  def _sweep(self) -> None:
+  def _remove_deleted(self) -> None:
     if jax.process_index() == 0:
-      (self._directory / _DELETED).rmtree(missing_ok=True)
+      shutil.rmtree(self._directory / _DELETED, ignore_errors=True)
 
 
 def restore_trainable(
@@ -292,102 +223,137 @@ def restore_trainable(
   step: int | str | None = None,
   *,
   abstract: PyTree | None = None,
-  best_metric: str = "loss",
 ) -> tuple[dict[str, Any], Any]:
-  """Restores what was trained, without the optimizer's state.
-
-  Reads only; a run may be writing to the directory.
+  """Restores (trainable leaves, meta); a run may be writing to the directory.
 
   Args:
     directory: of `Checkpoints`.
-    step: a step, "best", or None for the latest that is not damaged.
-    abstract: nested dict of `jax.ShapeDtypeStruct` with shardings, or of
-      arrays, to restore into. None gives numpy arrays.
-    best_metric: what "best" means; lower is better.
-
-  Returns:
-    (trainable, meta), trainable a nested dict.
+    step: a step, "best" for the lowest loss, or None for the newest intact one.
+    abstract: nested dict of leaves as `Checkpoints.restore` takes them; None
+      gives numpy arrays.
 
   Raises:
-    InputError: the directory holds no such step, or its trainable leaves are
-      not those of `abstract`.
+    InputError: there is no such step, or its leaves are not the same.
     StorageError: the step, or each that there is, is damaged.
   """
-  path = epath.Path(directory).absolute()
+  path = Path(directory).absolute()
   if not path.exists():
-    raise InputError(f"no checkpoint directory at {path}")
-  manager = checkpoint_steps.manager(path, create=False)
+    raise errors.InputError(f"no checkpoint directory at {path}")
+  manager = _manager(path, create=False)
   try:
     if step == "best":
-      step = checkpoint_steps.best(manager, best_metric)
-      if step is None:
-        raise InputError(f"no checkpoint in {path} has {best_metric!r}")
-    step = checkpoint_steps.good_step(manager, step)
-    saved = manager.item_metadata(step).state.tree.get("trainable", {})
-    want = saved if abstract is None else abstract
-    trees.check_same_structure(
-      saved, want, f"the checkpoint {path / str(step)}"
-    )
-    restored = manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeRestore(
-          {"trainable": want},
-          restore_args={
-            "trainable": jax.tree.map(checkpoint_leaves.restore_args, want)
-          },
-          partial_restore=True,
-        ),
-        meta=ocp.args.JsonRestore(),
-      ),
-    )
+      step = _best_step(manager)
+    step = _intact_step(manager, path, step)
+    want = None if abstract is None else {"trainable": abstract}
+    restored = _restore(manager, step, want, only="trainable")
   finally:
     manager.close()
   return restored.state["trainable"], restored.meta
 
 
-def mark_complete(
-  directory: str | os.PathLike, info: Mapping[str, Any]
-) -> None:
-  """Records `info` (JSON) as the mark of a finished run; atomic."""
-  if jax.process_index() != 0:
-    return
-  path = epath.Path(directory) / _COMPLETE
-  path.parent.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(dict(info), indent=2, sort_keys=True) + "\n"
-  if "://" in os.fspath(path):
-    # An object store has no rename, and writes an object whole or not at all.
-    path.write_text(text)
-    return
-  temporary = path.with_name(_COMPLETE + ".tmp")
-  with open(temporary, "w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+def _manager(directory: Path, **options) -> ocp.CheckpointManager:
+  registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+  arrays = ocp.handlers.PyTreeCheckpointHandler()
+  registry.add("state", ocp.args.PyTreeSave, arrays)
+  registry.add("state", ocp.args.PyTreeRestore, arrays)
+  for item in ("data", "meta"):
+    handler = ocp.handlers.JsonCheckpointHandler()
+    registry.add(item, ocp.args.JsonSave, handler)
+    registry.add(item, ocp.args.JsonRestore, handler)
+  return ocp.CheckpointManager(
+    directory,
+    options=ocp.CheckpointManagerOptions(**options),
+    handler_registry=registry,
+  )
 
 
-def unmark(directory: str | os.PathLike) -> None:
-  """Forgets that a run was finished."""
-  if jax.process_index() == 0:
-    (epath.Path(directory) / _COMPLETE).unlink(missing_ok=True)
+def _restore(
+  manager: ocp.CheckpointManager, step: int, want: PyTree, only: str = ""
+) -> ocp.args.Composite:
+  """Reads a step into the leaves `want`, or as numpy arrays if it is None.
 
-
-def is_complete(directory: str | os.PathLike) -> dict[str, Any] | None:
-  """Returns what `mark_complete` recorded, None if the run is unfinished.
-
-  Raises:
-    StorageError: the mark is damaged.
+  Of the state only the part `only` is read, if it is not empty.
   """
-  path = epath.Path(directory) / _COMPLETE
-  if not path.exists():
-    return None
+  saved = manager.item_metadata(step).state.tree
+  if only:
+    saved = {only: saved.get(only, {})}
+  want = saved if want is None else want
+  path = manager.directory / str(step)
+  trees.check_same_structure(saved, want, f"the checkpoint {path}")
+  return manager.restore(
+    step,
+    args=ocp.args.Composite(
+      state=ocp.args.PyTreeRestore(
+        want,
+        restore_args=jax.tree.map(_restore_args, want),
+        partial_restore=bool(only),
+      ),
+      data=ocp.args.JsonRestore(),
+      meta=ocp.args.JsonRestore(),
+    ),
+  )
+
+
+def _restore_args(leaf: Any) -> ocp.RestoreArgs:
+  if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+    return ocp.RestoreArgs(restore_type=np.ndarray)
+  default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  sharding = leaf.sharding or default
+  return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape)
+
+
+def _intact_step(
+  manager: ocp.CheckpointManager, directory: Path, step: int | None
+) -> int:
+  """The step that is asked for, or the newest intact one."""
+  steps = sorted(manager.all_steps())
+  if not steps:
+    raise errors.InputError(f"no complete checkpoint in {directory}")
+  if step is not None and step not in steps:
+    raise errors.InputError(
+      f"no complete checkpoint of step {step} in {directory}; there are {steps}"
+    )
+  asked = steps if step is None else [step]
+  intact, damage = checkpoint_integrity.newest_intact(directory, asked)
+  for what in damage.values():
+    checkpoint_integrity.warn(f"{what}; step {intact} is used")
+  return intact
+
+
+def _best_step(manager: ocp.CheckpointManager) -> int:
   try:
-    return json.loads(path.read_text())
+    metrics = {step: manager.metrics(step) for step in manager.all_steps()}
   except ValueError as error:
-    raise StorageError(
-      f"{path} is damaged: {error}; remove it, and the stage is looked at again"
+    raise errors.StorageError(
+      f"the metrics of a step in {manager.directory} are damaged: {error}"
     ) from error
+  ranks = {step: _rank(values) for step, values in metrics.items() if values}
+  if not ranks:
+    raise errors.InputError(f"no checkpoint in {manager.directory} has a loss")
+  return min(sorted(ranks, reverse=True), key=ranks.get)
+
+
+def _rank(metrics: Mapping[str, float]) -> float:
+  loss = metrics.get(_LOSS, math.inf)
+  # NaN compares false with everything and would make the order arbitrary.
+  return loss if math.isfinite(loss) else math.inf
+
+
+def _nested(state: PyTree) -> dict[str, Any]:
+  """The leaves of any pytree as nested dicts, by their names."""
+  leaves: dict[str, Any] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    name = _leaf_name(path)
+    if name in leaves:
+      raise ValueError(f"two leaves are called {name!r}")
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+      raise TypeError(f"leaf {name!r} is a {type(leaf).__name__}, not an array")
+    leaves[name] = leaf
+  return trees.unflatten(leaves)
+
+
+def _leaf_name(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _json_copy(value: Any) -> Any:

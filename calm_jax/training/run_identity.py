@@ -1,37 +1,58 @@
-"""What a run is, so that no other run goes on where it stopped."""
+"""Run identity: refuses to resume a run of other settings, data or models.
+
+It is saved with each checkpoint and in `complete.json`, the mark of a finished
+stage.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from calm_jax.composition import forward
+from calm_jax.composition.connections import Composition
 from calm_jax.core import files, trees
-from calm_jax.core.errors import InputError
-from calm_jax.models.config import Compute
+from calm_jax.core.errors import InputError, StorageError
+from calm_jax.models.config import ModelConfig
 from calm_jax.parallel import processes
+from calm_jax.training.stage import Stage
+
+_FORMAT = 2  # Changes when runs of earlier versions cannot be resumed.
+# How often something is written changes no weight, and what augmenting_length
+# changes is in the fingerprint of the data.
+_NOT_IDENTITY = (
+  "log_every", "checkpoint_every", "eval_every", "keep_last", "keep_best",
+  "augmenting_length",
+)  # fmt: skip
 
 
-def describe(stage, spec, params, frozen, origins, seed, source) -> dict:
-  """What a checkpoint depends on besides the saved leaves; JSON."""
+def describe(
+  stage: Stage,
+  spec: Composition,
+  params: trees.Tree,
+  frozen: trees.Tree,
+  origins: Mapping[str, str],
+  seed: int,
+  fingerprint: str,
+) -> dict[str, Any]:
+  """Everything that the trained leaves depend on, as JSON.
+
+  Args:
+    params: the whole tree.
+    frozen: its leaves that are not trained; each model's are hashed.
+    origins: where each frozen model came from, by "anchor" or
+      "augmenting/<name>".
+    seed: of the run.
+    fingerprint: of the data.
+  """
+  settings = dataclasses.asdict(stage)
+  for name in _NOT_IDENTITY:
+    del settings[name]
   part, _ = forward.alone(spec, params, stage.model)
-  # A run may be resumed with another kernel, remat, loss chunk or mesh, but not
-  # in another dtype or with another number of unrolled layers.
-  default = Compute()
-  resumable = ("attention", "remat", "loss_chunk", "place")
-  part = part.with_compute(
-    lambda _: {name: getattr(default, name) for name in resumable}
-  )
-  settings = dataclasses.asdict(stage) | {
-    "seed": seed, "source": source.fingerprint, "spec": repr(part)
-  }  # fmt: skip
-  # How often something is written changes no weight, and what
-  # augmenting_length changes is in the source.
-  for key in (
-    "log_every", "checkpoint_every", "eval_every", "keep_last", "keep_best",
-    "augmenting_length",
-  ):  # fmt: skip
-    del settings[key]
   models = {}
   for name in ["anchor", *(f"augmenting/{n}" for n in params["augmenting"])]:
     leaves = {
@@ -44,18 +65,84 @@ def describe(stage, spec, params, frozen, origins, seed, source) -> dict:
         "origin": origins.get(name, "trained by this run"),
         "sha256": trees.fingerprint(leaves, processes.fetch),
       }
-  return {"frozen": models, "settings": settings}
+  settings |= {"seed": seed, "source": fingerprint, "spec": _architecture(part)}
+  return files.to_json(
+    {"format": _FORMAT, "frozen": models, "settings": settings}
+  )
 
 
 def check(saved: dict, current: dict, directory: Path) -> None:
-  """Raises InputError unless a directory holds the run that is asked for."""
-  # JSON has no tuples.
-  old, new = (trees.flatten(files.to_json(x), ".") for x in (saved, current))
-  odd = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-  if odd:
-    lines = [f"  {k}: was {old.get(k)}, is {new.get(k)}" for k in odd]
+  """Compares the identity in a directory with that of the run asked for.
+
+  Raises:
+    InputError: they differ, or the directory is of an earlier version.
+  """
+  if saved.get("format") != _FORMAT:
+    raise InputError(
+      f"{directory} holds a run of another version of calm_jax, which this "
+      "version cannot resume: choose another --config.workdir, remove that "
+      "folder, or end the run with the version that began it"
+    )
+  old, new = (trees.flatten(identity, ".") for identity in (saved, current))
+  differ = sorted(k for k in old | new if old.get(k) != new.get(k))
+  if differ:
+    lines = [f"  {k}: was {old.get(k)}, is {new.get(k)}" for k in differ]
     raise InputError(
       f"{directory} holds a run that differs in\n"
       + "\n".join(lines)
       + "\nchoose another --config.workdir, or remove that folder"
     )
+
+
+def mark_complete(
+  directory: Path, step: int, seconds: float, identity: dict
+) -> None:
+  """Marks a stage as finished, once its last step is saved."""
+  if jax.process_index() == 0:
+    mark = {"step": step, "seconds": seconds, "identity": identity}
+    files.write_json(directory / "complete.json", mark)
+
+
+def remove_mark(directory: Path) -> None:
+  """Undoes `mark_complete`."""
+  if jax.process_index() == 0:
+    (directory / "complete.json").unlink(missing_ok=True)
+
+
+def completion(directory: Path) -> dict[str, Any] | None:
+  """What `mark_complete` wrote; None for a stage that is not finished.
+
+  Raises:
+    StorageError: the mark is damaged.
+  """
+  path = directory / "complete.json"
+  if not path.exists():
+    return None
+  try:
+    return files.read_json(path)
+  except InputError as error:
+    raise StorageError(
+      f"{path} is damaged ({error}); remove it, and the stage goes on from its "
+      "newest checkpoint"
+    ) from error
+
+
+def _architecture(spec: Composition) -> dict[str, Any]:
+  described: dict[str, Any] = {"anchor": _model(spec.anchor)}
+  for name, joined in spec.augmenting:
+    fields = dataclasses.asdict(
+      dataclasses.replace(joined, config=_without_place(joined.config))
+    )
+    described[name] = fields | {"config": _model(joined.config)}
+  return described
+
+
+def _model(config: ModelConfig) -> dict[str, Any]:
+  """The fields of a model's architecture, and its dtype."""
+  fields = dataclasses.asdict(_without_place(config))
+  return fields | {"compute": {"dtype": config.compute.dtype}}
+
+
+def _without_place(config: ModelConfig) -> ModelConfig:
+  # `asdict` would copy a mesh.
+  return config.with_compute(place=None)

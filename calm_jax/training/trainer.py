@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,42 +24,44 @@ from calm_jax.core.errors import InputError, StorageError, TrainingDiverged
 from calm_jax.data import pipeline
 from calm_jax.parallel import processes
 from calm_jax.parallel.sharding import Layout
-from calm_jax.training import checkpoint, run_identity, signals
+from calm_jax.training import checkpoint_integrity, run_identity, signals
 from calm_jax.training import step as step_lib
-from calm_jax.training.metrics import MetricWriter, Progress
+from calm_jax.training.checkpoint import Checkpoints, restore_trainable
+from calm_jax.training.metrics import MetricWriter
 from calm_jax.training.optimizer import Optimizer, make_optimizer
+from calm_jax.training.progress import Progress
 from calm_jax.training.stage import Stage
 from calm_jax.training.watchdog import Watchdog
 
-Array = jax.Array
+Tree = dict[str, Any]
 
 
 def run_stage(
   name: str,
   stage: Stage,
   spec: Composition,
-  params: dict,
+  params: Tree,
   source,
-  eval_batches: list[Batch],
+  eval_batches: Sequence[Batch],
   directory: Path,
   *,
   origins: dict[str, str],
   seed: int,
   layout: Layout | None = None,
   watchdog: float = 0,
-) -> tuple[dict, float]:
+) -> tuple[Tree, float]:
   """Runs a stage to its end, from wherever an earlier process left it.
 
   Args:
-    name: of the stage, for the progress bar.
+    name: of the stage, for messages.
     stage: what to do.
     spec: the whole composition.
     params: its whole tree.
-    source: random access to batches, with `describe(index)`: all of their rows,
-      or this process's `layout.share`.
+    source: random access to batches, with `describe(index)` and `fingerprint`:
+      all of their rows, or this process's `layout.share`.
     eval_batches: held-out batches, measured every `eval_every` steps.
     directory: where checkpoints and metrics go.
-    origins: where each frozen model came from, for the checkpoint.
+    origins: where each frozen model came from, for the run's identity.
     seed: of the run.
     layout: of all arrays, on several devices; all processes call this together
       and the first one writes.
@@ -89,62 +91,61 @@ def run_stage(
   trainable = jax.tree.map(
     lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32)), trainable
   )
-  meta = run_identity.describe(
-    stage, spec, params, frozen, origins, seed, source
+  identity = run_identity.describe(
+    stage, spec, params, frozen, origins, seed, source.fingerprint
   )
-  done = checkpoint.is_complete(directory)
-  checkpoints_dir = directory / "checkpoints"
-  if done:
-    run_identity.check(done["meta"], meta, directory)
-    try:
-      trained, _ = checkpoint.restore_trainable(
-        checkpoints_dir, done["step"], abstract=trainable
-      )
-      return trees.merge(trained, frozen), done["seconds"]
-    except StorageError as error:
-      print(
-        f"warning: stage {name!r} was complete: {error}\nit goes on from an "
-        "earlier checkpoint",
-        file=sys.stderr,
-        flush=True,
-      )
-      # Stopped before that step comes again, it must not be looked for.
-      checkpoint.unmark(directory)
-
+  if finished := _finished(name, directory, identity, trainable):
+    trained, seconds = finished
+    return trees.merge(trained, frozen), seconds
   optimizer = make_optimizer(stage, mask)
   state = _initial_state(optimizer, trainable, layout)
-  with checkpoint.Checkpoints(
-    checkpoints_dir,
+  with Checkpoints(
+    directory / "checkpoints",
     keep_last=stage.keep_last,
     keep_best=stage.keep_best if eval_batches else 0,
-    best_metric="eval_loss",
   ) as checkpoints:
-    data, first, seconds = {"iterator": None}, 0, 0.0
-    if checkpoints.latest() is not None:
-      state, data, saved = checkpoints.restore(state)
-      run_identity.check(saved, meta, directory)
-      first, seconds = int(state["step"]), data["seconds"]
-    iterator = pipeline.make_iterator(source)
-    if data["iterator"] is not None:
-      iterator.set_state(data["iterator"])
-    loop = _Loop(
-      name, stage, source, eval_batches, checkpoints, meta, directory, layout,
-      watchdog,
-    )  # fmt: skip
+    run = _Run(name, stage, source, directory, identity, layout, checkpoints)
+    state, iterator, seconds = run.resume(state)
     step = step_lib.make_step(spec, stage, optimizer, layout)
-    evaluate = step_lib.make_eval(spec, stage.model)
-    state, seconds = loop.run(
-      step, evaluate, state, frozen, iterator, first, seconds
+    held_out_loss = None
+    if eval_batches:
+      evaluate = step_lib.make_eval(spec, stage.model)
+      held_out_loss = functools.partial(
+        run.held_out_loss, evaluate, eval_batches, frozen
+      )
+    state, seconds = _train(
+      run, step, held_out_loss, state, frozen, iterator, seconds, watchdog
     )
-  checkpoint.mark_complete(
-    directory, {"step": stage.steps, "seconds": seconds, "meta": meta}
-  )
+  run_identity.mark_complete(directory, stage.steps, seconds, identity)
   return trees.merge(state["trainable"], frozen), seconds
 
 
+def _finished(
+  name: str, directory: Path, identity: dict, abstract: Tree
+) -> tuple[Tree, float] | None:
+  """What a finished stage trained, and its seconds; None to train (on)."""
+  mark = run_identity.completion(directory)
+  if mark is None:
+    return None
+  run_identity.check(mark.get("identity", {}), identity, directory)
+  try:
+    trained, _ = restore_trainable(
+      directory / "checkpoints", mark["step"], abstract=abstract
+    )
+  except StorageError as error:
+    checkpoint_integrity.warn(
+      f"stage {name!r} was complete: {error}\nit goes on from an earlier "
+      "checkpoint"
+    )
+    # If it is stopped before that step comes again, none may look for it.
+    run_identity.remove_mark(directory)
+    return None
+  return trained, mark["seconds"]
+
+
 def _initial_state(
-  optimizer: Optimizer, trainable: dict, layout: Layout | None
-) -> dict[str, Any]:
+  optimizer: Optimizer, trainable: Tree, layout: Layout | None
+) -> Tree:
   """The state before the first step, laid out as its parameters are."""
   make = functools.partial(step_lib.initial_state, optimizer)
   if layout is None:
@@ -161,117 +162,158 @@ def _initial_state(
   return made | {"trainable": trainable}
 
 
-@dataclasses.dataclass
-class _Loop:
-  """The loop itself; step N is dispatched before N-1's metrics are read."""
+def _train(
+  run: _Run,
+  step: Callable,
+  held_out_loss: Callable[[Tree], float] | None,
+  state: Tree,
+  frozen: Tree,
+  iterator: Iterator[Batch],
+  seconds: float,
+  watchdog: float,
+) -> tuple[Tree, float]:
+  """The loop over steps; returns the last state and the seconds of training."""
+  stage, first = run.stage, int(state["step"])
+  began = time.monotonic() - seconds
+  writes = jax.process_index() == 0
+  with (
+    MetricWriter(run.directory, resume_step=first, active=writes) as writer,
+    Progress(stage.steps, first, run.name, active=writes) as progress,
+    signals.deferred() as request,
+    Watchdog(watchdog) as watch,
+  ):
+    log, poll = _StepLog(run, writer, progress), processes.Poll()
+    for number in range(first + 1, stage.steps + 1):
+      watch.expect(f"step {number}", compiles=number == first + 1)
+      batch = run.next_batch(iterator, number)
+      state, metrics = step(state, frozen, batch)
+      log.add(number, metrics)
+      run.checkpoints.check()
+      is_last, stops = number == stage.steps, poll(request.signal is not None)
+      evaluates = held_out_loss is not None and (
+        is_last or number % stage.eval_every == 0
+      )
+      saves = is_last or stops or number % stage.checkpoint_every == 0
+      if not (evaluates or saves):
+        continue
+      # Nothing may be saved before its loss is known to be finite.
+      log.flush()
+      loss = None
+      if evaluates:
+        watch.expect(f"the evaluation after step {number}", compiles=True)
+        loss = held_out_loss(state["trainable"])
+        writer.write(number, {"eval_loss": loss})
+      if saves:
+        watch.expect(f"the save of step {number}")
+        seconds = time.monotonic() - began
+        data = {"iterator": iterator.get_state(), "seconds": seconds}
+        run.checkpoints.save(number, state, data, run.identity, loss)
+      if stops:
+        run.checkpoints.wait()
+        raise request.error(f"{run.position(number)} is saved")
+    watch.expect("the last save")
+    run.checkpoints.wait()
+  return state, time.monotonic() - began
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """A stage in its directory, with what its parts ask for."""
 
   name: str
   stage: Stage
   source: Any
-  eval_batches: list[Batch]
-  checkpoints: checkpoint.Checkpoints
-  meta: dict
   directory: Path
+  identity: dict
   layout: Layout | None
-  watchdog: float
+  checkpoints: Checkpoints
 
-  def run(self, step, evaluate, state, frozen, iterator, first, seconds):
-    stage = self.stage
-    began = time.monotonic() - seconds
-    writes = jax.process_index() == 0
-    with (
-      MetricWriter(self.directory, resume_step=first, active=writes) as writer,
-      Progress(stage.steps, first, self.name, active=writes) as progress,
-      signals.deferred() as request,
-      Watchdog(self.watchdog) as watch,
-    ):
-      self._last_log, self._tokens = time.monotonic(), 0
-      pending, poll = None, processes.Poll()
-      for number in range(first + 1, stage.steps + 1):
-        watch.expect(f"step {number}", compiles=number == first + 1)
-        batch = self._placed(self._next(iterator, number))
-        state, metrics = step(state, frozen, batch)
-        if pending is not None:
-          self._read(*pending, writer, progress)
-        pending = number, metrics
-        self.checkpoints.check()
-        last = number == stage.steps
-        stops = poll(request.signal is not None)
-        evaluates = self.eval_batches and (
-          last or number % stage.eval_every == 0
-        )
-        saves = last or stops or number % stage.checkpoint_every == 0
-        if not (evaluates or saves):
-          continue
-        # Nothing may be saved before its loss is known to be finite.
-        self._read(*pending, writer, progress)
-        pending, scores = None, None
-        if evaluates:
-          watch.expect(f"the evaluation after step {number}", compiles=True)
-          scores = {
-            "eval_loss": self._evaluate(evaluate, state["trainable"], frozen)
-          }
-          writer.write(number, scores)
-        if saves:
-          watch.expect(f"the save of step {number}")
-          data = {
-            "iterator": iterator.get_state(),
-            "seconds": time.monotonic() - began,
-          }
-          self.checkpoints.save(number, state, data, self.meta, scores)
-        if stops:
-          self.checkpoints.wait()
-          raise request.error(f"{self._here(number)} is saved")
-      watch.expect("the last save")
-      self.checkpoints.wait()
-    return state, time.monotonic() - began
+  def resume(self, state: Tree) -> tuple[Tree, Iterator[Batch], float]:
+    """The newest state, the batches that follow, and the seconds spent."""
+    iterator = pipeline.make_iterator(self.source)
+    if self.checkpoints.latest() is None:
+      return state, iterator, 0.0
+    saved = self.checkpoints.restore_meta()
+    run_identity.check(saved, self.identity, self.directory)
+    state, data = self.checkpoints.restore(state)
+    iterator.set_state(data["iterator"])
+    return state, iterator, data["seconds"]
 
-  def _here(self, number: int) -> str:
+  def next_batch(self, iterator: Iterator[Batch], number: int) -> Batch:
+    try:
+      batch = next(iterator)
+    except OSError as error:
+      raise StorageError(
+        f"{self.position(number)}: its batch, "
+        f"{self.source.describe(number - 1)}, cannot be read: {error}; "
+        f"{self.last_checkpoint()}: bring the file back and start again by the "
+        "same command"
+      ) from error
+    return self.placed(batch)
+
+  def placed(self, batch: Batch) -> Batch:
+    if self.layout is None:
+      return batch
+    return self.layout.batch(batch, self.stage.batch_size)
+
+  def held_out_loss(
+    self,
+    evaluate: Callable,
+    batches: Sequence[Batch],
+    frozen: Tree,
+    trainable: Tree,
+  ) -> float:
+    """The mean loss of the tokens of all batches."""
+    sums = [evaluate(trainable, frozen, self.placed(b)) for b in batches]
+    loss, weight = map(sum, zip(*processes.fetch(sums), strict=True))
+    return float(loss / weight)
+
+  def position(self, number: int) -> str:
     return f"stage {self.name!r}, step {number}"
 
-  def _kept(self) -> str:
-    self.checkpoints.wait()
+  def last_checkpoint(self) -> str:
     return (
       f"the last good checkpoint is step {self.checkpoints.latest()} in "
       f"{self.directory}/checkpoints"
     )
 
-  def _next(self, iterator, number):
-    try:
-      return next(iterator)
-    except OSError as error:
-      raise StorageError(
-        f"{self._here(number)}: its batch, {self.source.describe(number - 1)}, "
-        f"cannot be read: {error}; {self._kept()}: bring the file back and "
-        "start again by the same command"
-      ) from error
 
-  def _read(self, number, metrics, writer, progress):
-    """Fetches the metrics of a step, which waits until it is done."""
+class _StepLog:
+  """Writes the metrics of each step once the next one is dispatched.
+
+  Fetching them waits for the step: this way the device is never idle.
+  """
+
+  def __init__(self, run: _Run, writer: MetricWriter, progress: Progress):
+    self._run, self._writer, self._progress = run, writer, progress
+    self._pending: tuple[int, dict] | None = None
+    self._last_written, self._tokens = time.monotonic(), 0
+
+  def add(self, number: int, metrics: dict[str, jax.Array]) -> None:
+    """Takes the metrics of a step, and writes those of the one before."""
+    self.flush()
+    self._pending = number, metrics
+
+  def flush(self) -> None:
+    """Writes what is pending; raises TrainingDiverged if it is not finite."""
+    if self._pending is None:
+      return
+    (number, metrics), self._pending = self._pending, None
     values = {k: v.item() for k, v in processes.fetch(metrics).items()}
+    run = self._run
     if not all(math.isfinite(values[k]) for k in ("loss", "grad_norm")):
       raise TrainingDiverged(
-        f"{self._here(number)}: loss {values['loss']}, gradient norm "
+        f"{run.position(number)}: loss {values['loss']}, gradient norm "
         f"{values['grad_norm']}; the batch was "
-        f"{self.source.describe(number - 1)}; {self._kept()}. Started again, "
-        "it comes to the same: lower the learning rate, or look at the batch"
+        f"{run.source.describe(number - 1)}; {run.last_checkpoint()}. Started "
+        "again, it comes to the same: lower the learning rate, or look at the "
+        "batch"
       )
     self._tokens += values.pop("tokens")
-    if number % self.stage.log_every == 0 or number == self.stage.steps:
-      now = time.monotonic()
-      speed = self._tokens / (now - self._last_log)
-      self._last_log, self._tokens = now, 0
-      writer.write(number, values | {"tokens_per_second": speed})
-      progress.update(number, loss=values["loss"], tokens_per_second=speed)
-
-  def _placed(self, batch):
-    if self.layout is None:
-      return batch
-    return self.layout.batch(batch, self.stage.batch_size)
-
-  def _evaluate(self, evaluate, trainable, frozen) -> float:
-    sums = [
-      evaluate(trainable, frozen, self._placed(b)) for b in self.eval_batches
-    ]
-    loss, weight = map(sum, zip(*processes.fetch(sums), strict=True))
-    return float(loss / weight)
+    if number % run.stage.log_every and number != run.stage.steps:
+      return
+    now = time.monotonic()
+    speed = self._tokens / (now - self._last_written)
+    self._last_written, self._tokens = now, 0
+    self._writer.write(number, values | {"tokens_per_second": speed})
+    self._progress.update(number, loss=values["loss"], tokens_per_second=speed)

@@ -1,8 +1,8 @@
 """Three rows of the fault table, made once, in processes of their own.
 
-Of the others, damaged files are in test_checkpoint_files.py, a signal to one
-process in test_stopping.py, kills of one process in test_kill.py, other devices
-in test_mesh.py, what is not finite in test_trainer.py.
+Of the others, damaged files are in test_checkpoint_integrity.py, a signal to
+one process in test_signals.py, kills of one process in test_kill.py, other
+devices in test_mesh.py, what is not finite in test_trainer.py.
 """
 
 from __future__ import annotations

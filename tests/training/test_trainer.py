@@ -17,7 +17,7 @@ import tiny
 
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError, StorageError
-from calm_jax.training import checkpoint, optimizer, trainer
+from calm_jax.training import checkpoint, optimizer, run_identity, trainer
 from calm_jax.training import step as step_lib
 from calm_jax.training.metrics import read_metrics
 
@@ -201,7 +201,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   assert "step 5" in message
   assert "rows 4.0 to 4.7 of tests" in message
   assert "checkpoint is step 4" in message
-  assert checkpoint.is_complete(tmp_path) is None
+  assert run_identity.completion(tmp_path) is None
   trained, _ = checkpoint.restore_trainable(tmp_path / "checkpoints")
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(trained))
   assert {r["step"] for r in read_metrics(tmp_path)} == {1, 2, 3, 4}
@@ -211,8 +211,7 @@ def test_nothing_is_saved_when_the_step_of_the_save_diverges(tmp_path):
   run = tiny.Run(tmp_path, source=tiny.Source(poisoned=(1,)))
   with pytest.raises(trainer.TrainingDiverged, match="step 2"):
     run()
-  with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
-    assert checkpoints.steps() == []
+  assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 # Going on, and refusing to.
@@ -226,7 +225,7 @@ def test_a_resumed_run_ends_bit_equal(finished, tmp_path):
     broken()
   assert "step 6: its batch, rows 5.0 to 5.7 of tests" in str(caught.value)
   assert "checkpoint is step 4" in str(caught.value)
-  assert checkpoint.is_complete(tmp_path) is None
+  assert run_identity.completion(tmp_path) is None
   assert [r["step"] for r in read_metrics(tmp_path)][-1] >= 4
   got = tiny.Run(tmp_path)()
   assert_bit_equal(got, want)
@@ -243,7 +242,7 @@ def test_a_run_killed_after_its_last_save_needs_no_step(
   (tmp_path / "complete.json").unlink()
   monkeypatch.setattr(step_lib, "make_step", lambda *_: None)
   assert_bit_equal(tiny.Run(tmp_path)(), finished[1])
-  assert checkpoint.is_complete(tmp_path)
+  assert run_identity.completion(tmp_path)
 
 
 def test_a_complete_stage_with_a_damaged_checkpoint(finished, tmp_path, capsys):
@@ -263,7 +262,7 @@ def test_stopped_before_the_damaged_step_comes_again(finished, tmp_path):
   path.write_bytes(b"")
   with pytest.raises(StorageError):
     tiny.Run(tmp_path, source=tiny.Source(broken=(5,)))()
-  assert checkpoint.is_complete(tmp_path) is None
+  assert run_identity.completion(tmp_path) is None
   assert_bit_equal(tiny.Run(tmp_path)(), finished[1])
 
 
@@ -315,6 +314,14 @@ def test_a_directory_of_another_run(
   assert len(str(caught.value).splitlines()) == 3
 
 
+def test_a_run_of_an_earlier_version(finished, tmp_path):
+  shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+  mark = {"step": 6, "seconds": 1.0, "meta": {"settings": {"steps": 6}}}
+  (tmp_path / "complete.json").write_text(json.dumps(mark))
+  with pytest.raises(InputError, match="a run of another version of calm_jax"):
+    tiny.Run(tmp_path)()
+
+
 def test_how_often_is_logged_may_change(finished):
   stage = tiny.stage(log_every=3, checkpoint_every=3, keep_last=1)
   assert_bit_equal(tiny.Run(finished[0], stage)(), finished[1])
@@ -330,11 +337,11 @@ def test_the_best_checkpoint_is_by_the_held_out_loss(tmp_path):
     if "eval_loss" in r
   }
   assert losses.keys() == {2, 4, 6}
-  with checkpoint.Checkpoints(
-    tmp_path / "checkpoints", keep_best=1, best_metric="eval_loss"
-  ) as checkpoints:
-    assert checkpoints.best() == min(losses, key=losses.get)
-    assert set(checkpoints.steps()) == {6, checkpoints.best()}
+  best = min(losses, key=losses.get)
+  directory = tmp_path / "checkpoints"
+  assert {p.name for p in directory.iterdir()} == {"6", str(best)}
+  want, _ = checkpoint.restore_trainable(directory, best)
+  assert_bit_equal(checkpoint.restore_trainable(directory, "best")[0], want)
 
 
 def test_the_held_out_loss_is_per_target(tmp_path):

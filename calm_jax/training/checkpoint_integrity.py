@@ -1,0 +1,153 @@
+"""Damaged checkpoints: checksums of each step, and the newest intact step.
+
+`checksums.json` is written into a step before the rename that makes the step
+complete, so that each complete step has one. It holds a checksum of itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from calm_jax.core import files
+from calm_jax.core.errors import StorageError
+
+_NAME = "checksums.json"
+# Orbax changes these in or after the step's completion, and needs neither.
+_UNCHECKED = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+
+def seal(step: Path) -> None:
+  """Writes the checksums of all files of a step."""
+  checksums = {
+    name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+    for name, path in sorted(_files(step))
+  }
+  sealed = {"files": checksums, "sha256": _sha256_of_json(checksums)}
+  (step / _NAME).write_text(json.dumps(sealed, indent=1) + "\n")
+
+
+def recover(directory: Path) -> None:
+  """Renames damaged steps to `<step>.corrupt` if an earlier one is intact.
+
+  All processes call this together, and the first one does it. Of steps before
+  the newest intact one only the metrics are verified, which Orbax reads.
+
+  Raises:
+    StorageError: there are steps and none is intact.
+  """
+  error = None
+  if jax.process_index() == 0 and directory.exists():
+    try:
+      _move_damaged(directory)
+    except StorageError as no_good_step:
+      error = no_good_step
+  if jax.process_count() > 1:
+    good = multihost_utils.broadcast_one_to_all(np.int32(error is None))
+    if not int(good) and error is None:
+      error = StorageError(f"no good checkpoint in {directory}")
+  if error:
+    raise error
+
+
+def newest_intact(
+  directory: Path, steps: Sequence[int]
+) -> tuple[int | None, dict[int, str]]:
+  """The newest intact step, and what is damaged in each step after it.
+
+  A step without checksums, of an early version, counts as intact, with a
+  warning. Without steps the first is None.
+
+  Raises:
+    StorageError: none is intact.
+  """
+  damage: dict[int, str] = {}
+  for step in sorted(steps, reverse=True):
+    path = directory / str(step)
+    found = _damage(path)
+    if found is None:
+      if not (path / _NAME).exists():
+        warn(f"{path} has no checksums: whether it is damaged is not known")
+      return step, damage
+    damage[step] = found
+  if not steps:
+    return None, damage
+  raise StorageError(
+    "\n  ".join([f"no good checkpoint in {directory}:", *damage.values()])
+    + "\nbring the files back, or remove the folder above it to start anew"
+  )
+
+
+def warn(text: str) -> None:
+  """Prints a warning to standard error."""
+  print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _move_damaged(directory: Path) -> None:
+  steps = ocp.utils.checkpoint_steps(directory)
+  intact, damage = newest_intact(directory, steps)
+  for step in sorted(set(steps) - damage.keys()):
+    if found := _damage(directory / str(step), "metrics/"):
+      damage[step] = found
+  for step, what in damage.items():
+    moved = _move_aside(directory / str(step))
+    used = f", and step {intact} is used" if step > intact else ""
+    warn(f"{what}; the step is now in {moved}{used}")
+
+
+def _move_aside(step: Path) -> Path:
+  for number in itertools.count(1):
+    suffix = ".corrupt" if number == 1 else f".corrupt-{number}"
+    aside = step.with_name(step.name + suffix)
+    if not aside.exists():
+      return step.rename(aside)
+
+
+def _damage(step: Path, prefix: str = "") -> str | None:
+  """What is damaged in a step, of the files whose names begin with prefix."""
+  path = step / _NAME
+  if not path.exists():
+    return None
+  try:
+    sealed = json.loads(path.read_text())
+    is_intact = sealed["sha256"] == _sha256_of_json(sealed["files"])
+  except (ValueError, KeyError, TypeError):
+    is_intact = False
+  if not is_intact:
+    return f"{path} is damaged"
+  for name, want in sealed["files"].items():
+    if not name.startswith(prefix):
+      continue
+    file = step / name
+    try:
+      size = file.stat().st_size
+      if size != want["bytes"]:
+        return f"{file} has {size} bytes, not {want['bytes']}"
+      if files.sha256(file) != want["sha256"]:
+        return f"{file} is not as it was written"
+    except OSError as error:
+      return f"{file} cannot be read: {error}"
+  return None
+
+
+def _files(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
+  for path in folder.iterdir():
+    name = f"{prefix}{path.name}"
+    if path.is_dir():
+      yield from _files(path, f"{name}/")
+    elif path.name not in _UNCHECKED:
+      yield name, path
+
+
+def _sha256_of_json(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,49 @@
+"""Progress on a terminal and in a log."""
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from calm_jax.training.progress import Progress
+
+
+def test_plain_progress_prints_the_first_and_the_last_step():
+  out = io.StringIO()
+  with Progress(100, 10, "train kv", console=Console(file=out)) as progress:
+    for step in range(11, 101):
+      progress.update(step, loss=0.5, tokens_per_second=12345.6)
+  first, last = out.getvalue().splitlines()
+  assert first.startswith("train kv: step 11/100  loss 0.5000  12,346 tokens/s")
+  assert last.startswith("train kv: step 100/100") and last.endswith("0:00:00")
+  assert "\x1b" not in out.getvalue()
+
+
+def test_plain_progress_shows_the_last_step_of_a_failed_run():
+  out = io.StringIO()
+  with (
+    pytest.raises(RuntimeError),
+    Progress(9, console=Console(file=out)) as progress,
+  ):
+    progress.update(1)
+    progress.update(2, loss=math.nan)
+    raise RuntimeError
+  assert "step 2/9  loss nan" in out.getvalue()
+
+
+def test_progress_on_a_terminal_is_a_bar():
+  out = io.StringIO()
+  console = Console(file=out, force_terminal=True, width=120)
+  with Progress(10, 0, "train [kv]", console=console) as progress:
+    progress.update(10, loss=0.5, tokens_per_second=100)
+  shown = out.getvalue()
+  assert "train [kv]" in shown and "10/10" in shown
+  assert "loss 0.5000" in shown and "100 tokens/s" in shown
+
+
+def test_inactive_progress_is_silent():
+  out = io.StringIO()
+  with Progress(9, console=Console(file=out), active=False) as progress:
+    progress.update(1, loss=1.0)
+  assert out.getvalue() == ""
