@@ -13,7 +13,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from calm_jax.data import arithmetic
+from calm_jax.data.key_value_source import KeyValueSource
+from calm_jax.data.key_value_text import TASKS, train_tokenizer
+from calm_jax.data.key_values import make_dictionary
 
 GOAL = 50_000
 SIZES = {
@@ -25,10 +27,10 @@ SIZES = {
 def expressions_per_second(size, task: str, folder: Path) -> float:
   """The rate of one task over about two seconds."""
   num_keys, low, high, operators = size
-  kv = arithmetic.make_key_values(num_keys, 0.2, seed=0)
-  source = arithmetic.ArithmeticSource(
+  kv = make_dictionary(num_keys, 0.2, seed=0)
+  source = KeyValueSource(
     kv,
-    arithmetic.train_tokenizer(kv, folder / "tokenizer"),
+    train_tokenizer(kv, folder / "tokenizer"),
     {task: 1.0},
     seed=0,
     batch_size=256,
@@ -49,7 +51,7 @@ def main():
   table = Table("size", "task", "expressions/s", f"ratio to {GOAL:,}")
   with tempfile.TemporaryDirectory() as folder:
     for name, size in SIZES.items():
-      for task in arithmetic.TASKS:
+      for task in TASKS:
         rate = expressions_per_second(size, task, Path(folder))
         table.add_row(name, task, f"{rate:,.0f}", f"{rate / GOAL:.1f}")
   Console().print(table)

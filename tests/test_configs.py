@@ -17,7 +17,7 @@ from calm_jax.composition import forward
 from calm_jax.composition.connections import CONTROLS, Composition
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError
-from calm_jax.data import arithmetic
+from calm_jax.data import key_value_text, key_values
 from calm_jax.evals import tasks
 from calm_jax.experiments import run_models, variants
 from calm_jax.experiments.config_files import read_settings
@@ -120,9 +120,9 @@ def test_the_longest_example_fits_its_row(variant, tmp_path):
   settings = settings_of("kv", variant)
   # Values as large as the real ones, over fewer keys: quick to tokenise.
   task = settings.task
-  kv = arithmetic.make_key_values(min(task.num_keys, 300), 0.2, 0)
+  kv = key_values.make_dictionary(min(task.num_keys, 300), 0.2, 0)
   kv = dataclasses.replace(kv, values=kv.values + task.num_keys - len(kv.keys))
-  tokenizer = arithmetic.train_tokenizer(
+  tokenizer = key_value_text.train_tokenizer(
     kv, tmp_path / "tokenizer", keys=task.keys, digits=task.digits
   )
   for name in [*settings.recipe, *settings.alternatives]:

@@ -1,14 +1,16 @@
-"""The key-value task (§4.1): keys, expressions over them, their results.
+"""The key-value task (§4.1): a dictionary of keys, and expressions over them.
 
 Dimension letters: N expressions, T terms of the longest one.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import hashlib
 
 import numpy as np
 
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_choice
 
 OPERATORS = "+-*"
 _PLUS, _MINUS, _TIMES = range(3)
@@ -21,7 +23,7 @@ _INT64_SAFE = 2.0**62
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class KeyValues:
+class KeyDictionary:
   """The dictionary D_KV (§4.1).
 
   Attributes:
@@ -44,10 +46,10 @@ class KeyValues:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Expressions:
-  """N expressions of up to T terms; what is beyond an expression's end is -1.
+  """N expressions of up to T terms; -1 stands beyond an expression's end.
 
   Attributes:
-    key_ids: int64 [N, T], indices into `KeyValues.keys`.
+    key_ids: int64 [N, T], indices into `KeyDictionary.keys`.
     operators: int64 [N, T-1], indices into `OPERATORS`.
     num_terms: int64 [N].
   """
@@ -59,16 +61,22 @@ class Expressions:
   def __len__(self) -> int:
     return len(self.num_terms)
 
-  def __getitem__(self, rows) -> "Expressions":
+  def __getitem__(self, rows) -> Expressions:
     """The expressions at a slice, a mask or an array of indices."""
     return Expressions(
       self.key_ids[rows], self.operators[rows], self.num_terms[rows]
     )
 
+  def replace(self, rows: np.ndarray, others: Expressions) -> None:
+    """Puts other expressions in the place of those at some indices."""
+    self.key_ids[rows] = others.key_ids
+    self.operators[rows] = others.operators
+    self.num_terms[rows] = others.num_terms
 
-def make_key_values(
+
+def make_dictionary(
   num_keys: int, held_in_fraction: float, seed: int
-) -> KeyValues:
+) -> KeyDictionary:
   """Draws a dictionary of pronounceable keys; the same for the same seed.
 
   `round(held_in_fraction * num_keys)` of the keys are held in.
@@ -86,9 +94,8 @@ def make_key_values(
     keys.update(dict.fromkeys(_draw_words(rng, 2 * num_keys)))
   values = rng.permutation(num_keys).astype(np.int64) + 1
   held_in = np.zeros(num_keys, bool)
-  count = round(held_in_fraction * num_keys)
-  held_in[rng.permutation(num_keys)[:count]] = True
-  return KeyValues(tuple(keys)[:num_keys], values, held_in)
+  held_in[rng.permutation(num_keys)[: round(held_in_fraction * num_keys)]] = 1
+  return KeyDictionary(tuple(keys)[:num_keys], values, held_in)
 
 
 def _draw_words(rng: np.random.Generator, count: int) -> list[str]:
@@ -99,15 +106,13 @@ def _draw_words(rng: np.random.Generator, count: int) -> list[str]:
   vowels = _VOWELS[rng.integers(len(_VOWELS), size=(count, 6))]
   letters = np.where(is_vowel, vowels, consonants)
   lengths = rng.integers(2, 7, size=count)
-  return [
-    "".join(word[:length])
-    for word, length in zip(letters, lengths, strict=True)
-  ]
+  pairs = zip(letters, lengths, strict=True)
+  return ["".join(word[:length]) for word, length in pairs]
 
 
 def sample_expressions(
   rng: np.random.Generator,
-  kv: KeyValues,
+  kv: KeyDictionary,
   n: int,
   *,
   min_terms: int,
@@ -137,12 +142,11 @@ def sample_expressions(
   Raises:
     InputError: an unknown choice, or not as many expressions exist.
   """
-  _check_choice(min_terms, max_terms, operators, keys, part)
+  _check(min_terms, max_terms, operators, keys, part)
   pools = _pools(kv, keys)
   codes = np.array([OPERATORS.index(c) for c in operators])
-  span = (min_terms, max_terms)
   if part == "eval":
-    return _sample_distinct(rng, n, span, codes, pools)
+    return _sample_distinct(rng, n, (min_terms, max_terms), codes, pools)
   num_terms = rng.integers(min_terms, max_terms + 1, size=n)
   drawn = _draw(rng, num_terms, max_terms, codes, pools)
   if part == "any":
@@ -153,8 +157,7 @@ def sample_expressions(
       return drawn
     # The number of terms is kept, so that rejection does not skew it.
     again = _draw(rng, num_terms[bad], max_terms, codes, pools)
-    drawn.key_ids[bad] = again.key_ids
-    drawn.operators[bad] = again.operators
+    drawn.replace(bad, again)
     bad = bad[is_eval(again)]
   raise InputError(
     f"all expressions of {num_terms[bad[0]]} terms over {keys} keys are"
@@ -162,8 +165,89 @@ def sample_expressions(
   )
 
 
+def _check(min_terms, max_terms, operators, keys, part) -> None:
+  if not 1 <= min_terms <= max_terms:
+    raise InputError(
+      f"min_terms {min_terms} and max_terms {max_terms}: expected"
+      " 1 <= min_terms <= max_terms"
+    )
+  if not operators or set(operators) - set(OPERATORS):
+    raise InputError(f"operators {operators!r}: expected some of {OPERATORS!r}")
+  if len(set(operators)) < len(operators):
+    raise InputError(f"operators {operators!r}: one of them is repeated")
+  check_choice("part", part, ("train", "eval", "any"))
+  if part == "eval" and min_terms < 2:
+    raise InputError(
+      "min_terms 1 with part eval: single keys are the dictionary and are"
+      " never held back; set min_terms to 2 or more, or part to any"
+    )
+  if keys == "mixed" and min_terms < 2:
+    raise InputError(f"min_terms {min_terms}: mixed keys need at least 2 terms")
+
+
+def _pools(kv: KeyDictionary, keys: str) -> tuple[np.ndarray, ...]:
+  """Key ids that any place, one place and another place are drawn from."""
+  everything = np.arange(len(kv.keys))
+  held_in, held_out = np.flatnonzero(kv.held_in), np.flatnonzero(~kv.held_in)
+  pools = {
+    "all": (everything,),
+    "held_in": (held_in,),
+    "held_out": (held_out,),
+    "mixed": (everything, held_in, held_out),
+  }
+  check_choice("keys", keys, list(pools))
+  if not all(len(pool) for pool in pools[keys]):
+    raise InputError(
+      f"keys {keys!r}: {len(held_in)} keys are held in and {len(held_out)} held"
+      " out; change held_in_fraction"
+    )
+  return pools[keys]
+
+
+def _draw(rng, num_terms, max_terms, codes, pools) -> Expressions:
+  n = len(num_terms)
+  places = np.arange(max_terms)
+  key_ids = pools[0][rng.integers(len(pools[0]), size=(n, max_terms))]
+  if len(pools) > 1:
+    first = rng.integers(num_terms)
+    # A step of 1..num_terms-1 lands on any other place.
+    second = (first + rng.integers(1, num_terms)) % num_terms
+    for place, pool in zip((first, second), pools[1:], strict=True):
+      key_ids[np.arange(n), place] = pool[rng.integers(len(pool), size=n)]
+  operators = codes[rng.integers(len(codes), size=(n, max_terms - 1))]
+  key_ids = np.where(places < num_terms[:, None], key_ids, -1)
+  operators = np.where(places[1:] < num_terms[:, None], operators, -1)
+  return Expressions(key_ids, operators, num_terms)
+
+
+def _sample_distinct(rng, n, span, codes, pools) -> Expressions:
+  low, high = span
+  rows = np.zeros((0, 2 * high), np.int64)
+  idle = 0
+  while len(rows) < n and idle < _PATIENCE:
+    # 1 in 16 is kept; the floor lets small spaces be exhausted.
+    draws = max(1 << 14, 20 * (n - len(rows)))
+    num_terms = rng.integers(low, high + 1, size=draws)
+    drawn = _draw(rng, num_terms, high, codes, pools)
+    drawn = drawn[is_eval(drawn)]
+    columns = drawn.num_terms[:, None], drawn.key_ids, drawn.operators
+    before = len(rows)
+    rows = np.concatenate([rows, np.concatenate(columns, axis=1)])
+    _, first = np.unique(rows, axis=0, return_index=True)
+    rows = rows[np.sort(first)]
+    idle = idle + 1 if len(rows) == before else 0
+  if len(rows) < n:
+    raise InputError(
+      f"only {len(rows)} expressions of {low} to {high} terms are reserved for"
+      f" evaluation, {n} asked for: ask for fewer, or use more keys, terms or"
+      " operators"
+    )
+  rows = rows[:n]
+  return Expressions(rows[:, 1 : high + 1], rows[:, high + 1 :], rows[:, 0])
+
+
 def unrelated(
-  rng: np.random.Generator, kv: KeyValues, expressions: Expressions
+  rng: np.random.Generator, kv: KeyDictionary, expressions: Expressions
 ) -> Expressions:
   """The same expressions with every key replaced by any key, at random."""
   drawn = rng.integers(len(kv.keys), size=expressions.key_ids.shape)
@@ -194,14 +278,14 @@ def _mix(x: np.ndarray) -> np.ndarray:
   return x ^ (x >> np.uint64(31))
 
 
-def evaluate(kv: KeyValues, expressions: Expressions) -> np.ndarray:
+def evaluate(kv: KeyDictionary, expressions: Expressions) -> np.ndarray:
   """Exact results [N], × before + and −.
 
   The array is int64 where all results and what they are summed from fit, else
   of dtype object with Python integers (25,000^6 does not fit).
   """
-  present = expressions.key_ids >= 0
   # An absent term multiplies by 1, which changes nothing.
+  present = expressions.key_ids >= 0
   values_NT = np.where(present, kv.values[expressions.key_ids], 1)
   codes = np.where(expressions.operators < 0, _TIMES, expressions.operators)
   all_plus = np.where(codes == _MINUS, _PLUS, codes)
@@ -209,10 +293,9 @@ def evaluate(kv: KeyValues, expressions: Expressions) -> np.ndarray:
   big = np.flatnonzero(bounds >= _INT64_SAFE)
   with np.errstate(over="ignore"):
     results = _sum_products(values_NT, codes)
-  if not len(big):
-    return results
-  results = results.astype(object)
-  results[big] = _sum_products(values_NT[big].astype(object), codes[big])
+  if len(big):
+    results = results.astype(object)
+    results[big] = _sum_products(values_NT[big].astype(object), codes[big])
   return results
 
 
@@ -227,89 +310,3 @@ def _sum_products(values_NT: np.ndarray, codes: np.ndarray) -> np.ndarray:
       code == _TIMES, product * value, np.where(code == _MINUS, -value, value)
     )
   return total + product
-
-
-def _check_choice(min_terms, max_terms, operators, keys, part) -> None:
-  if not 1 <= min_terms <= max_terms:
-    raise InputError(
-      f"min_terms {min_terms} and max_terms {max_terms}: expected"
-      " 1 <= min_terms <= max_terms"
-    )
-  if not operators or set(operators) - set(OPERATORS):
-    raise InputError(f"operators {operators!r}: expected some of {OPERATORS!r}")
-  if len(set(operators)) < len(operators):
-    raise InputError(f"operators {operators!r}: one of them is repeated")
-  if part not in ("train", "eval", "any"):
-    raise InputError(f"part {part!r}: expected train, eval or any")
-  if part == "eval" and min_terms < 2:
-    raise InputError(
-      "min_terms 1 with part eval: single keys are the dictionary and are"
-      " never held back; set min_terms to 2 or more, or part to any"
-    )
-  if keys == "mixed" and min_terms < 2:
-    raise InputError(f"min_terms {min_terms}: mixed keys need at least 2 terms")
-
-
-def _pools(kv: KeyValues, keys: str) -> tuple[np.ndarray, ...]:
-  """Key ids that any place, one place and another place are drawn from."""
-  everything = np.arange(len(kv.keys))
-  held_in, held_out = np.flatnonzero(kv.held_in), np.flatnonzero(~kv.held_in)
-  pools = {
-    "all": (everything,),
-    "held_in": (held_in,),
-    "held_out": (held_out,),
-    "mixed": (everything, held_in, held_out),
-  }
-  if keys not in pools:
-    raise InputError(f"keys {keys!r}: expected one of {', '.join(pools)}")
-  if not all(len(pool) for pool in pools[keys]):
-    raise InputError(
-      f"keys {keys!r}: {len(held_in)} keys are held in and {len(held_out)} held"
-      " out; change held_in_fraction"
-    )
-  return pools[keys]
-
-
-def _draw(rng, num_terms, max_terms, codes, pools) -> Expressions:
-  n = len(num_terms)
-  places = np.arange(max_terms)
-  key_ids = pools[0][rng.integers(len(pools[0]), size=(n, max_terms))]
-  if len(pools) > 1:
-    first = rng.integers(num_terms)
-    # A step of 1..num_terms-1 lands on any other place.
-    second = (first + rng.integers(1, num_terms)) % num_terms
-    for place, pool in zip((first, second), pools[1:], strict=True):
-      key_ids[np.arange(n), place] = pool[rng.integers(len(pool), size=n)]
-  operators = codes[rng.integers(len(codes), size=(n, max_terms - 1))]
-  key_ids = np.where(places < num_terms[:, None], key_ids, -1)
-  operators = np.where(places[1:] < num_terms[:, None], operators, -1)
-  return Expressions(key_ids, operators, num_terms)
-
-
-def _sample_distinct(rng, n, span, codes, pools) -> Expressions:
-  rows = np.zeros((0, 2 * span[1]), np.int64)
-  idle = 0
-  while len(rows) < n and idle < _PATIENCE:
-    # 1 in 16 is kept; the floor lets small spaces be exhausted.
-    draws = max(1 << 14, 20 * (n - len(rows)))
-    num_terms = rng.integers(span[0], span[1] + 1, size=draws)
-    drawn = _draw(rng, num_terms, span[1], codes, pools)
-    drawn = drawn[is_eval(drawn)]
-    new = np.concatenate(
-      [drawn.num_terms[:, None], drawn.key_ids, drawn.operators], axis=1
-    )
-    before = len(rows)
-    rows = np.concatenate([rows, new])
-    _, first = np.unique(rows, axis=0, return_index=True)
-    rows = rows[np.sort(first)]
-    idle = idle + 1 if len(rows) == before else 0
-  if len(rows) < n:
-    raise InputError(
-      f"only {len(rows)} expressions of {span[0]} to {span[1]} terms are"
-      f" reserved for evaluation, {n} asked for: ask for fewer, or use more"
-      " keys, terms or operators"
-    )
-  rows = rows[:n]
-  return Expressions(
-    rows[:, 1 : span[1] + 1], rows[:, span[1] + 1 :], rows[:, 0]
-  )

@@ -143,7 +143,7 @@ def make_iterator(
   The order of the batches does not depend on `prefetch` or `threads`.
 
   Args:
-    source: a `TextSource` or an `ArithmeticSource`.
+    source: a `TextSource` or a `KeyValueSource`.
     start: index of the first batch.
     prefetch: how many batches to prepare ahead; 0 for none.
     threads: how many threads prepare them.

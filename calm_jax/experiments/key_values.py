@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from calm_jax.core import files
-from calm_jax.data import arithmetic
+from calm_jax.data import key_value_text, key_values
+from calm_jax.data.key_value_source import KeyValueSource
 from calm_jax.evals.exact_match import exact_match
 from calm_jax.language_model import LanguageModel
 from calm_jax.training.stage import Stage
@@ -25,7 +26,7 @@ _EVAL_ROWS = 256
 
 @dataclasses.dataclass(frozen=True)
 class KeyValueTask:
-  """The dictionary and the expressions over it; formats: `data.arithmetic`.
+  """The dictionary and the expressions over it; formats: `data.key_value_text`.
 
   Attributes:
     num_keys: size of the dictionary D_KV; values are 1 .. num_keys.
@@ -49,7 +50,7 @@ class KeyValueTask:
 
 @dataclasses.dataclass(frozen=True)
 class KeyValueData:
-  """The data of a stage; see `ArithmeticSource` for the other fields.
+  """The data of a stage; see `KeyValueSource` for the other fields.
 
   Attributes:
     tasks: weight of each task of the mixture.
@@ -76,10 +77,10 @@ class KeyValueExperiment:
   ):
     del loaded
     self.task, self.seed, self.workdir = task, seed, workdir
-    self.kv = arithmetic.make_key_values(
+    self.kv = key_values.make_dictionary(
       task.num_keys, task.held_in_fraction, seed
     )
-    self.tokenizer = arithmetic.train_tokenizer(
+    self.tokenizer = key_value_text.train_tokenizer(
       self.kv,
       workdir / "tokenizer",
       keys=task.keys,
@@ -96,13 +97,13 @@ class KeyValueExperiment:
     seed: int,
     share: tuple[int, int] = (0, 1),
   ):
-    """An endless mixture of the stage's tasks; see `ArithmeticSource`."""
+    """An endless mixture of the stage's tasks; see `KeyValueSource`."""
     del model
     options = dataclasses.asdict(stage.data)
     for name in ("min_terms", "max_terms", "operators"):
       if options[name] is None:
         options[name] = getattr(self.task, name)
-    return arithmetic.ArithmeticSource(
+    return KeyValueSource(
       self.kv,
       self.tokenizer,
       options.pop("tasks"),
@@ -158,7 +159,7 @@ class KeyValueExperiment:
 
   def _expressions(self, split: str):
     task = self.task
-    return arithmetic.sample_expressions(
+    return key_values.sample_expressions(
       np.random.default_rng((_TEST_SEED, self.seed)),
       self.kv,
       task.num_examples,
@@ -181,14 +182,15 @@ class KeyValueExperiment:
   def _accuracy(
     self, file: str, model: LanguageModel, task: str, split: str
   ) -> float:
-    examples = arithmetic.examples(self.kv, self._expressions(split), task)
+    expressions = self._expressions(split)
+    examples = key_value_text.make_examples(self.kv, expressions, task)
     accuracy, rows = exact_match(
       [example.prompt for example in examples],
       [example.completion for example in examples],
       lambda prompts: model.generate(
         prompts, self._longest_answer(), batch_size=_EVAL_ROWS
       ),
-      num_terms=[example.num_terms for example in examples],
+      num_terms=expressions.num_terms.tolist(),
     )
     files.write_json_lines(self.workdir / "predictions" / file, rows)
     return round(accuracy, 2)
@@ -197,7 +199,7 @@ class KeyValueExperiment:
     self, model: LanguageModel, data: KeyValueData
   ) -> dict[str, np.ndarray]:
     """Cross-attention over one KV-MATH example with all keys held out."""
-    example = arithmetic.examples(
+    example = key_value_text.make_examples(
       self.kv, self._expressions("held_out"), _kv_math(data)
     )[0]
     return model.attention(example.prompt, example.completion)

@@ -21,14 +21,10 @@ from text_data import (
 )
 
 from calm_jax.core.errors import InputError
-from calm_jax.data.arithmetic import (
-  ArithmeticSource,
-  examples,
-  make_key_values,
-  sample_expressions,
-  train_tokenizer,
-)
 from calm_jax.data.examples import TextExample
+from calm_jax.data.key_value_source import KeyValueSource
+from calm_jax.data.key_value_text import make_examples, train_tokenizer
+from calm_jax.data.key_values import make_dictionary, sample_expressions
 from calm_jax.data.pipeline import make_iterator
 
 
@@ -153,21 +149,21 @@ def test_hosts_share_the_global_batch(tokenizer):
       assert_same(whole[index], joined([part[index] for part in parts]))
 
 
-def arithmetic(tmp_path, **changes):
-  kv = make_key_values(20, 0.5, seed=0)
+def key_value_source(tmp_path, **changes):
+  kv = make_dictionary(20, 0.5, seed=0)
   made = train_tokenizer(kv, tmp_path / "kv")
   settings = {"min_terms": 2, "max_terms": 3, "batch_size": 4, "length": 32}
-  return ArithmeticSource(
+  return KeyValueSource(
     kv, made, {"kv_math": 1}, **{"seed": 0} | settings | changes
   )
 
 
-@pytest.mark.parametrize("kind", ["text", "arithmetic"])
+@pytest.mark.parametrize("kind", ["text", "key values"])
 def test_resume_is_exact(tokenizer, tmp_path, kind):
   def fresh(**changes):
     if kind == "text":
       return make(tokenizer, **changes)
-    return arithmetic(tmp_path, **changes)
+    return key_value_source(tmp_path, **changes)
 
   iterator = make_iterator(fresh())
   batches = [next(iterator) for _ in range(5)]
@@ -259,12 +255,12 @@ def test_describe(tokenizer):
 
 
 def test_expressions_as_batches(tmp_path):
-  kv = make_key_values(20, 0.5, seed=0)
+  kv = make_dictionary(20, 0.5, seed=0)
   made = train_tokenizer(kv, tmp_path / "kv")
   drawn = sample_expressions(
     np.random.default_rng(0), kv, 10, min_terms=2, max_terms=3, part="eval"
   )
-  data = examples(kv, drawn, "kv_math")
+  data = make_examples(kv, drawn, "kv_math")
   batches = one_pass(data, made, batch_size=5, length=32)
   rows = [row for batch in batches for row in texts_of(batch, made)]
   assert rows == [[e.prompt + e.completion] for e in data]

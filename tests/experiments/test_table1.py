@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 
-from calm_jax.data import arithmetic
+from calm_jax.data import key_value_text
 from calm_jax.experiments.config_files import read_settings
 from calm_jax.experiments.key_values import (
   KeyValueData,
@@ -102,7 +102,7 @@ def test_the_splits_differ_in_their_keys_only_where_they_say_so(experiment):
   }  # fmt: skip
   shares = {}
   for split in ("held_in", "mixed", "held_out"):
-    drawn = arithmetic.examples(
+    drawn = key_value_text.make_examples(
       experiment.kv, experiment._expressions(split), "kv_math"
     )
     texts = [e.prompt[len("math:") : -1].replace("-", "+") for e in drawn]

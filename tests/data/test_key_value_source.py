@@ -1,4 +1,4 @@
-"""Tests of calm_jax.data.arithmetic and its source of batches."""
+"""Tests of the key-value task as text and as batches."""
 
 import dataclasses
 import re
@@ -9,23 +9,24 @@ import pytest
 from text_data import assert_same, joined
 
 from calm_jax.core.errors import InputError
-from calm_jax.data.arithmetic import (
+from calm_jax.data.key_value_source import KeyValueSource
+from calm_jax.data.key_value_text import (
   PROMPTS,
   TASKS,
-  ArithmeticSource,
-  Example,
+  make_examples,
+  train_tokenizer,
+)
+from calm_jax.data.key_values import (
   Expressions,
   evaluate,
-  examples,
   is_eval,
-  make_key_values,
+  make_dictionary,
   sample_expressions,
-  train_tokenizer,
 )
 from calm_jax.text.tokenizer import train_sentencepiece
 
-KV = make_key_values(40, 0.5, seed=0)
-BIG_KV = make_key_values(25_000, 0.2, seed=0)
+KV = make_dictionary(40, 0.5, seed=0)
+BIG_KV = make_dictionary(25_000, 0.2, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def source(tokenizer, tasks=("kv_math",), kv=KV, **changes):
     "max_terms": 3,
   }
   weights = dict.fromkeys(tasks, 1.0)
-  return ArithmeticSource(kv, tokenizer, weights, **settings | changes)
+  return KeyValueSource(kv, tokenizer, weights, **settings | changes)
 
 
 def segments_of(batch):
@@ -79,24 +80,25 @@ def test_texts_of_the_tasks():
   drawn = Expressions(ids, np.array([[0, -1], [1, 2]]), np.array([2, 3]))
   a, b, c, d, e = KV.keys[:5]
   v, w, x, y, z = (int(value) for value in KV.values[:5])
-  assert examples(KV, drawn, "kv_subs") == [
-    Example(f"subs:{a}+{b}=", f"{v}+{w}", 2),
-    Example(f"subs:{c}-{d}*{e}=", f"{x}-{y}*{z}", 3),
+
+  def texts(task):
+    examples = make_examples(KV, drawn, task)
+    return [(example.prompt, example.completion) for example in examples]
+
+  assert texts("kv_subs") == [
+    (f"subs:{a}+{b}=", f"{v}+{w}"),
+    (f"subs:{c}-{d}*{e}=", f"{x}-{y}*{z}"),
   ]
-  assert examples(KV, drawn, "kv_math")[1] == Example(
-    f"math:{c}-{d}*{e}=", str(x - y * z), 3
-  )
-  assert examples(KV, drawn, "kv_math_steps")[0] == Example(
-    f"show:{a}+{b}=", f"{v}+{w}={v + w}", 2
-  )
-  assert examples(KV, drawn, "num_math")[0] == Example(
-    f"math:{v}+{w}=", str(v + w), 2
-  )
-  assert examples(KV, drawn, "num_math_steps")[0].completion == (
+  assert texts("kv_math")[1] == (f"math:{c}-{d}*{e}=", str(x - y * z))
+  assert texts("kv_math_steps")[0] == (f"show:{a}+{b}=", f"{v}+{w}={v + w}")
+  assert texts("num_math")[0] == (f"math:{v}+{w}=", str(v + w))
+  example = make_examples(KV, drawn, "num_math")[0]
+  assert example.origin == f"the expression math:{v}+{w}={v + w}"
+  assert make_examples(KV, drawn, "num_math_steps")[0].completion == (
     f"{v}+{w}={v + w}"
   )
-  with pytest.raises(InputError, match="kv_subs, num_math, kv_math"):
-    examples(KV, drawn, "math")
+  with pytest.raises(InputError, match=r"kv_subs.*num_math_given"):
+    make_examples(KV, drawn, "math")
 
 
 @pytest.mark.parametrize("keys", ["pieces", "characters"])
@@ -117,9 +119,9 @@ def test_tokenizer_pieces(tmp_path, keys, digits):
 
 
 def test_tokenizer_choices(tmp_path):
-  with pytest.raises(InputError, match="pieces or characters"):
+  with pytest.raises(InputError, match=r"pieces.*characters"):
     train_tokenizer(KV, tmp_path / "t", keys="words")
-  with pytest.raises(InputError, match="single or grouped"):
+  with pytest.raises(InputError, match=r"single.*grouped"):
     train_tokenizer(KV, tmp_path / "t", digits="two")
 
 
@@ -171,7 +173,7 @@ def test_same_examples_as_the_texts(tokenizer):
   drawn = sample_expressions(rng, KV, 50, min_terms=2, max_terms=3)
   assert [
     (tokenizer.decode(p), tokenizer.decode(c)) for p, c in segments_of(batch)
-  ] == [(e.prompt, e.completion) for e in examples(KV, drawn, "kv_subs")]
+  ] == [(e.prompt, e.completion) for e in make_examples(KV, drawn, "kv_subs")]
   assert not is_eval(drawn).any()
   assert len(evaluate(KV, drawn)) == 50
 
@@ -234,7 +236,7 @@ def test_too_long_an_example(tokenizer):
 )
 def test_bad_mixtures(tokenizer, tasks):
   with pytest.raises(InputError, match="task"):
-    ArithmeticSource(
+    KeyValueSource(
       KV,
       tokenizer,
       tasks,
@@ -250,7 +252,7 @@ def test_a_tokenizer_that_merges_across_words(tmp_path):
   drawn = sample_expressions(
     np.random.default_rng(0), KV, 500, min_terms=2, max_terms=3
   )
-  texts = [e.prompt + e.completion for e in examples(KV, drawn, "kv_subs")]
+  texts = [e.prompt + e.completion for e in make_examples(KV, drawn, "kv_subs")]
   merging = train_sentencepiece(
     texts, tmp_path / "t", vocab_size=300, split_digits=False
   )
