@@ -67,7 +67,7 @@ def of_mesh(job: Job, count: int, axis: str) -> Device:
   text = program.compiled.as_text()
   if " while(" in text:
     raise RuntimeError("the program has a loop, whose FLOPs XLA counts once")
-  found = estimate.of(placed, program)
+  found = estimate.estimate(placed, program)
   return Device(
     program.compiled.cost_analysis()["flops"],
     sum(program.given.resident().values()),

@@ -28,10 +28,10 @@ from calm_jax.experiments import config_files
 from calm_jax.generation import batching, decode
 from calm_jax.planning import (
   estimate,
-  printing,
   programs,
   search,
   shapes,
+  tables,
   topology,
 )
 from calm_jax.planning.search import Case
@@ -74,9 +74,8 @@ def main(config: ConfigDict, options: Options) -> dict[str, Any]:
   settings, rows = job.settings, job.stage.batch_size
   if options.search:
     cases = search.search(
-      job, target, rows,
-      compiles=options.compiles, until=until, say=printing.say,
-    )  # fmt: skip
+      job, target, rows, compiles=options.compiles, until=until, say=tables.say
+    )
     best = cases[0]
     if best.found is None:
       raise InputError(
@@ -87,19 +86,21 @@ def main(config: ConfigDict, options: Options) -> dict[str, Any]:
     case = Case(axes, settings.remat, rows)
     best = search.compiled(job, target, case)
     cases = [best]
-  found = {"topology": target, "job": job, "cases": cases, "largest": None}
+  largest, batches = None, []
   if options.largest_batch and time.monotonic() < until:
-    found["largest"], more = search.largest(job, target, best, until=until)
-    found["batches"] = more
+    largest, batches = search.largest(job, target, best, until=until)
+  # As `decode.stream` does for prompt and continuation together.
+  slots = batching.round_up(job.stage.length + decode.CHUNK)
+  decoding = None
   if options.decode_rows and time.monotonic() < until:
     placed = programs.place(job, target, best.axes)
-    # As `decode.stream` does for prompt and continuation together.
-    slots = batching.round_up(job.stage.length + decode.CHUNK)
     program = programs.decoding(placed, options.decode_rows, slots)
-    found["decode"] = estimate.of(placed, program, decode.CHUNK)
-    found["decode_shape"] = {"rows": options.decode_rows, "slots": slots}
-  result = printing.report(found)
-  printing.show(result)
+    decoding = estimate.estimate(placed, program, decode.CHUNK)
+  plan = tables.Plan(
+    job, target, cases, largest, batches, decoding, options.decode_rows, slots
+  )
+  result = tables.to_json(plan)
+  tables.show(plan)
   if options.json:
     Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
   return result

@@ -68,7 +68,7 @@ def by_plan(job: Job, axes: dict[str, int], count: int) -> dict[str, float]:
   name = "cpu" if count == 1 else f"cpu:{count}"
   placed = programs.place(job, topology.target(name), axes)
   program = programs.training(placed, job.stage.batch_size)
-  found = estimate.of(placed, program)
+  found = estimate.estimate(placed, program)
   given = sum(found.memory[kind] for kind in programs.KINDS)
   return {
     "arguments": given - found.unread + found.memory["alignment"],

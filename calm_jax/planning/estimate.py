@@ -1,4 +1,4 @@
-"""What a compiled program needs of a chip, and how fast it can be at best."""
+"""Estimates what a compiled program needs of a chip, and its least time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from calm_jax.planning.programs import Placed, Program, bytes_here
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """Of one program on one chip; bytes, seconds.
+  """The needs of one program on one chip, in bytes and seconds.
 
   Attributes:
     memory: by kind: programs.KINDS of what is given, "alignment", "results"
@@ -28,7 +28,7 @@ class Estimate:
       `flops` where chips do the same work, or do it again to save memory.
     moved: bytes read from and written to a chip's memory.
     sent: bytes sent by a chip, by kind of collective.
-    unknown_loops: see `hlo.Moved`.
+    unknown_loops: see `hlo.Counts`.
     kernels: see `hlo.kernels`.
     seconds: by "compute", "memory", "links": what each alone would take. None
       if the chip's speed is not known.
@@ -51,14 +51,14 @@ class Estimate:
   step: float = 0
 
 
-def of(placed: Placed, program: Program, tokens: int = 1) -> Estimate:
-  """The estimate of a program.
+def estimate(placed: Placed, program: Program, tokens: int = 1) -> Estimate:
+  """Estimates what a program needs.
 
   Args:
     placed: what it computes.
     program: the program.
-    tokens: times that its loops of unknown length run; FLOPs, what it moves and
-      its seconds are divided by it.
+    tokens: turns of its loops of unknown length, in each of which it makes a
+      token; FLOPs, bytes moved and seconds are those of one.
   """
   chip, devices = placed.target.chip, placed.target.devices
   memory, flops = program.given.resident(), program.flops // tokens

@@ -116,11 +116,7 @@ def generated_token(spec: Composition) -> int:
 
 
 def training_step(
-  spec: Composition,
-  rows: int,
-  length: int,
-  attended: float = 1.0,
-  recompute: bool = False,
+  spec: Composition, rows: int, length: int, attended: float = 1.0
 ) -> int:
   """Counts the FLOPs that a step on Θ_C cannot do without.
 
@@ -136,7 +132,6 @@ def training_step(
     length: tokens of a row.
     attended: the share of the products of queries and keys that counts; 0.5
       for those of the past alone.
-    recompute: whether m_B's layers run forward again on the way back.
   """
   tokens = rows * length
 
@@ -159,7 +154,5 @@ def training_step(
     kernels = D * (config.width + 4 * D)
     once = 2 * tokens * kernels + attention(D)
     total += len(connections) * 3 * once
-  above = anchor.num_layers - first
   # The gradients of attention are four products for two.
-  total += layers(anchor, above, attentions=2)
-  return total + recompute * layers(anchor, above)
+  return total + layers(anchor, anchor.num_layers - first, attentions=2)

@@ -84,7 +84,7 @@ class Instruction(NamedTuple):
     }
 
 
-Computations = dict[str, list[Instruction]]  # by name
+Computation = dict[str, Instruction]  # by name
 
 
 def count(text: str, trips: int = 1) -> Counts:
@@ -92,7 +92,7 @@ def count(text: str, trips: int = 1) -> Counts:
 
   Args:
     text: of `compiled.as_text()`.
-    trips: turns to assume of loops whose number of turns depends on data.
+    trips: turns of loops whose number depends on data.
   """
   computations, entry = _parse(text)
   partitions = re.search(r"num_partitions=(\d+)", text)
@@ -105,19 +105,19 @@ def kernels(text: str) -> dict[str, int]:
   return dict(collections.Counter(_KERNEL.findall(text)))
 
 
-def _parse(text: str) -> tuple[Computations, str]:
+def _parse(text: str) -> tuple[dict[str, Computation], str]:
   """Returns the computations by name, and the name of the entry."""
-  computations: Computations = {}
+  computations: dict[str, Computation] = {}
   entry, current = "", None
   for line in text.splitlines():
     if current is None:
       if start := _START.match(line):
-        current = computations.setdefault(start[1], [])
+        current = computations.setdefault(start[1], {})
         entry = start[1] if line.startswith("ENTRY") else entry
     elif line.rstrip() == "}":  # The text of kernels has other brackets.
       current = None
     elif parts := _INSTRUCTION.match(line):
-      current.append(_instruction(*parts.groups()))
+      current[parts[2]] = _instruction(*parts.groups())
   return computations, entry
 
 
@@ -128,9 +128,8 @@ def _instruction(root: str | None, name: str, line: str) -> Instruction:
   is_number = kind in ("parameter", "constant")
   pattern = r"^-?\d+" if is_number else r"(?<=%)[\w.\-]+"
   operands = tuple(re.findall(pattern, after[:close]))
-  return Instruction(
-    name, kind, line[:end], operands, after[close:], root is not None
-  )
+  type_, rest, is_root = line[:end], after[close:], root is not None
+  return Instruction(name, kind, type_, operands, rest, is_root)
 
 
 def _closing(text: str, depth: int) -> int:
@@ -161,20 +160,20 @@ def _numbers(text: str) -> list[int]:
 class _Counter:
   """Counts computations, each with those that it calls."""
 
-  def __init__(self, computations: Computations, trips: int, devices: int):
-    self.computations, self.trips = computations, trips
-    self.devices = devices
+  def __init__(
+    self, computations: dict[str, Computation], trips: int, devices: int
+  ):
+    self.computations, self.trips, self.devices = computations, trips, devices
     self.count = functools.cache(self._count)
-    self.users = functools.cache(self._users)
 
   def _count(self, name: str) -> Counts:
-    total = Counts()
-    types = {i.name: i.type for i in self.computations[name]}
+    total, computation = Counts(), self.computations[name]
     # A TPU's program has reduce-scatters as computations of their own.
     scatters = name.startswith("all-reduce-scatter")
-    for one in self.computations[name]:
-      memory, sent = self._memory(one, types), self._sent(one, scatters)
-      total.add(Counts(memory, sent, flops=_flops(one, types)))
+    for one in computation.values():
+      operands = [computation[o] for o in one.operands if o in computation]
+      memory, sent = self._memory(one, operands), self._sent(one, scatters)
+      total.add(Counts(memory, sent, flops=_flops(one, operands)))
       for part, times in self._parts(one):
         total.add(part, times)
     return total
@@ -202,8 +201,8 @@ class _Counter:
     """How often a loop from 0 runs; 0 if that is not known."""
     if known := re.search(r'trip_count":\{"n":"(\d+)"', loop.attributes):
       return int(known[1])
-    inner = {i.name: i for i in self.computations[condition]}
-    root = next(i for i in inner.values() if i.is_root)
+    inner = self.computations[condition]
+    root = _root(inner)
     if root.kind == "compare" and "direction=LT" in root.attributes:
       for limit in (inner[o] for o in root.operands if o in inner):
         if limit.kind == "constant":
@@ -238,11 +237,11 @@ class _Counter:
       return found[1].count(",") + 1
     return self.devices
 
-  def _memory(self, one: Instruction, types: dict[str, str]) -> float:
+  def _memory(self, one: Instruction, operands: list[Instruction]) -> float:
     """Bytes that an instruction by itself reads and writes."""
     if _FREE.fullmatch(one.kind):
       return 0
-    inputs = [sum(_bytes(types[o])) for o in one.operands if o in types]
+    inputs = [sum(_bytes(operand.type)) for operand in operands]
     out = sum(_bytes(one.type))
     if one.kind in _SLICES:
       return 2 * out
@@ -252,66 +251,62 @@ class _Counter:
       return sum(inputs)
     if one.kind != "fusion":
       return out + sum(inputs)
-    fused = one.called()["calls"][0]
-    total = self._written(fused, out)
-    for place, parameter in self._parameters(fused).items():
-      total += self._read(fused, parameter, inputs[place])
+    fused = self.computations[one.called()["calls"][0]]
+    total = _written(fused, out)
+    for place, whole in enumerate(inputs):
+      total += self._read(fused, place, whole)
     return total
 
-  def _parameters(self, name: str) -> dict[int, str]:
-    instructions = self.computations[name]
-    return {
-      int(i.operands[0]): i.name for i in instructions if i.kind == "parameter"
+  def _read(self, fused: Computation, place: int, whole: float) -> float:
+    """What a fusion reads of its argument at a place, of `whole` bytes."""
+    values = {
+      i.name
+      for i in fused.values()
+      if i.kind == "parameter" and int(i.operands[0]) == place
     }
-
-  def _users(self, name: str) -> dict[str, list[tuple[int, Instruction]]]:
-    """Instructions that read each value, and as which of their operands."""
-    users = collections.defaultdict(list)
-    for instruction in self.computations[name]:
-      for place, operand in enumerate(instruction.operands):
-        users[operand].append((place, instruction))
-    return users
-
-  def _read(self, name: str, value: str, whole: float) -> float:
-    """What a fusion, and those within it, read of an array of `whole` bytes."""
     total = 0.0
-    for place, user in self.users(name)[value]:
-      if user.kind == "bitcast":
-        total += self._read(name, user.name, whole)
-      elif user.kind in _SLICES and place == 0:
-        total += sum(_bytes(user.type))
-      elif user.kind == "fusion":
-        inner = user.called()["calls"][0]
-        total += self._read(inner, self._parameters(inner)[place], whole)
-      elif user.kind != "dynamic-update-slice" or place != 0:
-        return whole
+    for user in fused.values():
+      for at, operand in enumerate(user.operands):
+        if operand not in values:
+          continue
+        if user.kind == "bitcast":
+          values.add(user.name)
+        elif user.kind in _SLICES and at == 0:
+          total += sum(_bytes(user.type))
+        elif user.kind == "fusion":
+          inner = self.computations[user.called()["calls"][0]]
+          total += self._read(inner, at, whole)
+        elif user.kind != "dynamic-update-slice" or at != 0:
+          return whole
     return min(total, whole)
 
-  def _written(self, name: str, out: float) -> float:
-    """What a fusion writes; of an array that it updates, the update."""
-    by_name = {i.name: i for i in self.computations[name]}
-    root = next(i for i in by_name.values() if i.is_root)
-    ends = [root]
-    if root.kind == "tuple":
-      ends = [by_name[o] for o in root.operands]
-    total, updates = 0.0, False
-    for end in ends:
-      while end.kind == "bitcast":
-        end = by_name[end.operands[0]]
-      if end.kind == "dynamic-update-slice":
-        updates = True
-        end = by_name[end.operands[1]]
-      total += sum(_bytes(end.type))
-    return total if updates else out
+
+def _root(computation: Computation) -> Instruction:
+  return next(i for i in computation.values() if i.is_root)
 
 
-def _flops(product: Instruction, types: dict[str, str]) -> int:
+def _written(fused: Computation, out: float) -> float:
+  """What a fusion writes; of an array that it updates, the update."""
+  ends = [_root(fused)]
+  if ends[0].kind == "tuple":
+    ends = [fused[o] for o in ends[0].operands]
+  total, updates = 0.0, False
+  for end in ends:
+    while end.kind == "bitcast":
+      end = fused[end.operands[0]]
+    if end.kind == "dynamic-update-slice":
+      updates = True
+      end = fused[end.operands[1]]
+    total += sum(_bytes(end.type))
+  return total if updates else out
+
+
+def _flops(product: Instruction, operands: list[Instruction]) -> int:
   """Counts two for each multiplication of a matrix product."""
   if product.kind not in ("dot", "convolution"):
     return 0
   left, right, out = (
-    _numbers(_ARRAY.search(type_)[2])
-    for type_ in (*map(types.get, product.operands), product.type)
+    _numbers(_ARRAY.search(one.type)[2]) for one in (*operands, product)
   )
   if product.kind == "convolution":
     return 2 * _convolution(product.attributes, left, right, out)

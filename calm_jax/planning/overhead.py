@@ -1,23 +1,19 @@
 """Counts what a composition costs beside its anchor (Appendix C), from shapes.
 
-C.1 counts parameters, C.2 estimates the cost of training. Each line of the
-table has the paper's arithmetic beside what the program has and does: its
-parameters, and the matrix products of its steps (`flops`). They differ:
+Each line of the table has the paper's arithmetic beside what the program has
+and does: its parameters, and the matrix products of its steps (`flops`). The
+paper's arithmetic goes wrong in these places:
 
-- C.1 gives a cross-attention 3 D_B^2 parameters. By §3.1 W^O is trained too,
-  which makes 4 D_B^2.
-- C.1 counts the embeddings of m_B in each of its N_B layers, and leaves out
-  W^O of self-attention. In the BERT example that makes 1 B of a third of it.
-- So C.1's 1.5% is 5.7% for those two models, and C.2 neglects that share.
+- C.1 leaves out W^O of a connection (D_B^2; §3.1 trains it) and of m_B's
+  self-attention, biases, norms, positions, gated MLPs and a separate head.
+- C.1 counts the embeddings of m_B once in each layer. So its 1.5% is 5.7%.
 - C.1 says "all layers of m_B" where n = 4 is all layers of m_A: m_B has 24.
-- C.1 leaves out biases, norms, positions, gated MLPs and a separate head.
 - C.2 takes a token of composition to cost what one of fine-tuning m_B does.
   m_A's forward pass and the connections add to that; the gradients of m_B's
   weights (a third), and all below the first connection, are not needed.
-- C.2 takes cost as linear in parameters. But an embedding costs nothing to
-  look up, and the products of attention with L^2 have no parameters.
-- C.2 needs "5-7%" of the data in its text and has 2% in its arithmetic; at 5%
-  its 12% would be 15%.
+- C.2 takes cost as linear in parameters. But looking up an embedding costs
+  nothing, and the products of attention with L^2 have no parameters.
+- C.2 needs "5-7%" of the data in its text and has 2% in its arithmetic.
 - Appendix C has nothing on inference, where every token goes through both
   models, nor on memory.
 """
@@ -29,18 +25,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from calm_jax.composition import forward
-from calm_jax.composition.connections import (
-  Augmenting,
-  Composition,
-  default_connections,
-  paper_count,
-)
+from calm_jax.composition import connections, forward
+from calm_jax.composition.connections import Augmenting, Composition
 from calm_jax.core import trees
 from calm_jax.core.batch import plain_sequence
 from calm_jax.core.errors import InputError
 from calm_jax.models import decoder, lora
 from calm_jax.models.config import ModelConfig
+from calm_jax.models.hf import families
 from calm_jax.planning import flops
 from calm_jax.training import loss as loss_lib
 
@@ -54,23 +46,11 @@ PRINTED = {
   "compose_cost": "2%",
   "both_cost": "12%",
 }
-_NAMES = {
-  "anchor": "m_B",
-  "augmenting": "m_A",
-  "composition": "Θ_C",
-  "composed": "all",
-}
+_PARTS = "anchor", "augmenting", "composition", "composed"
 
 
 class CostRow(NamedTuple):
-  """A line of the table: counts are int, shares float, None is not known.
-
-  Attributes:
-    key: names the line.
-    what: is counted.
-    paper: by the arithmetic of Appendix C.
-    counted: of the program.
-  """
+  """A line of the table: counts are int, shares float, None is not known."""
 
   key: str
   what: str
@@ -86,19 +66,20 @@ def parameters(spec: Composition) -> dict[str, int]:
     "composition" (Θ_C) and "composed", their sum. With "paper_" before each,
     the same by the formulas of C.1.
   """
-  models = [joined.config for _, joined in spec.augmenting]
-  counts = {
-    "anchor": trees.count(decoder.param_shapes(spec.anchor)),
-    "augmenting": sum(trees.count(decoder.param_shapes(c)) for c in models),
-    "composition": trees.count(forward.param_shapes(spec)),
-    "paper_anchor": paper_model_count(spec.anchor),
-    "paper_augmenting": sum(paper_model_count(c) for c in models),
-    "paper_composition": paper_count(spec),
-  }
-  for paper in ("", "paper_"):
-    parts = (counts[paper + part] for part in _NAMES if part != "composed")
-    counts[f"{paper}composed"] = sum(parts)
+  counts = {}
+  for prefix, count_model, theta in (
+    ("", _count_model, trees.count(forward.param_shapes(spec))),
+    ("paper_", paper_model_count, connections.paper_count(spec)),
+  ):
+    models = [count_model(joined.config) for _, joined in spec.augmenting]
+    parts = count_model(spec.anchor), sum(models), theta
+    for part, count in zip(_PARTS, (*parts, sum(parts)), strict=True):
+      counts[prefix + part] = count
   return counts
+
+
+def _count_model(config: ModelConfig) -> int:
+  return trees.count(decoder.param_shapes(config))
 
 
 def paper_model_count(config: ModelConfig) -> int:
@@ -136,7 +117,7 @@ def training_flops(
   """
   if not spec.augmenting:
     raise InputError("there is no augmenting model, so no overhead to count")
-  sizes = _Sizes(batch, length, augmenting_length or length)
+  other_length = augmenting_length or length
   # Of the models, whatever kernel, remat and mesh they run with.
   spec = spec.with_compute(
     lambda part: {"attention": "xla", "remat": "auto", "place": None}
@@ -148,60 +129,55 @@ def training_flops(
     },
     "composition": forward.param_shapes(spec),
   }
-  anchor = Composition(spec.anchor), {"anchor": params["anchor"]}, sizes
+  sizes = batch, length, other_length
+  alone = Composition(spec.anchor)
+  anchor = {"anchor": params["anchor"]}
   counts = {
     "composed_step": _count(spec, params, sizes, "composition/.*"),
-    "anchor_step": _count(*anchor, "anchor/.*"),
+    "anchor_step": _count(alone, anchor, sizes, "anchor/.*"),
     "augmenting_step": 0,
     "lora_step": None,
     "lora_rank": None,
     "composed_forward": _count(spec, params, sizes),
-    "anchor_forward": _count(*anchor),
+    "anchor_forward": _count(alone, anchor, sizes),
     "augmenting_forward": 0,
-    **sizes._asdict(),
+    "batch": batch,
+    "length": length,
+    "augmenting_length": other_length,
   }
-  rows = sizes._replace(length=sizes.augmenting_length)
   for name, joined in spec.augmenting:
-    model = {"anchor": params["augmenting"][name]}
-    alone = Composition(joined.config), model, rows
-    counts["augmenting_step"] += _count(*alone, "anchor/.*")
-    counts["augmenting_forward"] += _count(*alone)
+    model = Composition(joined.config), {"anchor": params["augmenting"][name]}
+    rows = batch, other_length, other_length
+    counts["augmenting_step"] += _count(*model, rows, "anchor/.*")
+    counts["augmenting_forward"] += _count(*model, rows)
   if not spec.anchor.num_experts:
     size = trees.count(params["composition"])
     rank = lora.closest_rank(params["anchor"], size)
     adapted = jax.eval_shape(
-      lambda p: lora.add(p, rank, jax.random.key(0)), params["anchor"]
+      lambda p: {"anchor": lora.add(p, rank, jax.random.key(0))},
+      params["anchor"],
     )
     counts["lora_rank"] = rank
-    counts["lora_step"] = _count(
-      anchor[0], {"anchor": adapted}, sizes, "anchor/.*/lora_."
-    )
+    counts["lora_step"] = _count(alone, adapted, sizes, "anchor/.*/lora_.")
   return counts
 
 
-class _Sizes(NamedTuple):
-  """The shape of a batch, whose augmenting rows may have another length."""
-
-  batch: int
-  length: int
-  augmenting_length: int
-
-
 def _count(
-  spec: Composition, params: dict, sizes: _Sizes, trainable: str = ""
+  spec: Composition,
+  params: dict,
+  sizes: tuple[int, int, int],
+  trainable: str = "",
 ) -> int:
   """FLOPs of a step on the leaves that `trainable` names, or of a forward pass.
 
-  All tokens of the augmenting models are visible.
+  All tokens of the augmenting models, rows of their own, are visible.
   """
-  leaves = trees.mask(params, [trainable or ".*"])
+  batch, length, other_length = sizes
   names = [name for name, _ in spec.augmenting]
 
   def logits(chosen, frozen, tokens_BL):
-    rows = plain_sequence(
-      jnp.zeros((sizes.batch, sizes.augmenting_length), jnp.int32)
-    )
-    visible_BL = jnp.full(tokens_BL.shape, sizes.augmenting_length)
+    rows = plain_sequence(jnp.zeros((batch, other_length), jnp.int32))
+    visible_BL = jnp.full(tokens_BL.shape, other_length)
     return forward.forward(
       trees.merge(chosen, frozen),
       spec,
@@ -211,13 +187,13 @@ def _count(
     )[0]
 
   def loss(chosen, frozen, tokens_BL):
-    ones_BL = jnp.ones(tokens_BL.shape)
     logits_BLV = logits(chosen, frozen, tokens_BL)
+    ones_BL = jnp.ones(tokens_BL.shape)
     return loss_lib.cross_entropy(logits_BLV, tokens_BL, ones_BL)[0].sum()
 
-  tokens = jax.ShapeDtypeStruct((sizes.batch, sizes.length), jnp.int32)
-  function = jax.grad(loss) if trainable else logits
-  return flops.count(function, *trees.partition(params, leaves), tokens)
+  tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+  leaves = trees.partition(params, trees.mask(params, [trainable or ".*"]))
+  return flops.count(jax.grad(loss) if trainable else logits, *leaves, tokens)
 
 
 def table(
@@ -252,7 +228,7 @@ def table(
   forward_both = forward_pass("composed")
   rows = [
     (part, f"parameters of {name}", counts[f"paper_{part}"], counts[part])
-    for part, name in _NAMES.items()
+    for part, name in zip(_PARTS, ("m_B", "m_A", "Θ_C", "all"), strict=True)
   ]
   rows += [
     ("composition_share", "Θ_C / m_B", theta, size("composition")),
@@ -271,30 +247,16 @@ def table(
 def bert() -> Composition:
   """Builds C.1's example: BERT-small (m_A) and BERT-large (m_B), as decoders.
 
-  What BERT has besides, a norm of the embeddings, two segments and a pooler,
-  is a percent of it.
+  Their blocks are GPT-2's. What BERT has besides, a norm of the embeddings,
+  two segments and a pooler, is a percent of it.
   """
-
-  def model(layers: int, width: int) -> ModelConfig:
-    return ModelConfig(
-      vocab_size=30_000,
-      width=width,
-      num_layers=layers,
-      num_heads=width // 64,
-      num_kv_heads=width // 64,
-      head_dim=64,
-      mlp_width=4 * width,
-      max_length=512,
-      activation="gelu_exact",
-      gated_mlp=False,
-      mlp_bias=True,
-      attention_bias=True,
-      output_bias=True,
-      norm="layer",
-      learned_positions=True,
-      tie_embeddings=True,
+  shared = {"model_type": "gpt2", "vocab_size": 30_000, "n_positions": 512}
+  shared["activation_function"] = "gelu"
+  small, large = (
+    families.from_hf(
+      shared | {"n_layer": layers, "n_embd": width, "n_head": width // 64}
     )
-
-  pairs = default_connections(4, 24, 4)
-  small = Augmenting(model(4, 512), pairs, norm=False)
-  return Composition(model(24, 1024), (("m_A", small),))
+    for layers, width in ((4, 512), (24, 1024))
+  )
+  pairs = connections.default_connections(4, 24, 4)
+  return Composition(large, (("m_A", Augmenting(small, pairs, norm=False)),))

@@ -167,9 +167,10 @@ def _guess_seconds(
     return 0.0
   recompute = case.remat == "full"
   tokens = _tokens_here(job, target, case)
-  work = flops.training_step(
-    job.spec, case.rows, job.stage.length, recompute=recompute
-  )
+  length = job.stage.length
+  work = flops.training_step(job.spec, case.rows, length)
+  # A gradient's checkpoint has the anchor run forward twice.
+  work += recompute * 2 * case.rows * length * (sizes.anchor + sizes.head)
   fsdp, tensor, sequence = axes["fsdp"], axes["tensor"], axes["sequence"]
   gathered = _ANCHOR_GATHERED * (sizes.anchor + sizes.head)
   gathered += _AUGMENTING_GATHERED * sizes.augmenting
@@ -264,7 +265,7 @@ def compiled(job: Job, target: Target, case: Case) -> Case:
   """The case with what its compiled step needs."""
   placed = programs.place(with_case(job, case), target, case.axes)
   program = programs.training(placed, case.rows)
-  return dataclasses.replace(case, found=estimate.of(placed, program))
+  return dataclasses.replace(case, found=estimate.estimate(placed, program))
 
 
 def _rank(case: Case):

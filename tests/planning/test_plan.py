@@ -56,7 +56,7 @@ def test_json_is_what_was_found(planned):
 def test_memory_by_kind_adds_up_to_what_the_compiler_says(job):
   placed = programs.place(job, topology.target("cpu"), ONE)
   program = programs.training(placed, 4)
-  found = estimate.of(placed, program)
+  found = estimate.estimate(placed, program)
   says = program.compiled.memory_analysis()
   given = sum(found.memory[kind] for kind in programs.KINDS)
   read = given - found.unread + found.memory["alignment"]
@@ -110,7 +110,7 @@ def test_a_decoded_token_is_as_counted_by_hand():
   found, caches = [], []
   for slots in (2048, 4096):
     program = programs.decoding(placed, 4, slots)
-    one = estimate.of(placed, program, decode.CHUNK)
+    one = estimate.estimate(placed, program, decode.CHUNK)
     flops, weights, cache = decoded_by_hand(job, 4, slots)
     assert one.flops == one.worked == flops
     # States, scores and the newest tokens are read and written besides.
@@ -336,7 +336,7 @@ def test_a_tpu_step_runs_the_splash_kernel(job):
     program = programs.training(placed, 4)
   finally:
     jax.config.update("jax_exec_time_optimization_effort", effort)
-  found = estimate.of(placed, program)
+  found = estimate.estimate(placed, program)
   parts = {name.split("_")[2] for name in found.kernels}
   assert parts == {"fwd", "dq", "dkv"}
   assert all(name.startswith("splash_mha_") for name in found.kernels)
@@ -360,7 +360,7 @@ def test_frozen_models_are_planned_in_their_bits(job):
   whole = shapes.job(read_settings(config), "anchor")
   assert size(whole.params["anchor"]) == size(job.params["anchor"])
   placed = programs.place(made, topology.target("cpu"), ONE)
-  found = estimate.of(placed, programs.training(placed, 4))
+  found = estimate.estimate(placed, programs.training(placed, 4))
   assert found.memory["frozen"] == size(
     [made.params["anchor"], made.params["augmenting"]]
   )

@@ -1,0 +1,154 @@
+"""Shows a plan as JSON and as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from calm_jax.planning.chips import GIB
+from calm_jax.planning.estimate import Estimate
+from calm_jax.planning.search import Case
+from calm_jax.planning.shapes import Job
+from calm_jax.planning.topology import Target
+
+_STAND_IN = (
+  "compiled by the CPU's compiler, with the plain attention: what is given and "
+  "the collectives are those of the devices; temporaries and bytes moved are "
+  "an upper guess"
+)
+_SHOWN = 12
+
+
+class Plan(NamedTuple):
+  """What `calm_jax.plan` found out about a job on a topology."""
+
+  job: Job
+  target: Target
+  cases: list[Case]  # the best first
+  largest: int | None  # rows of the largest batch that fits, if looked for
+  batches: list[Case]  # compiled to find it
+  decoding: Estimate | None
+  rows: int  # of decoding
+  slots: int  # of the caches in decoding
+
+
+def say(line: str | Table) -> None:
+  """Prints a line or a table."""
+  Console(soft_wrap=True, highlight=False).print(line)
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+  """The plan as `json.dumps` takes it."""
+
+  def case_json(case: Case) -> dict[str, Any]:
+    made = dataclasses.asdict(case) | {"text": str(case)}
+    if case.found is not None and case.found.step:
+      tokens = case.rows * plan.job.stage.length
+      made["found"]["tokens_per_second"] = tokens / case.found.step
+    return made
+
+  cases = [case_json(case) for case in plan.cases]
+  result = {
+    "topology": plan.target.name,
+    "chip": plan.target.chip._asdict(),
+    "chips": len(plan.target.devices),
+    "exact": plan.target.exact,
+    "best": cases[0],
+    "cases": cases,
+  }
+  if plan.largest is not None:
+    result["largest_batch"] = plan.largest
+    result["batches"] = {
+      case.rows: dataclasses.asdict(case.found) for case in plan.batches
+    }
+  if plan.decoding is not None:
+    shape = {"rows": plan.rows, "slots": plan.slots}
+    result["decode"] = dataclasses.asdict(plan.decoding) | shape
+  return result
+
+
+def show(plan: Plan) -> None:
+  """Prints the tables."""
+  target, best, decoding = plan.target, plan.cases[0], plan.decoding
+  say(
+    f"[bold]{target.name}[/]: {len(target.devices)} chips of "
+    f"{_gib(target.chip.hbm)}; {best}"
+  )
+  if not target.exact:
+    say(_STAND_IN)
+  programs = {"training step": best.found}
+  if decoding is not None:
+    programs[f"{plan.rows} rows decode, {plan.slots} slots"] = decoding
+  say(_memory_table(programs, target.chip.hbm))
+  say(_speed_table(programs))
+  for name, count in best.found.kernels.items():
+    say(f"kernel in {count} places of the step: {name}")
+  if len(plan.cases) > 1:
+    say(_case_table(plan.cases))
+  if len(plan.cases) > _SHOWN:
+    say(f"and {len(plan.cases) - _SHOWN} more; --json has them all")
+  if best.found.step:
+    rate = best.rows * plan.job.stage.length / best.found.step
+    say(f"at most {rate:,.0f} tokens/s in training")
+  if decoding is not None and decoding.step:
+    say(f"at most {plan.rows / decoding.step:,.0f} tokens/s in decoding")
+  if plan.largest is not None:
+    tried = ", ".join(map(str, sorted(case.rows for case in plan.batches)))
+    say(f"largest batch seen to fit: {plan.largest} rows (compiled: {tried})")
+
+
+def _memory_table(programs: dict[str, Estimate], hbm: int) -> Table:
+  table = Table("on each chip", *programs, title="memory")
+  found = list(programs.values())
+  for kind in dict.fromkeys(kind for e in found for kind in e.memory):
+    sizes = [e.memory.get(kind) for e in found]
+    if any(sizes):
+      table.add_row(kind, *("" if s is None else _gib(s) for s in sizes))
+  table.add_section()
+  table.add_row("all", *(_gib(e.total) for e in found))
+  table.add_row(f"fits {_gib(hbm)}", *map(_yes_or_no, found))
+  if any(e.unread > 0.01 * e.total for e in found):
+    table.add_row("of all not read", *(_gib(e.unread) for e in found))
+  table.columns[1].justify = "right"
+  return table
+
+
+def _speed_table(programs: dict[str, Estimate]) -> Table:
+  title = "work, and the time that it takes at least"
+  table = Table("", *programs, title=title)
+  found = list(programs.values())
+  table.add_row("FLOPs, each once", *(f"{e.flops:.3g}" for e in found))
+  table.add_row("FLOPs of a chip", *(f"{e.worked:.3g}" for e in found))
+  table.add_row("memory moved, a chip", *(_gib(e.moved) for e in found))
+  for kind in dict.fromkeys(kind for e in found for kind in e.sent):
+    table.add_row(f"{kind}, sent", *(_gib(e.sent.get(kind, 0)) for e in found))
+  if all(e.seconds for e in found):
+    for name in found[0].seconds:
+      times = (f"{1e3 * e.seconds[name]:.3g} ms" for e in found)
+      table.add_row(name, *times)
+    table.add_row("bound by", *(e.bound for e in found))
+  return table
+
+
+def _case_table(cases: list[Case]) -> Table:
+  table = Table("case", "memory", "fits", "step", title="cases")
+  for case in cases[:_SHOWN]:
+    if case.found is None:
+      row = f"about {_gib(case.guess)}", case.reason or "not compiled"
+      seconds = f"about {case.seconds:.3g} s"
+    else:
+      row = _gib(case.found.total), _yes_or_no(case.found)
+      seconds = f"{case.found.step:.3g} s"
+    table.add_row(str(case), *row, seconds)
+  return table
+
+
+def _yes_or_no(found: Estimate) -> str:
+  return "yes" if found.fits else "NO"
+
+
+def _gib(size: float) -> str:
+  return f"{size / GIB:.3f} GiB"
