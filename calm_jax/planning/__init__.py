@@ -1,1 +1,1 @@
-"""What a run will need of machines that are not there: see calm_jax.plan."""
+"""Plans a run on machines that are not there: see `calm_jax.plan`."""

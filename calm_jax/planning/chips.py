@@ -1,4 +1,4 @@
-"""What chips have, by their makers' public specifications."""
+"""Memory and speed of chips, by their makers' public specifications."""
 
 from __future__ import annotations
 
@@ -8,21 +8,13 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-  """One chip.
-
-  Attributes:
-    name: as a topology names it.
-    hbm: bytes of its memory.
-    flops: matrix products in bfloat16, dense, per second; 0 if not known.
-    bandwidth: bytes per second of its memory.
-    links: bytes per second that it sends to other chips, over all links.
-  """
+  """One chip, by the name that a topology gives to it; a 0 is not known."""
 
   name: str
-  hbm: int
-  flops: float = 0
-  bandwidth: float = 0
-  links: float = 0
+  hbm: int  # bytes of memory
+  flops: float = 0  # per second, of dense matrix products in bfloat16
+  bandwidth: float = 0  # bytes per second of its memory
+  links: float = 0  # bytes per second sent to other chips, over all links
 
 
 # https://cloud.google.com/tpu/docs/v5e, /v5p, /v6e: HBM capacity, peak compute

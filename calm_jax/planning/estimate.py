@@ -18,19 +18,18 @@ class Estimate:
     memory: by kind: programs.KINDS of what is given, "alignment", "results"
       (that take no argument's place), "temporaries" (activations and all
       else), "code".
-    unread: how much of what is given the program does not read, such as m_A's
-      head; it lies there all the same.
     total: the sum of `memory`; if the compiler gave up, what it asked for.
     fits: whether that is the chip's memory or less.
-    flops: of matrix products, each counted once; of one token of each row if
-      it decodes, as are all that follow.
-    worked: FLOPs that one chip does. Of all chips together they are more than
-      `flops` where chips do the same work, or do it again to save memory.
+    unread: how much of what is given the program does not read, such as m_A's
+      head.
+    flops: of matrix products, each counted once. In decoding this and what
+      follows are of one token of each row.
+    worked: FLOPs that one chip does. All chips together do more than `flops`
+      where they do the same work, or do it again to save memory.
     moved: bytes read from and written to a chip's memory.
     sent: bytes sent by a chip, by kind of collective.
-    unknown_loops: see `hlo.Counts`.
-    kernels: see `hlo.kernels`.
-    seconds: by "compute", "memory", "links": what each alone would take. None
+    unknown_loops, kernels: see `hlo`.
+    seconds: that "compute", "memory" and "links" each alone would take; None
       if the chip's speed is not known.
     bound: the longest of them.
     step: its seconds: what the program takes at the least.

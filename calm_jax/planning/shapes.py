@@ -1,4 +1,4 @@
-"""What a config trains, as shapes: no weight is read or made."""
+"""Describes what a config trains as shapes; no weight is read or made."""
 
 from __future__ import annotations
 
@@ -22,29 +22,19 @@ from calm_jax.training.stage import Stage
 
 
 class Job(NamedTuple):
-  """A stage of a config.
-
-  Attributes:
-    settings: of the config.
-    stage: what is trained.
-    spec: of the whole composition.
-    params: its tree of shapes, in the dtypes that training keeps.
-    own: lengths of augmenting rows, by name, of models with other tokens.
-  """
+  """One stage of a run, with shapes in place of parameters."""
 
   settings: Settings
   stage: Stage
   spec: Composition
-  params: dict
-  own: dict[str, int]
+  params: dict  # in the dtypes that training keeps
+  own: dict[str, int]  # lengths of rows of augmenting models with other tokens
 
 
 def job(settings: Settings, stage: str = "") -> Job:
-  """The job of a config.
+  """Makes the job of a stage; of the recipe's last if it is empty.
 
-  Args:
-    settings: of the run. A model may also be a config.json by itself.
-    stage: of the recipe; its last if empty.
+  A model may also be a config.json by itself.
 
   Raises:
     InputError: there is no such stage or model.

@@ -1,4 +1,4 @@
-"""Devices that programs are compiled for, by the name of a topology."""
+"""Finds the devices that a named topology has, to compile programs for them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMS = "v5e:4x4, v5p:2x2x2, v6e:8x8, gpu:8xH100, cpu or cpu:8"
 
 
 class Target(NamedTuple):
-  """What a program is compiled for.
+  """The devices that a program is compiled for.
 
   Attributes:
     name: of the topology.
@@ -35,20 +35,20 @@ class Target(NamedTuple):
 
 
 def parse(name: str) -> tuple[str, str, int]:
-  """(platform, kind of chip, how many) of "v5e:4x4" and the like.
+  """Returns (platform, kind of chip, how many) of "v5e:4x4" and the like.
 
   Raises:
     InputError: it is no topology, or its chips are not in the table.
   """
-  if found := re.fullmatch(r"(v\d\w*):(\d+(?:x\d+){1,2})", name):
-    kind, shape = found.groups()
+  if match := re.fullmatch(r"(v\d\w*):(\d+(?:x\d+){1,2})", name):
+    kind, shape = match.groups()
     if kind in TPUS:
       return "tpu", kind, math.prod(map(int, shape.split("x")))
-  elif found := re.fullmatch(r"gpu:(\d+)x(\w+)", name):
-    if found[2] in GPUS:
-      return "gpu", found[2], int(found[1])
-  elif found := re.fullmatch(r"cpu(?::(\d+))?", name):
-    return "cpu", "cpu", int(found[1] or 1)
+  elif match := re.fullmatch(r"gpu:(\d+)x(\w+)", name):
+    if match[2] in GPUS:
+      return "gpu", match[2], int(match[1])
+  elif match := re.fullmatch(r"cpu(?::(\d+))?", name):
+    return "cpu", "cpu", int(match[1] or 1)
   raise InputError(
     f"topology={name!r} is none of the forms {FORMS}; chips are "
     f"{[*TPUS, *GPUS]}"
@@ -56,21 +56,20 @@ def parse(name: str) -> tuple[str, str, int]:
 
 
 def prepare(name: str, effort: float = 0.0) -> None:
-  """Makes this process one that can compile for a topology.
+  """Lets this process compile for a topology.
 
-  Call it before JAX looks for devices: there are CPUs only from then on, as
-  many as the topology has devices if they have to stand in for them.
+  Call it before JAX looks for devices: from then on it has only CPUs, as many
+  as they have to stand in for.
 
   Args:
     name: of the topology.
-    effort: of the TPU's compiler to make programs fast, -1 to 0, which is that
-      of a run.
+    effort: of the TPU's compiler to make programs fast: -1 to 0, a run's.
   """
   platform, _, count = parse(name)
   jax.config.update("jax_platforms", "cpu")
   if platform == "tpu":
     jax.config.update("jax_exec_time_optimization_effort", effort)
-    # Or libtpu asks the network what machine this is.
+    # Otherwise libtpu asks the network what machine this is.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "true")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
@@ -80,7 +79,7 @@ def prepare(name: str, effort: float = 0.0) -> None:
 
 
 def target(name: str) -> Target:
-  """The devices of a topology.
+  """Returns the devices of a topology.
 
   Raises:
     InputError: as `parse`; libtpu is missing; it does not know the topology; or
@@ -103,7 +102,7 @@ def target(name: str) -> Target:
       "pip install 'calm_jax[tpu]'"
     )
   try:
-    found = topologies.get_topology_desc(name, "tpu").devices
+    devices = topologies.get_topology_desc(name, "tpu").devices
   except (RuntimeError, ValueError) as error:
     raise InputError(f"topology={name!r}: libtpu says {error}") from error
-  return Target(name, TPUS[kind], list(found), True)
+  return Target(name, TPUS[kind], list(devices), True)
