@@ -1,4 +1,4 @@
-"""Runs' folders -> one HTML page, and its tables as Markdown and CSV.
+"""Reports runs' folders: one HTML page, and its tables as Markdown and CSV.
 
   python -m calm_jax.report RUN_DIR… --out=DIR
 
@@ -56,9 +56,9 @@ def write(folders: Iterable[str | os.PathLike], out: str | os.PathLike) -> Path:
       writes.
     ValueError: a metrics.jsonl holds a line that is not JSON.
   """
-  out, found = Path(out), runs.experiments(folders)
-  made = tables.tables(found)
-  html = page(found, made)
+  out, groups = Path(out), runs.find_groups(folders)
+  made = tables.tables(groups)
+  html = page(groups, made)
   for table in made:
     write_atomically(out / "tables" / f"{table.name}.csv", as_csv(table))
   # What no run has numbers for comes last, as on the page.
@@ -83,7 +83,7 @@ def write_report(
 
   Returns, raises: see `write`.
   """
-  # First of all: no fault found below may lose the numbers.
+  # Before all else: no fault below may lose the numbers.
   write_json(Path(workdir) / runs.RESULTS, results)
   return write([workdir], workdir)
 
@@ -96,7 +96,7 @@ def print_results(
   Raises:
     InputError: see `write`.
   """
-  made = tables.tables(runs.experiments([workdir]))
+  made = tables.tables(runs.find_groups([workdir]))
   print_tables([table for table in made if not table.empty], console)
 
 

@@ -8,16 +8,17 @@ from calm_jax.core.errors import InputError
 from calm_jax.reporting.predictions import RIGHT, is_right, read_rows
 from calm_jax.reporting.runs import MODELS, Run
 
-# By whether m_A, m_B and the composed model are right: Appendix B's three
-# kinds, the second of them in two, and the two that it does not speak of.
+_LOST = "Lost: m_A or m_B is right, the composed is not"
+# By which of m_A, m_B and the composed model are right: Appendix B's three
+# kinds, the second of them in two, and two that it does not name.
 KINDS = {
   (False, False, True): "1. Neither m_A nor m_B is right, the composed is",
   (True, False, True): "2a. Only m_A is right, and the composed too",
   (False, True, True): "2b. Only m_B is right, and the composed too",
   (True, True, True): "3. Both are right, and the composed too",
-  (True, False, False): "Lost: m_A or m_B is right, the composed is not",
-  (False, True, False): "Lost: m_A or m_B is right, the composed is not",
-  (True, True, False): "Lost: m_A or m_B is right, the composed is not",
+  (True, False, False): _LOST,
+  (False, True, False): _LOST,
+  (True, True, False): _LOST,
   (False, False, False): "None of the three is right",
 }
 RULE = (
@@ -29,8 +30,8 @@ RULE = (
 SEPARATOR = "\n\n"  # before the question, behind the examples of a prompt
 
 
-class Example(NamedTuple):
-  """One question and what the three models made of it."""
+class Comparison(NamedTuple):
+  """A question, its right answer, and the three models' rows of predictions."""
 
   source: str
   prompt: str
@@ -39,20 +40,20 @@ class Example(NamedTuple):
 
   @property
   def question(self) -> str:
-    """The last part of the prompt, which is not of the exemplars."""
+    """The last part of the prompt, after the exemplars."""
     return self.prompt.rstrip().rpartition(SEPARATOR)[2]
 
 
 class Chosen(NamedTuple):
-  """Of one group: how many examples are of each kind, and the first of it."""
+  """The number of examples of each kind in a benchmark, and the first of it."""
 
   title: str
   counts: dict[str, int]
-  first: dict[str, Example]
+  first: dict[str, Comparison]
 
 
 def choose(run: Run) -> list[Chosen]:
-  """Examples of each group of evaluations that all three models answered.
+  """Chooses examples of each benchmark that all three models answered.
 
   Raises:
     InputError: the models' files are not of the same examples.
@@ -62,24 +63,24 @@ def choose(run: Run) -> list[Chosen]:
     "NUM-MATH": ["num_math"],
     "KV-SUBS": ["kv_subs"],
   }
-  for name, one in run.results.get("evals", {}).items():
-    sets.setdefault(one["group"], []).append(name)
-  found = []
+  for name, entry in run.evaluations.items():
+    sets.setdefault(entry["group"], []).append(name)
+  chosen = []
   for title, names in sets.items():
     counts = dict.fromkeys(KINDS.values(), 0)
-    first: dict[str, Example] = {}
+    first: dict[str, Comparison] = {}
     for name in names:
-      for example in _examples(run, name):
+      for example in _comparisons(run, name):
         kind = KINDS[tuple(is_right(example.rows[m]) for m in MODELS)]
         counts[kind] += 1
         first.setdefault(kind, example)
     if any(counts.values()):
       shown = {kind: first[kind] for kind in counts if kind in first}
-      found.append(Chosen(title, counts, shown))
-  return found
+      chosen.append(Chosen(title, counts, shown))
+  return chosen
 
 
-def _examples(run: Run, name: str) -> list[Example]:
+def _comparisons(run: Run, name: str) -> list[Comparison]:
   paths = {model: run.path(name, model) for model in MODELS}
   if not all(path.exists() for path in paths.values()):
     return []
@@ -91,9 +92,11 @@ def _examples(run: Run, name: str) -> list[Example]:
       "evaluate the models together"
     )
   return [
-    Example(
-      f"{name}, {at + 1}", row["prompt"], row.get("completion"),
+    Comparison(
+      f"{name}, {at + 1}",
+      row["prompt"],
+      row.get("completion"),
       {model: rows[model][at] for model in MODELS},
     )
     for at, row in enumerate(rows["composed"])
-  ]  # fmt: skip
+  ]

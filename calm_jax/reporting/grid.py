@@ -1,4 +1,4 @@
-"""A table of numbers from rows and columns that say how they are found."""
+"""Tables of numbers, whose rows and columns say how a cell is measured."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from calm_jax.core import files
 from calm_jax.core.errors import InputError
 from calm_jax.reporting import paper
-from calm_jax.reporting.costs import ours
-from calm_jax.reporting.runs import LABELS, Column, Experiment, Run, number
+from calm_jax.reporting.costs import describe_models
+from calm_jax.reporting.runs import LABELS, Column, Run, RunGroup
 from calm_jax.reporting.table import Cell, Table
 
 HOW_TO_READ = (
@@ -21,11 +22,12 @@ HOW_TO_READ = (
   "without width says that all examples came out alike. An average of ours is "
   "over those of the paper's rows that were evaluated."
 )
+# The cell of a run's model; None if it was not measured.
 Measure = Callable[[Run, str], Cell | None]
 
 
-class Row(NamedTuple):
-  """A row to be: its label, the paper's numbers, and how ours are found."""
+class TableRow(NamedTuple):
+  """A row: its label, the paper's numbers, and how ours are measured."""
 
   label: str
   paper: Mapping[str, float]
@@ -33,90 +35,102 @@ class Row(NamedTuple):
   measure: Measure
   digits: int = 1
 
+  def cell(self, key: str, paper_column: bool) -> Cell:
+    column = self.columns.get(key)
+    ours = measure_trials(column, self.measure) if column else None
+    return dataclasses.replace(
+      ours or Cell(digits=self.digits),
+      paper=self.paper.get(key),
+      paper_column=paper_column,
+    )
+
 
 def grid(
   name: str,
   title: str,
-  rows: Sequence[Row],
+  rows: Sequence[TableRow],
   notes: Iterable[str],
-  experiment: Experiment | None,
+  group: RunGroup | None,
   keys: Iterable[str] = (),
   best: Callable | None = None,
-  stressed: Iterable[tuple[int, int]] = (),
+  bold: Iterable[tuple[int, int]] = (),
+  caption: str = "",
 ) -> Table:
-  """A table of rows, with the columns that any of them has.
+  """Makes a table of rows, with the columns that any of them has.
 
   Args:
-    name: of its files; "table-1" to "table-6" are the paper's.
+    name: names its files; "table-1" to "table-6" are the paper's.
     title: without the number of the table.
-    rows: what is in it.
-    notes: what must be said of the numbers.
-    experiment: whose models are named below; None for none.
-    keys: of the columns in their order; by default the paper's come first.
+    rows: its rows.
+    notes: full sentences that say what the numbers mean.
+    group: the runs whose models are named below; None for none.
+    keys: the columns in their order; by default the paper's come first.
     best: min or max, to stress the best number of each row.
-    stressed: (row, column) of cells to stress.
+    bold: (row, column) of cells to stress, without `best`.
+    caption: what a cell is; the paper's tables have their own.
   """
-  beside = dict.fromkeys(key for row in rows for key in row.paper)
-  keys = [*keys] or [*beside, *(k for row in rows for k in row.columns)]
-  keys = [*dict.fromkeys(keys)]
-  made = []
-  for row in rows:
-    cells = []
-    for key in keys:
-      column = row.columns.get(key)
-      cell = spread(column, row.measure) if column else None
-      cell = cell or Cell(digits=row.digits)
-      known = {"paper": row.paper.get(key), "beside": key in beside}
-      cells.append(Cell(**(vars(cell) | known)))
-    made.append((row.label, *cells))
-  # Columns that have nothing at all.
-  full = [
-    at
-    for at in range(1, len(keys) + 1)
-    if keys[at - 1] in beside or any(r[at].ours is not None for r in made)
-  ]
-  made = [(row[0], *(row[at] for at in full)) for row in made]
+  of_paper = dict.fromkeys(key for row in rows for key in row.paper)
+  if not keys:
+    keys = [*of_paper, *(key for row in rows for key in row.columns)]
+  columns = {
+    key: [row.cell(key, key in of_paper) for row in rows]
+    for key in dict.fromkeys(keys)
+  }
+  # Columns without any number are left out.
+  columns = {
+    key: cells
+    for key, cells in columns.items()
+    if key in of_paper or any(cell.ours is not None for cell in cells)
+  }
   labels = {k: c.label for row in rows for k, c in row.columns.items()}
-  header = [labels.get(keys[at - 1], LABELS.get(keys[at - 1])) for at in full]
-  numbered = name.startswith("table-")
-  title = f"Table {name[-1]}: {title}" if numbered else title
-  table = Table(name, title, ("", *header), made)
-  said = [*notes]
-  if numbered:
-    said.append(paper.MODELS.get(name, paper.MODELS["others"]))
-  if experiment:
-    said.append(ours(experiment))
-  if table.empty:
-    said = ["No run that was given has any of these numbers."]
-  bold = frozenset(_best(made, best) if best else stressed)
-  beside = "paper / ours" if numbered else ""
-  return dataclasses.replace(table, notes=tuple(said), bold=bold, beside=beside)
+  header = ("", *(labels.get(key, LABELS.get(key)) for key in columns))
+  cells = zip(*columns.values(), strict=True) if columns else [()] * len(rows)
+  made = [(row.label, *line) for row, line in zip(rows, cells, strict=True)]
+  notes = [*notes]
+  if name.startswith("table-"):
+    title, caption = f"Table {name[-1]}: {title}", "paper / ours"
+    notes.append(paper.MODELS.get(name, paper.MODELS["others"]))
+  if group:
+    notes.append(describe_models(group))
+  if best:
+    bold = _best(made, best)
+  table = Table(
+    name, title, header, made, tuple(notes), frozenset(bold), caption
+  )
+  if not table.empty:
+    return table
+  note = "No run that was given has any of these numbers."
+  return dataclasses.replace(table, notes=(note,))
 
 
-def _best(rows: Sequence[tuple], best: Callable) -> Iterable[tuple[int, int]]:
-  for row, (_, *cells) in enumerate(rows):
-    finite = [c.ours for c in cells if c.ours is not None]
-    finite = [x for x in finite if math.isfinite(x)]
-    for at, cell in enumerate(cells, start=1):
-      if finite and cell.ours == best(finite):
-        yield row, at
-
-
-def spread(column: Column, measure: Measure) -> Cell | None:
-  """What is measured of a column: of trials the mean and the range."""
+def measure_trials(column: Column, measure: Measure) -> Cell | None:
+  """Measures a column: of several trials the mean and the range."""
   cells = [measure(run, column.model) for run in column.runs]
   cells = [cell for cell in cells if cell is not None]
   if len(cells) < 2:
     return cells[0] if cells else None
   values = [cell.ours for cell in cells]
-  mean = sum(values) / len(values)
-  ends = {"low": min(values), "high": max(values), "trials": len(values)}
-  return Cell(mean, digits=cells[0].digits, **ends)
+  return Cell(
+    sum(values) / len(values),
+    low=min(values),
+    high=max(values),
+    digits=cells[0].digits,
+    trials=len(values),
+  )
 
 
 def percent(value: Any) -> float | None:
   """A number of results.json; InputError if it is not from 0 to 100."""
-  value = number(value)
+  value = files.number_from_json(value)
   if value is not None and not 0 <= value <= 100:
     raise InputError(f"{value} is not in percent, from 0 to 100")
   return value
+
+
+def _best(rows: Sequence[tuple], best: Callable) -> Iterable[tuple[int, int]]:
+  for row, (_, *cells) in enumerate(rows):
+    values = [cell.ours for cell in cells if cell.ours is not None]
+    values = [value for value in values if math.isfinite(value)]
+    for at, cell in enumerate(cells, start=1):
+      if values and cell.ours == best(values):
+        yield row, at

@@ -1,4 +1,4 @@
-"""Which figures an experiment's folders have data for."""
+"""The figures that a group of runs has data for."""
 
 from __future__ import annotations
 
@@ -11,50 +11,46 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from calm_jax.core.errors import InputError
-from calm_jax.reporting import figures
+from calm_jax.reporting import figures, paper
 from calm_jax.reporting.predictions import count_by_terms
-from calm_jax.reporting.runs import Experiment, Run
+from calm_jax.reporting.runs import Run, RunGroup
 from calm_jax.training.metrics import read_metrics
 
 
 class Picture(NamedTuple):
-  """A figure, its title, and what it shows in words."""
+  """A figure, its title, and a description in words."""
 
   figure: Figure
   title: str
   caption: str
 
 
-def pictures(experiment: Experiment) -> list[Picture]:
-  """Figure 2, accuracy by length, loss and attention, where there is data.
+def pictures(group: RunGroup) -> list[Picture]:
+  """Draws Figure 2, accuracy by length, loss and attention, as far as possible.
 
   Raises:
     InputError: attention.npz or a file of predictions is not what a run
       writes.
     ValueError: a metrics.jsonl holds a line that is not JSON.
   """
-  first = experiment.runs[0]
-  made = [
-    *(_gains(group, first) for group in _groups(first)),
-    _accuracy(first),
-    _loss(experiment),
-    *(_attention(run) for run in _looked(experiment)),
-  ]
-  return [picture for picture in made if picture]
+  first = group.runs[0]
+  drawn = [_gains(benchmark, first) for benchmark in first.benchmarks]
+  drawn += [_accuracy(first), _loss(group), _attention(group)]
+  return [picture for picture in drawn if picture]
 
 
 def stages(
   folders: Iterable[Path], order: Iterable[str]
 ) -> dict[str, list[dict]]:
-  """Metrics of each stage that has a loss, in the order they were run."""
-  found = {
+  """Reads the metrics of each stage with a loss, in the order they were run."""
+  paths = {
     path.parent.name: path.parent
     for folder in folders
     for path in sorted(folder.glob("*/metrics.jsonl"))
   }
-  known = [name for name in order if name in found]
-  names = [*known, *sorted(found.keys() - set(known))]
-  metrics = {name: read_metrics(found[name]) for name in names}
+  known = [name for name in order if name in paths]
+  names = [*known, *sorted(paths.keys() - set(known))]
+  metrics = {name: read_metrics(paths[name]) for name in names}
   return {
     name: lines
     for name, lines in metrics.items()
@@ -65,7 +61,7 @@ def stages(
 def language_order(
   results: Mapping[str, Any], codes: Iterable[str]
 ) -> tuple[list[str], str]:
-  """Languages from low to high resource, as far as that is known.
+  """Sorts languages from low to high resource, as far as that is known.
 
   As the config lists them, unless that is by name; else by how badly m_B
   predicts held-out text of them; else by name.
@@ -90,16 +86,12 @@ def language_order(
   return sorted(codes, key=lambda code: rank.get(code, math.inf)), how
 
 
-def _groups(run: Run) -> list[str]:
-  evals = run.results.get("evals", {}).values()
-  return [*dict.fromkeys(one["group"] for one in evals)]
-
-
-def _gains(group: str, run: Run) -> Picture | None:
+def _gains(benchmark: str, run: Run) -> Picture | None:
   deltas = {
-    one["subset"]: one["against_anchor"]["composed"]
-    for one in run.results["evals"].values()
-    if one["group"] == group and "composed" in one.get("against_anchor", {})
+    entry["subset"]: entry["against_anchor"]["composed"]
+    for entry in run.evaluations.values()
+    if entry["group"] == benchmark
+    and "composed" in entry.get("against_anchor", {})
   }
   if len(deltas) < 2:
     return None
@@ -109,12 +101,16 @@ def _gains(group: str, run: Run) -> Picture | None:
     for name in order
   ]
   better = sum(gain.delta > 0 for gain in gains)
-  figure_2 = group == "FLORES-200"
-  theirs = " (the paper: 175 of 192)" if figure_2 else ""
+  title, of_paper = f"Gains of the composed model, {benchmark}", ""
+  if benchmark == "FLORES-200":
+    title = f"Figure 2: gains of the composed model, {benchmark}"
+    counted = paper.TABLES["table-5-better"][benchmark]["composed"]
+    languages = paper.TABLE5_LANGUAGES[benchmark]
+    of_paper = f" (the paper: {counted:.0f} of {languages})"
   return Picture(
     figures.gains_figure(gains),
-    f"{'Figure 2: g' if figure_2 else 'G'}ains of the composed model, {group}",
-    f"From the left {how}. Above 0 for {better} of {len(gains)}{theirs}. "
+    title,
+    f"From the left {how}. Above 0 for {better} of {len(gains)}{of_paper}. "
     "Bars: 95% intervals, paired over the examples; filled where p < 0.05.",
   )
 
@@ -131,8 +127,8 @@ def _accuracy(run: Run) -> Picture | None:
   )
 
 
-def _loss(experiment: Experiment) -> Picture | None:
-  run = experiment.runs[0]
+def _loss(group: RunGroup) -> Picture | None:
+  run = group.runs[0]
   order = run.results.get("seconds", {})
   curves = stages(dict.fromkeys((run.root, run.folder.absolute())), order)
   if not curves:
@@ -145,26 +141,24 @@ def _loss(experiment: Experiment) -> Picture | None:
   )
 
 
-def _looked(experiment: Experiment) -> list[Run]:
-  runs = [r for r in experiment.runs if (r.folder / "attention.npz").exists()]
-  return runs[:1]
-
-
-def _attention(run: Run) -> Picture:
-  path = run.folder / "attention.npz"
+def _attention(group: RunGroup) -> Picture | None:
+  paths = [run.folder / "attention.npz" for run in group.runs]
+  path = next((path for path in paths if path.exists()), None)
+  if path is None:
+    return None
   with np.load(path, allow_pickle=False) as arrays:
     needed = {"weights", "tokens", "connections", "prompt_length"}
     if not needed <= set(arrays.files):
       raise InputError(f"{path} needs {sorted(needed)}, has {arrays.files}")
-    own = None
+    augmenting_tokens = None
     if "augmenting_tokens" in arrays.files:
-      own = arrays["augmenting_tokens"].tolist()
+      augmenting_tokens = arrays["augmenting_tokens"].tolist()
     figure = figures.attention_figure(
       arrays["weights"],
       arrays["tokens"].tolist(),
       arrays["connections"].tolist(),
       int(arrays["prompt_length"]),
-      own,
+      augmenting_tokens,
     )
   return Picture(
     figure,

@@ -22,16 +22,16 @@ class Cell:
 
   Attributes:
     ours, paper: None where there is none.
-    beside: whether the column has the paper's numbers, if not this one.
-    low, high: of ours: its interval, or the range of several trials.
+    paper_column: the paper has numbers in this column, if not this one.
+    low, high: the interval of ours, or the range of several trials.
     p_value: of ours being no better or worse than m_B's.
-    digits: after the point.
-    trials: that ours is the mean of.
+    digits: digits after the point.
+    trials: the number of trials that ours is the mean of.
   """
 
   ours: float | None = None
   paper: float | None = None
-  beside: bool = False
+  paper_column: bool = False
   low: float | None = None
   high: float | None = None
   p_value: float | None = None
@@ -47,27 +47,24 @@ class Cell:
       NOTHING if x is None else f"{x:.{self.digits}f}"
       for x in (self.ours, self.paper)
     )
-    return f"{paper} / {ours}" if self.beside else ours
+    return f"{paper} / {ours}" if self.paper_column else ours
 
   @property
-  def doubts(self) -> list[str]:
+  def uncertainty(self) -> list[str]:
     """The interval and p, as far as they are known."""
     parts = []
     if self.low is not None and self.high is not None:
-      low, high = f"{self.low:.{self.digits}f}", f"{self.high:.{self.digits}f}"
-      interval, several = f"{low} to {high}", f", {self.trials} trials"
-      parts.append(f"[{interval}{several if self.trials > 1 else ''}]")
+      interval = f"{self.low:.{self.digits}f} to {self.high:.{self.digits}f}"
+      if self.trials > 1:
+        interval += f", {self.trials} trials"
+      parts.append(f"[{interval}]")
     if self.p_value is not None:
-      p = self.p_value
-      parts.append("p<0.001" if p < 0.001 else f"p={p:.3f}")
+      small = self.p_value < 0.001
+      parts.append("p<0.001" if small else f"p={self.p_value:.3f}")
     return parts
 
-  @property
-  def doubt(self) -> str:
-    return " ".join(self.doubts)
-
   def __str__(self) -> str:
-    return f"{self.number} {self.doubt}".rstrip()
+    return " ".join([self.number, *self.uncertainty])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +72,12 @@ class Table:
   """The first column names the row; the other cells are text or numbers.
 
   Attributes:
-    name: of its files.
-    title: of its heading.
+    name: names its files.
+    title: the heading.
     header, rows: each row as long as the header.
     notes: full sentences that say what the numbers mean.
     bold: (row, column) of cells to stress.
-    beside: what the two numbers of a cell are, if they have two.
+    caption: what the numbers of a cell are.
   """
 
   name: str
@@ -89,27 +86,27 @@ class Table:
   rows: list[tuple[str | Cell, ...]]
   notes: tuple[str, ...] = ()
   bold: frozenset[tuple[int, int]] = frozenset()
-  beside: str = ""
+  caption: str = ""
 
   @property
   def full_title(self) -> str:
-    return f"{self.title} ({self.beside})" if self.beside else self.title
+    return f"{self.title} ({self.caption})" if self.caption else self.title
 
   @property
   def empty(self) -> bool:
-    """Whether there is no number of ours."""
+    """True if there is no number of ours."""
     cells = [cell for row in self.rows for cell in row[1:]]
     return not any(isinstance(c, str) or c.ours is not None for c in cells)
 
 
 def as_markdown(table: Table) -> str:
-  """Its title as a heading, its notes as a list below."""
+  """Writes a table with its title as a heading and its notes as a list."""
   lines = [
     f"## {_escape(table.full_title)}",
     "",
     _row(map(_escape, table.header)),
+    _row([":--", *["--:"] * (len(table.header) - 1)]),
   ]
-  lines.append(_row([":--", *["--:"] * (len(table.header) - 1)]))
   for row, cells in enumerate(table.rows):
     texts = [_escape(str(cell)) for cell in cells]
     for column, text in enumerate(texts):
@@ -122,7 +119,7 @@ def as_markdown(table: Table) -> str:
 
 
 def as_csv(table: Table) -> str:
-  """A column for each number of a cell: the paper's, ours, its interval, p."""
+  """Writes a column for each number of a cell: paper, ours, interval, p."""
   fields = ("paper", "ours", "low", "high", "p_value", "trials")
   columns: list[list[str]] = []
   for at, head in enumerate(table.header):
@@ -146,11 +143,11 @@ def as_csv(table: Table) -> str:
 
 
 def print_tables(
-  shown: Iterable[Table], console: Console | None = None
+  tables: Iterable[Table], console: Console | None = None
 ) -> None:
   """Prints tables to the console; standard output if None."""
   console = console or Console()
-  for table in shown:
+  for table in tables:
     grid = RichTable(
       title=Text(table.full_title), box=box.SIMPLE_HEAD, title_justify="left"
     )

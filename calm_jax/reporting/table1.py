@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,12 +10,12 @@ import numpy as np
 
 from calm_jax.evals import statistics
 from calm_jax.reporting import paper
-from calm_jax.reporting.grid import Measure, Row, grid, percent
+from calm_jax.reporting.grid import TableRow, grid, percent
 from calm_jax.reporting.predictions import read_rows, wilson_interval
-from calm_jax.reporting.runs import Experiment, Run
+from calm_jax.reporting.runs import Column, Run, RunGroup
 from calm_jax.reporting.table import Cell, Table
 
-# Rows of Table 1 by their sets of predictions.
+# The rows' labels by their sets of predictions.
 KEY_VALUES = {
   "kv_subs": "KV-SUBS",
   "num_math": "NUM-MATH",
@@ -40,20 +41,22 @@ def accuracies(
   return {KEY_VALUES[row]: _accuracy(results, model, row) for row in rows}
 
 
-def table1(experiment: Experiment | None) -> Table:
-  """Table 1; without an experiment the paper's numbers alone.
+def table1(group: RunGroup | None) -> Table:
+  """Makes Table 1; without a group the paper's numbers alone.
 
   Raises:
     InputError: an accuracy is not from 0 to 100, or a file of predictions is
       not what a run writes.
   """
-  rows, columns = [], experiment.columns if experiment else {}
+  rows = []
+  columns = group.columns if group else {}
   for row, label in KEY_VALUES.items():
-    # The paper does not say which keys; it is set beside the strictest.
-    name = "kv_math" if row == HEADLINE else row
-    numbers = paper.TABLE1.get(name, {})
-    if numbers or (experiment and _any_accuracy(experiment, row)):
-      rows.append(Row(label, numbers, columns, of_table1(row)))
+    # The paper does not say which keys; its number goes to the strictest.
+    of_paper = "kv_math" if row == HEADLINE else row
+    numbers = paper.TABLES["table-1"].get(of_paper, {})
+    if numbers or _is_measured(columns, row):
+      measure = functools.partial(accuracy_cell, row)
+      rows.append(TableRow(label, numbers, columns, measure))
   notes = [
     "Exact match of the whole answer. KV-SUBS: keys replaced by "
     "their values. NUM-MATH: arithmetic on numbers. KV-MATH: arithmetic on "
@@ -62,41 +65,19 @@ def table1(experiment: Experiment | None) -> Table:
     "The paper has one KV-MATH number and does not say which keys; it is set "
     "beside the strictest.",
   ]
-  if experiment and experiment.first("table1"):
-    first = next(r for r in experiment.runs if "table1" in r.results).results
+  if group and group.first("table1"):
+    first = next(run for run in group.runs if "table1" in run.results).results
     answer, examples = first.get("answer"), first.get("examples")
     if answer is not None:
       notes.append(f"Answer format {answer}: {_ANSWERS.get(answer, answer)}.")
     if examples is not None:
       notes.append(f"Examples evaluated: {examples} of each row.")
-  title, stressed = "key-value arithmetic, accuracy in %", [(2, 3)]
-  return grid("table-1", title, rows, notes, experiment, stressed=stressed)
+  title = "key-value arithmetic, accuracy in %"
+  return grid("table-1", title, rows, notes, group, bold=[(2, 3)])
 
 
-def _any_accuracy(experiment: Experiment, row: str) -> bool:
-  return any(
-    _accuracy(run.results, column.model, row) is not None
-    for column in experiment.columns.values()
-    for run in column.runs
-  )
-
-
-def _accuracy(results: Mapping[str, Any], model: str, row: str) -> float | None:
-  table = results.get("table1", {})
-  if not row.startswith("kv_math"):
-    return table.get(row, {}).get(model)
-  ours = table.get("kv_math", {})
-  value = ours.get(f"{model}{row.removeprefix('kv_math')}")
-  # Of models that were asked one kind only, it is the headline's.
-  return ours.get(model) if value is None and row == HEADLINE else value
-
-
-def of_table1(row: str) -> Measure:
-  """Measures an accuracy, its Wilson interval, and p against m_B."""
-  return lambda run, model: _cell(run, model, row)
-
-
-def _cell(run: Run, model: str, row: str) -> Cell | None:
+def accuracy_cell(row: str, run: Run, model: str) -> Cell | None:
+  """An accuracy, its Wilson interval, and p against m_B."""
   value = percent(_accuracy(run.results, model, row))
   if value is None:
     return None
@@ -105,10 +86,30 @@ def _cell(run: Run, model: str, row: str) -> Cell | None:
   if not right or abs(100 * sum(right) / len(right) - value) >= 0.01:
     return Cell(value)
   low, high = wilson_interval(sum(right), len(right))
-  base = [bool(r["correct"]) for r in read_rows(run.path(row, "anchor"))]
+  anchor = [bool(r["correct"]) for r in read_rows(run.path(row, "anchor"))]
   p_value = None
-  if model != "anchor" and len(base) == len(right):
-    parts = (np.array(x, float)[:, None] for x in (right, base))
+  if model != "anchor" and len(anchor) == len(right):
+    parts = (np.array(x, float)[:, None] for x in (right, anchor))
     mean = statistics.mean_of(len(right))
     p_value = statistics.compare(*parts, mean).p_value
   return Cell(value, low=100 * low, high=100 * high, p_value=p_value)
+
+
+def _is_measured(columns: Mapping[str, Column], row: str) -> bool:
+  return any(
+    _accuracy(run.results, column.model, row) is not None
+    for column in columns.values()
+    for run in column.runs
+  )
+
+
+def _accuracy(results: Mapping[str, Any], model: str, row: str) -> float | None:
+  table = results.get("table1", {})
+  if not row.startswith("kv_math"):
+    return table.get(row, {}).get(model)
+  kv_math = table.get("kv_math", {})
+  value = kv_math.get(f"{model}{row.removeprefix('kv_math')}")
+  if value is None and row == HEADLINE:
+    # Models that were asked one kind only were asked the headline's.
+    return kv_math.get(model)
+  return value

@@ -11,24 +11,21 @@ LOSS = "held-out loss"
 
 
 def trials_table(summary: Mapping[str, Any]) -> Table:
-  """A row for each kind, a column for each number.
+  """Makes a row for each kind, and a column for each number.
 
   Args:
     summary: by kind the "runs", and the "mean", "lowest" and "highest" of
       their "scores"; see `calm_jax.ablations.summarise`.
   """
-  # The last row is of a kind, which has all of them; m_B has not.
-  labels = list(
-    dict.fromkeys(
-      label for row in [*summary.values()][::-1] for label in row["scores"]
-    )
-  )
+  # From the last row, a kind that has all scores; m_B, the first, lacks some.
+  scores = [row["scores"] for row in reversed(summary.values())]
+  labels = list(dict.fromkeys(label for row in scores for label in row))
   rows = []
   for name, row in summary.items():
-    one = row["runs"][0]
-    trained = f"{one['parameters']:,}"
-    if one["difference"]:
-      trained += f" ({one['difference']:+,})"
+    run = row["runs"][0]
+    trained = f"{run['parameters']:,}"
+    if run["difference"]:
+      trained += f" ({run['difference']:+,})"
     count = len(row["runs"])
     cells = [_cell(row["scores"].get(label), label, count) for label in labels]
     rows.append((name, trained, *cells))
@@ -47,7 +44,7 @@ def trials_table(summary: Mapping[str, Any]) -> Table:
       f"The {LOSS} is measured with the right answer as input, "
       "which an unmasked composition reads off.",
     ),
-    beside="mean [lowest to highest]",
+    caption="mean [lowest to highest]",
   )
 
 
@@ -57,5 +54,5 @@ def _cell(spread: Mapping[str, float] | None, label: str, trials: int) -> Cell:
     return Cell(digits=digits)
   if trials == 1:
     return Cell(spread["mean"], digits=digits)
-  ends = {"low": spread["lowest"], "high": spread["highest"]}
-  return Cell(spread["mean"], digits=digits, trials=trials, **ends)
+  low, high = spread["lowest"], spread["highest"]
+  return Cell(spread["mean"], low=low, high=high, digits=digits, trials=trials)

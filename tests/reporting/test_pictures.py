@@ -9,7 +9,7 @@ from calm_jax.reporting import pictures, runs
 
 
 def drawn(folder):
-  [one] = runs.experiments([folder])
+  [one] = runs.find_groups([folder])
   return {p.title: p for p in pictures.pictures(one)}
 
 

@@ -36,7 +36,7 @@ def test_predictions_are_counted_by_number_of_terms(tmp_path):
   ("text", "message"),
   [
     ("{\n", "line 1: not JSON"),
-    ('{"prompt": "a", "correct": true}\n', "line 1: needs .*prediction"),
+    ('{"prompt": "a", "correct": true}\n', "line 1: it has no 'prediction'"),
     ('{"prompt": "a", "prediction": "b"}\n', 'line 1: needs "correct" or'),
   ],
 )

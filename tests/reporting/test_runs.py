@@ -10,7 +10,7 @@ from calm_jax.reporting import runs
 def found(*folders):
   return {
     one.name: {key: len(c.runs) for key, c in one.columns.items()}
-    for one in runs.experiments(folders)
+    for one in runs.find_groups(folders)
   }
 
 
@@ -60,7 +60,7 @@ def test_ablations(tmp_path, inside):
       "augmenting": 1, "anchor": 1, "composed": 3, "lora": 3
     }
   }  # fmt: skip
-  [one] = runs.experiments([tmp_path / "sweep" / inside])
+  [one] = runs.find_groups([tmp_path / "sweep" / inside])
   assert [run.folder.name for run in one.runs] == ["0", "1", "2"] * 2
   assert one.runs[0].root == tmp_path / "sweep"
   assert set(one.trials) == {"composed", "lora"}
@@ -80,7 +80,7 @@ def test_an_m_a_that_is_another_is_not_called_m_a(tmp_path):
 def test_alternatives_are_columns(tmp_path):
   other = {"direct": {"table1": {"kv_subs": {"composed": 5.0}}}}
   folder = made_runs.key_values(tmp_path / "kv", other_runs=other)
-  [one] = runs.experiments([folder])
+  [one] = runs.find_groups([folder])
   column = one.columns["composed/direct"]
   assert column.label == "composed, direct"
   path = column.runs[0].path("kv_subs", "composed")
@@ -89,12 +89,15 @@ def test_alternatives_are_columns(tmp_path):
 
 def test_folders_without_a_run(tmp_path):
   with pytest.raises(InputError, match=r"has no results.json.*calm_jax.train"):
-    runs.experiments([tmp_path])
+    runs.find_groups([tmp_path])
   path = tmp_path / "results.json"
   path.write_text("{")
   with pytest.raises(InputError, match="not JSON"):
-    runs.experiments([tmp_path])
-  for text in ("[]", '{"seconds": {}}'):
+    runs.find_groups([tmp_path])
+  for text, message in (
+    ("[]", "an object is expected"),
+    ('{"seconds": {}}', "none of the sections"),
+  ):
     path.write_text(text)
-    with pytest.raises(InputError, match="none of the sections"):
-      runs.experiments([tmp_path])
+    with pytest.raises(InputError, match=message):
+      runs.find_groups([tmp_path])

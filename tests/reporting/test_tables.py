@@ -13,7 +13,7 @@ from calm_jax.reporting import runs, table, tables
 
 def made(*folders):
   """Tables by name."""
-  return {one.name: one for one in tables.tables(runs.experiments(folders))}
+  return {one.name: one for one in tables.tables(runs.find_groups(folders))}
 
 
 def cells(one, row):
@@ -298,3 +298,16 @@ def test_markdown_escapes_what_would_end_a_cell():
   odd = table.Table("a", "t", ("", "b|c"), [("x\r\n*y*", "1|2")], ("n|",))
   text = table.as_markdown(odd)
   assert "| x \\*y\\* | 1\\|2 |" in text and "b\\|c" in text
+
+
+def test_back_translated_problems(tmp_path):
+  evals = [("GSM8K back", "meo", "accuracy")]
+  folder = made_runs.text(tmp_path / "text", evals=evals)
+  entries = json.loads((folder / "results.json").read_text())["evals"]
+  numbers = {"delta": 2.5, "delta_low": -1.0, "delta_high": 6.0}
+  entries["gsm8k back-meo"]["measures"] = {
+    "anchor": numbers | {"overlap": 61.25, "delta_p": 0.25}
+  }
+  one = made(change(folder, evals=entries))["back-translation"]
+  row = cells(one, "GSM8K back meo, overlap 61.2")
+  assert row == {"m_B": "2.5 [-1.0 to 6.0] p=0.250"}

@@ -1,0 +1,244 @@
+"""Tables 2 to 6: translation, mathematics, code and the ablations on them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+
+from calm_jax.reporting import paper
+from calm_jax.reporting.costs import describe_models
+from calm_jax.reporting.grid import TableRow, grid, percent
+from calm_jax.reporting.paper import PaperTable
+from calm_jax.reporting.runs import Run, RunGroup
+from calm_jax.reporting.table import NOTHING, Cell, Table
+
+
+def table2(group: RunGroup | None) -> Table:
+  rows = _rows(group, "FLORES-200", paper.TABLES["table-2"])
+  title = "translation into English, FLORES-200, chrF1"
+  notes = _notes(group, "FLORES-200")
+  return grid("table-2", title, rows, notes, group)
+
+
+def table3(group: RunGroup | None) -> Table:
+  low, high = paper.TABLES["table-3-gsm8k"], paper.TABLES["table-3-mgsm"]
+  elsewhere = paper.TABLES["table-6"]
+  rows = _rows(group, "GSM8K", low, "GSM8K ", elsewhere)
+  rows += _rows(group, "MGSM", high, "MGSM ")
+  notes = [
+    "GSM8K: the paper's low-resource languages, into which the problems were "
+    "machine-translated; MGSM: high-resource languages. Without a code: "
+    "English.",
+    *_notes(group, "GSM8K"),
+    *_notes(group, "MGSM"),
+  ]
+  title = "grade-school mathematics, accuracy in %"
+  return grid("table-3", title, rows, notes, group)
+
+
+def table4(group: RunGroup | None) -> Table:
+  rows, notes = [], []
+  for benchmark in ("HumanEval", "MBPP", "CodeXGLUE"):
+    numbers = paper.TABLES["table-4"]
+    if benchmark == "CodeXGLUE":
+      prefix = "CodeXGLUE "
+      numbers = {name: row for name, row in numbers.items() if name.islower()}
+    else:
+      prefix = ""
+      numbers = {benchmark: numbers[benchmark]}
+    rows += _rows(group, benchmark, numbers, prefix)
+    notes += _notes(group, benchmark)
+  title = "code: pass@1 in % (HumanEval, MBPP), chrF1 (CodeXGLUE)"
+  return grid("table-4", title, rows, notes, group)
+
+
+def table6(group: RunGroup | None) -> Table:
+  numbers = paper.TABLES["table-6"]
+  rows = _rows(group, "GSM8K", numbers, papers_only=True)
+  title = "GSM8K in all low-resource languages, accuracy in %"
+  return grid("table-6", title, rows, _notes(group, "GSM8K"), group)
+
+
+def other_benchmarks(group: RunGroup) -> list[str]:
+  """The benchmarks of a group that the paper lacks."""
+  return [b for b in benchmarks(group) if b not in paper.TABLES["table-5"]]
+
+
+def others(group: RunGroup) -> Table:
+  """The evaluations that the paper lacks."""
+  rows, notes = [], []
+  for benchmark in other_benchmarks(group):
+    rows += _rows(group, benchmark, {}, f"{benchmark} ")
+    notes += _notes(group, benchmark)
+  title = "Evaluations that the paper lacks"
+  caption = "in %, higher is better"
+  return grid("evaluations", title, rows, notes, group, caption=caption)
+
+
+def table5(groups: Sequence[RunGroup]) -> Table:
+  """Table 5 of all groups: averages, and how many languages are better."""
+  rows = []
+  for benchmark in paper.TABLES["table-5"]:
+    evaluated = [group for group in groups if benchmark in benchmarks(group)]
+    for group in evaluated or [None]:
+      label = benchmark
+      if len(evaluated) > 1:
+        label = f"{benchmark}, {group.name}"
+      rows += _table5_rows(group, benchmark, label)
+  notes = [
+    "#(> m_B): for how many of the languages the model is better than m_B; the "
+    "paper does not say how it counts ties, so they are left out (>) and "
+    "counted (≥). m_B fine-tuned is the paper's m_B^NTL or m_B^Code.",
+    *(f"{g.name}: {describe_models(g)}" for g in groups if benchmarks(g)),
+  ]
+  keys = ["anchor", *paper.TABLES["table-5"]["MBPP"]]
+  for group in groups:
+    # Neither m_A alone nor alternative last stages.
+    keys += [
+      key
+      for key in group.columns
+      if "/" not in key and key not in ("base", "augmenting")
+    ]
+  title = "ablations, baselines and controls"
+  return grid("table-5", title, rows, notes, None, keys)
+
+
+def _table5_rows(
+  group: RunGroup | None, benchmark: str, label: str
+) -> list[TableRow]:
+  subsets = subset_names(group, benchmark)
+  if benchmark == "GSM8K":
+    subsets.pop("", None)  # English; the paper's are low-resource languages.
+  names = list(subsets.values())
+  columns = group.columns if group else {}
+  averages = paper.TABLES["table-5"][benchmark]
+  measure = functools.partial(average_cell, names)
+  rows = [TableRow(label, averages, columns, measure)]
+  count = paper.TABLE5_LANGUAGES.get(benchmark)
+  if count or len(names) > 1:
+    better = paper.TABLES["table-5-better"].get(benchmark, {})
+    of = f"of {count or NOTHING} / {len(names) or NOTHING}"
+    for sign, numbers, ties in ((">", better, False), ("≥", {}, True)):
+      measure = functools.partial(better_cell, names, group, ties)
+      name = f"{label} #({sign} m_B), {of}"
+      rows.append(TableRow(name, numbers, columns, measure, 0))
+  return rows
+
+
+def score_cell(name: str | None, run: Run, model: str) -> Cell | None:
+  """An evaluation's score with its interval, and p against m_B."""
+  entry = run.evaluations.get(name, {})
+  score = entry.get("scores", {}).get(model)
+  if score is None:
+    return None
+  against = entry.get("against_anchor", {}).get(model, {})
+  return Cell(
+    percent(score["value"]),
+    low=score.get("low"),
+    high=score.get("high"),
+    p_value=against.get("p_value"),
+  )
+
+
+def average_cell(names: Sequence[str], run: Run, model: str) -> Cell | None:
+  """The average of several evaluations; a single one with its interval."""
+  cells = [score_cell(name, run, model) for name in names]
+  if len(cells) == 1:
+    return cells[0]
+  if not cells or None in cells:
+    return None
+  return Cell(sum(cell.ours for cell in cells) / len(cells))
+
+
+def better_cell(
+  names: Sequence[str], group: RunGroup | None, ties: bool, run: Run, model: str
+) -> Cell | None:
+  """Table 5's #(> m_B), with ties left out or counted."""
+  if model == "anchor" or "anchor" not in group.columns:
+    return None
+  # Not every trial has measured m_B, which is the same for all.
+  anchor_run = group.columns["anchor"].runs[0]
+  cells = [score_cell(name, run, model) for name in names]
+  anchor = [score_cell(name, anchor_run, "anchor") for name in names]
+  if not cells or None in (*cells, *anchor):
+    return None
+  pairs = [(a.ours, b.ours) for a, b in zip(cells, anchor, strict=True)]
+  return Cell(sum(a > b or (ties and a == b) for a, b in pairs), digits=0)
+
+
+def benchmarks(group: RunGroup) -> list[str]:
+  """The benchmarks that any run of a group was evaluated on."""
+  return list(dict.fromkeys(b for run in group.runs for b in run.benchmarks))
+
+
+def subset_names(group: RunGroup | None, benchmark: str) -> dict[str, str]:
+  """Names of a benchmark's evaluations by subset."""
+  return {
+    entry["subset"]: name
+    for run in (group.runs if group else ())
+    for name, entry in run.evaluations.items()
+    if entry["group"] == benchmark
+  }
+
+
+def _rows(
+  group: RunGroup | None,
+  benchmark: str,
+  numbers: PaperTable,
+  prefix: str = "",
+  elsewhere: Iterable[str] = (),
+  papers_only: bool = False,
+) -> list[TableRow]:
+  """Rows of a benchmark: the paper's, those that only we have, the average.
+
+  Args:
+    group: ours; None for the paper's rows alone.
+    benchmark: its name in results.json.
+    numbers: the paper's rows by subset, or by benchmark without subsets.
+    prefix: begins the labels.
+    elsewhere: subsets of ours that another table has.
+    papers_only: leaves out rows that the paper lacks.
+  """
+  subsets = subset_names(group, benchmark)
+  names = {subset or benchmark: name for subset, name in subsets.items()}
+  shown = [subset for subset in numbers if subset != paper.AVERAGE]
+  if not papers_only:
+    shown += [s for s in names if s not in {*shown, *elsewhere}]
+  columns = group.columns if group else {}
+  rows = []
+  for subset in shown:
+    label = subset if subset == benchmark else f"{prefix}{subset}"
+    measure = functools.partial(score_cell, names.get(subset))
+    rows.append(TableRow(label, numbers.get(subset, {}), columns, measure))
+  # Beside the paper's average, that of the paper's rows.
+  averaged = [n for s, n in names.items() if not numbers or s in numbers]
+  if paper.AVERAGE in numbers or len(averaged) > 1:
+    average = numbers.get(paper.AVERAGE, {})
+    measure = functools.partial(average_cell, averaged)
+    rows.append(TableRow(f"{prefix}average", average, columns, measure))
+  return rows
+
+
+def _notes(group: RunGroup | None, benchmark: str) -> list[str]:
+  """A sentence on the examples, the shots and the metric of a benchmark."""
+  names = subset_names(group, benchmark)
+  if not names:
+    return []
+  by_name = {n: e for run in group.runs for n, e in run.evaluations.items()}
+  entries = [by_name[name] for name in names.values()]
+  parts = [*dict.fromkeys(entry["metric"] for entry in entries)]
+  parts.append(f"{_range(e['examples'] for e in entries)} examples each")
+  asked = _range(entry["asked_shots"] for entry in entries)
+  fitted = _range(round(entry["shots"], 1) for entry in entries)
+  parts.append(f"{asked} shots asked for, {fitted} fitted on average")
+  if cut := sum(entry.get("prompts_cut", 0) for entry in entries):
+    parts.append(f"{cut:,} prompts cut at their beginning, too long even so")
+  parts += dict.fromkeys(entry["note"] for entry in entries if entry["note"])
+  subsets = f"{len(names)} subsets, " if len(names) > 1 else ""
+  return [f"Ours on {benchmark}: {subsets}{'; '.join(parts)}."]
+
+
+def _range(values: Iterable[float]) -> str:
+  ordered = sorted(set(values))
+  ends = [f"{v:,}" for v in dict.fromkeys((ordered[0], ordered[-1]))]
+  return " to ".join(ends)
