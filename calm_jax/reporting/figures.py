@@ -1,4 +1,4 @@
-"""Figures of a run: loss, accuracy by length, where the composed model looks.
+"""Figures of a run: loss, accuracy by length, gains, cross-attention.
 
 Drawn on `Figure` objects, not through pyplot: no global state, no backend to
 choose at import, and nothing to close. Lines differ by style and marker, and
@@ -24,7 +24,7 @@ DPI = 150
 
 
 class Gain(NamedTuple):
-  """Of one language: delta and its interval, in points of the metric."""
+  """The gain in a language with its interval, in points of the metric."""
 
   label: str
   delta: float
@@ -57,11 +57,11 @@ _LABELS = {
 # Beyond this a heat map is scaled down rather than grown, in inches.
 _MAX_WIDTH, _MAX_HEIGHT = 18.0, 24.0
 _CELL = 0.21
-_LANGUAGES = 50  # of a row of `gains_figure`
+_LANGUAGES = 50  # in a row of `gains_figure`
 
 
 def loss_figure(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-  """The training loss of each stage, one panel each, on a log axis.
+  """Draws the training loss of each stage, one panel each, on a log axis.
 
   Args:
     stages: stage name to its metrics, dicts with "step" and "loss" or
@@ -80,9 +80,8 @@ def loss_figure(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
   columns = min(len(series), 3)
   rows = math.ceil(len(series) / columns)
   with matplotlib.rc_context(_STYLE):
-    figure = Figure(
-      figsize=(max(3.5 * columns, 5), 3.0 * rows), layout="constrained"
-    )
+    size = (max(3.5 * columns, 5), 3.0 * rows)
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (name, curves) in zip(panels, series.items(), strict=False):
       _draw_loss(axes, *curves)
@@ -98,7 +97,7 @@ def loss_figure(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 def accuracy_figure(
   counts: Mapping[str, Mapping[str, Mapping[int, tuple[int, int]]]],
 ) -> Figure:
-  """Accuracy by number of terms, one panel per data set, one line per model.
+  """Draws accuracy by number of terms: a panel a data set, a line a model.
 
   Args:
     counts: title of the panel -> model -> number of terms -> (correct, total).
@@ -115,9 +114,8 @@ def accuracy_figure(
     n for by_model in counts.values() for c in by_model.values() for n in c
   }
   with matplotlib.rc_context(_STYLE):
-    figure = Figure(
-      figsize=(max(4.2 * len(counts), 5), 3.7), layout="constrained"
-    )
+    size = (max(4.2 * len(counts), 5), 3.7)
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(counts), squeeze=False, sharey=True)[0]
     for axes, (title, by_model) in zip(panels, counts.items(), strict=True):
       for model in models:
@@ -137,7 +135,7 @@ def accuracy_figure(
 
 
 def gains_figure(gains: Sequence[Gain]) -> Figure:
-  """Figure 2: what a composition gains over m_B, language by language.
+  """Draws Figure 2: a composition's gains over m_B, language by language.
 
   A bar is the 95% interval; a mark is filled where p < 0.05.
 
@@ -160,9 +158,8 @@ def gains_figure(gains: Sequence[Gain]) -> Figure:
         axes.plot([at, at], [gain.low, gain.high], color="0.45", lw=1.2)
         axes.plot(at, gain.delta, "ko", mfc="k" if sure else "w", ms=5)
       axes.axhline(0, color="k", lw=0.8)
-      axes.set_xticks(
-        range(len(row)), [gain.label for gain in row], rotation=90
-      )
+      labels = [gain.label for gain in row]
+      axes.set_xticks(range(len(row)), labels, rotation=90)
       axes.set_xlim(-0.8, max(map(len, rows)) - 0.2)
       axes.grid(axis="x", visible=False)
       axes.set_ylabel("gain over $m_B$")
@@ -176,12 +173,12 @@ def attention_figure(
   prompt_length: int,
   augmenting_tokens: Sequence[str] | None = None,
 ) -> Figure:
-  """Where each connection looks while the answer is written.
+  """Draws the cross-attention of each connection while an answer is written.
 
   One panel per connection, averaged over its heads. A row is a token of the
   answer, predicted from the position before it; a column is a token that the
-  augmenting model has read. What is not yet visible is hatched, told by a
-  weight of exactly zero in every head.
+  augmenting model has read. Columns that are not yet visible are hatched: a
+  weight of exactly zero in every head tells them.
 
   Args:
     weights_CNLM: cross-attention weights of one example.
@@ -195,24 +192,13 @@ def attention_figure(
     InputError: the shapes do not fit each other, or there is no answer.
   """
   columns = list(tokens if augmenting_tokens is None else augmenting_tokens)
-  expected = (len(connections), len(tokens), len(columns))
-  shape = weights_CNLM.shape
-  if weights_CNLM.ndim != 4 or (shape[0], *shape[2:]) != expected:
-    raise InputError(
-      f"attention weights of shape {shape} do not fit {expected[0]} "
-      f"connections, {expected[1]} tokens and {expected[2]} tokens seen"
-    )
-  if not 1 <= prompt_length < len(tokens):
-    raise InputError(
-      f"a prompt of {prompt_length} of {len(tokens)} tokens leaves no answer "
-      "to draw"
-    )
+  _check_shapes(weights_CNLM, connections, tokens, columns, prompt_length)
   rows = list(tokens[prompt_length:])
   # The weights at position t are those that predict token t + 1.
-  seen_CTM = weights_CNLM.mean(axis=1)[:, prompt_length - 1 : -1]
+  weights_CTM = weights_CNLM.mean(axis=1)[:, prompt_length - 1 : -1]
   if augmenting_tokens is None:
     # Nothing predicts from the last token: its column would be empty.
-    columns, seen_CTM = columns[:-1], seen_CTM[..., :-1]
+    columns, weights_CTM = columns[:-1], weights_CTM[..., :-1]
   count = len(connections)
   across = 2 if count > 2 and 2 * len(columns) * _CELL < _MAX_WIDTH - 3 else 1
   down = math.ceil(count / across)
@@ -228,9 +214,11 @@ def attention_figure(
       down, across, squeeze=False, sharex=True, sharey=True
     )
     panels = grid.ravel()[:count]
-    top = max(float(seen_CTM.max()), 1e-6)
-    for axes, name, seen_TM in zip(panels, connections, seen_CTM, strict=True):
-      image = _draw_attention(axes, seen_TM, top)
+    top = max(float(weights_CTM.max()), 1e-6)
+    for axes, name, weights_TM in zip(
+      panels, connections, weights_CTM, strict=True
+    ):
+      image = _draw_attention(axes, weights_TM, top)
       if augmenting_tokens is None:
         axes.axvline(prompt_length - 0.5, color="0.25", lw=1, ls="--")
       axes.set_title(f"connection {name}", loc="left", parse_math=False)
@@ -267,6 +255,27 @@ def svg(figure: Figure) -> bytes:
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
   """Writes a PNG."""
   figure.savefig(path, dpi=DPI, format="png")
+
+
+def _check_shapes(
+  weights_CNLM: np.ndarray,
+  connections: Sequence[str],
+  tokens: Sequence[str],
+  columns: Sequence[str],
+  prompt_length: int,
+) -> None:
+  shape = weights_CNLM.shape
+  expected = (len(connections), len(tokens), len(columns))
+  if weights_CNLM.ndim != 4 or (shape[0], *shape[2:]) != expected:
+    raise InputError(
+      f"attention weights of shape {shape} do not fit {expected[0]} "
+      f"connections, {expected[1]} tokens and {expected[2]} tokens seen"
+    )
+  if not 1 <= prompt_length < len(tokens):
+    raise InputError(
+      f"a prompt of {prompt_length} of {len(tokens)} tokens leaves no answer "
+      "to draw"
+    )
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -351,13 +360,13 @@ def _draw_accuracy(
   )
 
 
-def _draw_attention(axes, seen_TM: np.ndarray, top: float):
+def _draw_attention(axes, weights_TM: np.ndarray, top: float):
   # Hatched below the picture: shows only where the masked array is empty.
   axes.set_facecolor("white")
   axes.patch.set_hatch("////")
   axes.patch.set_edgecolor("0.8")
   return axes.imshow(
-    np.ma.masked_equal(seen_TM, 0.0),
+    np.ma.masked_equal(weights_TM, 0.0),
     cmap="Greys",
     vmin=0,
     vmax=top,
