@@ -1,15 +1,15 @@
-"""The files that a tokenizer comes in, and its special ids in them."""
+"""Reads special token ids from the files of a tokenizer."""
 
-import json
 from pathlib import Path
 
 import tokenizers
 
+from calm_jax.core import files
 from calm_jax.core.errors import InputError
 
 
 def convert_slow(folder: Path) -> tokenizers.Tokenizer:
-  """A tokenizer.json made of other files, such as vocab and merges."""
+  """Makes a tokenizer.json of other files, such as vocab and merges."""
   # Loaded here: slow to import, and few checkpoints lack tokenizer.json.
   import transformers
 
@@ -25,11 +25,14 @@ def convert_slow(folder: Path) -> tokenizers.Tokenizer:
 def special_ids(
   folder: Path | None, vocab: dict[str, int], own: dict[str, int]
 ) -> dict:
-  """The special ids: by name in the tokenizer's files, else by number.
+  """Reads the special ids: by name in the tokenizer's files, else by number.
 
   Order: tokenizer_config.json, special_tokens_map.json, the model file itself
   (`own`), generation_config.json, config.json. A null in the tokenizer's file
   means that there is none, whatever the model's config says (Qwen's bos).
+
+  Returns:
+    bos_id, eos_id, pad_id and stop_ids of `Tokenizer`.
   """
   by_name = [
     (name, _read_json(folder, name))
@@ -37,16 +40,13 @@ def special_ids(
   ]
   generation = _read_json(folder, "generation_config.json")
   by_number = [generation, _read_json(folder, "config.json")]
-  ids = {}
-  for kind in ("bos", "eos", "pad"):
-    ids[kind] = _special_id(kind, by_name, by_number, vocab, own)
-  stops = [ids["eos"], *_as_list(generation.get("eos_token_id"))]
-  return {
-    "bos_id": ids["bos"],
-    "eos_id": ids["eos"],
-    "pad_id": ids["pad"],
-    "stop_ids": tuple(dict.fromkeys(i for i in stops if i is not None)),
+  ids: dict = {
+    f"{kind}_id": _special_id(kind, by_name, by_number, vocab, own)
+    for kind in ("bos", "eos", "pad")
   }
+  stops = [ids["eos_id"], *_as_list(generation.get("eos_token_id"))]
+  ids["stop_ids"] = tuple(dict.fromkeys(i for i in stops if i is not None))
+  return ids
 
 
 def _special_id(kind, by_name, by_number, vocab, own) -> int | None:
@@ -85,7 +85,4 @@ def _as_list(value: int | list[int] | None) -> list[int]:
 def _read_json(folder: Path | None, name: str) -> dict:
   if folder is None or not (folder / name).is_file():
     return {}
-  try:
-    return json.loads((folder / name).read_text(encoding="utf-8"))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise InputError(f"cannot read {folder / name}: {error}") from error
+  return files.read_json(folder / name)

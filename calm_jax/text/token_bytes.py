@@ -1,14 +1,13 @@
-"""The bytes that tokens stand for, and where each token of a text ends."""
+"""The bytes that tokens stand for, and the byte at which each token ends."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
-import tokenizers
 
-_SPACE = "\u2581"
+SPACE = "\u2581"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -25,7 +24,7 @@ class Spans(NamedTuple):
 
 
 class Spelling(NamedTuple):
-  """What is known of the bytes of tokens.
+  """The bytes of a tokenizer's tokens.
 
   Attributes:
     pieces: bytes by id, b"" where the decoder leaves the token out; None if
@@ -41,10 +40,7 @@ class Spelling(NamedTuple):
 
 
 def unknown_ids(model: dict, vocab: dict[str, int]) -> set[int]:
-  """The id for what is in no piece, as the "model" of a tokenizer.json has it.
-
-  An empty set if it has none.
-  """
+  """Returns the ids, none or one, of the unknown token of a tokenizer.json."""
   by_name = vocab.get(model.get("unk_token") or "")
   return {model.get("unk_id"), by_name} - {None}
 
@@ -52,7 +48,7 @@ def unknown_ids(model: dict, vocab: dict[str, int]) -> set[int]:
 def huggingface_spelling(
   description: dict, pieces: Sequence[str], left_out: set[int]
 ) -> Spelling:
-  """Of the byte-level and SentencePiece-like decoders of a tokenizer.json."""
+  """Spells byte-level and SentencePiece-like tokens of a tokenizer.json."""
   model, decoder = description["model"], description["decoder"]
   steps = _flat(decoder, "decoders")
   kinds = [step["type"] for step in steps]
@@ -77,67 +73,29 @@ def huggingface_spelling(
 def sentencepiece_spelling(
   processor: sentencepiece.SentencePieceProcessor, left_out: set[int]
 ) -> Spelling:
-  """Of any SentencePiece model."""
+  """Spells the tokens of a SentencePiece model."""
   size = processor.vocab_size()
   texts = _spaces([processor.id_to_piece(i) for i in range(size)], False)
   pieces = [
-    b"" if i in left_out else _byte(text)
-    if processor.is_byte(i) else text
-    for i, text in enumerate(texts)
-  ]  # fmt: skip
+    _byte(x) if processor.is_byte(i) else x for i, x in enumerate(texts)
+  ]
+  for i in left_out:
+    pieces[i] = b""
   # The decoder takes away what the encoder puts in front.
   first = processor.encode("a")
   strips = bool(first) and pieces[first[0]].startswith(b" ")
   return Spelling(tuple(pieces), strips, False)
 
 
-def huggingface_spans(backend: tokenizers.Tokenizer) -> Callable[[str], Spans]:
-  """What a fast tokenizer says of the bytes that its tokens cover."""
-
-  def spans(text: str) -> Spans:
-    encoding = backend.encode(text, add_special_tokens=False)
-    # Theirs count characters.
-    sizes = [len(character.encode()) for character in text]
-    bytes_before = np.cumsum([0, *sizes])
-    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-    begins, ends = bytes_before[offsets].T
-    return Spans(encoding.ids, begins, ends)
-
-  return spans
-
-
-def sentencepiece_spans(
-  processor: sentencepiece.SentencePieceProcessor,
-) -> Callable[[str], Spans]:
-  """What SentencePiece says of the bytes that its tokens cover."""
-
-  def spans(text: str) -> Spans:
-    found = processor.encode(text, return_type="proto").pieces
-    begins = [piece.begin for piece in found]
-    ends = [piece.end for piece in found]
-    data = text.encode()
-    for i, piece in enumerate(found):
-      # It counts characters that it drops to the piece before them, and spaces
-      # that end a text to the last one.
-      covered = data[piece.begin : piece.end].decode()
-      if covered[-1:] != piece.piece[-1:].replace(_SPACE, " "):
-        after = "a" if i < len(found) - 1 else ""
-        kept = _without_dropped(processor, covered, after)
-        ends[i] = piece.begin + len(kept.encode())
-    return Spans([piece.id for piece in found], begins, ends)
-
-  return spans
-
-
 def known_ends(spelled: list[bytes], text: str) -> np.ndarray | None:
-  """Ends of tokens in the text that they spell; None if it is another."""
+  """Returns the ends of tokens in a text; None if they spell another."""
   if b"".join(spelled) != text.encode():
     return None
   return np.cumsum([len(part) for part in spelled], dtype=np.int64)
 
 
-def found_ends(spelled: list[bytes], text: str) -> np.ndarray | None:
-  """The same where some characters of the text are in no token.
+def searched_ends(spelled: list[bytes], text: str) -> np.ndarray | None:
+  """`known_ends` where some characters of the text are in no token.
 
   None if the tokens are not found in the text in their order.
   """
@@ -146,16 +104,16 @@ def found_ends(spelled: list[bytes], text: str) -> np.ndarray | None:
     if part:
       # Both stand for a space.
       pattern = re.escape(part).replace(rb"\ ", b"(?: |\xe2\x96\x81)")
-      found = re.compile(pattern).search(data, at)
-      if found is None:
+      match = re.compile(pattern).search(data, at)
+      if match is None:
         return None
-      at = found.end()
+      at = match.end()
     ends.append(at)
   return np.array(ends, np.int64)
 
 
 def covered_ends(spans: Spans) -> np.ndarray:
-  """Ends of tokens by the bytes that they cover, never within a character.
+  """Returns ends by the bytes that tokens cover, never within a character.
 
   A token ends where it can be known what it stands for: of several tokens that
   share a character, all but the last end before it.
@@ -164,14 +122,6 @@ def covered_ends(spans: Spans) -> np.ndarray:
   later = np.minimum.accumulate(np.array(spans.begins, np.int64)[::-1])[::-1]
   ends[:-1] = np.minimum(ends[:-1], later[1:])
   return np.maximum.accumulate(ends)
-
-
-def _without_dropped(processor, text: str, after: str) -> str:
-  """A text without what normalisation takes from its end, before `after`."""
-  whole = processor.normalize(f"a{text}{after}")
-  while text and processor.normalize(f"a{text[:-1]}{after}") == whole:
-    text = text[:-1]
-  return text
 
 
 def _flat(step: dict | None, key: str) -> list[dict]:
@@ -183,22 +133,22 @@ def _flat(step: dict | None, key: str) -> list[dict]:
 
 
 def _is_spaces(step: dict) -> bool:
-  """Whether a decoder's step is one of those that `_spaces` follows."""
+  """Returns whether `_spaces` follows a step of a decoder."""
   match step["type"]:
     case "Replace":
-      return (step["pattern"], step["content"]) == ({"String": _SPACE}, " ")
+      return (step["pattern"], step["content"]) == ({"String": SPACE}, " ")
     case "Strip":
       return (step["content"], step["start"], step["stop"]) == (" ", 1, 0)
     case "Metaspace":
-      return step["replacement"] == _SPACE
+      return step["replacement"] == SPACE
   return step["type"] in ("ByteFallback", "Fuse")
 
 
 def _byte_level(pieces: Iterable[str]) -> list[bytes]:
-  """Of the alphabet of GPT-2, which writes each byte as one character."""
-  own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-  others = [byte for byte in range(256) if byte not in own]
-  alphabet = {chr(byte): byte for byte in own}
+  """Bytes of pieces in GPT-2's alphabet, one character for each byte."""
+  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  others = [byte for byte in range(256) if byte not in printable]
+  alphabet = {chr(byte): byte for byte in printable}
   alphabet |= {chr(256 + i): byte for i, byte in enumerate(others)}
   # An added token that is not spelled in the alphabet is itself.
   return [
@@ -210,7 +160,7 @@ def _byte_level(pieces: Iterable[str]) -> list[bytes]:
 
 
 def _spaces(pieces: Iterable[str], has_bytes: bool) -> list[bytes]:
-  texts = (piece.replace(_SPACE, " ").encode() for piece in pieces)
+  texts = (piece.replace(SPACE, " ").encode() for piece in pieces)
   return [_byte(text) if has_bytes else text for text in texts]
 
 

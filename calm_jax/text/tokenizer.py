@@ -1,10 +1,10 @@
-"""One face over Hugging Face tokenizers and SentencePiece models."""
+"""Tokenizers of checkpoints: text to token ids, their bytes, and back."""
 
 import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,11 @@ import tokenizers
 from calm_jax.core import hub
 from calm_jax.core.errors import InputError
 from calm_jax.text import special_tokens, token_bytes
-from calm_jax.text.token_bytes import Spans, Spelling
+from calm_jax.text.backends import (
+  Backend,
+  HuggingFaceBackend,
+  SentencePieceBackend,
+)
 
 # Text after which a continuation is encoded alone: one of them does not merge
 # with the first character of the continuation.
@@ -23,7 +27,7 @@ _JOINTS = ("\n", ".", "a", "0")
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Tokenizer:
-  """Text to token ids and back. Made by `load_tokenizer`.
+  """Text to token ids and back; made by `load_tokenizer`.
 
   Attributes:
     pieces: the vocabulary, piece by id; "" at ids that the vocabulary skips.
@@ -39,10 +43,7 @@ class Tokenizer:
   pad_id: int | None
   stop_ids: tuple[int, ...]
   source: str
-  _encode: Callable[[str], list[int]]
-  _decode: Callable[[list[int]], str]
-  _spans: Callable[[str], Spans]
-  _spelling: Spelling
+  _backend: Backend
 
   def __repr__(self) -> str:
     return f"Tokenizer({self.source!r}, vocab_size={self.vocab_size})"
@@ -54,24 +55,24 @@ class Tokenizer:
 
   @property
   def fingerprint(self) -> str:
-    """sha256 of the vocabulary in order of id; equal ids mean equal pieces."""
+    """The sha256 of the vocabulary in order of id."""
     return hashlib.sha256(json.dumps(self.pieces).encode()).hexdigest()
 
   def encode(self, text: str) -> list[int]:
-    """Token ids of `text`; no special token is added."""
-    return list(self._encode(text))
+    """Returns the token ids of `text`; no special token is added."""
+    return list(self._backend.encode(text))
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Text of `ids`; special tokens and ids outside the vocabulary skipped.
+    """Returns the text of `ids` without special tokens and unknown ids.
 
     A Llama-style tokenizer strips one leading space: text generated after a
     prompt is decoded by `decode_continuation`.
     """
     size = self.vocab_size
-    return self._decode([int(i) for i in ids if 0 <= i < size])
+    return self._backend.decode([int(i) for i in ids if 0 <= i < size])
 
   def encode_continuation(self, prompt: str, completion: str) -> list[int]:
-    """Token ids of `completion` where it follows the tokens of `prompt`.
+    """Returns the token ids of `completion` behind the tokens of `prompt`.
 
     `encode(prompt) + encode_continuation(prompt, completion)` is what a model
     sees when it is prompted with `encode(prompt)` and answers `completion`.
@@ -79,11 +80,11 @@ class Tokenizer:
     return self._continue(prompt, completion)[1]
 
   def encode_within(self, text: str) -> list[int]:
-    """Token ids of `text` behind any other text, which they are no part of."""
+    """Returns the token ids of `text` where other text stands before it."""
     return self._behind(_JOINTS, text)[1]
 
   def byte_ends(self, text: str) -> tuple[list[int], np.ndarray]:
-    """`encode(text)`, and the byte of the text's UTF-8 that each id ends at.
+    """Returns `encode(text)` and the byte of its UTF-8 that each id ends at.
 
     Exact for byte-level BPE and SentencePiece; if they normalise the text, and
     for other tokenizers, by the offsets that they give. A token that no text
@@ -94,16 +95,16 @@ class Tokenizer:
     Raises:
       InputError: the tokenizer gives no offsets that can be relied upon.
     """
-    spans = self._spans(text)
-    if self._spelling.pieces is not None:
+    spans, spelling = self._backend.spans(text), self._backend.spelling
+    if spelling.pieces is not None:
       spelled = self.spell(spans.ids)
       ends = token_bytes.known_ends(spelled, text)
-      if ends is None and self._spelling.skips:
+      if ends is None and spelling.skips:
         # Its own offsets leave out the characters that it passes over.
-        ends = token_bytes.found_ends(spelled, text)
+        ends = token_bytes.searched_ends(spelled, text)
       if ends is not None:
         return spans.ids, ends
-    if self._spelling.skips:
+    if spelling.skips:
       raise InputError(
         f"the tokenizer of {self.source} passes over characters that it does"
         " not know and changes others, so that nobody can tell where its"
@@ -115,7 +116,9 @@ class Tokenizer:
   def continuation_ends(
     self, prompt: str, completion: str
   ) -> tuple[list[int], np.ndarray]:
-    """`encode_continuation`, and the byte of the whole that each id ends at.
+    """Returns `encode_continuation` and the byte that each id ends at.
+
+    Bytes are counted from the start of `prompt`.
 
     Raises:
       InputError: as `byte_ends`.
@@ -128,7 +131,7 @@ class Tokenizer:
   def spell(
     self, ids: Sequence[int], previous: Sequence[int] = ()
   ) -> list[bytes]:
-    """The bytes that each of `ids` adds to the text of those before it.
+    """Returns the bytes that each of `ids` adds to the text before it.
 
     A token may hold a part of a character. Special and unknown tokens add
     nothing.
@@ -140,7 +143,7 @@ class Tokenizer:
     Raises:
       InputError: the tokenizer's decoder changes text that it has written.
     """
-    pieces, strips, _ = self._spelling
+    pieces, strips, _ = self._backend.spelling
     if pieces is None:
       return self._spell_by_decoding(ids, previous)
     size = self.vocab_size
@@ -154,7 +157,7 @@ class Tokenizer:
   def decode_continuation(
     self, prompt_ids: Sequence[int], new_ids: Sequence[int]
   ) -> str:
-    """Text that `new_ids` add to the text of `prompt_ids`, spaces included."""
+    """Returns the text that `new_ids` add to that of `prompt_ids`."""
     prompt = self.decode(prompt_ids)
     joined = self.decode([*prompt_ids, *new_ids])
     if not joined.startswith(prompt):
@@ -163,7 +166,7 @@ class Tokenizer:
     return joined.removeprefix(prompt)
 
   def _continue(self, prompt: str, completion: str) -> tuple[str, list[int]]:
-    """What `completion` is to be encoded behind, and its ids there."""
+    """Returns a text to encode `completion` behind, and its ids there."""
     ids = self.encode(prompt)
     joined = self.encode(prompt + completion)
     if joined[: len(ids)] == ids:
@@ -224,7 +227,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
-  """The tokenizer of a checkpoint's folder, None if it has none."""
+  """Loads the tokenizer of a checkpoint's folder, None if it has none."""
   names = "tokenizer.json", "tokenizer.model", "merges.txt"
   if not any((folder / name).is_file() for name in names):
     return None
@@ -284,9 +287,8 @@ def _load_folder(folder: Path, source: str) -> Tokenizer:
     if (folder / name).is_file():
       return _load_file(folder / name, folder, source)
   if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-    return _from_huggingface(
-      special_tokens.convert_slow(folder), folder, source
-    )
+    slow = special_tokens.convert_slow(folder)
+    return _make(HuggingFaceBackend(slow), folder, source)
   raise InputError(
     f"no tokenizer in {source}: it has none of tokenizer.json, tokenizer.model,"
     " vocab.json with merges.txt; copy one of them there"
@@ -296,71 +298,21 @@ def _load_folder(folder: Path, source: str) -> Tokenizer:
 def _load_file(path: Path, folder: Path | None, source: str) -> Tokenizer:
   if path.suffix == ".json":
     try:
-      backend = tokenizers.Tokenizer.from_file(str(path))
+      tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # The library raises bare Exception.
       raise InputError(f"cannot read the tokenizer {path}: {error}") from error
-    return _from_huggingface(backend, folder, source)
+    return _make(HuggingFaceBackend(tokenizer), folder, source)
   try:
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
   except (RuntimeError, OSError) as error:
     raise InputError(
       f"cannot read {path} as a SentencePiece model: {error}"
     ) from error
-  return _from_sentencepiece(processor, folder, source)
+  return _make(SentencePieceBackend(processor), folder, source)
 
 
-def _from_huggingface(
-  backend: tokenizers.Tokenizer, folder: Path | None, source: str
-) -> Tokenizer:
-  # Some tokenizer.json carry the limits of the run that saved them.
-  backend.no_truncation()
-  backend.no_padding()
-  vocab = backend.get_vocab(with_added_tokens=True)
-  pieces = [""] * (max(vocab.values(), default=-1) + 1)
-  for piece, index in vocab.items():
-    pieces[index] = piece
-  description = json.loads(backend.to_str())
-  added = backend.get_added_tokens_decoder().items()
-  left_out = {index for index, token in added if token.special}
-  left_out |= token_bytes.unknown_ids(description["model"], vocab)
+def _make(backend: Backend, folder: Path | None, source: str) -> Tokenizer:
+  ids = special_tokens.special_ids(folder, backend.vocab, backend.special_ids)
   return Tokenizer(
-    pieces=tuple(pieces),
-    source=source,
-    _encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
-    _decode=lambda ids: backend.decode(
-      [i for i in ids if i not in left_out], skip_special_tokens=True
-    ),
-    _spans=token_bytes.huggingface_spans(backend),
-    _spelling=token_bytes.huggingface_spelling(description, pieces, left_out),
-    **special_tokens.special_ids(folder, vocab, {}),
-  )
-
-
-def _from_sentencepiece(
-  processor: sentencepiece.SentencePieceProcessor,
-  folder: Path | None,
-  source: str,
-) -> Tokenizer:
-  size = processor.vocab_size()
-  pieces = tuple(processor.id_to_piece(i) for i in range(size))
-  skipped = {
-    i for i in range(size) if processor.is_control(i) or processor.is_unknown(i)
-  }
-  own = {
-    "bos": processor.bos_id(),
-    "eos": processor.eos_id(),
-    "pad": processor.pad_id(),
-  }
-  own = {kind: index for kind, index in own.items() if index >= 0}
-  vocab = {piece: i for i, piece in enumerate(pieces)}
-  return Tokenizer(
-    pieces=pieces,
-    source=source,
-    _encode=lambda text: processor.encode(text),
-    _decode=lambda ids: processor.decode([i for i in ids if i not in skipped]),
-    _spans=token_bytes.sentencepiece_spans(processor),
-    _spelling=token_bytes.sentencepiece_spelling(processor, skipped),
-    **special_tokens.special_ids(
-      folder, vocab, {k: v for k, v in own.items() if v >= 0}
-    ),
+    pieces=backend.pieces, source=source, _backend=backend, **ids
   )
