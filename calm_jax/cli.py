@@ -1,4 +1,7 @@
-"""What the command lines share."""
+"""The command lines' flags, and how their errors become exit codes.
+
+A command that takes a config runs by `run_with_config`, any other by `guarded`.
+"""
 
 from __future__ import annotations
 
@@ -6,92 +9,87 @@ import contextlib
 import dataclasses
 import errno
 import os
-import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from calm_jax.core.errors import (
-  EXIT_CODES,
-  InputError,
-  LostProcess,
-  StorageError,
-)
+from calm_jax.core import errors
+from calm_jax.core.errors import InputError
 from calm_jax.training import signals
 
-_LINES = re.MULTILINE | re.DOTALL
-_NOTHING = "the same command starts from the beginning"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_FLAGS = {
+  "str": flags.DEFINE_string,
+  "bool": flags.DEFINE_bool,
+  "int": flags.DEFINE_integer,
+  "float": flags.DEFINE_float,
+}
+
+
+def option(description: str, default: Any = dataclasses.MISSING) -> Any:
+  """A field of a dataclass of options; without a default it must be given."""
+  return dataclasses.field(default=default, metadata={"help": description})
 
 
 def run_with_config(main: Callable, options: type | None = None) -> None:
   """Runs main(config), with the file named by --config.
 
-  With a dataclass of options it is main(config, options), by a flag for each
-  field. A field without a default must be given. Such a command keeps nothing
-  for its next start.
+  With a dataclass whose fields are `option`s it is main(config, options), and
+  each field has a flag. Such a command keeps nothing for its next start.
 
-  What is no fault of the program ends with a message, without a traceback, and
-  with the exit code that `errors` gives it.
+  Errors of `errors.EXIT_CODES` end the process with their message and code,
+  without a traceback.
   """
   # --help lists the flags as those of the module that is run.
   flags.disclaim_key_flags()
   config = config_flags.DEFINE_config_file(
     "config", None, "a file of configs/, with :variant", lock_config=True
   )
+  flags.mark_flag_as_required("config")
   allowed = flags.DEFINE_bool(
     "allow_code_execution",
     False,
     "evaluate by running, in a sandbox, programs that models write",
   )
+  fields = dataclasses.fields(options) if options else ()
+  for field in fields:
+    required = field.default is dataclasses.MISSING
+    default = None if required else field.default
+    _FLAGS[field.type](field.name, default, field.metadata["help"])
+    if required:
+      flags.mark_flag_as_required(field.name)
 
   def run(argv):
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
-    with _told():
+    with _exit_codes():
       if len(argv) > 1:
         raise InputError(f"unexpected arguments: {argv[1:]}")
-      loaded = _loaded(config)
-      if allowed.value:
-        _allow_code_execution(loaded)
-      workdir = Path(loaded.workdir)
-      with signals.raised(
-        loaded.grace, lambda: _NOTHING if options else _kept(workdir)
-      ):
-        given = {f.name: flags.FLAGS[f.name].value for f in fields}
-        main(loaded, *([options(**given)] if options else []))
+      loaded = _loaded(config, allowed.value)
+      given = {field.name: flags.FLAGS[field.name].value for field in fields}
+      arguments = [options(**given)] if options else []
 
-  fields = dataclasses.fields(options) if options else ()
-  for field in fields:
-    _define(field, options.__doc__)
-  flags.mark_flag_as_required("config")
+      def resumption() -> str:
+        if options:
+          return "the same command starts from the beginning"
+        return _kept_checkpoints(Path(loaded.workdir))
+
+      with signals.raised(loaded.grace, resumption):
+        main(loaded, *arguments)
+
   app.run(run, flags_parser=_parse)
 
 
-def _define(field: dataclasses.Field, described: str) -> None:
-  make = {
-    "str": flags.DEFINE_string, "bool": flags.DEFINE_bool,
-    "int": flags.DEFINE_integer, "float": flags.DEFINE_float,
-  }[field.type]  # fmt: skip
-  required = field.default is dataclasses.MISSING
-  said = re.search(rf"^ +{field.name}: ((?:(?!^ +\w+: ).)*)", described, _LINES)
-  make(
-    field.name, None if required else field.default, " ".join(said[1].split())
-  )
-  if required:
-    flags.mark_flag_as_required(field.name)
-
-
 def guarded(main: Callable[[], None]) -> None:
-  """Runs main(); errors end as for `run_with_config`."""
-  with _told():
+  """Runs main(); its errors end as for `run_with_config`."""
+  with _exit_codes():
     main()
 
 
@@ -122,64 +120,56 @@ def _parse(argv: list[str]) -> list[str]:
     _stop(InputError(f"--config has no option {error}"))
 
 
-def _loaded(config):
+def _loaded(
+  config: flags.FlagHolder, allows_code_execution: bool
+) -> ConfigDict:
   try:
-    config.value.keys()
+    loaded = config.value
+    loaded.keys()
   except OSError as error:
-    # What was wrong with the file is raised by its first use.
+    # A fault of the file is raised by its first use.
     raise InputError(f"--config: {error}") from error
-  return config.value
-
-
-def _allow_code_execution(config) -> None:
-  if "task" not in config or "allow_code_execution" not in config.task:
-    raise InputError("--allow_code_execution: this experiment runs no code")
-  config.task.allow_code_execution = True
+  if allows_code_execution:
+    if "task" not in loaded or "allow_code_execution" not in loaded.task:
+      raise InputError("--allow_code_execution: this experiment runs no code")
+    loaded.task.allow_code_execution = True
+  return loaded
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def _exit_codes() -> Iterator[None]:
   """Ends the process on an error: with its message if it has an exit code.
 
-  One of several processes ends at once. An orderly end waits for the others,
-  who wait for this one; that it is gone is what they can learn.
+  One of several processes ends at once, so that the others learn that it is
+  gone. An orderly end would wait for them, while they wait for it.
   """
   try:
     yield
-  except tuple(EXIT_CODES) as error:
+  except tuple(errors.EXIT_CODES) as error:
     _stop(error)
-  except OSError as error:
-    if error.errno in _NO_SPACE:
-      _stop(StorageError(f"{error}; make room and start again"))
-    _leave_others()
-    raise
-  except jax.errors.JaxRuntimeError as error:
-    if _several():
+  except Exception as error:
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+      _stop(errors.StorageError(f"{error}; make room and start again"))
+    if not _several():
+      raise
+    if isinstance(error, jax.errors.JaxRuntimeError):
       _stop(
-        LostProcess(
+        errors.LostProcess(
           f"{error}\nMost likely, another process of this run is gone: the "
           "first one that ended says why. Start all processes again by the "
           "same command; the run goes on from its last checkpoint."
         )
       )
-    raise
-  except Exception:
-    _leave_others()
-    raise
+    traceback.print_exc()
+    _exit(1)
 
 
 def _several() -> bool:
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def _leave_others() -> None:
-  if _several():
-    traceback.print_exc()
-    _exit(1)
-
-
-def _kept(workdir: Path) -> str:
-  """What a signal's message says of the checkpoints in a folder."""
+def _kept_checkpoints(workdir: Path) -> str:
+  """Names the newest step of each stage, for the message of a signal."""
   steps = {
     folder.parent.relative_to(workdir).as_posix(): max(
       (int(step.name) for step in folder.iterdir() if step.name.isdigit()),
@@ -196,7 +186,7 @@ def _kept(workdir: Path) -> str:
 
 def _stop(error: BaseException) -> NoReturn:
   print(f"error: {error}", file=sys.stderr)
-  _exit(EXIT_CODES[type(error)])
+  _exit(errors.EXIT_CODES[type(error)])
 
 
 def _exit(code: int) -> NoReturn:

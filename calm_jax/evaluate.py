@@ -36,21 +36,17 @@ _QUANTISE = {"": None, "none": ""}
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-  """The flags besides --config.
+class EvaluateOptions:
+  """The flags besides --config."""
 
-  Attributes:
-    model: a checkpoint or a composition, a folder or a hub id.
-    out: the folder of results.json, the report and the predictions.
-    quantise: its frozen models: int8, int4 or none; as saved if empty.
-  """
-
-  model: str
-  out: str
-  quantise: str = ""
+  model: str = cli.option("a checkpoint or a composition: a folder or a hub id")
+  out: str = cli.option("the folder of the results, report and predictions")
+  quantise: str = cli.option(
+    "the frozen models: int8, int4 or none; as saved if empty", ""
+  )
 
 
-def main(config: ConfigDict, options: Options) -> dict[str, Any]:
+def main(config: ConfigDict, options: EvaluateOptions) -> dict[str, Any]:
   """Evaluates a model by a config; returns results.json.
 
   Raises:
@@ -69,7 +65,7 @@ def main(config: ConfigDict, options: Options) -> dict[str, Any]:
 
 
 def _evaluate(
-  settings: Settings, options: Options, config: dict[str, Any]
+  settings: Settings, options: EvaluateOptions, config: dict[str, Any]
 ) -> dict[str, Any]:
   recipe.check(settings)
   _check_folder(Path(options.out))
@@ -140,4 +136,4 @@ def _columns(model: LanguageModel) -> dict[str, LanguageModel]:
 
 
 if __name__ == "__main__":
-  cli.run_with_config(main, Options)
+  cli.run_with_config(main, EvaluateOptions)

@@ -38,34 +38,33 @@ from calm_jax.planning.search import Case
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-  """What the command line says besides the config.
+class PlanOptions:
+  """The flags besides --config."""
 
-  Attributes:
-    topology: such as v5e:4x4, gpu:8xH100 or cpu:8; see docs/plan.md.
-    stage: of the recipe; its last if empty.
-    search: whether to look for a mesh and a remat policy, or take the config's.
-    compiles: training steps that are compiled at most to find them.
-    largest_batch: whether to look for the largest batch that fits.
-    decode_rows: rows that decode together; none are planned for 0.
-    effort: of the TPU's compiler to make programs fast: 0 is that of a run,
-      which takes many times as long to compile as -1.
-    minutes: after which nothing further is compiled.
-    json: file to write; none if empty.
-  """
+  topology: str = cli.option(
+    "such as v5e:4x4, gpu:8xH100 or cpu:8; see docs/plan.md"
+  )
+  stage: str = cli.option("a stage of the recipe; its last if empty", "")
+  search: bool = cli.option(
+    "look for a mesh and a remat policy, instead of the config's", False
+  )
+  compiles: int = cli.option(
+    "training steps that the search compiles at most", 4
+  )
+  largest_batch: bool = cli.option("look for the largest batch that fits", True)
+  decode_rows: int = cli.option(
+    "rows that decode together; none are planned for 0", 32
+  )
+  effort: float = cli.option(
+    "of the TPU's compiler to make programs fast: 0 is that of a run, which "
+    "takes many times as long to compile as -1",
+    -1.0,
+  )
+  minutes: float = cli.option("after which nothing further is compiled", 9.0)
+  json: str = cli.option("file to write; none if empty", "")
 
-  topology: str
-  stage: str = ""
-  search: bool = False
-  compiles: int = 4
-  largest_batch: bool = True
-  decode_rows: int = 32
-  effort: float = -1.0
-  minutes: float = 9.0
-  json: str = ""
 
-
-def main(config: ConfigDict, options: Options) -> dict[str, Any]:
+def main(config: ConfigDict, options: PlanOptions) -> dict[str, Any]:
   """Plans the run of a config; returns what it prints, as JSON."""
   topology.prepare(options.topology, options.effort)
   until = time.monotonic() + 60 * options.minutes
@@ -114,4 +113,4 @@ def _axes(asked: dict[str, int], devices: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-  cli.run_with_config(main, Options)
+  cli.run_with_config(main, PlanOptions)

@@ -25,8 +25,6 @@ from ml_collections import ConfigDict
 from calm_jax import cli, report
 from calm_jax.core import hub, trees
 from calm_jax.experiments import config_files, quantisation_plan, recipe
-from calm_jax.experiments.recipe import TrainedRun
-from calm_jax.experiments.settings import Settings
 from calm_jax.language_model import LanguageModel
 from calm_jax.models import lora
 from calm_jax.parallel import processes
@@ -40,89 +38,83 @@ def main(config: ConfigDict) -> dict[str, Any]:
     processes.start(settings.heartbeat)
   with processes.quiet_but_first():
     run = recipe.run_recipe(settings)
-    results = _evaluate(run, settings) | {
-      "config": config_files.to_dict(config)
-    }
+    results = _evaluate(run) | {"config": config_files.to_dict(config)}
     if jax.process_index() == 0:
       report.write_report(run.folder, results)
       report.print_results(run.folder)
-    save_models(run, settings)
+    save_models(run)
   return results
 
 
-def _evaluate(run: TrainedRun, settings: Settings) -> dict[str, Any]:
+def _evaluate(run: recipe.TrainedRun) -> dict[str, Any]:
   """Evaluates what a run trained; draws where the composed model attends."""
-  last, *others = run.models
-  final, data = run.models[last], settings.last.data
+  settings, models = run.settings, run.models
+  name, *others = models
+  stage = settings.last
   results = run.experiment.evaluate(
-    run.frozen_models | {"composed": final}, data
+    run.frozen_models | {"composed": models[name]}, stage.data
   )
   results["other_runs"] = {
-    name: run.experiment.evaluate(
-      {"composed": run.models[name]},
-      settings.stages[name].data,
-      prefix=f"{name}/",
+    other: run.experiment.evaluate(
+      {"composed": models[other]},
+      settings.stages[other].data,
+      prefix=f"{other}/",
     )
-    for name in others
+    for other in others
   }
   # The maps are of one row, which cannot be shuffled.
-  if final.is_composed and settings.composition.control != "shuffled":
-    maps = run.experiment.attention_maps(final, data)
+  is_shuffled = settings.composition.control == "shuffled"
+  if models[name].is_composed and not is_shuffled:
+    maps = run.experiment.attention_maps(models[name], stage.data)
     np.savez(run.folder / "attention.npz", **maps)
+  flops = overhead.training_flops(
+    run.untrained.spec, stage.batch_size, stage.length, stage.augmenting_length
+  )
   return results | {
     "kind": settings.kind,
     "parameters": run.parameters,
-    "flops": overhead.training_flops(
-      run.untrained.spec,
-      settings.last.batch_size,
-      settings.last.length,
-      settings.last.augmenting_length,
-    ),
+    "flops": flops,
     "seconds": run.seconds,
   }
 
 
-def save_models(run: TrainedRun, settings: Settings) -> None:
+def save_models(run: recipe.TrainedRun) -> None:
   """Writes the composition, and the models that this run trained itself.
 
   A run that adapted m_B instead writes that, with LoRA merged into its kernels.
   """
-  last = settings.recipe[-1]
-  params = run.trees[last]
+  params = run.trees[run.settings.recipe[-1]]
   if jax.process_count() > 1:
     params = processes.fetch(params)
   if jax.process_index() != 0:
     return
   params = params | {"anchor": lora.merge(params["anchor"])}
   model = dataclasses.replace(run.untrained, params=params)
-  if not run.models[last].is_composed:
+  if run.settings.last.model != "composed":
     _export(model, "anchor", run.folder / "model")
     return
   exact = dataclasses.replace(
     model, params=quantisation_plan.undo(params, run.exact_leaves)
   )
-  for part in settings.parts.values():
-    if part not in model.sources or _is_changed(settings, part, exact.params):
+  for part in run.settings.parts.values():
+    if part not in model.sources or _is_changed(run, part, exact.params):
       source = _export(exact, part, run.folder / "models" / part)
       model = dataclasses.replace(model, sources=model.sources | {part: source})
   shutil.rmtree(run.folder / "composition", ignore_errors=True)
   model.save(run.folder / "composition")
 
 
-def _is_changed(settings: Settings, part: str, params: dict) -> bool:
+def _is_changed(run: recipe.TrainedRun, part: str, params: dict) -> bool:
   """Whether this run made other weights than the loaded ones of a model."""
-  if part == settings.parts["augmenting"] and settings.random_augmenting:
+  settings = run.settings
+  if settings.random_augmenting and part == settings.parts["augmenting"]:
     return True
-  patterns = [
-    pattern
-    for name in settings.recipe
-    for pattern in settings.stages[name].trainable
-  ]
   return any(
     re.fullmatch(pattern, name)
+    for stage in settings.recipe
+    for pattern in settings.stages[stage].trainable
     for name in trees.flatten(params)
     if name.startswith(f"{part}/")
-    for pattern in patterns
   )
 
 

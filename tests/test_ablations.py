@@ -146,7 +146,7 @@ def test_a_fine_tuned_m_b_is_written_as_a_checkpoint(finished):
   counts = run.parameters
   assert counts["trained"] == counts["anchor"]
   assert list(run.frozen_models) == ["anchor"]  # There is no m_A in it.
-  train.save_models(run, settings)
+  train.save_models(run)
   model = calm_jax.load_model(str(workdir / "finetune" / "model"))
   folder = workdir / "finetune" / "compose" / "checkpoints"
   saved, _ = checkpoint.restore_trainable(folder)

@@ -11,7 +11,7 @@ import spelled
 import calm_jax
 from calm_jax import evaluate
 from calm_jax.core.errors import InputError
-from calm_jax.evaluate import Options
+from calm_jax.evaluate import EvaluateOptions
 from configs import compose, kv
 
 LINES = [{"text": "a bad cab did jab"}, {"text": "a big cab."}]
@@ -48,7 +48,7 @@ def nats_of(model, text):
 
 
 def test_a_composition_beside_its_models(composed, tmp_path):
-  options = Options(str(composed), str(tmp_path / "out"))
+  options = EvaluateOptions(str(composed), str(tmp_path / "out"))
   results = evaluate.main(config_of(tmp_path), options)
   found = results["perplexity"]["domain"]
   model = calm_jax.load_composed(composed)
@@ -87,7 +87,7 @@ def test_back_translated_problems(composed, tmp_path):
       "pool": paths["original"], "shots": 0, "max_new_tokens": 4,
     }
   }  # fmt: skip
-  options = Options(str(composed), str(tmp_path / "out"))
+  options = EvaluateOptions(str(composed), str(tmp_path / "out"))
   entry = evaluate.main(config, options)["evals"]["silver"]
   assert entry["measures"].keys() == {"augmenting", "anchor", "composed"}
   assert entry["measures"]["anchor"]["delta"] == 0
@@ -106,7 +106,7 @@ def test_two_that_read_other_tokens(composed, tmp_path):
     for seed, name in enumerate(("one", "two"))
   }
   calm_jax.compose(single, others, 1).save(tmp_path / "both")
-  options = Options(str(tmp_path / "both"), str(tmp_path / "out"))
+  options = EvaluateOptions(str(tmp_path / "both"), str(tmp_path / "out"))
   results = evaluate.main(config_of(tmp_path), options)
   found = results["bits_per_byte"]["domain"]
   assert found.keys() == {"anchor", "composed"}
@@ -116,7 +116,7 @@ def test_two_that_read_other_tokens(composed, tmp_path):
 
 def test_one_model_is_the_anchor(composed, tmp_path):
   single = str(composed.with_name("anchor"))
-  options = Options(single, str(tmp_path / "out"))
+  options = EvaluateOptions(single, str(tmp_path / "out"))
   results = evaluate.main(config_of(tmp_path), options)
   assert results["perplexity"]["domain"].keys() == {"anchor"}
   assert results["parameters"].keys() == {"anchor"}
@@ -127,7 +127,7 @@ def test_one_model_is_the_anchor(composed, tmp_path):
 def test_quantised_as_the_command_line_says(composed, tmp_path):
   config = config_of(tmp_path)
   for kind in ("int8", "none"):
-    options = Options(str(composed), str(tmp_path / kind), kind)
+    options = EvaluateOptions(str(composed), str(tmp_path / kind), kind)
     results = evaluate.main(config, options)
     assert results["quantise"] == kind.replace("none", "")
   config.quantise.anchor = "int8"
@@ -137,12 +137,12 @@ def test_quantised_as_the_command_line_says(composed, tmp_path):
 
 def test_results_of_a_run_are_kept(composed, tmp_path):
   (tmp_path / "results.json").write_text('{"table1": {}}')
-  options = Options(str(composed), str(tmp_path))
+  options = EvaluateOptions(str(composed), str(tmp_path))
   with pytest.raises(InputError, match="holds the results of a run"):
     evaluate.main(config_of(tmp_path), options)
 
 
 def test_other_tokens_than_the_experiments(composed, tmp_path):
-  options = Options(str(composed), str(tmp_path / "out"))
+  options = EvaluateOptions(str(composed), str(tmp_path / "out"))
   with pytest.raises(InputError, match="reads other tokens"):
     evaluate.main(kv.get_config("tiny"), options)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-import numpy as np
-
 from calm_jax.language_model import LanguageModel
 from calm_jax.text.tokenizer import Tokenizer
 from calm_jax.training.stage import Stage
@@ -61,7 +59,5 @@ class Experiment(Protocol):
   ) -> dict[str, Any]:
     """Measures models, which are the columns of results.json by name."""
 
-  def attention_maps(
-    self, model: LanguageModel, data: Any
-  ) -> dict[str, np.ndarray]:
-    """Arrays for the picture of cross-attention, by `cross_attention`."""
+  def attention_maps(self, model: LanguageModel, data: Any) -> dict[str, Any]:
+    """Arrays for the picture of cross-attention; see `cross_attention`."""

@@ -29,8 +29,8 @@ def bits_when_loaded(settings: Settings, side: str, shapes: dict) -> str:
   names = [f"{settings.parts[side]}/{n}" for n in trees.flatten(shapes)]
   stages = (*settings.recipe, *settings.alternatives)
   is_random = side == "augmenting" and settings.random_augmenting
-  is_loaded = bool(getattr(settings, side)) and not is_random
-  if not is_loaded or _training_stage(settings, stages, names):
+  is_made_here = is_random or side not in settings.checkpoints
+  if is_made_here or _training_stage(settings, stages, names):
     return ""
   return getattr(settings.quantise, side)
 

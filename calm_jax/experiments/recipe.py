@@ -27,10 +27,12 @@ EXPERIMENTS: dict[str, type[Experiment]] = {
 }
 
 
-class TrainedRun(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
   """A run after its last stage.
 
   Attributes:
+    settings: of the run.
     experiment: its data and evaluation.
     folder: of the results; for a process that is not the first, one that is
       thrown away.
@@ -38,23 +40,38 @@ class TrainedRun(NamedTuple):
       stage.
     trees: the whole tree of parameters after the last stage and after each
       alternative, by the name of the stage.
-    models: what those stages made, by the name of the stage.
-    frozen_models: the composed models by themselves; "augmenting" only if the
-      last stage uses it.
     parameters: counts, for results.json.
     seconds: of each stage.
     exact_leaves: by name, leaves as they were before quantising.
   """
 
+  settings: Settings
   experiment: Experiment
   folder: Path
   untrained: LanguageModel
   trees: dict[str, dict]
-  models: dict[str, LanguageModel]
-  frozen_models: dict[str, LanguageModel]
   parameters: dict[str, int]
   seconds: dict[str, float]
   exact_leaves: dict[str, Any]
+
+  @property
+  def models(self) -> dict[str, LanguageModel]:
+    """The models that the last stage and its alternatives trained, by stage."""
+    return {
+      name: dataclasses.replace(self.untrained, params=tree).part(
+        self.settings.stages[name].model
+      )
+      for name, tree in self.trees.items()
+    }
+
+  @property
+  def frozen_models(self) -> dict[str, LanguageModel]:
+    """The composed models; "augmenting" only if the last stage uses it."""
+    sides = ["anchor"]
+    if self.settings.last.model == "composed":
+      sides = ["augmenting", "anchor"]
+    parts = self.settings.parts
+    return {side: self.untrained.part(parts[side]) for side in sides}
 
 
 class _Batches(NamedTuple):
@@ -92,33 +109,19 @@ def run_recipe(settings: Settings) -> TrainedRun:
   untrained = dataclasses.replace(model, params=params)
   del model, exact_params
   params, rank = run_models.add_lora(settings, params)
-  ends = {}
+  trained = {}
   for name in settings.ends:
-    ends[name], seconds[name] = _run_stage(
+    trained[name], seconds[name] = _run_stage(
       settings, name, untrained, params, batches[name], layout
     )
+  counts = _count(settings, untrained, params, rank)
   return TrainedRun(
-    experiment,
-    folder,
-    untrained,
-    ends,
-    {
-      name: _part(settings, name, untrained, tree)
-      for name, tree in ends.items()
-    },
-    _frozen_models(settings, untrained),
-    _count(settings, untrained, params, rank),
-    seconds,
-    exact,
+    settings, experiment, folder, untrained, trained, counts, seconds, exact
   )
 
 
 def check(settings: Settings) -> None:
-  """Checks that the stages are there, and that workdir can be a folder.
-
-  Raises:
-    InputError: they are not, or it cannot.
-  """
+  """Raises InputError unless stages are there and workdir can be a folder."""
   if "://" in settings.workdir:
     raise InputError(
       f"workdir={settings.workdir!r} is an address, not a folder: mount the "
@@ -136,10 +139,11 @@ def check(settings: Settings) -> None:
 def _check_models(settings: Settings) -> None:
   """Checks that each model that is needed is loaded or trained by a stage."""
   if settings.experiment == "key_values":
-    if given := [side for side in settings.parts if getattr(settings, side)]:
+    if settings.checkpoints:
       raise InputError(
-        f"the key-value experiment trains its own {' and '.join(given)}: leave "
-        "--config.anchor and --config.augmenting empty"
+        "the key-value experiment trains its own "
+        f"{' and '.join(settings.checkpoints)}: leave --config.anchor and "
+        "--config.augmenting empty"
       )
     return
   trained = {settings.stages[name].model for name in settings.recipe}
@@ -147,7 +151,7 @@ def _check_models(settings: Settings) -> None:
     trained.add(settings.parts["augmenting"])
   for side, part in settings.parts.items():
     is_needed = side == "anchor" or settings.last.model == "composed"
-    if is_needed and not getattr(settings, side) and part not in trained:
+    if is_needed and side not in settings.checkpoints and part not in trained:
       raise InputError(
         f"no {side} model: give --config.{side}= a folder or a hub id"
       )
@@ -211,11 +215,10 @@ def _run_stage(
   workdir = Path(settings.workdir)
   if name in settings.ends:
     workdir = workdir / settings.output
-  origins = {
-    part: getattr(settings, side) for side, part in settings.parts.items()
-  }
+  parts, checkpoints = settings.parts, settings.checkpoints
+  origins = {parts[side]: name for side, name in checkpoints.items()}
   if settings.random_augmenting:
-    origins[settings.parts["augmenting"]] = "random weights"
+    origins[parts["augmenting"]] = "random weights"
   return trainer.run_stage(
     name,
     settings.stages[name],
@@ -224,7 +227,7 @@ def _run_stage(
     batches.source,
     batches.eval_batches,
     workdir / name,
-    origins={part: origin for part, origin in origins.items() if origin},
+    origins=origins,
     seed=_seed(settings, name),
     layout=layout,
     watchdog=settings.watchdog,
@@ -236,34 +239,10 @@ def _seed(settings: Settings, name: str) -> int:
   return settings.trial_seed if name in settings.ends else settings.seed
 
 
-def _part(
-  settings: Settings, name: str, model: LanguageModel, params: dict
-) -> LanguageModel:
-  """What a stage trained, with these parameters of the whole tree."""
-  stage = settings.stages[name]
-  return dataclasses.replace(model, params=params).part(stage.model)
-
-
-def _frozen_models(
-  settings: Settings, model: LanguageModel
-) -> dict[str, LanguageModel]:
-  sides = ["anchor"]
-  if settings.last.model == "composed":
-    sides = ["augmenting", "anchor"]
-  return {side: model.part(settings.parts[side]) for side in sides}
-
-
 def _count(
   settings: Settings, model: LanguageModel, params: dict, lora_rank: int
 ) -> dict[str, int]:
-  """Counts the parameters of the models and of the last stage.
-
-  Args:
-    settings: of the run.
-    model: the frozen models and the composition.
-    params: what the last stage trains, with LoRA if it has that.
-    lora_rank: 0 for none.
-  """
+  """Counts parameters; `params` are those of the last stage, with LoRA."""
   is_trained = trees.mask(params, settings.last.trainable)
   trained = trees.count(trees.partition(params, is_trained)[0])
   composition = trees.count(params["composition"])

@@ -29,14 +29,13 @@ def load(settings: Settings, layout: Layout | None) -> dict[str, LanguageModel]:
   Each is quantised if it stays so all through the run.
   """
   loaded = {}
-  for side, part in settings.parts.items():
-    if name := getattr(settings, side):
-      source = hub.locate(name)
-      shapes = decoder.param_shapes(loading.load_config(source.folder))
-      bits = quantisation_plan.bits_when_loaded(settings, side, shapes)
-      shardings = sharded_models.shardings(layout, part)
-      model = pretrained.load(source, settings.dtype, shardings, bits)
-      loaded[side] = LanguageModel(**vars(model))
+  for side, name in settings.checkpoints.items():
+    source = hub.locate(name)
+    shapes = decoder.param_shapes(loading.load_config(source.folder))
+    bits = quantisation_plan.bits_when_loaded(settings, side, shapes)
+    shardings = sharded_models.shardings(layout, settings.parts[side])
+    model = pretrained.load(source, settings.dtype, shardings, bits)
+    loaded[side] = LanguageModel(**vars(model))
   return loaded
 
 
@@ -48,7 +47,6 @@ def compose(
   Under `jax.eval_shape` no weight is made; see `stage_shapes`.
 
   Args:
-    settings: of the run.
     tokenizer: of models that the run trains from scratch.
     loaded: from `load`.
   """
@@ -57,8 +55,10 @@ def compose(
   for side, key in zip(settings.parts, keys, strict=False):
     if side in loaded:
       models[side] = loaded[side]
-    else:
-      models[side] = _fresh(settings, side, tokenizer, key)
+      continue
+    config = scratch_config(settings, side, tokenizer.vocab_size)
+    params = {"anchor": decoder.init(key, config)}
+    models[side] = LanguageModel(Composition(config), params, tokenizer)
   if settings.random_augmenting:
     key = jax.random.fold_in(keys[2], settings.trial)
     models["augmenting"] = _with_random_weights(models["augmenting"], key)
@@ -83,11 +83,9 @@ def stage_shapes(
   or, if no stage trains them, from the start.
 
   Args:
-    settings: of the run.
     stage: a name of `settings.stages`.
-    configs: the "anchor" and the "augmenting" model: what a folder's
-      config.json says of a model that is loaded, and `scratch_config` of one
-      that the run makes.
+    configs: of the "anchor" and the "augmenting" model: from the config.json
+      of a model that is loaded, and from `scratch_config` of any other.
 
   Returns:
     (the composition, its whole tree of `jax.ShapeDtypeStruct`).
@@ -146,23 +144,19 @@ def with_compute(
   """The composition, computed as the settings say.
 
   Args:
-    spec: the composition.
-    settings: of the run.
     device: one of those that will compute; of this process if None.
   """
   device = jax.devices()[0] if device is None else device
   configs = {"anchor": spec.anchor}
   configs |= {f"augmenting/{n}": a.config for n, a in spec.augmenting}
-
-  def changes(part: str) -> dict[str, Any]:
-    return {
+  return spec.with_compute(
+    lambda part: {
       "unroll": settings.unroll,
       "remat": settings.remat,
       "loss_chunk": settings.loss_chunk,
       "attention": attention.choose(settings.attention, device, configs[part]),
     }
-
-  return spec.with_compute(changes)
+  )
 
 
 def add_lora(settings: Settings, params: dict) -> tuple[dict, int]:
@@ -194,15 +188,6 @@ def _composition_options(settings: Settings) -> dict[str, Any]:
   return options
 
 
-def _fresh(
-  settings: Settings, side: str, tokenizer: Tokenizer, key: jax.Array
-) -> LanguageModel:
-  config = scratch_config(settings, side, tokenizer.vocab_size)
-  return LanguageModel(
-    Composition(config), {"anchor": decoder.init(key, config)}, tokenizer
-  )
-
-
 def _with_random_weights(model: LanguageModel, key: jax.Array) -> LanguageModel:
   """The same architecture before any training."""
   fresh = {"anchor": decoder.init(key, model.spec.anchor)}
@@ -215,7 +200,7 @@ def _shapes_when_loaded(
 ) -> dict:
   """A model's tree before the first stage; a fresh one is float32."""
   shapes = decoder.param_shapes(config)
-  if not getattr(settings, side):
+  if side not in settings.checkpoints:
     return shapes
   bits = quantisation_plan.bits_when_loaded(settings, side, shapes)
   dtype = jnp.dtype(settings.dtype)

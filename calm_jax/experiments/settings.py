@@ -173,6 +173,12 @@ class Settings:
     return {"anchor": "anchor", "augmenting": augmenting}
 
   @property
+  def checkpoints(self) -> dict[str, str]:
+    """The folders or hub ids of the models that are loaded, by side."""
+    named = {"anchor": self.anchor, "augmenting": self.augmenting}
+    return {side: name for side, name in named.items() if name}
+
+  @property
   def last(self) -> Stage:
     """The stage that the recipe ends with."""
     return self.stages[self.recipe[-1]]

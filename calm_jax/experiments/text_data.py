@@ -19,7 +19,7 @@ from calm_jax.training.stage import Stage
 class TextTask:
   """The text that is learnt and measured.
 
-  An entry with {language} in its name stands for one entry of each language.
+  Entries with {language} in their names stand for one of each language.
 
   Attributes:
     languages: codes, such as lij_Latn.

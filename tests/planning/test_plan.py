@@ -14,7 +14,7 @@ from calm_jax import plan
 from calm_jax.core.errors import InputError
 from calm_jax.experiments.config_files import read_settings
 from calm_jax.generation import decode
-from calm_jax.plan import Options
+from calm_jax.plan import PlanOptions
 from calm_jax.planning import estimate, hlo, programs, search, shapes, topology
 from calm_jax.planning.chips import TPUS
 from configs import kv
@@ -35,7 +35,9 @@ def tiny():
 def planned(tmp_path_factory):
   """The plan of one device, as printed JSON."""
   file = tmp_path_factory.mktemp("plan") / "plan.json"
-  options = Options("cpu", json=str(file), largest_batch=False, decode_rows=4)
+  options = PlanOptions(
+    "cpu", json=str(file), largest_batch=False, decode_rows=4
+  )
   result = plan.main(tiny(), options)
   return result, json.loads(file.read_text())
 
