@@ -31,7 +31,7 @@ from calm_jax.language_model import LanguageModel
 from calm_jax.models import quantisation
 from calm_jax.parallel import processes
 
-# The option's values that are no kind of quantisation: as saved, and none.
+# Values of --quantise that are no kind of quantisation: as saved, and none.
 _QUANTISE = {"": None, "none": ""}
 
 

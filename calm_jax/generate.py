@@ -27,11 +27,16 @@ from calm_jax.parallel import mesh
 from calm_jax.parallel.rules import SHARDING
 from calm_jax.parallel.sharding import Layout
 
-# Flags that are arguments of `LanguageModel.generate`.
-_OPTIONS = (
-  *("max_new_tokens", "temperature", "top_k", "top_p", "min_p"),
-  *("repetition_penalty", "stop", "seed"),
-)
+# Flags that are arguments of `LanguageModel.generate`, with their defaults.
+_OPTIONS = {
+  "max_new_tokens": 128,
+  "temperature": 0.0,
+  "top_k": 0,
+  "top_p": 1.0,
+  "min_p": 0.0,
+  "repetition_penalty": 1.0,
+  "seed": 0,
+}
 
 
 def _arguments() -> argparse.Namespace:
@@ -44,16 +49,11 @@ def _arguments() -> argparse.Namespace:
   which = parser.add_mutually_exclusive_group()
   which.add_argument("--prompt", help="the text to continue")
   which.add_argument("--prompts", help='a file of lines {"prompt"}')
-  parser.add_argument("--max_new_tokens", type=int, default=128)
-  parser.add_argument("--temperature", type=float, default=0.0)
-  parser.add_argument("--top_k", type=int, default=0)
-  parser.add_argument("--top_p", type=float, default=1.0)
-  parser.add_argument("--min_p", type=float, default=0.0)
-  parser.add_argument("--repetition_penalty", type=float, default=1.0)
+  for name, default in _OPTIONS.items():
+    parser.add_argument(f"--{name}", type=type(default), default=default)
   parser.add_argument(
     "--stop", action="append", default=[], help="ends a text; may be repeated"
   )
-  parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--batch_size", type=int, default=64)
   parser.add_argument("--dtype", help="of weights and computation")
   parser.add_argument(
@@ -78,7 +78,7 @@ def main() -> None:
     arguments.dtype,
     arguments.quantise,
   )
-  options = {name: getattr(arguments, name) for name in _OPTIONS}
+  options = {name: getattr(arguments, name) for name in (*_OPTIONS, "stop")}
   if arguments.prompts:
     prompts = read_prompts(arguments.prompts)
     texts = model.generate(prompts, batch_size=arguments.batch_size, **options)

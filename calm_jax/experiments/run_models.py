@@ -189,7 +189,7 @@ def _composition_options(settings: Settings) -> dict[str, Any]:
 
 
 def _with_random_weights(model: LanguageModel, key: jax.Array) -> LanguageModel:
-  """The same architecture before any training."""
+  """Replaces the weights by those before any training."""
   fresh = {"anchor": decoder.init(key, model.spec.anchor)}
   params = jax.tree.map(lambda x, p: x.astype(p.dtype), fresh, model.params)
   return dataclasses.replace(model, params=params)

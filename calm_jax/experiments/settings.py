@@ -45,7 +45,7 @@ class Bits:
 
 @dataclasses.dataclass(frozen=True)
 class CompositionOptions:
-  """How the two models are composed; for the other fields see `Augmenting`.
+  """Options of the composition; for the other fields see `Augmenting`.
 
   Attributes:
     connections: pairs (augmenting layer, anchor layer) counted from 1; if
@@ -190,5 +190,5 @@ class Settings:
 
   @property
   def trial_seed(self) -> int:
-    """The seed of the last stage."""
+    """The seed of the last stage; trials share the stages before it."""
     return self.seed + self.trial

@@ -7,7 +7,7 @@ all kinds after a colon: configs/kv.py:tiny,lora.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from calm_jax.core.errors import InputError
@@ -16,15 +16,17 @@ Config = Any  # a ConfigDict with the fields of `settings.Settings`
 
 
 class Kind(NamedTuple):
-  """What tables call a kind of run, and how it changes a config.
+  """A kind of run: its label in tables, and its changes to a config.
 
   Attributes:
     label: the name of the trained model in tables.
-    change: changes a config in place.
+    change: changes a config in place; None for no such change.
+    composition: fields of config.composition, by name.
   """
 
   label: str
-  change: Callable[[Config], None]
+  change: Callable[[Config], None] | None = None
+  composition: Mapping[str, str] = MappingProxyType({})
 
 
 def _last_stages(config: Config) -> list[Config]:
@@ -67,41 +69,26 @@ def _finetune(config: Config) -> None:
   config.quantise.anchor = ""
 
 
-def _unchanged(config: Config) -> None:
-  del config
-
-
-def _compose(config: Config, **options: str) -> None:
-  config.composition.update(options)
-
-
 KINDS = {
-  name: Kind(label, change)
-  for name, label, change in (
-    ("composed", "composed", _unchanged),
-    ("vanilla", "vanilla m_A", _vanilla),
-    ("random", "random m_A", _random),
-    ("encoder", "m_A as an encoder", partial(_compose, visibility="encoder")),
-    ("lora", "m_B with LoRA", _lora),
-    ("finetune", "m_B fine-tuned", _finetune),
-    ("zeroed", "m_A zeroed", partial(_compose, control="zeroed")),
-    (
-      "shuffled",
-      "m_A shuffled over the batch",
-      partial(_compose, control="shuffled"),
-    ),
-    ("noise", "m_A replaced by noise", partial(_compose, control="noise")),
-    (
-      "unmasked",
-      "unmasked: leaks the answer",
-      partial(_compose, visibility="unmasked"),
-    ),
-  )
+  "composed": Kind("composed"),
+  "vanilla": Kind("vanilla m_A", _vanilla),
+  "random": Kind("random m_A", _random),
+  "encoder": Kind("m_A as an encoder", composition={"visibility": "encoder"}),
+  "lora": Kind("m_B with LoRA", _lora),
+  "finetune": Kind("m_B fine-tuned", _finetune),
+  "zeroed": Kind("m_A zeroed", composition={"control": "zeroed"}),
+  "shuffled": Kind(
+    "m_A shuffled over the batch", composition={"control": "shuffled"}
+  ),
+  "noise": Kind("m_A replaced by noise", composition={"control": "noise"}),
+  "unmasked": Kind(
+    "unmasked: leaks the answer", composition={"visibility": "unmasked"}
+  ),
 }
 
 
 def label(results: Mapping[str, Any]) -> str:
-  """What tables call the last stage of a run, from its results.json."""
+  """Names the last stage of a run in tables, from its results.json."""
   kind = results.get("kind", "composed")
   return KINDS[kind].label if kind in KINDS else kind
 
@@ -109,7 +96,9 @@ def label(results: Mapping[str, Any]) -> str:
 def apply_kinds(kinds: Sequence[str], config: Config) -> None:
   """Changes a config to one or several of KINDS at once."""
   for kind in kinds:
-    KINDS[kind].change(config)
+    config.composition.update(KINDS[kind].composition)
+    if KINDS[kind].change:
+      KINDS[kind].change(config)
   if [*kinds] not in ([], ["composed"]):
     config.kind = config.output = "-".join(kinds)
 
