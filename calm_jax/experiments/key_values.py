@@ -99,7 +99,7 @@ class KeyValueExperiment:
   ):
     """An endless mixture of the stage's tasks; see `KeyValueSource`."""
     del model
-    options = dataclasses.asdict(stage.data)
+    options = dict(vars(stage.data))
     for name in ("min_terms", "max_terms", "operators"):
       if options[name] is None:
         options[name] = getattr(self.task, name)

@@ -97,11 +97,8 @@ def stage_shapes(
     side: config.with_compute(dtype=settings.dtype)
     for side, config in configs.items()
   }
-  options = _composition_options(settings)
-  name, connections = settings.augmenting_name, options.pop("connections")
-  joined = connect(
-    configs["augmenting"], configs["anchor"], connections, **options
-  )
+  name, options = settings.augmenting_name, _composition_options(settings)
+  joined = connect(configs["augmenting"], configs["anchor"], **options)
   spec = Composition(configs["anchor"], ((name, joined),))
   models = {
     side: _shapes_when_loaded(settings, side, config)
@@ -175,11 +172,8 @@ def add_lora(settings: Settings, params: dict) -> tuple[dict, int]:
 
 
 def _composition_options(settings: Settings) -> dict[str, Any]:
-  """The arguments of `compose` and `join` that the settings give."""
-  options = {
-    field.name: getattr(settings.composition, field.name)
-    for field in dataclasses.fields(settings.composition)
-  }
+  """The arguments of `model.compose` and `connect` that the settings give."""
+  options = dict(vars(settings.composition))
   number = options.pop("num_connections")
   options["connections"] = options["connections"] or number or None
   # Without noise all trials share one program.
@@ -210,14 +204,9 @@ def _shapes_when_loaded(
 
 def _shapes_when_trained(params: dict, stage: Stage) -> dict:
   """A tree with the trainable leaves of a stage in float32."""
-  is_trainable = trees.flatten(trees.mask(params, stage.trainable))
 
-  def trained(name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  def trained(x: jax.ShapeDtypeStruct, is_trainable: bool):
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jax.ShapeDtypeStruct(
-      x.shape, wide if is_trainable[name] else x.dtype
-    )
+    return jax.ShapeDtypeStruct(x.shape, wide if is_trainable else x.dtype)
 
-  return trees.unflatten(
-    {name: trained(name, x) for name, x in trees.flatten(params).items()}
-  )
+  return jax.tree.map(trained, params, trees.mask(params, stage.trainable))
