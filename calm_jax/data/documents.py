@@ -24,7 +24,7 @@ TOO_LONG = ("error", "cut", "drop")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowOptions:
-  """How text examples become rows, and batches of rows.
+  """Tokenizers, shape and order of the rows that text examples become.
 
   Attributes:
     tokenizer: of the model to train, or of a composition's anchor.
@@ -60,7 +60,12 @@ class RowOptions:
     check_choice("too_long", self.too_long, TOO_LONG)
     if self.length < 2:
       raise InputError(f"length {self.length}: a row needs at least 2 slots")
-    host_rows(self.batch_size, self.process_index, self.process_count)
+    _ = self.share  # Raises where the processes cannot share the rows.
+
+  @property
+  def share(self) -> slice:
+    """The rows of the global batch that this process takes."""
+    return host_rows(self.batch_size, self.process_index, self.process_count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +111,14 @@ class Segment(NamedTuple):
     tokens: the anchor's token ids, int32.
     prompt_length: how many of them are BOS and prompt (at least 1).
     origin: where the example came from.
-    augmenting: by name, the token ids that an augmenting model reads.
-    visible: by the same names, for each of `tokens` how many of these it sees.
+    augmenting: by name, the token ids that an augmenting model reads, and for
+      each of `tokens` how many of those it sees.
   """
 
   tokens: np.ndarray
   prompt_length: int
   origin: str
-  augmenting: dict[str, np.ndarray]
-  visible: dict[str, np.ndarray]
+  augmenting: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 class _Document(NamedTuple):
@@ -162,7 +166,9 @@ def make_segments(
       segments += windows
       counts.update(split=1, split_tokens=total - kept)
     elif options.too_long == "error":
-      refused[int(i)] = _excess(document, options)
+      refused[int(i)] = _excess(
+        document, options.length, options.augmenting_length
+      )
     elif options.too_long == "cut" and kept > document.prompt_length:
       segments += windows
       counts.update(cut=1, cut_tokens=total - kept)
@@ -233,8 +239,8 @@ def _window(document: _Document, start: int, options: RowOptions) -> Segment:
     size = min(size, int(np.searchsorted(visible, limit, "right")))
   if size < 2 and not document.example.prompt:
     raise InputError(
-      f"{_excess_of_augmenting(document, options)}; raise augmenting_length,"
-      " or shorten or remove the example"
+      f"{_excess(document, len(document.tokens), limit)}; raise"
+      " augmenting_length, or shorten or remove the example"
     )
   return Segment(
     document.tokens[start : start + size],
@@ -242,10 +248,9 @@ def _window(document: _Document, start: int, options: RowOptions) -> Segment:
     document.example.origin,
     {
       # Without a token of the anchor's, nothing is seen.
-      name: ids[: visible[size - 1]] if size else ids[:0]
+      name: (ids[: visible[size - 1]] if size else ids[:0], visible[:size])
       for name, (ids, visible) in aligned.items()
     },
-    {name: visible[:size] for name, (_, visible) in aligned.items()},
   )
 
 
@@ -269,19 +274,12 @@ def _align(
   return ids, align(ends - begin, closes)
 
 
-def _excess(document: _Document, options: RowOptions) -> str:
+def _excess(document: _Document, length: int, augmenting_length: int) -> str:
   """Says for which model, and by how much, a document is too long."""
-  count = len(document.tokens)
-  if count <= options.length:
-    return _excess_of_augmenting(document, options)
+  origin, count = document.example.origin, len(document.tokens)
+  if count > length:
+    return f"{origin}: {count} tokens with its prompt, and a row has {length}"
   return (
-    f"{document.example.origin}: {count} tokens with its prompt, and a row has"
-    f" {options.length}"
-  )
-
-
-def _excess_of_augmenting(document: _Document, options: RowOptions) -> str:
-  return (
-    f"{document.example.origin}: the augmenting model reads more than"
-    f" {options.augmenting_length} tokens beside it"
+    f"{origin}: the augmenting model reads more than {augmenting_length} tokens"
+    " beside it"
   )

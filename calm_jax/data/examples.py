@@ -23,12 +23,9 @@ _NAMED = 10
 
 @dataclasses.dataclass(frozen=True)
 class TextExample:
-  """One example; an empty `prompt` means plain text.
+  """A text that is given, "" for plain text, and the text that is learnt.
 
-  Attributes:
-    prompt: text that is given.
-    completion: text that is learnt.
-    origin: where it came from, for messages, such as "data.jsonl line 3".
+  `origin` says where it came from, for messages: "data.jsonl line 3".
   """
 
   prompt: str
@@ -38,7 +35,7 @@ class TextExample:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleSource:
-  """A set of examples: its files, and how records become prompt and completion.
+  """The place of examples, and how records become prompt and completion.
 
   Attributes:
     path: a file; a pattern of files, such as "data/*.jsonl", read in the order
@@ -56,8 +53,7 @@ class ExampleSource:
     text_field, prompt_field, completion_field: a record with both of the latter
       is a prompt and its completion; another is plain text. A line of a text
       file is a record with a text field.
-    rows: a slice of the good examples, such as ":5000" or "5000:", for parts
-      of a file that are held out.
+    rows: a slice of the good examples, such as ":5000" or "5000:".
     bad_lines: the share of lines that may be bad. They are skipped, each of
       them named; more is an error.
     data_dir: of kind tfds, where prepared data sets are; "" for its own place.
@@ -93,8 +89,7 @@ def read_examples(
       `source.bad_lines`; the message names the first of them.
   """
   _check(source)
-  part = row_slice(source.rows)
-  kind = _kind(source)
+  part, kind = row_slice(source.rows), _kind(source)
   texts = _texts(source, kind)
   examples, bad = [], []
   for origin, read in _entries(source, kind):
@@ -104,12 +99,11 @@ def read_examples(
         examples.append(TextExample(*texts(record), origin))
     except ValueError as error:
       bad.append(f"{origin}: {error}")
-  if not examples and not bad:
-    raise InputError(f"{source.path} holds no examples: every line is blank")
   if bad:
     _judge(source, bad, len(examples) + len(bad), report)
   if not examples:
-    raise InputError(f"{source.path} holds no examples: every line is bad")
+    what = "bad" if bad else "blank"
+    raise InputError(f"{source.path} holds no examples: every line is {what}")
   if not examples[part]:
     raise InputError(
       f"{source.path}: rows {source.rows!r} of {len(examples):,} good examples"
@@ -127,12 +121,12 @@ def _judge(
     f"{source.path}: {len(bad):,} of {total:,} lines are bad ({share:.2%})"
   )
   if share > source.bad_lines:
-    named = "\n".join(bad[:_NAMED])
-    more = len(bad) - _NAMED
-    rest = f"\nand {more:,} more" if more > 0 else ""
+    named = bad[:_NAMED]
+    if len(bad) > _NAMED:
+      named.append(f"and {len(bad) - _NAMED:,} more")
     raise InputError(
       f"{summary}, more than bad_lines={source.bad_lines} allows; repair or"
-      f" remove them, or raise bad_lines to skip them:\n{named}{rest}"
+      " remove them, or raise bad_lines to skip them:\n" + "\n".join(named)
     )
   if report is not None:
     report("\n".join([f"{summary} and skipped:", *bad]))
@@ -191,30 +185,31 @@ def row_slice(rows: str) -> slice:
 
 
 def _check(source: ExampleSource) -> None:
-  if source.kind and source.kind not in KINDS:
-    raise InputError(
-      f"{source.path}: unknown kind {source.kind!r}; one of {', '.join(KINDS)}"
-    )
-  if source.target and source.kind not in ("", "parallel"):
-    raise InputError(
-      f"{source.path}: target is of kind parallel, not {source.kind}"
-    )
-  if _kind(source) == "parallel" and (
-    not source.target or len(source.columns) != 2
+  kind, two = _kind(source), source.target and len(source.columns) == 2
+  for is_wrong, message in (
+    (
+      kind and kind not in KINDS,
+      f"unknown kind {kind!r}; one of {', '.join(KINDS)}",
+    ),
+    (
+      source.target and source.kind not in ("", "parallel"),
+      f"target is of kind parallel, not {kind}",
+    ),
+    (
+      kind == "parallel" and not two,
+      "kind parallel takes a second file, target, and the names of two columns",
+    ),
+    (
+      source.prompt and not source.completion,
+      "a template of the prompt and none of the completion; give both",
+    ),
+    (
+      not 0 <= source.bad_lines <= 1,
+      f"bad_lines {source.bad_lines} is a share, from 0 to 1",
+    ),
   ):
-    raise InputError(
-      f"{source.path}: kind parallel takes a second file, target, and the names"
-      " of two columns"
-    )
-  if source.prompt and not source.completion:
-    raise InputError(
-      f"{source.path}: a template of the prompt and none of the completion;"
-      " give both"
-    )
-  if not 0 <= source.bad_lines <= 1:
-    raise InputError(
-      f"{source.path}: bad_lines {source.bad_lines} is a share, from 0 to 1"
-    )
+    if is_wrong:
+      raise InputError(f"{source.path}: {message}")
 
 
 def _kind(source: ExampleSource) -> str:
@@ -254,17 +249,15 @@ def _texts(source: ExampleSource, kind: str) -> Texts:
 
 def _entries(source: ExampleSource, kind: str) -> Iterator[records.Entry]:
   """The records of all files, with their origins."""
-  columns = tuple(source.columns)
+  columns, name = tuple(source.columns), source.path.removeprefix(f"{kind}:")
   if kind == "tfds":
-    name = source.path.removeprefix("tfds:")
     yield from records.tfds(name, source.split, source.data_dir)
   elif kind == "hf":
-    name, _, config = source.path.removeprefix("hf:").partition(":")
+    name, _, config = name.partition(":")
     yield from records.hf(name, config, source.split)
   elif kind == "parallel":
-    yield from records.parallel(
-      _file(source.path), _file(source.target), columns
-    )
+    pair = _file(source.path), _file(source.target)
+    yield from records.parallel(*pair, columns)
   else:
     for path in _files(source.path):
       file_kind = kind or _SUFFIXES.get(path.suffix)

@@ -249,7 +249,7 @@ def _sample_distinct(rng, n, span, codes, pools) -> Expressions:
 def unrelated(
   rng: np.random.Generator, kv: KeyDictionary, expressions: Expressions
 ) -> Expressions:
-  """The same expressions with every key replaced by any key, at random."""
+  """Replaces every key of the expressions by any key, at random."""
   drawn = rng.integers(len(kv.keys), size=expressions.key_ids.shape)
   return dataclasses.replace(
     expressions, key_ids=np.where(expressions.key_ids < 0, -1, drawn)
@@ -257,7 +257,7 @@ def unrelated(
 
 
 def is_eval(expressions: Expressions) -> np.ndarray:
-  """Which expressions are reserved for evaluation: bool [N]."""
+  """Returns bool [N], True for expressions reserved for evaluation."""
   with np.errstate(over="ignore"):
     hash_N = _mix(expressions.num_terms.astype(np.uint64))
     for j in range(expressions.key_ids.shape[1]):

@@ -4,26 +4,24 @@ Dimension letters: N examples, B rows, L slots of a row of the anchor's, M of a
 row of an augmenting model's.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 import numpy as np
 
 from calm_jax.core import batch as batch_lib
-from calm_jax.core.batch import Batch
 from calm_jax.core.errors import InputError
-
-_NONE = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenLists:
-  """Token ids of N examples, one example after the other.
+  """Token ids of N examples, one example after the other in `tokens`.
 
   Attributes:
-    tokens: int32 [sum(lengths_N)].
+    tokens: integers [sum(lengths_N)].
     lengths_N: number of tokens of each example.
   """
 
@@ -31,8 +29,8 @@ class TokenLists:
   lengths_N: np.ndarray
 
   @classmethod
-  def join(cls, lists: Sequence[np.ndarray]) -> "TokenLists":
-    """The lists of token ids of N examples as one."""
+  def join(cls, lists: Sequence[np.ndarray]) -> TokenLists:
+    """Makes one of the token ids of each example."""
     return cls(np.concatenate(lists), np.array([len(ids) for ids in lists]))
 
   @functools.cached_property
@@ -40,13 +38,11 @@ class TokenLists:
     return np.cumsum(self.lengths_N) - self.lengths_N
 
   def places(self, picked: np.ndarray) -> np.ndarray:
-    """Where the tokens of the picked examples stand in `tokens`."""
+    """Indices in `tokens` of the tokens of the picked examples."""
     lengths = self.lengths_N[picked]
     return np.repeat(self._starts_N[picked], lengths) + ragged_range(lengths)
 
-  def take(
-    self, picked: np.ndarray, places: np.ndarray | None = None
-  ) -> "TokenLists":
+  def take(self, picked: np.ndarray, places: np.ndarray | None = None):
     """The picked examples; `places` are theirs, if they are known."""
     places = self.places(picked) if places is None else places
     return TokenLists(self.tokens[places], self.lengths_N[picked])
@@ -68,15 +64,13 @@ def pack_rows(
   count = len(models[0][0])
   if not pack:
     return np.arange(count)
-  limits = [(np.cumsum(sizes_N), sizes_N, limit) for sizes_N, limit in models]
   is_first_N = np.zeros(count, np.int64)
+  limits = [(np.cumsum(sizes_N), sizes_N, limit) for sizes_N, limit in models]
   first = 0
   while first < count:
     is_first_N[first] = 1
     first = min(
-      int(
-        np.searchsorted(ends_N, ends_N[first] - sizes_N[first] + limit, "right")
-      )
+      int(ends_N.searchsorted(ends_N[first] - sizes_N[first] + limit, "right"))
       for ends_N, sizes_N, limit in limits
     )
   return np.cumsum(is_first_N) - 1
@@ -84,10 +78,8 @@ def pack_rows(
 
 def ragged_range(lengths_N: np.ndarray) -> np.ndarray:
   """0..n-1 for each n of `lengths_N`, one after the other."""
-  ends_N = np.cumsum(lengths_N)
-  return np.arange(int(lengths_N.sum())) - np.repeat(
-    ends_N - lengths_N, lengths_N
-  )
+  starts_N = np.cumsum(lengths_N) - lengths_N
+  return np.arange(int(lengths_N.sum())) - np.repeat(starts_N, lengths_N)
 
 
 def make_batch(
@@ -97,10 +89,8 @@ def make_batch(
   *,
   batch_size: int,
   length: int,
-  augmenting: Mapping[str, TokenLists] = _NONE,
-  visible: Mapping[str, np.ndarray] = _NONE,
-  augmenting_lengths: Mapping[str, int] = _NONE,
-) -> Batch:
+  augmenting: Mapping[str, tuple[TokenLists, np.ndarray, int]] | None = None,
+) -> batch_lib.Batch:
   """Lays N examples out as the segments of rows; rows without any are empty.
 
   A target counts (weight 1) if it is a token of the completion, EOS included.
@@ -111,49 +101,42 @@ def make_batch(
     rows_N: the row of each example, from `pack_rows`.
     batch_size: B.
     length: L.
-    augmenting: by name, the same examples in the tokens of an augmenting model
-      that has its own tokenizer.
-    visible: by the same names, for each token of `anchor` how many augmenting
-      tokens of its example it may see.
-    augmenting_lengths: by the same names, M.
+    augmenting: by name, for an augmenting model that has its own tokenizer: the
+      examples in its tokens; for each token of `anchor`, how many augmenting
+      tokens of its example it may see; and M.
   """
-  shape = batch_size, length
+  lengths_N, shape = anchor.lengths_N, (batch_size, length)
   first_of_row_N = np.searchsorted(rows_N, rows_N, side="left")
   numbers_N = np.arange(len(rows_N)) - first_of_row_N + 1
-  lengths_N = anchor.lengths_N
   offsets_N = _offsets(lengths_N, first_of_row_N)
   example = np.repeat(np.arange(len(rows_N)), lengths_N)
   within = ragged_range(lengths_N)
   slots = (rows_N * length + offsets_N)[example] + within
-
+  sequences, visible = {}, {}
+  for name, (other, seen, row_length) in (augmenting or {}).items():
+    first_N = _offsets(other.lengths_N, first_of_row_N)
+    visible[name] = _lay_out(first_N[example] + seen, slots, shape)
+    positions = ragged_range(other.lengths_N)
+    starts = np.repeat(rows_N * row_length + first_N, other.lengths_N)
+    arrays = other.tokens, np.repeat(numbers_N, other.lengths_N), positions
+    sequences[name] = batch_lib.Sequence(
+      *(
+        _lay_out(x, starts + positions, (batch_size, row_length))
+        for x in arrays
+      )
+    )
   has_next = within < lengths_N[example] - 1
   targets = np.where(has_next, np.append(anchor.tokens[1:], 0), 0)
   counts = has_next & (within + 1 >= prompt_lengths_N[example])
-  batch = Batch(
-    _sequence(anchor.tokens, numbers_N[example], within, slots, shape),
-    {},
-    {},
-    prompt_ends=_laid_out(
-      (offsets_N + prompt_lengths_N)[example], slots, shape
-    ),
-    targets=_laid_out(targets, slots, shape),
-    weights=_laid_out(counts, slots, shape, np.float32),
+  arrays = anchor.tokens, numbers_N[example], within
+  return batch_lib.Batch(
+    batch_lib.Sequence(*(_lay_out(x, slots, shape) for x in arrays)),
+    sequences,
+    visible,
+    _lay_out((offsets_N + prompt_lengths_N)[example], slots, shape),
+    _lay_out(targets, slots, shape),
+    _lay_out(counts, slots, shape, np.float32),
   )
-  for name, other in augmenting.items():
-    others_N, row_length = other.lengths_N, augmenting_lengths[name]
-    first_N = _offsets(others_N, first_of_row_N)
-    within = ragged_range(others_N)
-    batch.augmenting[name] = _sequence(
-      other.tokens,
-      np.repeat(numbers_N, others_N),
-      within,
-      np.repeat(rows_N * row_length + first_N, others_N) + within,
-      (batch_size, row_length),
-    )
-    batch.visible[name] = _laid_out(
-      first_N[example] + visible[name], slots, shape
-    )
-  return batch
 
 
 def _offsets(lengths_N: np.ndarray, first_of_row_N: np.ndarray) -> np.ndarray:
@@ -162,15 +145,7 @@ def _offsets(lengths_N: np.ndarray, first_of_row_N: np.ndarray) -> np.ndarray:
   return starts_N - starts_N[first_of_row_N]
 
 
-def _sequence(tokens, segments, positions, slots, shape) -> batch_lib.Sequence:
-  return batch_lib.Sequence(
-    _laid_out(tokens, slots, shape),
-    _laid_out(segments, slots, shape),
-    _laid_out(positions, slots, shape),
-  )
-
-
-def _laid_out(values, slots, shape, dtype=np.int32) -> np.ndarray:
+def _lay_out(values, slots, shape, dtype=np.int32) -> np.ndarray:
   """An array of zeros with the values at flat slots."""
   array = np.zeros(shape, dtype)
   array.reshape(-1)[slots] = values

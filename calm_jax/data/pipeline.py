@@ -113,7 +113,7 @@ class BatchIterator(Iterator[Batch]):
     return self._iterator.get_state()["next_index"]
 
   def get_state(self) -> dict:
-    """Where the iteration stands, as JSON can hold it."""
+    """The position of the iteration, as JSON can hold it."""
     return {"next_index": self.next_index, "source": self._source.fingerprint}
 
   def set_state(self, state: dict) -> None:

@@ -15,7 +15,6 @@ from calm_jax.core.batch import Batch
 from calm_jax.data.documents import RowOptions, Segment, Truncation
 from calm_jax.data.packing import (
   TokenLists,
-  host_rows,
   make_batch,
   pack_rows,
   ragged_range,
@@ -30,51 +29,39 @@ class RowTable:
   Attributes:
     num_rows: of all parts.
     ranges: the rows of each part, by its name.
-    origins: where each segment came from.
-    anchor: the N segments in the anchor's tokens.
-    augmenting: by name, in the tokens of augmenting models with other tokens.
-    augmenting_lengths: by the same names, M, slots of a row.
+    augmenting_lengths: M of each augmenting model with other tokens.
   """
 
   def __init__(self, parts: Mapping[str, list[Segment]], options: RowOptions):
-    self._length = options.length
     segments = [segment for part in parts.values() for segment in part]
-    names = list(options.augmenting)
-    self.origins = [segment.origin for segment in segments]
-    self.anchor = TokenLists.join([segment.tokens for segment in segments])
+    self._length = options.length
+    self._origins = [segment.origin for segment in segments]
     self._prompt_lengths_N = np.array([s.prompt_length for s in segments])
-    self.augmenting = {
-      name: TokenLists.join([segment.augmenting[name] for segment in segments])
-      for name in names
-    }
-    self._visible = {
-      name: np.concatenate([segment.visible[name] for segment in segments])
-      for name in names
-    }
-    models = [(self.anchor.lengths_N, options.length)]
+    self._anchor = TokenLists.join([segment.tokens for segment in segments])
+    self._augmenting, self._visible = {}, {}
+    for name in options.augmenting:
+      ids, seen = zip(*(s.augmenting[name] for s in segments), strict=True)
+      self._augmenting[name] = TokenLists.join(ids)
+      self._visible[name] = np.concatenate(seen)
+    lengths = {name: x.lengths_N for name, x in self._augmenting.items()}
+    models = [(self._anchor.lengths_N, options.length)]
     if options.augmenting_length:
-      models += [
-        (other.lengths_N, options.augmenting_length)
-        for other in self.augmenting.values()
-      ]
+      models += [(x, options.augmenting_length) for x in lengths.values()]
     self.ranges: dict[str, range] = {}
     rows, self.num_rows, first = [], 0, 0
     for name, part in parts.items():
       own = slice(first, first + len(part))
       first += len(part)
-      rows_of_part = pack_rows(
-        [(lengths_N[own], limit) for lengths_N, limit in models],
-        pack=options.pack,
-      )
-      rows.append(self.num_rows + rows_of_part)
+      own_models = [(lengths_N[own], limit) for lengths_N, limit in models]
+      rows.append(self.num_rows + pack_rows(own_models, pack=options.pack))
       self.ranges[name] = range(self.num_rows, int(rows[-1][-1]) + 1)
       self.num_rows = self.ranges[name].stop
     rows_N = np.concatenate(rows)
     # Segments of row r: _bounds[r] to _bounds[r + 1].
     self._bounds = np.searchsorted(rows_N, np.arange(self.num_rows + 1))
     self.augmenting_lengths = {
-      name: options.augmenting_length or _longest(other.lengths_N, rows_N)
-      for name, other in self.augmenting.items()
+      name: options.augmenting_length or _longest(lengths_N, rows_N)
+      for name, lengths_N in lengths.items()
     }
 
   def batch(self, rows_B: np.ndarray) -> Batch:
@@ -82,25 +69,27 @@ class RowTable:
     firsts_B = self._bounds[rows_B]
     counts_B = np.where(rows_B < 0, 0, self._bounds[rows_B + 1] - firsts_B)
     picked = np.repeat(firsts_B, counts_B) + ragged_range(counts_B)
-    places = self.anchor.places(picked)
+    places = self._anchor.places(picked)
+    augmenting = {
+      name: (other.take(picked), self._visible[name][places], length)
+      for (name, other), length in zip(
+        self._augmenting.items(), self.augmenting_lengths.values(), strict=True
+      )
+    }
     return make_batch(
-      self.anchor.take(picked, places),
+      self._anchor.take(picked, places),
       self._prompt_lengths_N[picked],
       np.repeat(np.arange(len(rows_B)), counts_B),
       batch_size=len(rows_B),
       length=self._length,
-      augmenting={
-        name: other.take(picked) for name, other in self.augmenting.items()
-      },
-      visible={name: seen[places] for name, seen in self._visible.items()},
-      augmenting_lengths=self.augmenting_lengths,
+      augmenting=augmenting,
     )
 
-  def row_origins(self, row: int) -> list[str]:
-    """Origins of the examples in a row; none in row -1."""
+  def origins(self, row: int) -> list[str]:
+    """The origins of the examples of a row; none in row -1."""
     if row < 0:
       return []
-    return self.origins[self._bounds[row] : self._bounds[row + 1]]
+    return self._origins[self._bounds[row] : self._bounds[row + 1]]
 
   def part(self, row: int) -> str:
     """The name of the part that a row is of."""
@@ -108,13 +97,14 @@ class RowTable:
     row = int(row)
     return next(name for name, rows in self.ranges.items() if row in rows)
 
-  def digest(self):
-    """A hash object that has read all tokens of the anchor."""
-    digest = hashlib.sha256(self.anchor.tokens.tobytes())
-    _update(digest, self.anchor.lengths_N, self._prompt_lengths_N)
-    for name, other in self.augmenting.items():
-      _update(digest, other.tokens, other.lengths_N, self._visible[name])
-    return digest
+  def update(self, digest) -> None:
+    """Adds all tokens to a hash."""
+    digest.update(self._anchor.tokens.tobytes())
+    arrays = [self._anchor.lengths_N, self._prompt_lengths_N]
+    for name, other in self._augmenting.items():
+      arrays += [other.tokens, other.lengths_N, self._visible[name]]
+    for array in arrays:
+      digest.update(array.astype(np.int64).tobytes())
 
 
 class Epochs(Sequence[int]):
@@ -173,11 +163,8 @@ class TextSource:
     self.batch_size, self.num_rows = options.batch_size, table.num_rows
     self.augmenting_lengths = table.augmenting_lengths
     self.truncation = truncation
-    self._table, self._order, self._options = table, order, options
-    self._weights = weights
-    self._share = host_rows(
-      options.batch_size, options.process_index, options.process_count
-    )
+    self._table, self._order, self._weights = table, order, weights
+    self._options, self._share = options, options.share
 
   def __len__(self) -> int:
     rows = self.num_rows if self._order is None else len(self._order)
@@ -193,15 +180,15 @@ class TextSource:
     origins = dict.fromkeys(
       f"{self._table.part(row)}: {origin}" if several else origin
       for row in self._rows(index)
-      for origin in self._table.row_origins(row)
+      for origin in self._table.origins(row)
     )
     named = ", ".join(list(origins)[:_NAMED])
-    more = len(origins) - _NAMED
-    rest = f" and {more} more" if more > 0 else ""
+    if len(origins) > _NAMED:
+      named += f" and {len(origins) - _NAMED} more"
     if several:  # each part is in an epoch of its own
-      return f"batch {index}: {named}{rest}"
+      return f"batch {index}: {named}"
     epoch = operator.index(index) * self.batch_size // self.num_rows
-    return f"batch {index} (epoch {epoch}): {named}{rest}"
+    return f"batch {index} (epoch {epoch}): {named}"
 
   def describe_truncation(self) -> str:
     """One line on what was too long for a row, and what became of it."""
@@ -212,13 +199,13 @@ class TextSource:
 
   def row_origins(self, index: int) -> list[list[str]]:
     """The origins of the examples in each of this process's rows."""
-    rows = self._rows(index)[self._share]
-    return [self._table.row_origins(row) for row in rows]
+    return [self._table.origins(row) for row in self._rows(index)[self._share]]
 
   @functools.cached_property
   def fingerprint(self) -> str:
     """Names the sequence of global batches, whatever the number of hosts."""
-    digest, options = self._table.digest(), self._options
+    digest, options = hashlib.sha256(), self._options
+    self._table.update(digest)
     parts: list = [options.seed, self.batch_size, options.length, self.num_rows]
     for name, length in self.augmenting_lengths.items():
       parts += [name, length]
@@ -242,8 +229,3 @@ def _longest(lengths_N: np.ndarray, rows_N: np.ndarray) -> int:
   """The most that a row holds, rounded up to a multiple of 8."""
   longest = np.bincount(rows_N, lengths_N).max()
   return max(8, -(-int(longest) // 8) * 8)
-
-
-def _update(digest, *arrays: np.ndarray) -> None:
-  for array in arrays:
-    digest.update(array.astype(np.int64).tobytes())
