@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from calm_jax.composition import forward
+from calm_jax.composition import cross_attention, forward
 from calm_jax.composition.connections import (
   Augmenting,
   Composition,
   default_connections,
 )
-from calm_jax.core.batch import plain_sequence
+from calm_jax.core.batch import plain_batch
 from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
 from calm_jax.training import loss as loss_lib
@@ -54,11 +54,11 @@ def seconds(width: int, layers: int, connections: int) -> float:
     "anchor": decoder.param_shapes(spec.anchor),
     "augmenting": {"kv": decoder.param_shapes(augmenting)},
   }
-  theta = forward.param_shapes(spec)
+  theta = cross_attention.param_shapes(spec)
 
   def loss(theta, frozen, tokens):
     logits, _ = forward.forward(
-      frozen | {"composition": theta}, spec, plain_sequence(tokens)
+      frozen | {"composition": theta}, spec, plain_batch(tokens)
     )
     weights = jnp.ones(tokens.shape, jnp.float32)
     return loss_lib.cross_entropy(logits, tokens, weights)[0].sum()

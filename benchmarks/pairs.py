@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from calm_jax.composition import forward
+from calm_jax.composition import cross_attention
 from calm_jax.composition.connections import (
   Augmenting,
   Composition,
@@ -129,5 +129,5 @@ def parameters(spec: Composition, dtype: str) -> dict:
       )
       for name, joined in spec.augmenting
     }
-    params["composition"] = made(forward.init, third, spec, dtype)
+    params["composition"] = made(cross_attention.init, third, spec, dtype)
   return params

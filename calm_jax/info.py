@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from calm_jax import cli
-from calm_jax.composition import checkpoint, forward
+from calm_jax.composition import checkpoint, cross_attention
 from calm_jax.composition.connections import Composition, connect
 from calm_jax.core import hub, trees
 from calm_jax.models import decoder, quantisation
@@ -131,7 +131,7 @@ def _print_composition(spec: Composition, console: Console) -> None:
   configs = {f"augmenting/{n}": a.config for n, a in spec.augmenting}
   console.print(_model_table({"anchor": spec.anchor} | configs))
   table = Table("augmenting", "connections", "visibility", "norm", "Θ_C")
-  theta = forward.param_shapes(spec)
+  theta = cross_attention.param_shapes(spec)
   for part, joined in spec.augmenting:
     pairs = ", ".join(f"{c.augmenting}→{c.anchor}" for c in joined.connections)
     count = f"{trees.count(theta[part]):,}"

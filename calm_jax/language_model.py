@@ -10,24 +10,23 @@ import jax
 import numpy as np
 
 from calm_jax.composition import checkpoint, forward, parts, pretrained
+from calm_jax.composition.connections import Composition
 from calm_jax.composition.model import Model
 from calm_jax.core import hub
-from calm_jax.core.batch import plain_sequence
+from calm_jax.core.batch import Batch
 from calm_jax.core.errors import InputError
 from calm_jax.generation import attention_maps, batching
-from calm_jax.generation import inputs as inputs_lib
 from calm_jax.generation import text as text_lib
 from calm_jax.generation.sampling import Sampler
 from calm_jax.generation.scoring import Score
 from calm_jax.models.hf.export import MAX_SHARD_SIZE
-from calm_jax.text.alignment import ChunkEncoder
 
 Array = jax.Array
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _logits(params, spec, *inputs):
-  return forward.forward(params, spec, *inputs)[0]
+def _logits(params: dict, spec: Composition, batch: Batch) -> Array:
+  return forward.forward(params, spec, batch)[0]
 
 
 class LanguageModel(Model):
@@ -47,8 +46,9 @@ class LanguageModel(Model):
       float32 [B, L, V].
 
     Raises:
-      InputError: not two axes, not integers, an id outside the vocabulary, or
-        rows longer than the models' length limit.
+      InputError: not two axes, not integers, an id outside the vocabulary,
+        rows longer than the models' length limit, or visibility="encoder",
+        which needs to know where prompts end.
     """
     tokens_BL = np.asarray(tokens_BL)
     if tokens_BL.ndim != 2 or tokens_BL.dtype.kind not in "iu":
@@ -68,29 +68,9 @@ class LanguageModel(Model):
         f"rows of {tokens_BL.shape[1]} tokens exceed the models' length "
         f"limit of {limit}"
       )
-    sequence = plain_sequence(tokens_BL.astype(np.int32))
-    if any(a.visibility == "encoder" for _, a in self.spec.augmenting):
-      raise InputError(
-        "logits(tokens) cannot tell where the prompts end, which "
-        "visibility='encoder' needs; call composition.forward with `visible`"
-      )
-    return _logits(self.params, self.spec, sequence, *self.beside(tokens_BL))
-
-  def beside(self, tokens_BL, prompt_length: int = 0):
-    """What the augmenting models read: `augmenting` and `visible` of `forward`.
-
-    Args:
-      tokens_BL: full rows of the anchor's ids.
-      prompt_length: how many ids of each row are its prompt, if known.
-
-    Returns:
-      By name the rows and what is visible of them; (None, None) if all models
-      read the same tokens.
-
-    Raises:
-      InputError: the anchor's tokenizer cannot tell what its ids spell.
-    """
-    return inputs_lib.of_model(self, tokens_BL, prompt_length)
+    return _logits(
+      self.params, self.spec, batching.token_batch(self, tokens_BL)
+    )
 
   def generate(
     self,
@@ -176,15 +156,6 @@ class LanguageModel(Model):
         tokens while there is no BOS to begin with.
     """
     return text_lib.score(self, prompts, completions, batch_size)
-
-  def readers(self) -> dict:
-    """By name, makers of `batching.Reader`s of models with other tokens."""
-    return {
-      name: functools.partial(
-        inputs_lib.TextReader, self.text(), ChunkEncoder(tokenizer)
-      )
-      for name, tokenizer in self.tokenizers.items()
-    }
 
   def attention(self, prompt: str, completion: str) -> dict[str, np.ndarray]:
     """Where each connection's heads look while a completion is written.

@@ -26,6 +26,7 @@ from calm_jax import cli, language_model
 from calm_jax.core.errors import InputError
 from calm_jax.generation import batching, decode, scoring
 from calm_jax.generation.sampling import Sampler
+from calm_jax.text import stop_strings
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _AUTO = 16  # rows at once, for batch_size=auto
@@ -74,7 +75,7 @@ class CalmJax(TemplateLM):
       raise InputError("calm_jax has no max_batch_size: give batch_size")
     self.model = language_model.load_any(pretrained, dtype, quantise)
     self._text = self.model.text()
-    self._readers = self.model.readers()
+    self._readers = batching.readers(self.model)
     self._batch_size = _AUTO if batch_size == "auto" else int(batch_size)
     limit = batching.max_length(self.model.spec, self._readers)
     if max_length is not None and not 0 < max_length <= limit:
@@ -204,10 +205,8 @@ class CalmJax(TemplateLM):
         f"{self.max_length}: lower it by --gen_kwargs max_gen_toks=N"
       )
 
-    def cut(new: list[int]) -> tuple[str, bool]:
-      text = self._text.decode(new)
-      ends = [end for stop in until if (end := text.find(stop)) >= 0]
-      return text[: min(ends)] if ends else text, bool(ends)
+    def stopped(_: int, new: list[int]) -> bool:
+      return stop_strings.find(self._text.decode(new), until) >= 0
 
     prompts = [
       self.tok_encode(context)[-room:] or [self.prefix_token_id]
@@ -222,10 +221,10 @@ class CalmJax(TemplateLM):
       sampler=Sampler(**options),
       seeds=[self._seed + number for number in numbers],
       readers=self._readers,
-      finished=(lambda _, new: cut(new)[1]) if until else None,
+      finished=stopped if until else None,
       batch_size=self._batch_size,
     )
-    return [cut(new)[0] for new in out]
+    return [stop_strings.cut(self._text.decode(new), until) for new in out]
 
 
 def _puts_bos(folder: pathlib.Path) -> bool:

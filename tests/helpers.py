@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm_jax.composition import forward
+from calm_jax.composition import cross_attention, forward
 from calm_jax.composition.connections import Augmenting, Composition, Connection
-from calm_jax.core.batch import Sequence
+from calm_jax.core.batch import Batch, Sequence
 from calm_jax.models import decoder, masks
 from calm_jax.models.config import Compute, ModelConfig
 from calm_jax.models.rope import Rope
@@ -70,12 +70,13 @@ def decode_rows(params, config: ModelConfig, sequence: Sequence):
   return decoder.logits(params, config, x)
 
 
-composed = jax.jit(
-  lambda params, spec, sequence, **kw: forward.forward(
-    params, spec, sequence, **kw
-  )[0],
-  static_argnums=1,
-)
+@functools.partial(jax.jit, static_argnums=1)
+def composed(
+  params, spec, sequence, augmenting=None, visible=None, prompt_ends=None
+):
+  """Logits [B, L, V] of rows that all models read, or these."""
+  batch = Batch(sequence, augmenting or {}, visible or {}, prompt_ends)
+  return forward.forward(params, spec, batch)[0]
 
 
 def random_params(shapes, seed: int):
@@ -132,12 +133,12 @@ def compose(
 
 def theta_shapes(spec: Composition):
   """The composition subtree as ShapeDtypeStructs."""
-  return forward.param_shapes(spec)
+  return cross_attention.param_shapes(spec)
 
 
 def fresh(spec: Composition, params: dict) -> dict:
   """The tree before training: a composition subtree from `init`."""
-  init = jax.jit(forward.init, static_argnums=1)
+  init = jax.jit(cross_attention.init, static_argnums=1)
   return params | {"composition": init(jax.random.key(3), spec)}
 
 

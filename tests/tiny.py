@@ -13,7 +13,7 @@ from jax.experimental.compilation_cache import (
   compilation_cache as compilation_cache_lib,
 )
 
-from calm_jax.composition import forward
+from calm_jax.composition import cross_attention
 from calm_jax.composition.connections import Augmenting, Composition, Connection
 from calm_jax.core import trees
 from calm_jax.core.batch import Batch
@@ -36,7 +36,7 @@ def compose(dtype: str = "float32") -> tuple[Composition, dict]:
   params = {
     "anchor": anchor_params,
     "augmenting": {"kv": other_params},
-    "composition": forward.init(jax.random.key(3), spec),
+    "composition": cross_attention.init(jax.random.key(3), spec),
   }
   return spec, params
 

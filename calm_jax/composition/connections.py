@@ -87,6 +87,11 @@ class Composition:
     for name, augmenting in self.augmenting:
       check_connections(name, augmenting, self.anchor)
 
+  def connections(self) -> list[tuple[str, Connection]]:
+    """All connections with their augmenting model, by the anchor's layer."""
+    pairs = [(n, c) for n, a in self.augmenting for c in a.connections]
+    return sorted(pairs, key=lambda pair: pair[1].anchor)
+
   def with_compute(self, changes: Callable[[str], dict]) -> Composition:
     """The same composition, computed in another way.
 

@@ -1,4 +1,4 @@
-"""Cross-attention of the anchor to an augmenting model, and its mask (§3.1).
+"""Cross-attention of the anchor to an augmenting model (§3.1).
 
 B batch, L anchor length, M augmenting length, D anchor width, E augmenting
 width, N heads, H head width.
@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from calm_jax.core.errors import InputError
+from calm_jax.composition.connections import Augmenting, Composition, Connection
 from calm_jax.models import rope
 from calm_jax.models.attention import SegmentMask, attend
 from calm_jax.models.cache import blocks
@@ -36,9 +36,9 @@ class CrossAttention(nn.Module):
   def setup(self):
     width, dtype = self.anchor.width, self.anchor.compute.dtype
     inner = self.anchor.num_heads * (width // self.anchor.num_heads)
-    output_init = {
-      "zeros": nn.initializers.zeros, "normal": nn.initializers.normal(0.02)
-    }[self.output_init]  # fmt: skip
+    output_init = nn.initializers.zeros
+    if self.output_init == "normal":
+      output_init = nn.initializers.normal(0.02)
     if not self.folded:
       self.projection = Linear(width, dtype=dtype)
     self.query = Linear(inner, dtype=dtype)
@@ -52,8 +52,8 @@ class CrossAttention(nn.Module):
   def _heads(self, x: Array) -> Array:
     return x.reshape(*x.shape[:-1], self.anchor.num_heads, -1)
 
-  def _turned(self, x_BLNH: Array, positions_BL: Array) -> Array:
-    """Queries or keys by their positions, if the composition knows of them."""
+  def _rotate(self, x_BLNH: Array, positions_BL: Array) -> Array:
+    """Queries or keys, rotated by their positions with positions="rope"."""
     if self.positions == "none":
       return x_BLNH
     tables = rope.tables(
@@ -68,7 +68,7 @@ class CrossAttention(nn.Module):
     if not self.folded:
       h_BME = self.projection(h_BME)
     return {
-      "key": self._turned(self._heads(self.key(h_BME)), positions_BM).swapaxes(
+      "key": self._rotate(self._heads(self.key(h_BME)), positions_BM).swapaxes(
         1, 2
       ),
       "value": self._heads(self.value(h_BME)).swapaxes(1, 2),
@@ -78,18 +78,21 @@ class CrossAttention(nn.Module):
     q_BLNH = self._heads(
       self.query(self.query_norm(x_BLD) if self.norm else x_BLD)
     )
-    # A position stands where the newest token that it sees does.
+    # A query's position is that of the newest key it may attend to.
     if isinstance(mask_BLM, SegmentMask):
-      return self._turned(q_BLNH, mask_BLM.positions)
-    return self._turned(q_BLNH, jnp.maximum(mask_BLM.sum(-1) - 1, 0))
+      return self._rotate(q_BLNH, mask_BLM.positions)
+    return self._rotate(q_BLNH, jnp.maximum(mask_BLM.sum(-1) - 1, 0))
 
   def attend(
     self, x_BLD: Array, keys_values: dict, mask_BLM: Array | SegmentMask
   ) -> Array:
-    """What is added to the residual stream, [B, L, D].
+    """The contribution to the anchor's residual stream, [B, L, D].
 
-    `keys_values` may be a cache of them, of one row. With a `SegmentMask` for a
-    mask, both models read the same tokens.
+    Args:
+      x_BLD: the anchor's hidden states.
+      keys_values: of `keys_values`, or a cache of them.
+      mask_BLM: which keys each position may attend to; a `SegmentMask` for the
+        splash kernel, if both models read the same tokens.
     """
     by_segments = isinstance(mask_BLM, SegmentMask)
     mask = mask_BLM if by_segments else mask_BLM[:, None]
@@ -109,7 +112,7 @@ class CrossAttention(nn.Module):
   def probabilities(
     self, x_BLD: Array, keys_values: dict, mask_BLM: Array
   ) -> Array:
-    """Where each head looks, float32 [B, N, L, M]; for pictures."""
+    """Attention weights of each head, float32 [B, N, L, M], for pictures."""
     q_BLNH = self._query(x_BLD, mask_BLM)
     scores = jnp.einsum("blnh,bnmh->bnlm", q_BLNH, keys_values["key"])
     scores = scores.astype(at_least_float32(scores.dtype))
@@ -118,9 +121,53 @@ class CrossAttention(nn.Module):
     return jax.nn.softmax(jnp.where(mask_BLM[:, None], scores, lowest))
 
   def __call__(self, x_BLD: Array, h_BME: Array, mask_BLM: Array) -> Array:
-    """Both halves, of rows that are one sequence each."""
+    """Both halves, for rows of one segment each."""
     positions_BM = jnp.broadcast_to(jnp.arange(h_BME.shape[1]), h_BME.shape[:2])
     return self.attend(x_BLD, self.keys_values(h_BME, positions_BM), mask_BLM)
+
+
+def _module(
+  spec: Composition, joined: Augmenting, folded: bool = False
+) -> CrossAttention:
+  return CrossAttention(
+    spec.anchor, joined.norm, joined.output_init, joined.positions, folded
+  )
+
+
+def init(rng: Array, spec: Composition) -> dict:
+  """Fresh parameters of the composition subtree, float32.
+
+  Returns:
+    {augmenting name: {connection: {...}}}.
+  """
+  params: dict = {}
+  for name, joined in spec.augmenting:
+    params[name] = {}
+    for connection in joined.connections:
+      rng, key = jax.random.split(rng)
+      variables = _module(spec, joined).init(
+        key,
+        jnp.zeros((1, 1, spec.anchor.width)),
+        jnp.zeros((1, 1, joined.config.width)),
+        jnp.ones((1, 1, 1), bool),
+      )
+      params[name][connection.name] = variables["params"]
+  return params
+
+
+def param_shapes(spec: Composition) -> dict:
+  """The tree of `init` as `jax.ShapeDtypeStruct`s, without computing it."""
+  return jax.eval_shape(lambda: init(jax.random.key(0), spec))
+
+
+def bound(
+  params: dict, spec: Composition, name: str, connection: Connection
+) -> CrossAttention:
+  """The cross-attention of a connection with its parameters."""
+  weights = params["composition"][name][connection.name]
+  joined = dict(spec.augmenting)[name]
+  cross = _module(spec, joined, folded="projection" not in weights)
+  return cross.bind({"params": weights})
 
 
 def fold(params: dict) -> dict:
@@ -131,81 +178,21 @@ def fold(params: dict) -> dict:
   D_A D_B + 2 D_B^2. Training needs the factors apart.
   """
 
-  def one(connection):
+  def folded(connection):
     rest = {k: v for k, v in connection.items() if k != "projection"}
-    first = connection["projection"]["kernel"]
+    projection = connection["projection"]["kernel"]
     for name in ("key", "value"):
-      both = jnp.matmul(first, connection[name]["kernel"], precision="highest")
-      rest[name] = {"kernel": both}
+      product = jnp.matmul(
+        projection, connection[name]["kernel"], precision="highest"
+      )
+      rest[name] = {"kernel": product}
     return rest
 
   if "composition" not in params:
     return params
   return params | {
     "composition": {
-      name: {c: one(p) for c, p in connections.items()}
+      name: {c: folded(p) for c, p in connections.items()}
       for name, connections in params["composition"].items()
     }
   }
-
-
-def visible_tokens(
-  visibility: str,
-  shape: tuple[int, int],
-  prompt_ends_BL: Array | None = None,
-  first_slot: Array | int = 0,
-) -> Array:
-  """How many slots of the augmenting row each anchor position may see.
-
-  For two models on the same tokens; see `Augmenting.visibility`.
-
-  Args:
-    visibility: one of VISIBILITIES.
-    shape: (B, L) of the anchor's tokens.
-    prompt_ends_BL: the slot after the prompt of each token's segment; needed
-      for "encoder" only.
-    first_slot: the slot of the first token.
-
-  Returns:
-    int32 [B, L]: the position may attend to slots s < visible[b, t].
-  """
-  through_BL = jnp.broadcast_to(first_slot + jnp.arange(1, shape[1] + 1), shape)
-  if visibility == "causal":
-    return through_BL
-  if visibility == "unmasked":
-    return jnp.full(shape, jnp.iinfo(jnp.int32).max)
-  if prompt_ends_BL is None:
-    raise InputError("visibility='encoder' needs to know where prompts end")
-  return jnp.minimum(prompt_ends_BL, through_BL)
-
-
-def limit_visible(
-  visibility: str, visible_BL: Array, prompt_ends_BL: Array
-) -> Array:
-  """What `visible_tokens` says, for an augmenting model with other tokens.
-
-  Args:
-    visibility: one of VISIBILITIES.
-    visible_BL: how many slots of the augmenting row each position may see if
-      causal; see `alignment`.
-    prompt_ends_BL: as there.
-
-  Returns:
-    int32 [B, L], as there.
-  """
-  if visibility == "causal":
-    return visible_BL
-  if visibility == "unmasked":
-    return jnp.full_like(visible_BL, jnp.iinfo(jnp.int32).max)
-  last_BL = jnp.maximum(prompt_ends_BL - 1, 0)
-  at_prompt_BL = jnp.take_along_axis(visible_BL, last_BL, axis=1)
-  return jnp.minimum(at_prompt_BL, visible_BL)
-
-
-def cross_mask(
-  visible_BL: Array, query_segments_BL: Array, key_segments_BM: Array
-) -> Array:
-  """The one mask of composition (design: visibility), bool [B, L, M]."""
-  slots_M = jnp.arange(key_segments_BM.shape[1])
-  same_BLM = query_segments_BL[:, :, None] == key_segments_BM[:, None, :]
-  return (slots_M < visible_BL[:, :, None]) & same_BLM

@@ -15,55 +15,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from calm_jax.composition.connections import Augmenting, Composition
-from calm_jax.composition.controls import controlled
-from calm_jax.composition.cross_attention import (
-  CrossAttention,
-  cross_mask,
-  visible_tokens,
-)
-from calm_jax.core.batch import Sequence
+from calm_jax.composition import augmenting, cross_attention, visibility
+from calm_jax.composition.connections import Composition
+from calm_jax.composition.cross_attention import CrossAttention
+from calm_jax.core.batch import Batch, Sequence
 from calm_jax.core.errors import InputError
 from calm_jax.models import cache as cache_lib
-from calm_jax.models import decoder, masks
+from calm_jax.models import decoder
 from calm_jax.models.attention import SegmentMask
-from calm_jax.models.config import ModelConfig
 
 Array = jax.Array
-
-
-def _cross(
-  spec: Composition, augmenting: Augmenting, folded: bool = False
-) -> CrossAttention:
-  return CrossAttention(
-    spec.anchor,
-    augmenting.norm,
-    augmenting.output_init,
-    augmenting.positions,
-    folded,
-  )
-
-
-def init(rng: Array, spec: Composition) -> dict:
-  """Fresh parameters of the composition subtree, float32."""
-  params: dict = {}
-  for name, augmenting in spec.augmenting:
-    params[name] = {}
-    for connection in augmenting.connections:
-      rng, key = jax.random.split(rng)
-      variables = _cross(spec, augmenting).init(
-        key,
-        jnp.zeros((1, 1, spec.anchor.width)),
-        jnp.zeros((1, 1, augmenting.config.width)),
-        jnp.ones((1, 1, 1), bool),
-      )
-      params[name][connection.name] = variables["params"]
-  return params
-
-
-def param_shapes(spec: Composition) -> dict:
-  """The tree of `init` as `jax.ShapeDtypeStruct`s, without computing it."""
-  return jax.eval_shape(lambda: init(jax.random.key(0), spec))
 
 
 def empty_cache(
@@ -111,131 +72,118 @@ def empty_cache(
   return cache if place is None else place.cache(cache)
 
 
-class _Run(NamedTuple):
-  """One model's pass: its hidden state, layer by layer."""
+class _Contribution(NamedTuple):
+  """What a connection adds to the anchor's hidden state, but for the query."""
 
-  params: dict
-  config: ModelConfig
-  context: object
-  segments: Array  # of the keys, [B, S]
+  attention: CrossAttention
+  keys_values: dict
+  mask: Array | SegmentMask
 
-  def layers(self, x, cache, start, stop):
-    return decoder.run_layers(
-      self.params, self.config, x, self.context, start, stop, cache
-    )
+  def __call__(self, x_BLD: Array) -> Array:
+    return self.attention.attend(x_BLD, self.keys_values, self.mask)
 
-
-def _start(params, config, sequence: Sequence, cache, index, lengths_B):
-  """Embeds a sequence; with a cache, its keys go to slots index .. ."""
-  segments = sequence.segments
-  if cache is not None:
-    segments = jax.lax.dynamic_update_slice(
-      cache["segments"], segments, (0, index)
-    )
-    cache = cache["layers"]
-  if cache is None and config.compute.attention == "splash":
-    mask = SegmentMask(segments, segments, sequence.positions)
-  else:
-    mask = masks.self_attention_mask(
-      sequence.segments, segments, 0 if index is None else index
-    )
-  context = masks.make_context(
-    config, sequence.positions, mask, index, lengths_B
-  )
-  x = decoder.embed(params, config, sequence.tokens, sequence.positions)
-  return _Run(params, config, context, segments), x, cache
+  def probabilities(self, x_BLD: Array) -> Array:
+    return self.attention.probabilities(x_BLD, self.keys_values, self.mask)
 
 
-def _stored(cache, run: _Run):
-  return cache and {"layers": cache, "segments": run.segments}
-
-
-def tap(
-  params,
-  augmenting: Augmenting,
-  sequence: Sequence,
-  cache=None,
-  index=None,
-  lengths_B=None,
-):
-  """Runs an augmenting model up to its last tapped layer, without its head.
-
-  Returns:
-    ({layer: hidden states [B, M, E]}, segments of the keys [B, S], cache).
-  """
-  run, x, kv = _start(
-    params, augmenting.config, sequence, cache, index, lengths_B
-  )
-  taps, at = {}, 0
-  for layer in sorted({c.augmenting for c in augmenting.connections}):
-    x, kv = run.layers(x, kv, at, layer)
-    taps[layer], at = x, layer
-  return taps, run.segments, _stored(kv, run)
-
-
-def read_on(
+def _read_augmenting(
   params: dict,
   spec: Composition,
-  name: str,
-  sequence: Sequence,
-  cache: dict | None = None,
-  index: Array | None = None,
-  lengths_B: Array | None = None,
-) -> dict:
-  """An augmenting model reads tokens, and its connections make of them what
-  the anchor attends to.
+  batch: Batch,
+  cache: dict | None,
+  index: Array | None,
+  lengths: dict[str, Array],
+) -> dict[str, dict]:
+  """`augmenting.keys_values` of each augmenting model, by name."""
+  read = {}
+  for name, _ in spec.augmenting:
+    sequence = batch.augmenting.get(name, batch.anchor)
+    old = None
+    if cache is not None:
+      old = {kind: cache[kind][name] for kind in ("augmenting", "cross")}
+    if old is not None and not sequence.tokens.shape[1]:
+      read[name] = old
+    else:
+      read[name] = augmenting.keys_values(
+        params, spec, name, sequence, old, index, lengths.get(name)
+      )
+  return read
+
+
+def _contributions(
+  params: dict,
+  spec: Composition,
+  batch: Batch,
+  read: dict[str, dict],
+  index: Array | None,
+  kernels: bool,
+) -> dict[int, list[_Contribution]]:
+  """The contributions of all connections, by the anchor's layer.
 
   Args:
-    params: the whole tree.
-    spec: what is composed.
-    name: of the augmenting model.
-    sequence: its tokens.
-    cache: {"augmenting", "cross"} of this model, or None.
-    index: int32 [], the slot of the first token; with a cache only.
-    lengths_B: how long its rows will have become; see `states`.
+    params, spec, batch, index: as for `states`.
+    read: of `_read_augmenting`.
+    kernels: whether the mask may be `SegmentMask`, for the splash kernel.
+  """
+  by_layer: dict[int, list[_Contribution]] = {}
+  kernels = kernels and spec.anchor.compute.attention == "splash"
+  for name, joined in spec.augmenting:
+    keys_BM = read[name]["augmenting"]["segments"]
+    own_rows = name in batch.augmenting or name in batch.visible
+    if kernels and joined.visibility == "causal" and not own_rows:
+      mask = SegmentMask(batch.anchor.segments, keys_BM, batch.anchor.positions)
+    else:
+      visible_BL = visibility.visible_counts(
+        joined.visibility, batch, name, 0 if index is None else index
+      )
+      mask = visibility.attention_mask(
+        visible_BL, batch.anchor.segments, keys_BM
+      )
+    for connection in joined.connections:
+      contribution = _Contribution(
+        cross_attention.bound(params, spec, name, connection),
+        read[name]["cross"][connection.name],
+        mask,
+      )
+      by_layer.setdefault(connection.anchor, []).append(contribution)
+  return by_layer
+
+
+def _anchor_layers(
+  params: dict,
+  spec: Composition,
+  sequence: Sequence,
+  contributions: dict[int, list[_Contribution]],
+  cache: dict | None,
+  index: Array | None,
+  lengths_B: Array | None,
+) -> tuple[Array, dict | None, dict[int, Array]]:
+  """Runs the anchor, with the contributions added after their layers.
 
   Returns:
-    {"augmenting": its cache, whose "segments" [B, S] are there without a cache
-    too, "cross": {connection: {"key", "value"}}}.
+    (hidden states after the last layer [B, L, D], the anchor's cache, the
+    hidden states [B, L, D] that query the connections, by layer).
   """
-  joined = dict(spec.augmenting)[name]
-  taps, segments, kept = tap(
-    params["augmenting"][name],
-    joined,
-    sequence,
-    cache and cache["augmenting"],
-    index,
-    lengths_B,
+  anchor, x, layers = augmenting.embed(
+    params["anchor"], spec.anchor, sequence, cache, index, lengths_B
   )
-  cross = {}
-  for connection in joined.connections:
-    layer = connection.augmenting
-    kv = _bound(params, spec, name, connection).keys_values(
-      controlled(joined, taps[layer], sequence.positions, layer),
-      sequence.positions,
-    )
-    if cache is not None:
-      kv = cache_lib.extend(cache["cross"][connection.name], kv, 0, index)
-    cross[connection.name] = kv
-  return {"augmenting": kept or {"segments": segments}, "cross": cross}
-
-
-def _bound(params, spec, name, connection) -> CrossAttention:
-  weights = params["composition"][name][connection.name]
-  joined = dict(spec.augmenting)[name]
-  cross = _cross(spec, joined, folded="projection" not in weights)
-  return cross.bind({"params": weights})
+  queries, done = {}, 0
+  for layer in sorted(contributions):
+    x, layers = anchor.layers(x, layers, done, layer)
+    queries[layer], done = x, layer
+    # All contributions to a layer come from the same hidden state.
+    x = x + sum(contribution(x) for contribution in contributions[layer])
+  if done < spec.anchor.num_layers:
+    x, layers = anchor.layers(x, layers, done, spec.anchor.num_layers)
+  return x, anchor.cache(layers), queries
 
 
 def states(
   params: dict,
   spec: Composition,
-  anchor: Sequence,
-  augmenting: dict[str, Sequence] | None = None,
-  visible: dict[str, Array] | None = None,
+  batch: Batch,
   cache: dict | None = None,
   index: Array | None = None,
-  look: dict | None = None,
   lengths: dict[str, Array] | None = None,
 ) -> tuple[Array, dict | None]:
   """The composed layers: H'_Bj = H_Bj + f_cross(f_proj(H_Ai), H_Bj).
@@ -243,15 +191,12 @@ def states(
   Args:
     params: the whole tree.
     spec: what is composed.
-    anchor: the anchor's tokens.
-    augmenting: the tokens of each augmenting model; the anchor's if None. With
-      a cache, a model that is not there reads nothing new.
-    visible: per augmenting model int32 [B, L], from `visible_tokens`; by the
-      model's own `visibility` on the same tokens where there is none.
-    cache: from `empty_cache`, or None to compute the sequence at once.
+    batch: what the models read; see `visibility` for what they may see of it.
+      With a cache, an augmenting model whose rows have no slot reads nothing
+      new. A model with an entry neither in `augmenting` nor in `visible` may
+      be attended to by the splash kernel.
+    cache: from `empty_cache`, or None to compute the batch at once.
     index: int32 [], the slot of the first token; with a cache only.
-    look: a dict to be filled with {(name, connection): probabilities
-      [B, N, L, M]}, or None.
     lengths: with a cache, int32 [B] by "anchor" and the augmenting names, how
       long each row will have become, for rotary scalings that depend on it;
       see `masks.make_context`.
@@ -259,68 +204,56 @@ def states(
   Returns:
     Hidden states after the last layer [B, L, D], and the updated cache (None
     without one).
-  """
-  new: dict = {"augmenting": {}, "cross": {}}
-  arriving: dict[int, list] = {}
-  with jax.named_scope("augmenting"):
-    for name, joined in spec.augmenting:
-      old = cache and {k: cache[k][name] for k in new}
-      length_B = lengths and lengths.get(name)
-      if augmenting is None:
-        heard = read_on(params, spec, name, anchor, old, index, length_B)
-      elif name in augmenting or cache is None:
-        heard = read_on(
-          params, spec, name, augmenting[name], old, index, length_B
-        )
-      else:
-        heard = old
-      for kind, value in heard.items():
-        new[kind][name] = value
-      keys_BM = heard["augmenting"]["segments"]
-      if visible is not None and name in visible:
-        mask = cross_mask(visible[name], anchor.segments, keys_BM)
-      elif (
-        spec.anchor.compute.attention == "splash"
-        and joined.visibility == "causal"
-        and (augmenting is None or augmenting[name] is anchor)
-        and cache is look is None
-      ):
-        mask = SegmentMask(anchor.segments, keys_BM, anchor.positions)
-      else:
-        visible_BL = visible_tokens(
-          joined.visibility,
-          anchor.tokens.shape,
-          first_slot=0 if index is None else index,
-        )
-        mask = cross_mask(visible_BL, anchor.segments, keys_BM)
-      for connection in joined.connections:
-        cross = _bound(params, spec, name, connection)
-        kv = heard["cross"][connection.name]
-        arriving.setdefault(connection.anchor, []).append(
-          ((name, connection), cross, kv, mask)
-        )
 
-  with jax.named_scope("anchor"):
-    run, x, kv_B = _start(
-      params["anchor"],
-      spec.anchor,
-      anchor,
-      cache and cache["anchor"],
-      index,
-      lengths and lengths.get("anchor"),
+  Raises:
+    InputError: what `visibility.visible_counts` raises.
+  """
+  lengths = lengths or {}
+  with jax.named_scope("augmenting"):
+    read = _read_augmenting(params, spec, batch, cache, index, lengths)
+    contributions = _contributions(
+      params, spec, batch, read, index, kernels=cache is None
     )
-    at = 0
-    for layer in sorted(arriving):
-      x, kv_B = run.layers(x, kv_B, at, layer)
-      at = layer
-      if look is not None:
-        for key, cross, kv, mask in arriving[layer]:
-          look[key] = cross.probabilities(x, kv, mask)
-      # All contributions to a layer come from the same hidden state.
-      x = x + sum(c.attend(x, kv, mask) for _, c, kv, mask in arriving[layer])
-    if at < spec.anchor.num_layers:
-      x, kv_B = run.layers(x, kv_B, at, spec.anchor.num_layers)
-  return x, None if cache is None else new | {"anchor": _stored(kv_B, run)}
+  with jax.named_scope("anchor"):
+    x_BLD, anchor_cache, _ = _anchor_layers(
+      params,
+      spec,
+      batch.anchor,
+      contributions,
+      None if cache is None else cache["anchor"],
+      index,
+      lengths.get("anchor"),
+    )
+  if cache is None:
+    return x_BLD, None
+  new = {
+    kind: {name: kept[kind] for name, kept in read.items()}
+    for kind in ("augmenting", "cross")
+  }
+  return x_BLD, new | {"anchor": anchor_cache}
+
+
+def attention_weights(
+  params: dict, spec: Composition, batch: Batch
+) -> list[Array]:
+  """Where the heads of each connection look, for pictures.
+
+  Args:
+    params, spec, batch: as for `states`.
+
+  Returns:
+    Probabilities float32 [B, N, L, M], in the order of `spec.connections()`.
+  """
+  read = _read_augmenting(params, spec, batch, None, None, {})
+  contributions = _contributions(params, spec, batch, read, None, kernels=False)
+  _, _, queries = _anchor_layers(
+    params, spec, batch.anchor, contributions, None, None, None
+  )
+  return [
+    contribution.probabilities(queries[layer])
+    for layer in queries
+    for contribution in contributions[layer]
+  ]
 
 
 def logits(params: dict, spec: Composition, x_BLD: Array) -> Array:
@@ -328,9 +261,11 @@ def logits(params: dict, spec: Composition, x_BLD: Array) -> Array:
   return decoder.logits(params["anchor"], spec.anchor, x_BLD)
 
 
-def forward(params, spec, anchor, *args, **kwargs):
+def forward(
+  params: dict, spec: Composition, batch: Batch, **options
+) -> tuple[Array, dict | None]:
   """`states`, then `logits`: returns (logits [B, L, V], cache)."""
-  x_BLD, cache = states(params, spec, anchor, *args, **kwargs)
+  x_BLD, cache = states(params, spec, batch, **options)
   return logits(params, spec, x_BLD), cache
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from calm_jax.composition import forward
+from calm_jax.composition import cross_attention
 from calm_jax.composition.connections import Composition, connect
 from calm_jax.core import hub, trees
 from calm_jax.core.errors import InputError
@@ -105,7 +105,7 @@ def compose(
   if not isinstance(augmenting, Mapping):
     augmenting = {"augmenting": augmenting}
   composed = untrained(anchor, augmenting, connections, **options)
-  theta = forward.init(jax.random.key(seed), composed.spec)
+  theta = cross_attention.init(jax.random.key(seed), composed.spec)
   return dataclasses.replace(
     composed, params=composed.params | {"composition": theta}
   )
@@ -134,7 +134,7 @@ def untrained(
   spec = Composition(anchor.spec.anchor, tuple(joined))
   params = anchor.params | {
     "augmenting": {n: m.params["anchor"] for n, m in augmenting.items()},
-    "composition": forward.param_shapes(spec),
+    "composition": cross_attention.param_shapes(spec),
   }
   return dataclasses.replace(
     anchor, spec=spec, params=params, tokenizers=tokenizers, sources=sources

@@ -55,6 +55,11 @@ class Batch(NamedTuple):
   weights: Array | None = None
 
 
+def plain_batch(tokens_BL: Array) -> Batch:
+  """Full rows of one text each, which all models read."""
+  return Batch(plain_sequence(tokens_BL), {}, {})
+
+
 def plain_sequence(tokens_BL: Array) -> Sequence:
   """Full rows of one segment each, for token ids int32 [B, L]."""
   shape = tokens_BL.shape

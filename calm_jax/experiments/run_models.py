@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from calm_jax.composition import forward, pretrained
+from calm_jax.composition import cross_attention, pretrained
 from calm_jax.composition import model as model_lib
 from calm_jax.composition.connections import Composition, connect
 from calm_jax.core import hub, trees
@@ -107,7 +107,7 @@ def stage_shapes(
   params = {
     "anchor": models["anchor"],
     "augmenting": {name: models["augmenting"]},
-    "composition": forward.param_shapes(spec),
+    "composition": cross_attention.param_shapes(spec),
   }
   quantisation_plan.check(settings, params)
   if stage in settings.recipe:

@@ -1,4 +1,4 @@
-"""Augmenting models with tokenizers of their own, while texts grow."""
+"""Augmenting models with tokenizers of their own, while texts are generated."""
 
 from __future__ import annotations
 
@@ -8,34 +8,75 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm_jax.composition import forward
+from calm_jax.composition import augmenting
+from calm_jax.composition.connections import Augmenting, Composition
 from calm_jax.core.batch import Sequence
 from calm_jax.generation import batching
-from calm_jax.generation.batching import Reader
+from calm_jax.text.alignment import AlignedReader
+
+Array = jax.Array
+
+_KINDS = ("augmenting", "cross")  # of caches, by the augmenting models' names
 
 
 @functools.partial(
   jax.jit, static_argnames=("spec", "name"), donate_argnames="cache"
 )
-def feed(params, spec, cache: dict, sequence: Sequence, index, *, name: str):
-  """An augmenting model reads tokens [B, M] into slots index .. ; the cache."""
-  kinds = ("augmenting", "cross")
-  own = {kind: cache[kind][name] for kind in kinds}
-  own = forward.read_on(params, spec, name, sequence, own, index)
-  return cache | {kind: cache[kind] | {name: own[kind]} for kind in kinds}
+def feed(
+  params: dict,
+  spec: Composition,
+  cache: dict,
+  sequence: Sequence,
+  index: Array,
+  *,
+  name: str,
+) -> dict:
+  """An augmenting model reads tokens [B, M] into slots index .. of the cache.
+
+  Returns:
+    The cache of all models; the one given is donated.
+  """
+  old = {kind: cache[kind][name] for kind in _KINDS}
+  new = augmenting.keys_values(params, spec, name, sequence, old, index)
+  return cache | {kind: cache[kind] | {name: new[kind]} for kind in _KINDS}
 
 
 class Follower:
-  """An augmenting model with its own tokenizer, while texts grow."""
+  """Feeds one augmenting model the tokens that growing texts complete.
 
-  def __init__(self, name, joined, readers: list[Reader], prompt: Sequence):
+  Attributes:
+    name: the model's.
+    slots: of its cache, which grows if they do not suffice.
+  """
+
+  def __init__(
+    self,
+    name: str,
+    joined: Augmenting,
+    readers: list[AlignedReader],
+    prompt: Sequence,
+  ):
     self.name, self._joined, self._readers = name, joined, readers
-    self._read_B = prompt.segments.sum(axis=1)
-    self._slot = prompt.tokens.shape[1]
+    self._lengths_B = prompt.segments.sum(axis=1)  # tokens read so far
+    self._slot = prompt.tokens.shape[1]  # the next free one
     self.slots = batching.round_up(2 * self._slot)
 
-  def follow(self, params, spec, cache: dict, new_B) -> dict:
-    """Reads what the newest tokens complete, -1 is none; the cache."""
+  def follow(
+    self, params: dict, spec: Composition, cache: dict, new_B: np.ndarray
+  ) -> dict:
+    """Reads what the anchor's newest tokens complete.
+
+    Args:
+      params, spec: as for `decode.start`.
+      cache: of all models; is donated.
+      new_B: the newest token of each row, -1 for none.
+
+    Returns:
+      The updated cache.
+
+    Raises:
+      InputError: the model would read beyond its length limit.
+    """
     ids = [
       reader.push(int(token)) if token >= 0 else []
       for reader, token in zip(self._readers, new_B, strict=False)
@@ -47,9 +88,9 @@ class Follower:
     if self._slot + size > self.slots:
       self.slots = batching.round_up(2 * self.slots)
       cache = _grown(cache, self.name, self.slots)
-    sequence = batching.pad_left(ids, len(new_B), size, self._read_B)
-    self._read_B = self._read_B + (sequence.segments > 0).sum(axis=1)
-    batching.check_length(self.name, self._joined, self._read_B.max())
+    sequence = batching.pad(ids, len(new_B), size, first=self._lengths_B)
+    self._lengths_B = self._lengths_B + (sequence.segments > 0).sum(axis=1)
+    batching.check_length(self.name, self._joined, self._lengths_B.max())
     cache = feed(
       params, spec, cache, sequence, np.int32(self._slot), name=self.name
     )
@@ -65,13 +106,12 @@ def _grown(cache: dict, name: str, slots: int) -> dict:
     widths[axis] = (0, slots - x.shape[axis])
     return jnp.pad(x, widths)
 
-  own = cache["augmenting"][name]
-  own = {
-    "layers": jax.tree.map(grow, own["layers"]),
-    "segments": grow(own["segments"], 1),
+  old = cache["augmenting"][name]
+  new = {
+    "augmenting": {
+      "layers": jax.tree.map(grow, old["layers"]),
+      "segments": grow(old["segments"], 1),
+    },
+    "cross": jax.tree.map(grow, cache["cross"][name]),
   }
-  cross = jax.tree.map(grow, cache["cross"][name])
-  return cache | {
-    "augmenting": cache["augmenting"] | {name: own},
-    "cross": cache["cross"] | {name: cross},
-  }
+  return cache | {kind: cache[kind] | {name: new[kind]} for kind in _KINDS}

@@ -6,69 +6,60 @@ each step; lengths and numbers of rows are rounded up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Rows
-from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from calm_jax.composition.connections import Augmenting, Composition
-from calm_jax.core.batch import Sequence
+from calm_jax.composition.model import Model
+from calm_jax.core.batch import Batch, Sequence, plain_batch
 from calm_jax.core.errors import InputError
+from calm_jax.text.alignment import AlignedReader, ChunkEncoder
 
 SHORTEST, FINEST = 32, 1024  # of the lengths that rows are padded to
 
-
-class Reader(Protocol):
-  """How one augmenting model with its own tokenizer follows one text."""
-
-  def read(
-    self, ids: Rows[int], prompt_length: int
-  ) -> tuple[list[int], list[int]]:
-    """Reads the first tokens of the anchor.
-
-    Args:
-      ids: what there is of the text.
-      prompt_length: how many of them are its prompt, at most all.
-
-    Returns:
-      (the augmenting model's tokens that are complete, how many of them each
-      anchor token may see).
-    """
-
-  def push(self, token: int) -> list[int]:
-    """Reads one more token of the anchor; the tokens that it completes."""
+# By name, makers of readers for augmenting models with other tokens.
+Readers = Mapping[str, Callable[[], AlignedReader]]
 
 
-class Batch(NamedTuple):
-  """Rows of token ids as all models read them.
+def readers(model: Model) -> Readers:
+  """Makers of readers for a model's augmenting models with other tokens.
 
-  Attributes:
-    anchor: [B, L], padded on the left.
-    augmenting: by name, [B, M], padded on the left.
-    visible: by name int32 [B, L]; see `composition.visible_tokens`.
+  Raises:
+    InputError: there are some, and the anchor has no tokenizer.
   """
 
-  anchor: Sequence
-  augmenting: dict[str, Sequence]
-  visible: dict[str, np.ndarray]
+  def maker(encoder: ChunkEncoder) -> Callable[[], AlignedReader]:
+    return lambda: AlignedReader(model.text(), encoder)
+
+  return {n: maker(ChunkEncoder(t)) for n, t in model.tokenizers.items()}
 
 
-def pad_left(rows_of_ids, rows: int, length: int, first=None) -> Sequence:
-  """Ids as [rows, length], padded on the left; spare rows are padding.
+def pad(
+  rows_of_ids: Rows[Rows[int]],
+  rows: int,
+  length: int,
+  *,
+  left: bool = True,
+  first: Rows[int] | None = None,
+) -> Sequence:
+  """Ids as [rows, length], one segment a row; spare rows are padding.
 
   Args:
     rows_of_ids: lists of ids; may be empty.
     rows, length: the shape.
+    left: whether the padding comes first.
     first: position of each row's first id; 0 if None.
   """
   out = Sequence(*(np.zeros((rows, length), np.int32) for _ in range(3)))
   for row, ids in enumerate(rows_of_ids):
-    here = slice(length - len(ids), length)
+    start = length - len(ids) if left else 0
+    here = slice(start, start + len(ids))
     out.tokens[row, here] = ids
     out.segments[row, here] = 1
     begin = 0 if first is None else first[row]
-    out.positions[row, here] = begin + np.arange(len(ids))
+    out.positions[row, start:] = begin + np.arange(length - start)
   return out
 
 
@@ -76,57 +67,119 @@ def lay_out(
   spec: Composition,
   rows_of_ids: Rows[Rows[int]],
   prompt_lengths: Rows[int],
-  readers: dict[str, list[Reader]],
+  row_readers: Mapping[str, Rows[AlignedReader]],
   *,
   rows: int,
 ) -> Batch:
-  """A batch of token rows as every model reads them.
+  """A batch of token rows, padded on the left, as every model reads them.
 
   Args:
-    spec: what reads them.
+    spec: the models.
     rows_of_ids: the anchor's tokens of each row.
     prompt_lengths: how many of them are the prompt, all that
       visibility="encoder" shows.
-    readers: of the augmenting models with tokenizers of their own, one a row.
+    row_readers: by name of the augmenting models with other tokens, one reader
+      a row.
     rows: how many rows there are with the spare ones.
 
   Raises:
     InputError: an augmenting model reads more tokens than it was made for.
   """
   length = round_up(max(map(len, rows_of_ids)))
-  anchor = pad_left(rows_of_ids, rows, length)
-  ends_B = np.full(rows, length)
-  for row, (ids, given) in enumerate(
-    zip(rows_of_ids, prompt_lengths, strict=True)
-  ):
-    ends_B[row] += given - len(ids)
+  ends_B1 = np.full((rows, 1), length, np.int32)
+  for row, ids in enumerate(rows_of_ids):
+    ends_B1[row] += prompt_lengths[row] - len(ids)
+  batch = Batch(
+    pad(rows_of_ids, rows, length),
+    *augmenting_rows(
+      spec, rows_of_ids, prompt_lengths, row_readers, (rows, length), True
+    ),
+    prompt_ends=np.broadcast_to(ends_B1, (rows, length)),
+  )
+  # Counts for all models, so that scoring masks as generation does.
+  slots_BL = np.broadcast_to(
+    np.arange(1, length + 1, dtype=np.int32), (rows, length)
+  )
+  visible = {n: batch.visible.get(n, slots_BL) for n, _ in spec.augmenting}
+  return batch._replace(visible=visible)
+
+
+def token_batch(
+  model: Model, tokens_BL: np.ndarray, prompt_length: int | None = None
+) -> Batch:
+  """A batch of full rows of the anchor's ids, as the models of `model` read it.
+
+  Args:
+    model: a composition or a single model.
+    tokens_BL: integers [B, L].
+    prompt_length: how many ids of each row are its prompt; None if that is not
+      known.
+
+  Raises:
+    InputError: the anchor's tokenizer cannot tell what its ids spell, or an
+      augmenting model reads more tokens than it was made for.
+  """
+  batch = plain_batch(np.asarray(tokens_BL, np.int32))
+  shape = batch.anchor.tokens.shape
+  if prompt_length is not None:
+    ends_BL = np.full(shape, prompt_length, np.int32)
+    batch = batch._replace(prompt_ends=ends_BL)
+  if not model.tokenizers:
+    return batch
+  B = shape[0]
+  makers = readers(model)
+  augmenting, visible = augmenting_rows(
+    model.spec,
+    batch.anchor.tokens.tolist(),
+    [prompt_length or 0] * B,
+    {name: [make() for _ in range(B)] for name, make in makers.items()},
+    shape,
+    False,
+  )
+  return batch._replace(augmenting=augmenting, visible=visible)
+
+
+def augmenting_rows(
+  spec: Composition,
+  rows_of_ids: Rows[Rows[int]],
+  prompt_lengths: Rows[int],
+  row_readers: Mapping[str, Rows[AlignedReader]],
+  shape: tuple[int, int],
+  left: bool,
+) -> tuple[dict[str, Sequence], dict[str, np.ndarray]]:
+  """The rows of augmenting models with other tokens, for the anchor's ids.
+
+  Args:
+    spec, rows_of_ids, prompt_lengths, row_readers: as for `lay_out`.
+    shape: (B, L) of the anchor's rows.
+    left: whether rows are padded on the left, to lengths rounded up.
+
+  Returns:
+    `augmenting` and `visible` of a `Batch`.
+
+  Raises:
+    InputError: as `lay_out`.
+  """
+  B, L = shape
   augmenting, visible = {}, {}
-  for name, joined in spec.augmenting:
-    augmenting[name] = anchor
-    visible_BL = np.broadcast_to(np.arange(1, length + 1), (rows, length))
-    if name in readers:
-      read = [
-        reader.read(ids, given)
-        for reader, ids, given in zip(
-          readers[name], rows_of_ids, prompt_lengths, strict=True
-        )
-      ]
-      longest = max(len(ids) for ids, _ in read)
-      check_length(name, joined, longest)
-      M = round_up(longest)
-      augmenting[name] = pad_left([ids for ids, _ in read], rows, M)
-      visible_BL = np.zeros((rows, length), np.int32)
-      for row, (ids, counts) in enumerate(read):
-        visible_BL[row, length - len(counts) :] = (
-          M - len(ids) + np.array(counts)
-        )
-    if joined.visibility == "unmasked":
-      visible_BL = np.full((rows, length), np.iinfo(np.int32).max)
-    elif joined.visibility == "encoder":
-      last_B1 = np.take_along_axis(visible_BL, ends_B[:, None] - 1, axis=1)
-      visible_BL = np.minimum(visible_BL, last_B1)
-    visible[name] = visible_BL.astype(np.int32)
-  return Batch(anchor, augmenting, visible)
+  for name, row_reader in row_readers.items():
+    texts = [
+      reader.read(ids, prompt_length)
+      for reader, ids, prompt_length in zip(
+        row_reader, rows_of_ids, prompt_lengths, strict=True
+      )
+    ]
+    longest = max(len(ids) for ids, _ in texts)
+    check_length(name, dict(spec.augmenting)[name], longest)
+    M = round_up(longest) if left else max(1, longest)
+    augmenting[name] = pad([ids for ids, _ in texts], B, M, left=left)
+    visible[name] = np.zeros((B, L), np.int32)
+    for row, (ids, counts) in enumerate(texts):
+      start = L - len(counts) if left else 0
+      offset = M - len(ids) if left else 0
+      here = slice(start, start + len(counts))
+      visible[name][row, here] = offset + np.array(counts)
+  return augmenting, visible
 
 
 def check_length(name: str, joined: Augmenting, length: int) -> None:
@@ -138,7 +191,7 @@ def check_length(name: str, joined: Augmenting, length: int) -> None:
     )
 
 
-def max_length(spec: Composition, readers: dict | None = None) -> int:
+def max_length(spec: Composition, readers: Readers | None = None) -> int:
   """The longest sequence of the anchor's tokens that every model can read."""
   configs = [
     a.config for name, a in spec.augmenting if name not in (readers or {})
@@ -163,7 +216,9 @@ def batches(
     yield order[at : at + rows], rows
 
 
-def check_prompts(prompts, max_new_tokens: int, limit: int) -> None:
+def check_prompts(
+  prompts: Rows[Rows[int]], max_new_tokens: int, limit: int
+) -> None:
   """Raises InputError for a prompt that is empty, or too long to continue."""
   for i, ids in enumerate(prompts):
     if not ids:

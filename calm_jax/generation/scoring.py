@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
@@ -13,8 +12,9 @@ import numpy as np
 
 from calm_jax.composition import forward
 from calm_jax.composition.connections import Composition
+from calm_jax.core.batch import Batch
 from calm_jax.generation import batching
-from calm_jax.generation.batching import Batch, Reader
+from calm_jax.generation.batching import Readers
 from calm_jax.parallel import processes
 
 
@@ -35,9 +35,7 @@ class Score(NamedTuple):
 @functools.partial(jax.jit, static_argnames="spec")
 def _token_scores(params, spec, batch: Batch, targets_BL):
   """Log-probability of each target [B, L], and whether it is the likeliest."""
-  x_BLD, _ = forward.states(
-    params, spec, batch.anchor, batch.augmenting, batch.visible
-  )
+  x_BLD, _ = forward.states(params, spec, batch)
 
   def row(x_and_targets):  # one row's logits at a time are held
     x_LD, targets_L = x_and_targets
@@ -55,7 +53,7 @@ def score(
   prompts: Rows[Rows[int]],
   completions: Rows[Rows[int]],
   *,
-  readers: dict[str, Callable[[], Reader]] | None = None,
+  readers: Readers | None = None,
   batch_size: int = 16,
 ) -> list[Score]:
   """Log-likelihood of completions after prompts.

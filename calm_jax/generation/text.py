@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from calm_jax.composition.model import Model
 from calm_jax.core.errors import InputError
-from calm_jax.generation import decode, scoring
+from calm_jax.generation import batching, decode, scoring
 from calm_jax.generation.sampling import Sampler
 from calm_jax.generation.scoring import Score
+from calm_jax.text import stop_strings
 from calm_jax.text.tokenizer import Tokenizer
-
-_UNFINISHED = "\ufffd"  # what the start of a character decodes to
 
 
 def with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
@@ -19,7 +19,7 @@ def with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 
 
 def generate(
-  model,
+  model: Model,
   prompts: Sequence[str],
   max_new_tokens: int,
   sampler: Sampler,
@@ -35,6 +35,9 @@ def generate(
   def text(i, new):
     return tokenizer.decode_continuation(ids[i], new)
 
+  def stopped(i, new):
+    return stop_strings.find(text(i, new), stop) >= 0
+
   out = decode.generate(
     model.params,
     model.spec,
@@ -43,17 +46,15 @@ def generate(
     stop_ids=tokenizer.stop_ids,
     sampler=sampler,
     seeds=seeds,
-    readers=model.readers(),
-    finished=(lambda i, new: _end(text(i, new), stop) >= 0) if stop else None,
+    readers=batching.readers(model),
+    finished=stopped if stop else None,
     batch_size=batch_size,
   )
-  texts = [text(i, new) for i, new in enumerate(out)]
-  ends = [_end(t, stop) for t in texts]
-  return [t if end < 0 else t[:end] for t, end in zip(texts, ends, strict=True)]
+  return [stop_strings.cut(text(i, new), stop) for i, new in enumerate(out)]
 
 
 def stream(
-  model,
+  model: Model,
   prompt: str,
   max_new_tokens: int,
   sampler: Sampler,
@@ -74,24 +75,26 @@ def stream(
     stop_ids=tokenizer.stop_ids,
     sampler=sampler,
     seeds=[seed],
-    readers=model.readers(),
+    readers=batching.readers(model),
   ):
     new += tokens
     text = tokenizer.decode_continuation(ids, new)
-    end = _end(text, stop)
-    if end >= 0:
-      text = text[:end]
+    if stop_strings.find(text, stop) >= 0:
+      text = stop_strings.cut(text, stop)
       break
-    sure = _sure(text, stop)
-    if sure > sent:
-      yield text[sent:sure]
-      sent = sure
+    settled = stop_strings.settled_length(text, stop)
+    if settled > sent:
+      yield text[sent:settled]
+      sent = settled
   if text[sent:]:
     yield text[sent:]
 
 
 def score(
-  model, prompts: Sequence[str], completions: Sequence[str], batch_size: int
+  model: Model,
+  prompts: Sequence[str],
+  completions: Sequence[str],
+  batch_size: int,
 ) -> list[Score]:
   """See `LanguageModel.score`."""
   tokenizer = model.text()
@@ -108,22 +111,6 @@ def score(
       tokenizer.encode_continuation(p, c)
       for p, c in zip(prompts, completions, strict=True)
     ],
-    readers=model.readers(),
+    readers=batching.readers(model),
     batch_size=batch_size,
   )
-
-
-def _end(text: str, stop: Sequence[str]) -> int:
-  """Where the first of the stop strings begins; -1 if there is none."""
-  return min((at for s in stop if (at := text.find(s)) >= 0), default=-1)
-
-
-def _sure(text: str, stop: Sequence[str]) -> int:
-  """How much of a text no further token can take back."""
-  sure = len(text.rstrip(_UNFINISHED))
-  for s in stop:
-    for n in range(min(len(s) - 1, sure), 0, -1):
-      if text[:sure].endswith(s[:n]):
-        sure -= n
-        break
-  return sure

@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from calm_jax.composition import connections, forward
+from calm_jax.composition import connections, cross_attention, forward
 from calm_jax.composition.connections import Augmenting, Composition
 from calm_jax.core import trees
-from calm_jax.core.batch import plain_sequence
+from calm_jax.core.batch import Batch, plain_sequence
 from calm_jax.core.errors import InputError
 from calm_jax.models import decoder, lora
 from calm_jax.models.config import ModelConfig
@@ -68,7 +68,7 @@ def parameters(spec: Composition) -> dict[str, int]:
   """
   counts = {}
   for prefix, count_model, theta in (
-    ("", _count_model, trees.count(forward.param_shapes(spec))),
+    ("", _count_model, trees.count(cross_attention.param_shapes(spec))),
     ("paper_", paper_model_count, connections.paper_count(spec)),
   ):
     models = [count_model(joined.config) for _, joined in spec.augmenting]
@@ -127,7 +127,7 @@ def training_flops(
     "augmenting": {
       name: decoder.param_shapes(a.config) for name, a in spec.augmenting
     },
-    "composition": forward.param_shapes(spec),
+    "composition": cross_attention.param_shapes(spec),
   }
   sizes = batch, length, other_length
   alone = Composition(spec.anchor)
@@ -178,13 +178,14 @@ def _count(
   def logits(chosen, frozen, tokens_BL):
     rows = plain_sequence(jnp.zeros((batch, other_length), jnp.int32))
     visible_BL = jnp.full(tokens_BL.shape, other_length)
-    return forward.forward(
-      trees.merge(chosen, frozen),
-      spec,
+    rows_of_all = Batch(
       plain_sequence(tokens_BL),
       dict.fromkeys(names, rows),
       dict.fromkeys(names, visible_BL),
-    )[0]
+      prompt_ends=jnp.full(tokens_BL.shape, length),
+    )
+    params = trees.merge(chosen, frozen)
+    return forward.forward(params, spec, rows_of_all)[0]
 
   def loss(chosen, frozen, tokens_BL):
     logits_BLV = logits(chosen, frozen, tokens_BL)

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from calm_jax.composition import cross_attention, forward
 from calm_jax.core import trees
-from calm_jax.core.batch import Sequence
+from calm_jax.core.batch import Batch, Sequence
 from calm_jax.core.errors import InputError
 from calm_jax.experiments import run_models, sharded_models
-from calm_jax.generation import batching, decode
+from calm_jax.generation import batching, decode, decode_steps
 from calm_jax.generation.sampling import GREEDY
 from calm_jax.parallel import sharding
 from calm_jax.planning import flops, shapes
@@ -170,7 +170,7 @@ def training(placed: Placed, rows: int) -> Program:
 
 
 def decoding(placed: Placed, rows: int, slots: int) -> Program:
-  """`decode.advance`: up to CHUNK tokens for each of `rows` rows.
+  """`decode_steps.advance`: up to CHUNK tokens for each of `rows` rows.
 
   Caches have `slots` slots, all of which are multiplied with, read or not.
   """
@@ -183,8 +183,11 @@ def decoding(placed: Placed, rows: int, slots: int) -> Program:
     *(jax.ShapeDtypeStruct((rows, batching.SHORTEST), jnp.int32),) * 3
   )
   names = [name for name, _ in spec.augmenting]
-  batch = batching.Batch(
-    prompt, dict.fromkeys(names, prompt), dict.fromkeys(names, prompt.tokens)
+  batch = Batch(
+    prompt,
+    dict.fromkeys(job.own, prompt),
+    dict.fromkeys(names, prompt.tokens),
+    prompt_ends=prompt.tokens,
   )
   row = jax.ShapeDtypeStruct((rows,), jnp.int32)
   stop = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -193,7 +196,9 @@ def decoding(placed: Placed, rows: int, slots: int) -> Program:
   lengths = {n: row for n in every if n not in job.own}
 
   def begin(params, batch, row, stop, lengths):
-    return decode.start(params, spec, batch, row, stop, lengths, **options)
+    return decode_steps.start(
+      params, spec, batch, row, stop, lengths, **options
+    )
 
   state = jax.eval_shape(begin, params, batch, row, stop, lengths)
   cache = layout and layout.caches(state.cache)
@@ -204,7 +209,7 @@ def decoding(placed: Placed, rows: int, slots: int) -> Program:
     placed.at(stop),
     placed.at(jax.ShapeDtypeStruct((), jnp.int32)),
   )
-  traced = decode.advance.trace(
+  traced = decode_steps.advance.trace(
     arguments[0],
     spec,
     *arguments[1:],
@@ -218,7 +223,7 @@ def decoding(placed: Placed, rows: int, slots: int) -> Program:
 
 
 def _unstacked(params: dict) -> dict:
-  """What `decode.prepare` makes of parameters on one CPU."""
+  """What `decode_steps.prepare` makes of parameters on one CPU."""
 
   def one(model):
     layers = model["layers"]

@@ -16,7 +16,7 @@ words longer than MAX_CHUNK get tokens that it would not have split them into.
 
     ends     e_t, the byte of the text at which anchor token t ends
     closes   the byte at which each token of the augmenting model is visible
-    visible  how many of them have closes <= e_t (design: visibility)
+    visible  how many of them have closes <= e_t (see `composition.visibility`)
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from __future__ import annotations
 import codecs
 import functools
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -108,7 +109,11 @@ class Chunker:
 
 def chunks(text: str | bytes) -> list[Chunk]:
   """The chunks of a text, without the one that is open at its end."""
-  return Chunker().push(text.encode() if isinstance(text, str) else text)
+  return Chunker().push(_utf8(text))
+
+
+def _utf8(text: str | bytes) -> bytes:
+  return text.encode() if isinstance(text, str) else text
 
 
 class ChunkEncoder:
@@ -123,7 +128,7 @@ class ChunkEncoder:
     return self._remembered(chunk.text, chunk.start == 0)
 
   def encode(
-    self, prompt: str, completion: str
+    self, prompt: str | bytes, completion: str | bytes
   ) -> tuple[np.ndarray, np.ndarray]:
     """All tokens that a text makes visible, BOS first if there is one.
 
@@ -134,11 +139,21 @@ class ChunkEncoder:
     Returns:
       (int64 [M] token ids, int64 [M] their closes), closes not decreasing.
     """
-    stream = AugmentingStream(self)
-    stream.push(prompt.encode())
-    stream.cut()
-    stream.push(completion.encode())
-    return np.array(stream.ids, np.int64), np.array(stream.closes, np.int64)
+    chunker = Chunker()
+    closed = [*chunker.push(_utf8(prompt)), *chunker.cut()]
+    closed += chunker.push(_utf8(completion))
+    ids = self.first_ids()
+    closes = [0] * len(ids)
+    for chunk in closed:
+      tokens = self.tokens(chunk)
+      ids += tokens
+      closes += [chunk.close] * len(tokens)
+    return np.array(ids, np.int64), np.array(closes, np.int64)
+
+  def first_ids(self) -> list[int]:
+    """What is visible before any text: BOS if there is one."""
+    bos = self.tokenizer.bos_id
+    return [] if bos is None else [bos]
 
   def _tokens(self, text: str, first: bool) -> tuple[int, ...]:
     tokenizer = self.tokenizer
@@ -147,45 +162,55 @@ class ChunkEncoder:
     )
 
 
-class AugmentingStream:
-  """An augmenting model's tokens beside a text that is being generated.
+class AlignedReader:
+  """An augmenting model's tokens for one text of the anchor's that grows.
 
-  After the bytes of the anchor's tokens up to t have been pushed, t may see all
-  tokens in `ids`; so may the last token of a prompt after `cut`:
-
-      stream = AugmentingStream(encoder)
-      ids, ends = prompt_ends(anchor, prompt)
-      stream.push(prompt.encode())
-      stream.cut()
-      visible = align(ends, stream.closes)  # of the prompt's tokens
-      [data] = anchor.spell([new], previous=ids)
-      stream.push(data)                     # what `new` may see: all of it
+  After the anchor's tokens up to t have been read, t may see all of `ids`.
 
   Attributes:
     ids: all visible token ids, BOS first if there is one.
-    closes: the byte of the text at which each became visible.
   """
 
-  def __init__(self, encoder: ChunkEncoder):
-    self._encoder, self._chunker = encoder, Chunker()
-    bos = encoder.tokenizer.bos_id
-    self.ids = [] if bos is None else [bos]
-    self.closes = [0] * len(self.ids)
+  def __init__(self, anchor: Tokenizer, encoder: ChunkEncoder):
+    self._anchor, self._encoder, self._chunker = anchor, encoder, Chunker()
+    self._anchor_ids: list[int] = []
+    self.ids = encoder.first_ids()
 
-  def push(self, data: bytes) -> list[int]:
-    """The tokens that more of the text makes visible."""
+  def read(
+    self, ids: Sequence[int], prompt_length: int
+  ) -> tuple[list[int], list[int]]:
+    """Reads the first tokens of the anchor.
+
+    Args:
+      ids: what there is of the text.
+      prompt_length: how many of them are its prompt, whose end closes a chunk;
+        0 if that is not known.
+
+    Returns:
+      (the visible tokens, how many of them each anchor token may see).
+
+    Raises:
+      InputError: the anchor's tokenizer cannot tell what its ids spell.
+    """
+    counts = []
+    for count, data in enumerate(self._anchor.spell(ids), start=1):
+      self._add(self._chunker.push(data))
+      if count == prompt_length:
+        self._add(self._chunker.cut())
+      counts.append(len(self.ids))
+    self._anchor_ids += ids
+    return list(self.ids), counts
+
+  def push(self, token: int) -> list[int]:
+    """Reads one more token of the anchor; the tokens that become visible."""
+    [data] = self._anchor.spell([token], previous=self._anchor_ids)
+    self._anchor_ids.append(token)
     return self._add(self._chunker.push(data))
 
-  def cut(self) -> list[int]:
-    """The tokens that the end of the prompt makes visible."""
-    return self._add(self._chunker.cut())
-
-  def _add(self, found: list[Chunk]) -> list[int]:
+  def _add(self, closed: list[Chunk]) -> list[int]:
     before = len(self.ids)
-    for chunk in found:
-      tokens = self._encoder.tokens(chunk)
-      self.ids += tokens
-      self.closes += [chunk.close] * len(tokens)
+    for chunk in closed:
+      self.ids += self._encoder.tokens(chunk)
     return self.ids[before:]
 
 

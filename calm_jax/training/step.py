@@ -12,7 +12,6 @@ import optax
 
 from calm_jax.composition import forward
 from calm_jax.composition.connections import Composition
-from calm_jax.composition.cross_attention import limit_visible
 from calm_jax.core import trees
 from calm_jax.core.batch import Batch
 from calm_jax.models import decoder
@@ -67,20 +66,7 @@ def batch_logits(params: dict, spec: Composition, batch: Batch):
 
 def batch_states(params: dict, spec: Composition, batch: Batch):
   """Hidden states [B, L, D] after the last layer."""
-  augmenting, visible = {}, {}
-  for name, joined in spec.augmenting:
-    if name in batch.augmenting:
-      augmenting[name] = batch.augmenting[name]
-      visible[name] = limit_visible(
-        joined.visibility, batch.visible[name], batch.prompt_ends
-      )
-    else:
-      augmenting[name] = batch.anchor
-      if joined.visibility != "causal":
-        visible[name] = forward.visible_tokens(
-          joined.visibility, batch.anchor.tokens.shape, batch.prompt_ends
-        )
-  return forward.states(params, spec, batch.anchor, augmenting, visible)[0]
+  return forward.states(params, spec, batch)[0]
 
 
 def initial_state(optimizer: Optimizer, trainable: dict) -> dict[str, Any]:

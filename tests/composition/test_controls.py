@@ -20,7 +20,7 @@ from calm_jax.composition.connections import (
 )
 from calm_jax.composition.controls import controlled
 from calm_jax.core import trees
-from calm_jax.core.batch import plain_sequence
+from calm_jax.core.batch import Batch, plain_sequence
 from calm_jax.core.errors import InputError
 
 L = 8
@@ -153,7 +153,8 @@ def test_the_future_is_not_seen(control):
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _step(params, spec, sequence, cache, index):
-  return forward.forward(params, spec, sequence, cache=cache, index=index)
+  batch = Batch(sequence, {}, {})
+  return forward.forward(params, spec, batch, cache=cache, index=index)
 
 
 @pytest.mark.parametrize("control", DESTROYED)

@@ -19,7 +19,7 @@ from calm_jax.composition.connections import (
   default_connections,
   paper_count,
 )
-from calm_jax.core.batch import plain_sequence
+from calm_jax.core.batch import Batch, plain_batch, plain_sequence
 from calm_jax.core.errors import InputError
 
 L = 8
@@ -178,20 +178,15 @@ def test_unmasked_leaks_the_future():
 
 def test_encoder_sees_the_prompt_only():
   spec, params = helpers.compose(visibility="encoder")
-  visible = {
-    "kv": forward.visible_tokens(
-      "encoder", TOKENS.shape, jnp.full(TOKENS.shape, 3)
-    )
-  }
-  np.testing.assert_array_equal(visible["kv"][0], [1, 2, 3, 3, 3, 3, 3, 3])
-  same = augmenting_only(params, spec, TOKENS, visible=visible)
+  ends = jnp.full(TOKENS.shape, 3)
+  same = augmenting_only(params, spec, TOKENS, prompt_ends=ends)
   past_prompt = augmenting_only(
-    params, spec, scramble(TOKENS, 2), visible=visible
+    params, spec, scramble(TOKENS, 2), prompt_ends=ends
   )
   np.testing.assert_array_equal(past_prompt, same)
   theirs = scramble(TOKENS, 1)
   difference = moved(
-    augmenting_only(params, spec, theirs, visible=visible), same
+    augmenting_only(params, spec, theirs, prompt_ends=ends), same
   )
   assert difference == [False] * 2 + [True] * 6
 
@@ -200,14 +195,6 @@ def test_encoder_needs_to_know_the_prompt():
   spec, params = helpers.compose(visibility="encoder")
   with pytest.raises(InputError, match="where prompts end"):
     augmenting_only(params, spec, TOKENS)
-
-
-def test_visible_tokens_from_a_slot():
-  shape = (1, 3)
-  causal = forward.visible_tokens("causal", shape, first_slot=5)
-  np.testing.assert_array_equal(causal, [[6, 7, 8]])
-  encoder = forward.visible_tokens("encoder", shape, jnp.array([[7]]), 5)
-  np.testing.assert_array_equal(encoder, [[6, 7, 7]])
 
 
 def test_a_position_that_sees_nothing_gets_exactly_nothing():
@@ -273,8 +260,8 @@ def test_packed_segments_do_not_read_each_other():
 def test_contributions_at_one_layer_add_up():
   # Both read the same H_B, so at the last layer they are linear in W^O.
   spec, params = helpers.compose(("kv", "code"), connections=((3, 4),))
-  sequence = plain_sequence(TOKENS)
-  run = jax.jit(lambda params: forward.states(params, spec, sequence)[0])
+  batch = plain_batch(TOKENS)
+  run = jax.jit(lambda params: forward.states(params, spec, batch)[0])
 
   def without(name):
     theta = dict(params["composition"])
@@ -294,7 +281,8 @@ def test_contributions_at_one_layer_add_up():
 
 @functools.partial(jax.jit, static_argnums=1)
 def step(params, spec, sequence, cache, index):
-  return forward.forward(params, spec, sequence, cache=cache, index=index)
+  batch = Batch(sequence, {}, {})
+  return forward.forward(params, spec, batch, cache=cache, index=index)
 
 
 @pytest.mark.parametrize("names", [(), ("kv", "code")])
@@ -326,7 +314,7 @@ def test_cached_decoding_equals_the_full_pass(names):
 def cross_entropy(theta, frozen, spec, tokens):
   """Mean over all positions, each predicting its own token."""
   logits, _ = forward.forward(
-    frozen | {"composition": theta}, spec, plain_sequence(tokens)
+    frozen | {"composition": theta}, spec, plain_batch(tokens)
   )
   picked = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
   return jnp.mean(jax.nn.logsumexp(logits, -1) - picked)
@@ -379,19 +367,14 @@ def test_alone():
       forward.alone(spec, params, name)
 
 
-def test_look_shows_where_heads_look():
+def test_attention_weights_show_where_heads_look():
   spec, params = helpers.compose()
-
-  @jax.jit
-  def run(params):
-    look = {}
-    sequence = plain_sequence(TOKENS)
-    forward.states(params, spec, sequence, look=look)
-    return {f"{name}/{c.name}": weights for (name, c), weights in look.items()}
-
-  look = run(params)
-  assert list(look) == ["kv/layer_2_to_2", "kv/layer_3_to_4"]
-  for weights in look.values():
+  run = jax.jit(forward.attention_weights, static_argnums=1)
+  found = run(params, spec, plain_batch(TOKENS))
+  names = [f"{name}/{c.name}" for name, c in spec.connections()]
+  assert names == ["kv/layer_2_to_2", "kv/layer_3_to_4"]
+  assert len(found) == 2
+  for weights in found:
     assert weights.shape == (2, 4, L, L)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
     assert not np.triu(np.asarray(weights), 1).any()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import calm_jax
-from calm_jax.composition import forward
+from calm_jax.composition import cross_attention
 from calm_jax.composition.connections import Composition
 from calm_jax.core import trees
 from calm_jax.core.batch import plain_sequence
@@ -88,7 +88,9 @@ def test_contributions_are_summed_from_one_hidden_state(parts):
 
   def given(part, model, name, pair, x):
     joined = dict(part.spec.augmenting)[name]
-    cross = forward.CrossAttention(config, joined.norm, joined.output_init)
+    cross = cross_attention.CrossAttention(
+      config, joined.norm, joined.output_init
+    )
     theta = part.params["composition"][name]["layer_{}_to_{}".format(*pair)]
     return cross.apply({"params": theta}, x, hidden(model, pair[0])[0], causal)
 

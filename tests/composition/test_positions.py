@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import composed
 
-from calm_jax.composition import forward
+from calm_jax.composition import cross_attention
 from calm_jax.composition.connections import Augmenting, Composition, Connection
 from calm_jax.core.errors import InputError
 
@@ -19,7 +19,7 @@ TOKENS = np.random.default_rng(0).integers(0, 61, (2, 8)).astype(np.int32)
 
 def test_positions_turn_by_the_distance_to_the_newest_token_in_sight():
   config, _ = helpers.model(0)  # 4 heads of 8
-  cross = forward.CrossAttention(config, True, "normal", "rope")
+  cross = cross_attention.CrossAttention(config, True, "normal", "rope")
   random = np.random.default_rng(0)
   x_LD, h_ME = (random.normal(size=s) for s in ((5, 32), (7, 24)))
   visible = np.array([1, 1, 3, 4, 7])
@@ -55,7 +55,7 @@ def test_positions_turn_by_the_distance_to_the_newest_token_in_sight():
   out = (weights @ v).swapaxes(0, 1).reshape(5, 32)
   want = out @ np.asarray(params["output"]["kernel"], np.float64)
   np.testing.assert_allclose(got[0], want, rtol=2e-5, atol=1e-6)
-  plain = forward.CrossAttention(config, True, "normal")
+  plain = cross_attention.CrossAttention(config, True, "normal")
   other = plain.apply({"params": params}, *inputs, mask[None])
   assert np.abs(np.asarray(other[0]) - want).max() > 1e-3
 

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm_jax.composition import forward
 from calm_jax.composition.connections import Composition
 from calm_jax.core.batch import plain_sequence
 from calm_jax.core.errors import InputError
-from calm_jax.generation import batching, decode
+from calm_jax.generation import batching, decode, decode_steps
 from calm_jax.generation.sampling import Sampler
 from calm_jax.models.rope import Rope
 
@@ -39,13 +38,8 @@ def naive(params, spec, prompt, new=NEW):
   ids, length = list(prompt), 17 + NEW
   for _ in range(new):
     sequence = helpers.rows([np.array(ids), length - len(ids)], length=length)
-    visible = {
-      name: forward.visible_tokens(
-        joined.visibility, (1, length), jnp.full((1, length), len(prompt))
-      )
-      for name, joined in spec.augmenting
-    }
-    logits = helpers.composed(params, spec, sequence, visible=visible)
+    ends = jnp.full((1, length), len(prompt))
+    logits = helpers.composed(params, spec, sequence, prompt_ends=ends)
     ids.append(int(logits[0, len(ids) - 1].argmax()))
   return ids[len(prompt) :]
 
@@ -126,14 +120,15 @@ def test_logits_while_generating_are_those_of_the_finished_text(
   def watched(step):
     def run(*args, **kwargs):
       out = step(*args, **kwargs)
-      state = out if isinstance(out, decode.State) else out[0]
+      state = out if isinstance(out, decode_steps.DecodeState) else out[0]
       seen.append(np.asarray(state.logits_BV))
       return out
 
     return run
 
   for name in ("start", "advance"):
-    monkeypatch.setattr(decode, name, watched(getattr(decode, name)))
+    step = watched(getattr(decode_steps, name))
+    monkeypatch.setattr(decode_steps, name, step)
   got = decode.generate(params, spec, PROMPTS, max_new_tokens=new, readers=own)
   assert len(seen) == new
   order = sorted(range(len(PROMPTS)), key=lambda i: len(PROMPTS[i]))
@@ -145,10 +140,7 @@ def test_logits_while_generating_are_those_of_the_finished_text(
       spec, [ids], [given], {n: [make()] for n, make in own.items()}, rows=1
     )
     # The plain forward pass: nothing folded, cached or unstacked.
-    full = helpers.composed(
-      params, spec, batch.anchor, augmenting=batch.augmenting,
-      visible=batch.visible,
-    )  # fmt: skip
+    full = helpers.composed(params, spec, *batch[:4])
     full = np.asarray(full)[0, -new - 1 : -1]
     cached = np.stack([s[row] for s in seen])
     worst = max(worst, np.abs(cached - full).max())
@@ -188,16 +180,17 @@ def test_an_own_tokenizer_that_reads_too_much_is_an_error():
 
 def test_many_lengths_are_few_programs():
   spec, params = helpers.compose(names=("a",))  # shapes of no other test
-  before = decode.start._cache_size() + decode.advance._cache_size()
+  programs = decode_steps.start, decode_steps.advance
+  before = sum(program._cache_size() for program in programs)
   prompts = [[1 + i % 60] * (3 * i + 1) for i in range(32)]
   decode.generate(params, spec, prompts, max_new_tokens=3, batch_size=8)
-  after = decode.start._cache_size() + decode.advance._cache_size()
+  after = sum(program._cache_size() for program in programs)
   assert 2 <= after - before <= 6
 
 
 def test_weights_on_a_cpu_are_read_without_a_copy():
   config, params = helpers.model(1, width=64)
-  layers = decode.prepare({"anchor": params})["anchor"]["layers"]
+  layers = decode_steps.prepare({"anchor": params})["anchor"]["layers"]
   stack = params["layers"]["mlp"]["up"]["kernel"]
   for i, layer in enumerate(layers):
     kernel = layer["mlp"]["up"]["kernel"]

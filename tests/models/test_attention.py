@@ -19,6 +19,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from calm_jax.composition import forward
+from calm_jax.core.batch import Batch, Sequence
 from calm_jax.core.errors import InputError
 from calm_jax.models import attention, masks
 from calm_jax.models.masks import window_mask
@@ -203,12 +204,13 @@ def composed(attention_kernel: str, at=4, cap: float | None = 3.0, **changes):
   segments = np.repeat([[1, 2, 0], [1, 1, 2]], [50, 70, 13], 1)
   starts = np.repeat([[0, 50, 120], [0, 0, 120]], [50, 70, 13], 1)
   tokens = np.random.default_rng(1).integers(0, 61, segments.shape)
-  sequence = forward.Sequence(
+  sequence = Sequence(
     *map(jnp.asarray, (tokens, segments, np.arange(133) - starts))
   )
 
   def loss(theta):
-    logits, _ = forward.forward(params | {"composition": theta}, spec, sequence)
+    batch = Batch(sequence, {}, {})
+    logits, _ = forward.forward(params | {"composition": theta}, spec, batch)
     return (jnp.sin(logits) * (segments > 0)[..., None]).sum()
 
   return loss, params["composition"]

@@ -15,7 +15,7 @@ import qwix
 import tiny
 
 import calm_jax
-from calm_jax.composition import forward
+from calm_jax.composition import cross_attention
 from calm_jax.composition.connections import Augmenting, Composition, Connection
 from calm_jax.core import trees
 from calm_jax.core.batch import plain_sequence
@@ -221,7 +221,7 @@ def test_a_step_never_holds_the_dequantised_stack():
     lambda: {
       "anchor": decoder.init(jax.random.key(0), config),
       "augmenting": params["augmenting"],
-      "composition": forward.init(jax.random.key(0), spec),
+      "composition": cross_attention.init(jax.random.key(0), spec),
     }
   )
   layers = size(shapes["anchor"]["layers"]) * 2

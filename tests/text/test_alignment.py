@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from calm_jax.core.errors import InputError
 from calm_jax.text.alignment import (
   MAX_CHUNK,
-  AugmentingStream,
+  AlignedReader,
   ChunkEncoder,
   Chunker,
   align,
@@ -190,19 +190,21 @@ def check_generation(anchor, encoders, text):
   parts = [anchor.spell([i], ids[:t])[0] for t, i in enumerate(ids)]
   assert b"".join(parts) == data
   for encoder in encoders:
-    stream, finished = AugmentingStream(encoder), AugmentingStream(encoder)
-    finished.push(data)
+    reader = AlignedReader(anchor, encoder)
     counts = []
-    for part in parts:
-      before = len(stream.ids)
-      assert stream.push(part) == stream.ids[before:]
-      counts.append(len(stream.ids))
-    assert (stream.ids, stream.closes) == (finished.ids, finished.closes)
-    assert align(ends, np.array(finished.closes)).tolist() == counts
+    for token in ids:
+      before = len(reader.ids)
+      assert reader.push(token) == reader.ids[before:]
+      counts.append(len(reader.ids))
+    tokens, closes = encoder.encode("", data)
+    assert tokens.tolist() == reader.ids
+    assert align(ends, closes).tolist() == counts
+    at_once = AlignedReader(anchor, encoder)
+    assert at_once.read(ids, 0) == (reader.ids, counts)
     if data == text.encode():
       assert (anchor.byte_ends(text)[1] == ends).all()
-      tokens, closes = encoder.encode("", text)
-      assert (tokens.tolist(), closes.tolist()) == (stream.ids, stream.closes)
+      again, ends_again = encoder.encode("", text)
+      assert (again == tokens).all() and (ends_again == closes).all()
 
 
 def check_all(kinds, text, one, other):

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from calm_jax.composition import forward
+from calm_jax.composition import cross_attention, forward
 from calm_jax.composition.connections import Augmenting, Composition, Connection
-from calm_jax.core.batch import plain_sequence
+from calm_jax.core.batch import plain_batch
 from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
 
@@ -32,12 +32,12 @@ def lower(spec: Composition, batch: int = B, length: int = L):
       n: decoder.param_shapes(a.config) for n, a in spec.augmenting
     },
   }
-  theta = forward.param_shapes(spec)
+  theta = cross_attention.param_shapes(spec)
   tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
 
   def loss(theta, frozen, tokens):
     logits, _ = forward.forward(
-      frozen | {"composition": theta}, spec, plain_sequence(tokens)
+      frozen | {"composition": theta}, spec, plain_batch(tokens)
     )
     picked = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
     return jnp.mean(jax.nn.logsumexp(logits, -1) - picked)

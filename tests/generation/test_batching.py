@@ -11,13 +11,13 @@ import pytest
 import real_tokenizers
 
 import calm_jax
-from calm_jax.composition import cross_attention
 from calm_jax.composition.connections import Composition, connect
-from calm_jax.core.batch import plain_sequence
+from calm_jax.composition.visibility import visible_counts
 from calm_jax.core.errors import InputError
 from calm_jax.data import pipeline
 from calm_jax.data.documents import RowOptions
 from calm_jax.data.examples import TextExample
+from calm_jax.generation import batching
 from calm_jax.language_model import LanguageModel
 from calm_jax.text.alignment import ChunkEncoder, align, prompt_ends
 from calm_jax.training import step
@@ -131,7 +131,7 @@ def test_scrambling_the_future_changes_no_logit(anchor, augmenting):
 
 
 def test_packed_rows_equal_each_text_by_itself(toys, augmenting):
-  """By itself: what `beside` reads from the anchor's ids alone."""
+  """By itself: laid out from the anchor's ids alone."""
   model = compose(decoder(toys["byte_level"], 1), augmenting)
   [batch] = batches(model, EXAMPLES[1:3], batch_size=1)
   logits = logits_of(model, batch)
@@ -143,12 +143,7 @@ def test_packed_rows_equal_each_text_by_itself(toys, augmenting):
     expected = helpers.composed(
       model.params,
       model.spec,
-      plain_sequence(ids),
-      **dict(
-        zip(
-          ("augmenting", "visible"), model.beside(ids, int(given)), strict=True
-        )
-      ),
+      *batching.token_batch(model, ids, int(given))[:4],
     )
     np.testing.assert_allclose(
       logits[0, where], expected[0], rtol=1e-4, atol=1e-4
@@ -188,7 +183,7 @@ def test_same_tokens_add_nothing(toys):
   for batch, expected in zip(batches(model, pack=False), plain, strict=True):
     assert batch.augmenting == batch.visible == {}
     jax.tree.map(np.testing.assert_array_equal, batch, expected)
-  assert model.beside([[1]]) == (None, None)
+  assert batching.token_batch(model, [[1]]).augmenting == {}
 
 
 def test_rows_hold_no_more_than_both_lengths(anchor, augmenting):
@@ -242,7 +237,7 @@ def test_an_encoder_shows_the_prompt_only(toys, augmenting):
   before, real = logits_of(model, batch), batch.anchor.segments > 0
   for name in augmenting:
     causal = batch.visible[name]
-    shown = cross_attention.limit_visible("encoder", causal, batch.prompt_ends)
+    shown = np.asarray(visible_counts("encoder", batch, name))
     for row in range(2):
       given = batch.prompt_ends[row, 0]
       limit = causal[row, given - 1]
@@ -263,7 +258,7 @@ def test_where_it_looks(toys):
   L, M = len(look["tokens"]), len(look["augmenting_tokens"])
   assert look["weights"].shape == (2, 4, L, M)
   assert "▁cat" in "".join(look["augmenting_tokens"])
-  [visible] = model.beside([ids], 3)[1].values()
+  [visible] = batching.token_batch(model, [ids], 3).visible.values()
   for t, count in enumerate(visible[0]):
     assert not look["weights"][:, :, t, count:].any()
 

@@ -1,0 +1,126 @@
+"""An augmenting model's pass: from tokens to each connection's keys and values.
+
+B batch, L length, M augmenting length, S slots of a cache.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+from calm_jax.composition import cross_attention
+from calm_jax.composition.connections import Composition
+from calm_jax.composition.controls import controlled
+from calm_jax.core.batch import Sequence
+from calm_jax.models import cache as cache_lib
+from calm_jax.models import decoder, masks
+from calm_jax.models.attention import SegmentMask
+from calm_jax.models.config import ModelConfig
+
+Array = jax.Array
+
+
+class ModelPass(NamedTuple):
+  """One model while it reads a sequence: what all of its layers need."""
+
+  params: dict
+  config: ModelConfig
+  context: object  # of `masks.make_context`
+  segments: Array  # of the keys, [B, S]
+
+  def layers(self, x, cache, start, stop):
+    """Runs the layers start .. stop - 1."""
+    return decoder.run_layers(
+      self.params, self.config, x, self.context, start, stop, cache
+    )
+
+  def cache(self, layers: dict | None) -> dict | None:
+    """The model's part of the decoding cache; None without one."""
+    if layers is None:
+      return None
+    return {"layers": layers, "segments": self.segments}
+
+
+def embed(
+  params: dict,
+  config: ModelConfig,
+  sequence: Sequence,
+  cache: dict | None,
+  index: Array | None,
+  lengths_B: Array | None,
+) -> tuple[ModelPass, Array, dict | None]:
+  """Embeds a sequence, whose keys go to slots index .. of a cache.
+
+  Returns:
+    (the decoder, hidden states [B, L, width], the cache of its layers).
+  """
+  segments, layers = sequence.segments, None
+  if cache is not None:
+    layers = cache["layers"]
+    segments = jax.lax.dynamic_update_slice(
+      cache["segments"], segments, (0, index)
+    )
+  if cache is None and config.compute.attention == "splash":
+    mask = SegmentMask(segments, segments, sequence.positions)
+  else:
+    mask = masks.self_attention_mask(
+      sequence.segments, segments, 0 if index is None else index
+    )
+  context = masks.make_context(
+    config, sequence.positions, mask, index, lengths_B
+  )
+  x = decoder.embed(params, config, sequence.tokens, sequence.positions)
+  return ModelPass(params, config, context, segments), x, layers
+
+
+def keys_values(
+  params: dict,
+  spec: Composition,
+  name: str,
+  sequence: Sequence,
+  cache: dict | None = None,
+  index: Array | None = None,
+  lengths_B: Array | None = None,
+) -> dict:
+  """Runs an augmenting model and computes each connection's keys and values.
+
+  The model runs up to its last tapped layer, without its head.
+
+  Args:
+    params: the whole tree.
+    spec: what is composed.
+    name: of the augmenting model.
+    sequence: its tokens, [B, M].
+    cache: {"augmenting", "cross"} of this model, or None.
+    index: int32 [], the slot of the first token; with a cache only.
+    lengths_B: how long its rows will have become; see `states`.
+
+  Returns:
+    {"augmenting": {"segments": [B, S] of the keys, and with a cache
+    "layers"}, "cross": {connection: {"key", "value"}}}.
+  """
+  joined = dict(spec.augmenting)[name]
+  model, x, layers = embed(
+    params["augmenting"][name],
+    joined.config,
+    sequence,
+    None if cache is None else cache["augmenting"],
+    index,
+    lengths_B,
+  )
+  tapped, done = {}, 0
+  for layer in sorted({c.augmenting for c in joined.connections}):
+    x, layers = model.layers(x, layers, done, layer)
+    tapped[layer], done = x, layer
+  cross = {}
+  for connection in joined.connections:
+    layer = connection.augmenting
+    attention = cross_attention.bound(params, spec, name, connection)
+    h_BME = controlled(joined, tapped[layer], sequence.positions, layer)
+    made = attention.keys_values(h_BME, sequence.positions)
+    if cache is not None:
+      made = cache_lib.extend(cache["cross"][connection.name], made, 0, index)
+    cross[connection.name] = made
+  kept = model.cache(layers) or {"segments": model.segments}
+  return {"augmenting": kept, "cross": cross}

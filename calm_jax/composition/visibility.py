@@ -1,0 +1,80 @@
+"""Which tokens of an augmenting model each anchor position may attend to.
+
+All cases come down to one number: an anchor position may attend to the slots
+of the augmenting model's row that lie before its visible count.
+
+    the same tokens, causal    the slot of the position itself, plus one
+    other tokens, causal       counted by the text; see `text.alignment`
+    encoder (§4.4)             the same, but no more than the prompt's end sees
+    unmasked                   all, which leaks the targets in training
+
+B batch, L anchor length, M augmenting length.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from calm_jax.core.batch import Batch
+from calm_jax.core.errors import InputError
+
+Array = jax.Array
+
+_EVERYTHING = jnp.iinfo(jnp.int32).max
+
+
+def visible_counts(
+  visibility: str, batch: Batch, name: str, first_slot: Array | int = 0
+) -> Array:
+  """Visible slots of an augmenting model's row for each anchor position.
+
+  Args:
+    visibility: the model's; one of `connections.VISIBILITIES`.
+    batch: the rows that are read. With a cache they are the newest ones, and a
+      model of which they hold no slot is seen as far as it has read: an
+      encoder has read its prompt only.
+    name: the augmenting model's.
+    first_slot: the slot of the first token; not 0 with a cache only.
+
+  Returns:
+    int32 [B, L].
+
+  Raises:
+    InputError: an encoder, and the batch does not say where prompts end.
+  """
+  shape = batch.anchor.tokens.shape
+  same_tokens = name not in batch.augmenting
+  if visibility == "unmasked" or not (
+    same_tokens or batch.augmenting[name].tokens.shape[1]
+  ):
+    return jnp.full(shape, _EVERYTHING, jnp.int32)
+  if name in batch.visible:
+    causal_BL = batch.visible[name]
+  else:
+    slots_L = first_slot + jnp.arange(1, shape[1] + 1, dtype=jnp.int32)
+    causal_BL = jnp.broadcast_to(slots_L, shape)
+  if visibility == "causal":
+    return causal_BL
+  if batch.prompt_ends is None:
+    raise InputError(
+      "visibility='encoder' needs to know where prompts end: give the batch "
+      "`prompt_ends`"
+    )
+  if same_tokens:
+    return jnp.minimum(batch.prompt_ends, causal_BL)
+  last_BL = jnp.maximum(batch.prompt_ends - 1, 0)
+  at_prompt_BL = jnp.take_along_axis(causal_BL, last_BL, axis=1)
+  return jnp.minimum(at_prompt_BL, causal_BL)
+
+
+def attention_mask(
+  visible_BL: Array, query_segments_BL: Array, key_segments_BM: Array
+) -> Array:
+  """The mask of a cross-attention, bool [B, L, M].
+
+  A position attends to visible slots of its own segment.
+  """
+  slots_M = jnp.arange(key_segments_BM.shape[1])
+  same_BLM = query_segments_BL[:, :, None] == key_segments_BM[:, None, :]
+  return (slots_M < visible_BL[:, :, None]) & same_BLM
