@@ -14,7 +14,6 @@ from calm_jax.composition.connections import Composition
 from calm_jax.composition.model import Model
 from calm_jax.core import hub
 from calm_jax.core.batch import Batch
-from calm_jax.core.errors import InputError
 from calm_jax.generation import attention_maps, batching
 from calm_jax.generation import text as text_lib
 from calm_jax.generation.sampling import Sampler
@@ -50,27 +49,9 @@ class LanguageModel(Model):
         rows longer than the models' length limit, or visibility="encoder",
         which needs to know where prompts end.
     """
-    tokens_BL = np.asarray(tokens_BL)
-    if tokens_BL.ndim != 2 or tokens_BL.dtype.kind not in "iu":
-      raise InputError(
-        "tokens must be integers [B, L], got "
-        f"{tokens_BL.dtype} {list(tokens_BL.shape)}"
-      )
-    V = self.spec.anchor.vocab_size
-    if tokens_BL.size and not 0 <= tokens_BL.min() <= tokens_BL.max() < V:
-      raise InputError(
-        f"token ids run from {tokens_BL.min()} to {tokens_BL.max()}; the "
-        f"vocabulary has ids 0 to {V - 1}"
-      )
-    limit = batching.max_length(self.spec)
-    if tokens_BL.shape[1] > limit:
-      raise InputError(
-        f"rows of {tokens_BL.shape[1]} tokens exceed the models' length "
-        f"limit of {limit}"
-      )
-    return _logits(
-      self.params, self.spec, batching.token_batch(self, tokens_BL)
-    )
+    tokens_BL = batching.check_tokens(self.spec, tokens_BL)
+    batch = batching.token_batch(self, tokens_BL)
+    return _logits(self.params, self.spec, batch)
 
   def generate(
     self,
@@ -100,24 +81,15 @@ class LanguageModel(Model):
     Raises:
       InputError: the model has no tokenizer, or a prompt is too long.
     """
-    alone = isinstance(prompts, str)
-    prompts = [prompts] if alone else list(prompts)
-    if isinstance(seed, int):
-      seeds = [seed + i for i in range(len(prompts))]
-    else:
-      seeds = list(seed)
-    if len(seeds) != len(prompts):
-      raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts")
-    texts = text_lib.generate(
+    return text_lib.generate(
       self,
       prompts,
       max_new_tokens,
       Sampler(**sampling),
-      stop=[stop] if isinstance(stop, str) else stop,
-      seeds=seeds,
+      stop=stop,
+      seed=seed,
       batch_size=batch_size,
     )
-    return texts[0] if alone else texts
 
   def stream(
     self,
@@ -130,18 +102,13 @@ class LanguageModel(Model):
   ) -> Iterator[str]:
     """The continuation of one text in pieces; arguments of `generate`."""
     return text_lib.stream(
-      self,
-      prompt,
-      max_new_tokens,
-      Sampler(**sampling),
-      stop=[stop] if isinstance(stop, str) else stop,
-      seed=seed,
+      self, prompt, max_new_tokens, Sampler(**sampling), stop=stop, seed=seed
     )
 
   def score(
     self, prompts: list[str], completions: list[str], *, batch_size: int = 16
   ) -> list[Score]:
-    """How likely completions are after prompts, in nats.
+    """Log-likelihoods of completions after prompts, in nats.
 
     Args:
       prompts: texts; a BOS token is put before each if the tokenizer has one.
@@ -158,7 +125,7 @@ class LanguageModel(Model):
     return text_lib.score(self, prompts, completions, batch_size)
 
   def attention(self, prompt: str, completion: str) -> dict[str, np.ndarray]:
-    """Where each connection's heads look while a completion is written.
+    """Attention weights of each connection while a completion is written.
 
     `figures.attention_figure` draws it.
 
@@ -168,17 +135,14 @@ class LanguageModel(Model):
     Raises:
       InputError: as `cross_attention`, or the model has no tokenizer.
     """
-    tokenizer = self.text()
-    ids = text_lib.with_bos(tokenizer, tokenizer.encode(prompt))
-    new = tokenizer.encode_continuation(prompt, completion)
-    return self.cross_attention(ids + new, len(ids)) | {
-      "prompt_length": len(ids)
-    }
+    ids, new = text_lib.token_ids(self, prompt, completion)
+    found = self.cross_attention(ids + new, len(ids))
+    return found | {"prompt_length": len(ids)}
 
   def cross_attention(
     self, ids: list[int], prompt_length: int
   ) -> dict[str, np.ndarray]:
-    """Where each connection's heads look, for one sequence of token ids.
+    """Attention weights of each connection, for one sequence of token ids.
 
     Args:
       ids: the sequence.

@@ -34,7 +34,7 @@ _AUTO = 16  # rows at once, for batch_size=auto
 
 @register_model("calm_jax")
 class CalmJax(TemplateLM):
-  """What the harness asks of a model; the same as its own `hf` does.
+  """Adapter that answers the harness as its own model class `hf` does.
 
   So that numbers compare, texts become tokens as there: a BOS token is put
   first if the checkpoint's own tokenizer does so, what is too long loses its
@@ -98,7 +98,7 @@ class CalmJax(TemplateLM):
 
   @property
   def prefix_token_id(self) -> int:
-    """What is put before a text without a context: BOS, else EOS."""
+    """The token before a text without a context: BOS, else EOS."""
     bos = self._text.bos_id
     return self._text.eos_id if bos is None else bos
 
@@ -228,7 +228,7 @@ class CalmJax(TemplateLM):
 
 
 def _puts_bos(folder: pathlib.Path) -> bool:
-  """Whether a checkpoint's own tokenizer begins every text with BOS."""
+  """True if a checkpoint's own tokenizer begins every text with BOS."""
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(
       str(folder), trust_remote_code=False

@@ -108,7 +108,7 @@ def _options(joined: Augmenting) -> dict[str, Any]:
 
 
 def _describe(model: Model, part: str, keep_paths: bool) -> dict[str, Any]:
-  """Where a frozen model came from, and the hashes of what it is made of."""
+  """A frozen model's entry in calm_config.json: its origin and its hashes."""
   source = model.sources[part]
   single = parts.part(model, part)
   config, params = single.spec.anchor, single.params["anchor"]
@@ -173,7 +173,7 @@ def push(
 
 
 def describes_composition(path_or_hub_id: str | os.PathLike) -> bool:
-  """Whether a folder or hub id is a composition's, not a single model's."""
+  """Tells a composition's folder or hub id from a single model's."""
   names = (CONFIG, hub.CONFIG)
   return (hub.locate(path_or_hub_id, None, names).folder / CONFIG).exists()
 

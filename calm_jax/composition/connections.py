@@ -1,4 +1,4 @@
-"""What is joined to what: connections, and the composition as data (§3.1)."""
+"""A composition as data: its models and the connections between them (§3.1)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_choice
 from calm_jax.models.config import ModelConfig
 
 VISIBILITIES = ("causal", "encoder", "unmasked")
 POSITIONS = ("none", "rope")
+OUTPUT_INITS = ("zeros", "normal")
 CONTROLS = ("none", "zeroed", "shuffled", "noise")
 
 
@@ -37,19 +38,18 @@ class Augmenting:
       ablation of §4.4), "unmasked" (all; leaks the targets in training).
     norm: RMS norm before the query and before the projection; the paper has
       none.
-    positions: what the cross-attention knows of them: "none", as in the paper,
-      or "rope": queries and keys turn by how many tokens of the augmenting
-      model lie between a key and the newest that the query sees (if unmasked,
-      in training, the last of the text).
+    positions: the positions of the cross-attention: "none", as in the paper,
+      or "rope", which rotates a key by its position and a query by that of the
+      newest key it may attend to (if unmasked, in training, the text's last).
     output_init: W^O at the start: "zeros" (the composed model starts as the
       anchor exactly) or "normal".
-    control: what is done to its states before the anchor attends to them, in
-      training and after it: "none"; "zeroed", which leaves the anchor as it
-      is; "shuffled", each row of a batch is given those of the row before it,
-      slot by slot, whatever that row holds there (in generation its own
-      continuation, and what it goes on to read after its end); "noise" of the
-      same norm, which follows from control_seed, layer and position alone.
-    control_seed: of the noise.
+    control: replaces the model's states before the anchor attends to them, in
+      training and after it: "none" does not; "zeroed" by zeros, which leaves
+      the anchor as it is; "shuffled" by those of the batch row before, slot by
+      slot, whatever that row holds there (in generation its own continuation,
+      even after its end); "noise" by noise of the same norm, which depends on
+      control_seed, layer and position only.
+    control_seed: the seed of the noise.
   """
 
   config: ModelConfig
@@ -62,18 +62,10 @@ class Augmenting:
   control_seed: int = 0
 
   def __post_init__(self):
-    if self.visibility not in VISIBILITIES:
-      raise InputError(
-        f"visibility={self.visibility!r} is none of {VISIBILITIES}"
-      )
-    if self.positions not in POSITIONS:
-      raise InputError(f"positions={self.positions!r} is none of {POSITIONS}")
-    if self.output_init not in ("zeros", "normal"):
-      raise InputError(
-        f"output_init={self.output_init!r} is neither 'zeros' nor 'normal'"
-      )
-    if self.control not in CONTROLS:
-      raise InputError(f"control={self.control!r} is none of {CONTROLS}")
+    check_choice("visibility", self.visibility, VISIBILITIES)
+    check_choice("positions", self.positions, POSITIONS)
+    check_choice("output_init", self.output_init, OUTPUT_INITS)
+    check_choice("control", self.control, CONTROLS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +85,7 @@ class Composition:
     return sorted(pairs, key=lambda pair: pair[1].anchor)
 
   def with_compute(self, changes: Callable[[str], dict]) -> Composition:
-    """The same composition, computed in another way.
+    """Returns the composition with other `Compute` options in its models.
 
     Args:
       changes: for a model, "anchor" or "augmenting/<name>", the fields of its

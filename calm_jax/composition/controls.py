@@ -1,6 +1,6 @@
 """Controls that the paper lacks: m_A's states destroyed on their way to m_B.
 
-What a composition still does with them is not what m_A knows.
+Accuracy that survives these controls cannot come from m_A's knowledge.
 
 B batch, M augmenting length, E augmenting width.
 """
@@ -19,18 +19,18 @@ Array = jax.Array
 def controlled(
   joined: Augmenting, h_BME: Array, positions_BM: Array, layer: int
 ) -> Array:
-  """The states of one tapped layer as the anchor is given them.
+  """Applies an augmenting model's `control` to the states of a tapped layer.
 
-  The same in training, in one pass and while a cache grows.
+  The result is the same in training, in one pass and while a cache grows.
 
   Args:
-    joined: whose `control` it is; see `Augmenting`.
+    joined: how the model is joined; see `Augmenting.control`.
     h_BME: hidden states.
-    positions_BM: of the tokens in their sequences.
-    layer: that was tapped.
+    positions_BM: positions of the tokens in their segments.
+    layer: the number of the layer that was tapped.
 
   Raises:
-    InputError: "shuffled", and a batch of one row.
+    InputError: control="shuffled" and a batch of one row.
   """
   if joined.control == "zeroed":
     return jnp.zeros_like(h_BME)
@@ -45,16 +45,16 @@ def controlled(
 
 
 def _noise_like(h_BME: Array, rng: Array, positions_BM: Array) -> Array:
-  """Normal noise that follows from the position alone, as long as the state."""
+  """Normal noise with the norms of the states, seeded by the positions."""
 
-  def one(position):
+  def draw(position):
     key = jax.random.fold_in(rng, position)
     return jax.random.normal(key, h_BME.shape[-1:])
 
-  def length(x):
+  def norm(x):
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return jnp.linalg.norm(wide, axis=-1, keepdims=True)
 
-  noise_BME = jax.vmap(jax.vmap(one))(positions_BM)
-  scaled_BME = noise_BME * (length(h_BME) / length(noise_BME))
+  noise_BME = jax.vmap(jax.vmap(draw))(positions_BM)
+  scaled_BME = noise_BME * (norm(h_BME) / norm(noise_BME))
   return scaled_BME.astype(h_BME.dtype)

@@ -73,7 +73,7 @@ def empty_cache(
 
 
 class _Contribution(NamedTuple):
-  """What a connection adds to the anchor's hidden state, but for the query."""
+  """One connection's term in the anchor's residual stream."""
 
   attention: CrossAttention
   keys_values: dict
@@ -236,7 +236,7 @@ def states(
 def attention_weights(
   params: dict, spec: Composition, batch: Batch
 ) -> list[Array]:
-  """Where the heads of each connection look, for pictures.
+  """Attention weights of each connection, for pictures.
 
   Args:
     params, spec, batch: as for `states`.

@@ -45,7 +45,7 @@ class Model:
 
   @property
   def is_composed(self) -> bool:
-    """Whether there is an augmenting model."""
+    """True if there is an augmenting model."""
     return bool(self.spec.augmenting)
 
   @property
@@ -142,7 +142,7 @@ def untrained(
 
 
 def has_same_tokens(name: str, augmenting: Model, anchor: Model) -> bool:
-  """Whether both models read the same token ids.
+  """Compares the tokens of two models; True if they read the same ids.
 
   Args:
     name: of the augmenting model, for messages.

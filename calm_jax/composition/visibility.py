@@ -1,4 +1,4 @@
-"""Which tokens of an augmenting model each anchor position may attend to.
+"""Visibility: the tokens of an augmenting model that a position may attend to.
 
 All cases come down to one number: an anchor position may attend to the slots
 of the augmenting model's row that lie before its visible count.

@@ -1,4 +1,4 @@
-"""Where the heads of a composition's connections look."""
+"""Attention maps: the weights of a composition's cross-attentions on a text."""
 
 from __future__ import annotations
 

@@ -182,6 +182,34 @@ def augmenting_rows(
   return augmenting, visible
 
 
+def check_tokens(spec: Composition, tokens_BL) -> np.ndarray:
+  """Full rows of the anchor's ids as an array.
+
+  Raises:
+    InputError: not two axes, not integers, an id outside the vocabulary, or
+      rows longer than the models' length limit.
+  """
+  tokens_BL = np.asarray(tokens_BL)
+  if tokens_BL.ndim != 2 or tokens_BL.dtype.kind not in "iu":
+    raise InputError(
+      "tokens must be integers [B, L], got "
+      f"{tokens_BL.dtype} {list(tokens_BL.shape)}"
+    )
+  V = spec.anchor.vocab_size
+  if tokens_BL.size and not 0 <= tokens_BL.min() <= tokens_BL.max() < V:
+    raise InputError(
+      f"token ids run from {tokens_BL.min()} to {tokens_BL.max()}; the "
+      f"vocabulary has ids 0 to {V - 1}"
+    )
+  limit = max_length(spec)
+  if tokens_BL.shape[1] > limit:
+    raise InputError(
+      f"rows of {tokens_BL.shape[1]} tokens exceed the models' length "
+      f"limit of {limit}"
+    )
+  return tokens_BL
+
+
 def check_length(name: str, joined: Augmenting, length: int) -> None:
   """Raises InputError if an augmenting model would read beyond its limit."""
   if length > joined.config.max_length:

@@ -1,4 +1,4 @@
-"""How the next token is picked from its logits."""
+"""Picks the next token from its logits."""
 
 from __future__ import annotations
 

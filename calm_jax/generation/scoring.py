@@ -19,7 +19,7 @@ from calm_jax.parallel import processes
 
 
 class Score(NamedTuple):
-  """How likely a completion is.
+  """The log-likelihood of a completion.
 
   Attributes:
     logprob: the sum over its tokens, in nats.

@@ -18,17 +18,39 @@ def with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
   return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
 
 
+def token_ids(
+  model: Model, prompt: str, completion: str
+) -> tuple[list[int], list[int]]:
+  """The anchor's ids of a prompt, with BOS, and of its completion.
+
+  Raises:
+    InputError: the model has no tokenizer.
+  """
+  tokenizer = model.text()
+  ids = with_bos(tokenizer, tokenizer.encode(prompt))
+  return ids, tokenizer.encode_continuation(prompt, completion)
+
+
 def generate(
   model: Model,
-  prompts: Sequence[str],
+  prompts: str | Sequence[str],
   max_new_tokens: int,
   sampler: Sampler,
   *,
-  stop: Sequence[str],
-  seeds: Sequence[int],
+  stop: str | Sequence[str],
+  seed: int | Sequence[int],
   batch_size: int,
-) -> list[str]:
+) -> str | list[str]:
   """Continuations of prompts; see `LanguageModel.generate`."""
+  is_one = isinstance(prompts, str)
+  prompts = [prompts] if is_one else list(prompts)
+  if isinstance(seed, int):
+    seeds = [seed + i for i in range(len(prompts))]
+  else:
+    seeds = list(seed)
+  if len(seeds) != len(prompts):
+    raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+  stop = _several(stop)
   tokenizer = model.text()
   ids = [with_bos(tokenizer, tokenizer.encode(p)) for p in prompts]
 
@@ -50,7 +72,8 @@ def generate(
     finished=stopped if stop else None,
     batch_size=batch_size,
   )
-  return [stop_strings.cut(text(i, new), stop) for i, new in enumerate(out)]
+  texts = [stop_strings.cut(text(i, new), stop) for i, new in enumerate(out)]
+  return texts[0] if is_one else texts
 
 
 def stream(
@@ -59,12 +82,13 @@ def stream(
   max_new_tokens: int,
   sampler: Sampler,
   *,
-  stop: Sequence[str],
+  stop: str | Sequence[str],
   seed: int,
 ) -> Iterator[str]:
   """Pieces of one continuation as they come; joined, what generate gives."""
   tokenizer = model.text()
   ids = with_bos(tokenizer, tokenizer.encode(prompt))
+  stop = _several(stop)
   new: list[int] = []
   sent, text = 0, ""
   for _, tokens in decode.stream(
@@ -90,27 +114,30 @@ def stream(
     yield text[sent:]
 
 
+def _several(stop: str | Sequence[str]) -> Sequence[str]:
+  return [stop] if isinstance(stop, str) else stop
+
+
 def score(
   model: Model,
   prompts: Sequence[str],
   completions: Sequence[str],
   batch_size: int,
 ) -> list[Score]:
-  """See `LanguageModel.score`."""
-  tokenizer = model.text()
+  """Log-likelihoods of completions; see `LanguageModel.score`."""
   if len(prompts) != len(completions):
     raise InputError(
       f"{len(prompts)} prompts and {len(completions)} completions: give as "
       "many of the one as of the other"
     )
+  pairs = [
+    token_ids(model, *texts) for texts in zip(prompts, completions, strict=True)
+  ]
   return scoring.score(
     model.params,
     model.spec,
-    [with_bos(tokenizer, tokenizer.encode(p)) for p in prompts],
-    [
-      tokenizer.encode_continuation(p, c)
-      for p, c in zip(prompts, completions, strict=True)
-    ],
+    [ids for ids, _ in pairs],
+    [new for _, new in pairs],
     readers=batching.readers(model),
     batch_size=batch_size,
   )

@@ -151,7 +151,7 @@ class ChunkEncoder:
     return np.array(ids, np.int64), np.array(closes, np.int64)
 
   def first_ids(self) -> list[int]:
-    """What is visible before any text: BOS if there is one."""
+    """The tokens that are visible before any text: BOS if there is one."""
     bos = self.tokenizer.bos_id
     return [] if bos is None else [bos]
 
@@ -230,7 +230,7 @@ def prompt_ends(anchor: Tokenizer, prompt: str) -> tuple[list[int], np.ndarray]:
 
 
 def align(ends_L: np.ndarray, closes_M: np.ndarray) -> np.ndarray:
-  """How many augmenting tokens each anchor token may see, int64 [L].
+  """The number of augmenting tokens that each anchor token may see, int64 [L].
 
   Args:
     ends_L: the byte at which each anchor token ends (a BOS: 0).
