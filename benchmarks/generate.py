@@ -207,7 +207,7 @@ def contest(options) -> dict[int, dict[str, dict[str, float]]]:
     prompts = prompts_of(rows, options.prompt, spec.anchor.vocab_size)
     runs = {}
     for name, which in ((ALONE, "anchor"), (COMPOSED, "composed")):
-      described, held = forward.alone(spec, params, which)
+      described, held = forward.submodel(spec, params, which)
       runs[name] = ours(held, described, prompts, options.new, lengths[-1])
     if model is not None:
       runs[THEIRS] = theirs(model, prompts)

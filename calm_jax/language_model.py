@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from calm_jax.composition import checkpoint, forward, parts, pretrained
+from calm_jax.composition import checkpoint, forward, hf_checkpoint, parts
 from calm_jax.composition.connections import Composition
 from calm_jax.composition.model import Model
 from calm_jax.core import hub
@@ -176,7 +176,7 @@ class LanguageModel(Model):
       InputError: a composition, a quantised model, a folder that holds a
         model, or parameters that are not those of the config.json.
     """
-    pretrained.export(self, folder, max_shard_size)
+    hf_checkpoint.export(self, folder, max_shard_size)
 
   def save(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
     """Saves a composition: Θ_C, and what it was trained with.
@@ -278,7 +278,7 @@ def load_model(
       tensors that are unknown, missing, duplicate, misshapen or truncated.
   """
   source = hub.locate(path_or_hub_id, revision)
-  loaded = pretrained.load(source, dtype, shardings, quantise)
+  loaded = hf_checkpoint.load(source, dtype, shardings, quantise)
   return LanguageModel(**vars(loaded))
 
 

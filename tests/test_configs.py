@@ -103,7 +103,7 @@ def test_every_stage_can_be_run(file, variant):
     trainable, frozen = trees.partition(
       params, trees.mask(params, stage.trainable)
     )
-    forward.alone(spec, params, stage.model)
+    forward.submodel(spec, params, stage.model)
     assert stage.batch_size % stage.accumulate == 0
     optimizer.schedule(stage)
     part = "composition" if stage.model == "composed" else stage.model
@@ -236,7 +236,7 @@ def test_every_kind_of_every_config(file, kind):
   assert settings.recipe[-1] == plain.recipe[-1]
   stage = settings.last
   trainable, _ = trees.partition(params, trees.mask(params, stage.trainable))
-  forward.alone(spec, params, stage.model)
+  forward.submodel(spec, params, stage.model)
   # The same data and steps for all, and about as many parameters.
   assert (stage.steps, stage.data) == (plain.last.steps, plain.last.data)
   theta = trees.count(params["composition"])

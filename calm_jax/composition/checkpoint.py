@@ -23,7 +23,7 @@ import numpy as np
 import safetensors.numpy
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from calm_jax.composition import parts, pretrained
+from calm_jax.composition import hf_checkpoint, parts
 from calm_jax.composition.connections import Augmenting
 from calm_jax.composition.model import Model, untrained
 from calm_jax.composition.model_card import model_card
@@ -284,7 +284,7 @@ def _load_frozen(
       f"where: load_composed(..., {option})"
     ) from error
   _check_hashes(part, saved, source.folder)
-  model = pretrained.load(source, dtype, shardings, quantise)
+  model = hf_checkpoint.load(source, dtype, shardings, quantise)
   ours = model.tokenizer.fingerprint if model.tokenizer else None
   theirs = saved["tokenizer"]["fingerprint"] if saved["tokenizer"] else None
   if ours != theirs:

@@ -49,7 +49,7 @@ def empty_cache(
     slots = {"anchor": slots} | {name: slots for name, _ in spec.augmenting}
   heads = spec.anchor.num_heads
 
-  def one(name, config):
+  def model(name, config):
     return {
       "layers": decoder.empty_cache(config, batch, slots[name], stacked),
       "segments": jnp.zeros((batch, slots[name]), jnp.int32),
@@ -62,8 +62,8 @@ def empty_cache(
     )
 
   cache = {
-    "anchor": one("anchor", spec.anchor),
-    "augmenting": {n: one(n, a.config) for n, a in spec.augmenting},
+    "anchor": model("anchor", spec.anchor),
+    "augmenting": {n: model(n, a.config) for n, a in spec.augmenting},
     "cross": {
       n: {c.name: cross(n) for c in a.connections} for n, a in spec.augmenting
     },
@@ -269,29 +269,31 @@ def forward(
   return logits(params, spec, x_BLD), cache
 
 
-def alone(spec: Composition, params: dict, model: str):
-  """One part of a composition as a model by itself.
+def submodel(
+  spec: Composition, params: dict, part: str
+) -> tuple[Composition, dict]:
+  """One part of a composition as a model by itself, to be run by `states`.
 
   Args:
     spec: the composition.
     params: its tree.
-    model: "composed", "anchor" or "augmenting/<name>".
+    part: "composed", "anchor" or "augmenting/<name>".
 
   Returns:
-    (spec, params) of that part, to be run by `forward`.
+    (spec, params) of that part.
 
   Raises:
     InputError: there is no such part.
   """
-  if model == "composed":
+  if part == "composed":
     return spec, params
-  if model == "anchor":
+  if part == "anchor":
     return Composition(spec.anchor), {"anchor": params["anchor"]}
-  kind, _, name = model.partition("/")
+  kind, _, name = part.partition("/")
   parts = dict(spec.augmenting)
   if kind != "augmenting" or name not in parts:
     raise InputError(
-      f"no model {model!r}; there are 'composed', 'anchor' and "
+      f"no model {part!r}; there are 'composed', 'anchor' and "
       f"{[f'augmenting/{n}' for n in parts]}"
     )
   return Composition(parts[name].config), {"anchor": params["augmenting"][name]}

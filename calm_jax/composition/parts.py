@@ -28,7 +28,7 @@ def part(model: AnyModel, name: str) -> AnyModel:
   """
   if name == "composed":
     return model
-  spec, params = forward.alone(model.spec, model.params, name)
+  spec, params = forward.submodel(model.spec, model.params, name)
   source = model.sources.get(name)
   # An augmenting model without a tokenizer of its own reads the anchor's
   # tokens.

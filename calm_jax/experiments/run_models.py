@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from calm_jax.composition import cross_attention, pretrained
+from calm_jax.composition import cross_attention, hf_checkpoint
 from calm_jax.composition import model as model_lib
 from calm_jax.composition.connections import Composition, connect
 from calm_jax.core import hub, trees
@@ -34,7 +34,7 @@ def load(settings: Settings, layout: Layout | None) -> dict[str, LanguageModel]:
     shapes = decoder.param_shapes(loading.load_config(source.folder))
     bits = quantisation_plan.bits_when_loaded(settings, side, shapes)
     shardings = sharded_models.shardings(layout, settings.parts[side])
-    model = pretrained.load(source, settings.dtype, shardings, bits)
+    model = hf_checkpoint.load(source, settings.dtype, shardings, bits)
     loaded[side] = LanguageModel(**vars(model))
   return loaded
 

@@ -19,9 +19,9 @@ import numpy as np
 
 from calm_jax.composition.connections import Composition
 from calm_jax.generation import batching, decode_steps
-from calm_jax.generation.aligned import Follower
 from calm_jax.generation.batching import Readers
 from calm_jax.generation.decode_steps import DecodeState
+from calm_jax.generation.follower import Follower
 from calm_jax.generation.sampling import GREEDY, Sampler
 from calm_jax.parallel import processes
 from calm_jax.text.alignment import AlignedReader

@@ -37,16 +37,17 @@ class Sampler:
   repetition_penalty: float = 1.0
 
   def __post_init__(self):
-    for name, fits, range_ in (
-      ("temperature", self.temperature >= 0, "at least 0"),
-      ("top_k", self.top_k >= 0 and self.top_k == int(self.top_k),
-       "a whole number, 0 for no limit"),
-      ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-      ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1"),
-      ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-    ):  # fmt: skip
-      if not fits:
-        raise InputError(f"{name}={getattr(self, name)} must be {range_}")
+    is_whole = self.top_k >= 0 and self.top_k == int(self.top_k)
+    checks = {
+      "temperature": (self.temperature >= 0, "at least 0"),
+      "top_k": (is_whole, "a whole number, 0 for no limit"),
+      "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+      "min_p": (0 <= self.min_p < 1, "at least 0 and below 1"),
+      "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+    }
+    for name, (is_allowed, allowed) in checks.items():
+      if not is_allowed:
+        raise InputError(f"{name}={getattr(self, name)} must be {allowed}")
 
   def __call__(self, keys_B: Array, logits_BV: Array, seen_BV: Array) -> Array:
     """The next token of each row, int32 [B].
@@ -57,8 +58,8 @@ class Sampler:
       seen_BV: bool, the tokens that the repetition penalty is for.
     """
     if self.repetition_penalty != 1:
-      scale = jnp.where(logits_BV > 0, 1 / self.repetition_penalty,
-                        self.repetition_penalty)  # fmt: skip
+      penalty = self.repetition_penalty
+      scale = jnp.where(logits_BV > 0, 1 / penalty, penalty)
       logits_BV = jnp.where(seen_BV, logits_BV * scale, logits_BV)
     if self.temperature == 0:
       return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

@@ -78,8 +78,8 @@ def score(
   for chosen, rows in batching.batches(rows_of_ids, batch_size):
     ids = [rows_of_ids[i] for i in chosen]
     given = [len(prompts[i]) for i in chosen]
-    own = {name: [make() for _ in ids] for name, make in readers.items()}
-    batch = batching.lay_out(spec, ids, given, own, rows=rows)
+    row_readers = {n: [make() for _ in ids] for n, make in readers.items()}
+    batch = batching.lay_out(spec, ids, given, row_readers, rows=rows)
     targets_BL = np.roll(batch.anchor.tokens, -1, axis=1)
     for row, i in enumerate(chosen):
       targets_BL[row, -1:] = completions[i][-1:] or 0

@@ -175,7 +175,7 @@ def decoding(placed: Placed, rows: int, slots: int) -> Program:
   Caches have `slots` slots, all of which are multiplied with, read or not.
   """
   job, layout = placed.job, placed.layout
-  spec, params = forward.alone(job.spec, job.params, job.stage.model)
+  spec, params = forward.submodel(job.spec, job.params, job.stage.model)
   params = jax.eval_shape(cross_attention.fold, params)
   if placed.target.chip.name == "cpu" and layout is None:
     params = _unstacked(params)

@@ -52,7 +52,7 @@ def describe(
   settings = dataclasses.asdict(stage)
   for name in _NOT_IDENTITY:
     del settings[name]
-  part, _ = forward.alone(spec, params, stage.model)
+  part, _ = forward.submodel(spec, params, stage.model)
   models = {}
   for name in ["anchor", *(f"augmenting/{n}" for n in params["augmenting"])]:
     leaves = {

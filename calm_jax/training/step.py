@@ -93,7 +93,7 @@ def make_step(
 
   def piece_loss(trainable, frozen, piece, total):
     params = trees.merge(trainable, frozen)
-    part, params = forward.alone(spec, params, stage.model)
+    part, params = forward.submodel(spec, params, stage.model)
     return summed_loss(params, part, piece) / total
 
   def gradients(trainable, frozen, batch):
@@ -143,7 +143,7 @@ def make_eval(spec: Composition, model: str) -> Callable:
 
   @jax.jit
   def evaluate(trainable, frozen, batch):
-    part, params = forward.alone(spec, trees.merge(trainable, frozen), model)
+    part, params = forward.submodel(spec, trees.merge(trainable, frozen), model)
     loss_B, weight_B = row_losses(params, part, batch)
     return loss_B.sum(), weight_B.sum()
 

@@ -356,15 +356,15 @@ def test_gradients_equal_finite_differences(x64):
 # Its parts.
 
 
-def test_alone():
+def test_submodels():
   spec, params = helpers.compose()
-  assert forward.alone(spec, params, "composed") == (spec, params)
-  part, tree = forward.alone(spec, params, "augmenting/kv")
+  assert forward.submodel(spec, params, "composed") == (spec, params)
+  part, tree = forward.submodel(spec, params, "augmenting/kv")
   assert part == Composition(spec.augmenting[0][1].config)
   assert tree == {"anchor": params["augmenting"]["kv"]}
   for name in ("kv", "augmenting/code", "augmenting", ""):
     with pytest.raises(InputError, match="augmenting/kv"):
-      forward.alone(spec, params, name)
+      forward.submodel(spec, params, name)
 
 
 def test_attention_weights_show_where_heads_look():

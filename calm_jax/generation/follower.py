@@ -67,7 +67,7 @@ class Follower:
     """Reads what the anchor's newest tokens complete.
 
     Args:
-      params, spec: as for `decode.start`.
+      params, spec: as for `decode_steps.start`.
       cache: of all models; is donated.
       new_B: the newest token of each row, -1 for none.
 
