@@ -123,7 +123,7 @@ def _contributions(
   Args:
     params, spec, batch, index: as for `states`.
     read: of `_read_augmenting`.
-    kernels: whether the mask may be `SegmentMask`, for the splash kernel.
+    kernels: whether the mask may be a `SegmentMask`, for the splash kernel.
   """
   by_layer: dict[int, list[_Contribution]] = {}
   kernels = kernels and spec.anchor.compute.attention == "splash"
