@@ -45,9 +45,7 @@ class Experiment(Protocol):
     """Random access to the training batches of a stage.
 
     Args:
-      stage: to train.
-      model: the part that it trains, for its tokenizers.
-      seed: of the stage.
+      model: the part that the stage trains, for its tokenizers.
       share: this process's rows of each batch: (index, number of shares).
     """
 

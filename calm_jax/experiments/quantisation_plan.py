@@ -41,30 +41,34 @@ def check(settings: Settings, params: dict) -> None:
   Raises:
     InputError: one does, or an unknown kind of quantisation.
   """
-  for part, kind in _bits(settings).items():
-    quantisation.check(kind)
+  for side, part in settings.parts.items():
+    bits = getattr(settings.quantise, side)
+    quantisation.check(bits)
     names = [n for n in trees.flatten(params) if n.startswith(f"{part}/")]
-    if kind and (name := _training_stage(settings, settings.ends, names)):
+    if bits and (name := _training_stage(settings, settings.ends, names)):
       raise InputError(
-        f"config.quantise wants the {part} in {kind}, but the stage {name!r} "
+        f"config.quantise wants the {part} in {bits}, but the stage {name!r} "
         "trains it: only frozen models are quantised"
       )
 
 
 def quantise(settings: Settings, params: dict) -> dict:
-  """The whole tree with its models quantised as for the last stage.
+  """The whole tree, quantised as for the last stage where it is not yet."""
+  bits = settings.quantise
+  augmenting = {
+    name: _quantised(tree, bits.augmenting)
+    for name, tree in params["augmenting"].items()
+  }
+  return params | {
+    "anchor": _quantised(params["anchor"], bits.anchor),
+    "augmenting": augmenting,
+  }
 
-  Models that are quantised already stay as they are.
-  """
-  bits = _bits(settings)
-  leaves = {}
-  for name, leaf in trees.flatten(params).items():
-    part = next((p for p in bits if name.startswith(f"{p}/")), None)
-    if part is not None:
-      inner = name.removeprefix(f"{part}/")
-      leaf = quantisation.of_leaf(inner, leaf, bits[part])
-    leaves[name] = leaf
-  return trees.unflatten(leaves)
+
+def _quantised(params: dict, bits: str) -> dict:
+  if quantisation.kind_of(params):
+    return params
+  return quantisation.quantise(params, bits)
 
 
 def exact_leaves(params: dict, quantised: dict) -> dict[str, Any]:
@@ -85,14 +89,6 @@ def undo(params: dict, exact: dict[str, Any]) -> dict:
     if name.rpartition("/")[0] not in exact
   }
   return trees.unflatten(rest | exact)
-
-
-def _bits(settings: Settings) -> dict[str, str]:
-  """The kinds of quantisation by the parts of the tree."""
-  return {
-    part: getattr(settings.quantise, side)
-    for side, part in settings.parts.items()
-  }
 
 
 def _training_stage(

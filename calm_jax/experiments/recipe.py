@@ -75,7 +75,7 @@ class TrainedRun:
 
 
 class _Batches(NamedTuple):
-  """The data of a stage; see `Experiment`."""
+  """The training data and the held-out batches of a stage."""
 
   source: Any
   eval_batches: list
@@ -191,7 +191,7 @@ def _make_batches(
   model: LanguageModel,
   layout: Layout | None,
 ) -> dict[str, _Batches]:
-  """The training data and held-out batches of each stage, by its name."""
+  """The data of each stage, by its name."""
   made = {}
   for name in (*settings.recipe, *settings.alternatives):
     stage, share = settings.stages[name], (0, 1)

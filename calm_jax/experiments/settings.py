@@ -32,11 +32,9 @@ class DecoderShape:
 
 @dataclasses.dataclass(frozen=True)
 class Bits:
-  """The bits of each model's matrices while it is frozen.
+  """The bits of frozen models: "int8", "int4", or "" for all of them.
 
-  Attributes:
-    anchor, augmenting: "int8", "int4", or "" for no quantisation. A model that
-      this run trains is quantised after that.
+  A model that this run trains is quantised after that.
   """
 
   anchor: str = ""
@@ -84,48 +82,35 @@ class Settings:
   Attributes:
     experiment: a key of `recipe.EXPERIMENTS`.
     task: of the experiment's `task_type`.
-    workdir: the folder of the run.
     seed: of data, fresh parameters and samples.
-    dtype: of the computation; trainable leaves and optimizer state are
-      float32 always.
-    unroll: layers compiled out per step of the scan over layers; more is
-      faster for small models on a CPU, and compiles for longer.
-    attention: the kernel: "xla", which any device has, "splash" on TPUs,
-      "cudnn" on GPUs, or "auto"; see `models.attention`.
-    remat: what the backward pass computes again; see `models.config`.
-    loss_chunk: logits that exist at a time on each device.
+    dtype, unroll, remat, loss_chunk: see `models.config.Compute`; trainable
+      leaves and optimizer state are float32 always.
+    attention: a kernel, or "auto" for the fastest; see `models.attention`.
     mesh: devices along each axis; -1, on one axis, for all that are left. All
       1: one device without a mesh. See `parallel.sharding`.
     sharding: rules; see `parallel.rules`.
     replicated: regexes of leaves that every device holds whole, whatever the
       rules say, such as "augmenting/.*".
-    distributed: whether this is one of several processes; see
-      `parallel.processes`.
-    grace: seconds between a signal and the end of the process, in which it
-      saves; spot machines are gone after 30.
+    distributed: whether this is one of several processes.
+    grace: seconds in which the process saves after a signal; spot machines are
+      gone after 30.
     watchdog: seconds after which a step counts as hung, 0 for never; ten times
       that where programs are compiled.
     heartbeat: seconds after which a silent process counts as gone.
-    anchor, augmenting: folders or hub ids; empty: trained from scratch in a
-      stage.
+    anchor, augmenting: folders or hub ids; empty: trained from scratch.
     augmenting_name: m_A's name in the tree of parameters.
-    quantise: the bits of frozen models.
     anchor_model, augmenting_model: shapes of models from scratch.
-    composition: how the models are composed.
     recipe: names of the stages, in order.
-    stages: by name.
     alternatives: names of stages that make further compositions of the same
       frozen models, each from a fresh start.
-    kind: what this is, for tables: a key of `variants.KINDS`.
+    kind: the name of this run in tables, a key of `variants.KINDS`.
     output: where in workdir the last stage and the results go. The stages
       before it are in workdir itself, shared by all kinds.
-    trial: added to the seed of the last stage: of its fresh parameters and its
-      data.
+    trial: added to the seed of the last stage.
     lora_rank: of LoRA matrices on the anchor in the last stage; 0 for none, -1
       for about as many parameters as the composition has.
     random_augmenting: whether m_A has random weights instead of its own.
     vanilla: stages that train a vanilla m_A, in place of those on its domain.
-    ablations: the runs of `python -m calm_jax.ablations`.
   """
 
   experiment: str

@@ -60,31 +60,25 @@ def load(
 
   To check a composition's hashes each reads all of its files.
   """
-  places = None
-  if layout is not None:
-    places = functools.partial(shardings, layout)
-  model = language_model.load_any(
-    path_or_hub_id, dtype, quantise, shardings=places
+  loaded = language_model.load_any(
+    path_or_hub_id,
+    dtype,
+    quantise,
+    shardings=functools.partial(shardings, layout),
   )
-  return shard(model, layout)
+  return shard(loaded, layout)
 
 
 def shardings(layout: Layout | None, part: str) -> Callable | None:
-  """The `shardings` of `load_model` for a part; None without a layout.
-
-  Args:
-    layout: of the whole tree.
-    part: which the model is, "anchor" or "augmenting/<name>".
-  """
+  """The `shardings` of `load_model` for "anchor" or "augmenting/<name>"."""
   if layout is None:
     return None
 
   def of_part(shapes: trees.Tree) -> trees.Tree:
-    names = trees.flatten(shapes)
-    tree = trees.unflatten({f"{part}/{n}": x for n, x in names.items()})
-    placed = trees.flatten(layout.shardings(tree))
+    leaves = {f"{part}/{n}": x for n, x in trees.flatten(shapes).items()}
+    placed = trees.flatten(layout.shardings(trees.unflatten(leaves)))
     return trees.unflatten(
-      {n.removeprefix(f"{part}/"): x for n, x in placed.items()}
+      {name.removeprefix(f"{part}/"): x for name, x in placed.items()}
     )
 
   return of_part
