@@ -113,7 +113,8 @@ def _layout(asked: str) -> Layout | None:
 
 def _draw(maps: dict[str, Any], path: str) -> None:
   # Imported here: matplotlib would take half of the time to the first token.
-  from calm_jax.reporting.figures import attention_figure, save_figure
+  from calm_jax.reporting.attention import attention_figure
+  from calm_jax.reporting.figures import save_figure
 
   figure = attention_figure(
     maps["weights"],

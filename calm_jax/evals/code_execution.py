@@ -49,7 +49,7 @@ class Programming:
     task: str,
     problems: list[Row],
     prompts: Callable[[Fits], list[Prompt]],
-    program: Callable[[Row, str], runner.Program],
+    program: Callable[[Row, str], runner.ProgramWithTests],
     stop: tuple[str, ...],
     shots: int = 0,
   ) -> Evaluation:
@@ -122,10 +122,10 @@ class Mbpp(Programming):
         for problem in chosen
       ]
 
-    def program(problem: Row, output: str) -> runner.Program:
+    def program(problem: Row, output: str) -> runner.ProgramWithTests:
       # The set-up uses names of the program: it comes after it.
       tests = f"{problem['test_setup_code']}\n{problem['tests']}"
-      return runner.Program(extract_code(output), tests)
+      return runner.ProgramWithTests(extract_code(output), tests)
 
     return self.pass_at_1(
       "mbpp", chosen, prompts, program, MBPP_STOP, len(MBPP_SHOTS)
@@ -147,10 +147,12 @@ class HumanEval(Programming):
     def prompts(_: Fits) -> list[Prompt]:
       return [Prompt(problem["prompt"], []) for problem in problems]
 
-    def program(problem: Row, output: str) -> runner.Program:
+    def program(problem: Row, output: str) -> runner.ProgramWithTests:
       body = until(output, HUMANEVAL_STOP)
       check = f"\ncheck({problem['entry_point']})\n"
-      return runner.Program(problem["prompt"] + body, problem["test"] + check)
+      return runner.ProgramWithTests(
+        problem["prompt"] + body, problem["test"] + check
+      )
 
     return self.pass_at_1(
       "humaneval", problems, prompts, program, HUMANEVAL_STOP

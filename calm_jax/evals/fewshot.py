@@ -113,9 +113,6 @@ def draw(
 
   Returns:
     For each item the places of its exemplars in the pool.
-
-  Raises:
-    InputError: a field is missing, or the pool has fewer than `shots` others.
   """
   asked = [template.ask(item) for item in pool]
   drawn = []
@@ -184,18 +181,14 @@ class FewShot:
     pool: Sequence[Mapping],
     judge: Callable[[list[Row]], Judgement],
   ) -> Evaluation:
-    """Makes the evaluation of items.
+    """Makes the evaluation of items, with exemplars drawn from a pool.
 
     Args:
       task: the kind of evaluation, and the name of its own template.
       metric: the name of the metric.
-      items: the examples to ask.
-      pool: the examples to draw exemplars from.
+      items, pool: examples with the template's fields.
       judge: judges rows of "prompt", "exemplars" (places in the pool),
         "completion" (the right answer) and "prediction".
-
-    Raises:
-      InputError: no items, or the errors of `load_template` and `draw`.
     """
     template = load_template(self.prompt or task)
     if not items:
@@ -211,19 +204,13 @@ class FewShot:
       ]
 
     def judge_outputs(prompts: list[Prompt], outputs: list[str]) -> Judgement:
-      return judge(
-        [
-          {
-            "prompt": text,
-            "exemplars": exemplars,
-            "completion": item[template.answer],
-            "prediction": template.cut(output),
-          }
-          for item, (text, exemplars), output in zip(
-            items, prompts, outputs, strict=True
-          )
-        ]
-      )
+      rows = []
+      for item, asked, output in zip(items, prompts, outputs, strict=True):
+        row = {"prompt": asked.text, "exemplars": asked.exemplars}
+        row["completion"] = item[template.answer]
+        row["prediction"] = template.cut(output)
+        rows.append(row)
+      return judge(rows)
 
     return Evaluation(
       task=task,

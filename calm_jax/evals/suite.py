@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,12 +17,7 @@ class TextModel(Protocol):
   """The part of `LanguageModel` that evaluations use."""
 
   def generate(
-    self,
-    prompts: list[str],
-    max_new_tokens: int,
-    *,
-    stop: Sequence[str],
-    batch_size: int,
+    self, prompts: list[str], max_new_tokens: int, *, stop, batch_size: int
   ) -> list[str]:
     """Continues prompts greedily."""
 
@@ -94,14 +89,14 @@ def groups(evals: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
   by_group: dict[str, dict[str, Mapping[str, Any]]] = {}
   for name, entry in evals.items():
     by_group.setdefault(entry["group"], {})[name] = entry
-  found = {}
+  results = {}
   for group, entries in by_group.items():
     columns = next(iter(entries.values()))["scores"]
     values = {
       column: {n: e["scores"][column]["value"] for n, e in entries.items()}
       for column in columns
     }
-    found[group] = {
+    results[group] = {
       "subsets": len(entries),
       "average": {c: float(np.mean([*v.values()])) for c, v in values.items()},
       "better": {
@@ -110,7 +105,7 @@ def groups(evals: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         if column != "anchor" and "anchor" in values
       },
     }
-  return found
+  return results
 
 
 def _longest_end(prompt: str, fits: Fits) -> str:

@@ -1,4 +1,4 @@
-"""Figures of a run: loss, accuracy by length, gains, cross-attention.
+"""Figures of a run: loss, accuracy by length, gains.
 
 Drawn on `Figure` objects, not through pyplot: no global state, no backend to
 choose at import, and nothing to close. Lines differ by style and marker, and
@@ -33,16 +33,10 @@ class Gain(NamedTuple):
   p_value: float
 
 
-_STYLE = {
-  "font.size": 11,
-  "axes.titlesize": 11,
-  "axes.spines.top": False,
-  "axes.spines.right": False,
-  "axes.grid": True,
-  "axes.axisbelow": True,
-  "grid.color": "0.88",
-  "legend.frameon": False,
-}
+STYLE = {"font.size": 11, "axes.titlesize": 11}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
+STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.color": "0.88"}
+STYLE |= {"legend.frameon": False}
 # Okabe and Ito's colours, told apart with any colour vision.
 _LINES = {
   "augmenting": {"color": "#0072B2", "linestyle": ":", "marker": "s"},
@@ -54,9 +48,6 @@ _LABELS = {
   "anchor": "anchor $m_B$",
   "composed": "composed",
 }
-# Beyond this a heat map is scaled down rather than grown, in inches.
-_MAX_WIDTH, _MAX_HEIGHT = 18.0, 24.0
-_CELL = 0.21
 _LANGUAGES = 50  # in a row of `gains_figure`
 
 
@@ -79,10 +70,9 @@ def loss_figure(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     raise InputError(f"no loss to draw in the stages {list(stages)}")
   columns = min(len(series), 3)
   rows = math.ceil(len(series) / columns)
-  with matplotlib.rc_context(_STYLE):
-    size = (max(3.5 * columns, 5), 3.0 * rows)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+  size = (max(3.5 * columns, 5), 3.0 * rows)
+  with matplotlib.rc_context(STYLE):
+    figure, panels = make_panels(rows, columns, size)
     for axes, (name, curves) in zip(panels, series.items(), strict=False):
       _draw_loss(axes, *curves)
       axes.set_title(name, parse_math=False)
@@ -113,10 +103,9 @@ def accuracy_figure(
   terms = {
     n for by_model in counts.values() for c in by_model.values() for n in c
   }
-  with matplotlib.rc_context(_STYLE):
-    size = (max(4.2 * len(counts), 5), 3.7)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, len(counts), squeeze=False, sharey=True)[0]
+  size = (max(4.2 * len(counts), 5), 3.7)
+  with matplotlib.rc_context(STYLE):
+    figure, panels = make_panels(1, len(counts), size, sharey=True)
     for axes, (title, by_model) in zip(panels, counts.items(), strict=True):
       for model in models:
         if model in by_model:
@@ -149,9 +138,8 @@ def gains_figure(gains: Sequence[Gain]) -> Figure:
     raise InputError("no languages to draw")
   rows = [gains[i : i + _LANGUAGES] for i in range(0, len(gains), _LANGUAGES)]
   size = (max(0.19 * max(map(len, rows)) + 1, 5), 2.9 * len(rows))
-  with matplotlib.rc_context(_STYLE):
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(rows), 1, squeeze=False, sharey=True).ravel()
+  with matplotlib.rc_context(STYLE):
+    figure, panels = make_panels(len(rows), 1, size, sharey=True)
     for axes, row in zip(panels, rows, strict=True):
       for at, gain in enumerate(row):
         sure = gain.p_value < 0.05
@@ -166,82 +154,12 @@ def gains_figure(gains: Sequence[Gain]) -> Figure:
   return figure
 
 
-def attention_figure(
-  weights_CNLM: np.ndarray,
-  tokens: Sequence[str],
-  connections: Sequence[str],
-  prompt_length: int,
-  augmenting_tokens: Sequence[str] | None = None,
-) -> Figure:
-  """Draws the cross-attention of each connection while an answer is written.
-
-  One panel per connection, averaged over its heads. A row is a token of the
-  answer, predicted from the position before it; a column is a token that the
-  augmenting model has read. Columns that are not yet visible are hatched: a
-  weight of exactly zero in every head tells them.
-
-  Args:
-    weights_CNLM: cross-attention weights of one example.
-    tokens: the L tokens of the anchor, prompt and answer.
-    connections: C names.
-    prompt_length: how many of the tokens are the prompt; at least 1.
-    augmenting_tokens: the M tokens of the augmenting model, where it has a
-      tokenizer of its own.
-
-  Raises:
-    InputError: the shapes do not fit each other, or there is no answer.
-  """
-  columns = list(tokens if augmenting_tokens is None else augmenting_tokens)
-  _check_shapes(weights_CNLM, connections, tokens, columns, prompt_length)
-  rows = list(tokens[prompt_length:])
-  # The weights at position t are those that predict token t + 1.
-  weights_CTM = weights_CNLM.mean(axis=1)[:, prompt_length - 1 : -1]
-  if augmenting_tokens is None:
-    # Nothing predicts from the last token: its column would be empty.
-    columns, weights_CTM = columns[:-1], weights_CTM[..., :-1]
-  count = len(connections)
-  across = 2 if count > 2 and 2 * len(columns) * _CELL < _MAX_WIDTH - 3 else 1
-  down = math.ceil(count / across)
-  width = min(_CELL, (_MAX_WIDTH / across - 1) / len(columns))
-  height = min(_CELL, (_MAX_HEIGHT / down - 1) / len(rows))
-  size = (
-    max(across * (width * len(columns) + 0.5) + 0.5, 5.5),
-    down * (height * len(rows) + 0.4) + 1.9,
-  )
-  with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(
-      down, across, squeeze=False, sharex=True, sharey=True
-    )
-    panels = grid.ravel()[:count]
-    top = max(float(weights_CTM.max()), 1e-6)
-    for axes, name, weights_TM in zip(
-      panels, connections, weights_CTM, strict=True
-    ):
-      image = _draw_attention(axes, weights_TM, top)
-      if augmenting_tokens is None:
-        axes.axvline(prompt_length - 0.5, color="0.25", lw=1, ls="--")
-      axes.set_title(f"connection {name}", loc="left", parse_math=False)
-    for axes in grid.ravel()[count:]:
-      axes.set_visible(False)
-    for axes in grid[:, 0]:
-      _label(axes.yaxis, rows, height)
-    for axes in panels[-across:]:
-      # The lowest of each column: a last row may have a gap.
-      _label(axes.xaxis, columns, width, rotation=90)
-      axes.tick_params(labelbottom=True)
-    figure.supylabel("token being predicted", fontsize=11)
-    figure.supxlabel("token read by the augmenting model", fontsize=11)
-    figure.colorbar(
-      image,
-      ax=list(grid.ravel()),
-      location="top",
-      shrink=min(1.0, 5 / size[0]),
-      aspect=30,
-      pad=0.025,
-      label="attention weight, mean of the heads",
-    )
-  return figure
+def make_panels(
+  rows: int, columns: int, size: tuple[float, float], **options
+) -> tuple[Figure, np.ndarray]:
+  figure = Figure(figsize=size, layout="constrained")
+  panels = figure.subplots(rows, columns, squeeze=False, **options)
+  return figure, panels.ravel()
 
 
 def svg(figure: Figure) -> bytes:
@@ -257,32 +175,8 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> None:
   figure.savefig(path, dpi=DPI, format="png")
 
 
-def _check_shapes(
-  weights_CNLM: np.ndarray,
-  connections: Sequence[str],
-  tokens: Sequence[str],
-  columns: Sequence[str],
-  prompt_length: int,
-) -> None:
-  shape = weights_CNLM.shape
-  expected = (len(connections), len(tokens), len(columns))
-  if weights_CNLM.ndim != 4 or (shape[0], *shape[2:]) != expected:
-    raise InputError(
-      f"attention weights of shape {shape} do not fit {expected[0]} "
-      f"connections, {expected[1]} tokens and {expected[2]} tokens seen"
-    )
-  if not 1 <= prompt_length < len(tokens):
-    raise InputError(
-      f"a prompt of {prompt_length} of {len(tokens)} tokens leaves no answer "
-      "to draw"
-    )
-
-
 def _smooth(values: np.ndarray) -> np.ndarray:
-  """A centred moving average over a twenty-fifth of the curve.
-
-  At the ends it is the mean of the part of the window that there is.
-  """
+  """A centred moving average; its window is a twenty-fifth of the curve."""
   half = math.ceil(len(values) / 50)
   total = np.concatenate([[0.0], np.cumsum(values)])
   index = np.arange(len(values))
@@ -358,41 +252,3 @@ def _draw_accuracy(
     label=_LABELS[model],
     **_LINES[model],
   )
-
-
-def _draw_attention(axes, weights_TM: np.ndarray, top: float):
-  # Hatched below the picture: shows only where the masked array is empty.
-  axes.set_facecolor("white")
-  axes.patch.set_hatch("////")
-  axes.patch.set_edgecolor("0.8")
-  return axes.imshow(
-    np.ma.masked_equal(weights_TM, 0.0),
-    cmap="Greys",
-    vmin=0,
-    vmax=top,
-    aspect="auto",
-    interpolation="nearest",
-  )
-
-
-def _label(axis, tokens: Sequence[str], cell: float, rotation=0) -> None:
-  # Every k-th token, where the cells are too small for a readable name each.
-  every = max(1, math.ceil(0.13 / cell))
-  places = range(0, len(tokens), every)
-  axis.set_ticks(
-    places,
-    [_visible(tokens[i]) for i in places],
-    rotation=rotation,
-    fontsize=9,
-    family="monospace",
-    parse_math=False,
-  )
-  axis.set_tick_params(length=2)
-
-
-def _visible(token: str, width: int = 12) -> str:
-  """A token with its blanks made visible, cut to a width."""
-  token = token.replace(" ", "␣").replace("▁", "␣")
-  token = token.replace("\n", "⏎").replace("\t", "⇥")
-  token = "".join(c if c.isprintable() else "·" for c in token)
-  return token if len(token) <= width else token[: width - 1] + "…"

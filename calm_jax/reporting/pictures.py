@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from calm_jax.core.errors import InputError
 from calm_jax.reporting import figures, paper
+from calm_jax.reporting.attention import attention_figure
 from calm_jax.reporting.predictions import count_by_terms
 from calm_jax.reporting.runs import Run, RunGroup
 from calm_jax.training.metrics import read_metrics
@@ -153,7 +154,7 @@ def _attention(group: RunGroup) -> Picture | None:
     augmenting_tokens = None
     if "augmenting_tokens" in arrays.files:
       augmenting_tokens = arrays["augmenting_tokens"].tolist()
-    figure = figures.attention_figure(
+    figure = attention_figure(
       arrays["weights"],
       arrays["tokens"].tolist(),
       arrays["connections"].tolist(),

@@ -72,7 +72,7 @@ class Run:
     return self.folder / "predictions" / f"{self.prefix}{name}.{model}.jsonl"
 
   def measures(self, model: str) -> bool:
-    """Whether there is any number of a model."""
+    """True if the results hold any number of a model."""
     tables = [self.results.get(name, {}) for name in _SECTIONS[:3]]
     tables += [entry["scores"] for entry in self.evaluations.values()]
     rows = [row for table in tables for row in (table, *table.values())]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -35,9 +36,15 @@ THREAD = 0x00010000
 BIND, RECURSIVE, PRIVATE, DETACH = 0x1000, 0x4000, 0x40000, 2
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, READ_ONLY_NOSUID = 442, -100, 0x8000, 3
 PDEATHSIG, DUMPABLE, SECCOMP, NO_NEW_PRIVS = 1, 4, 22, 38
-# From linux/seccomp.h: what a filter answers.
+CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
+# From linux/seccomp.h: its mode, what a filter answers, and the places of the
+# call's number, the machine and the first argument in what it is given.
+FILTER_MODE = 2
 KILL, ERRNO, ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
-EPERM, ENOSYS = 1, 38
+NUMBER, MACHINE, FIRST_ARGUMENT = 0, 4, 16
+# From linux/bpf_common.h: a filter's instructions.
+LOAD, EQUAL, AT_LEAST, ANY_BIT, ANSWER = 0x20, 0x15, 0x35, 0x45, 0x06
+FIRST_NEW_CALL = 424  # from here on all machines number calls alike
 
 
 def call(name: str, *arguments) -> None:
@@ -70,7 +77,7 @@ def give_up(error: OSError) -> None:
 
 
 def separate() -> bool:
-  """Leaves the machine's processes, network and mounts; was it root?"""
+  """Leaves the machine's processes, network and mounts; returns if as root."""
   uid, gid = os.getuid(), os.getgid()
   with open("/proc/self/uid_map", encoding="ascii") as file:
     every_user_exists = file.read().split() == ["0", "0", "4294967295"]
@@ -86,7 +93,7 @@ def separate() -> bool:
 
 
 def change_root(job: dict) -> None:
-  """An empty root folder, the libraries read-only in it, and a small /tmp."""
+  """Makes an empty root folder with read-only libraries and a small /tmp."""
   call("mount", None, b"/", None, RECURSIVE | PRIVATE, None)
   call("mount", b"tmpfs", b"/tmp", b"tmpfs", 0, b"size=1m,mode=755")
   os.chdir("/tmp")
@@ -113,14 +120,14 @@ def change_root(job: dict) -> None:
 
 
 def protect(path: str, flags: int) -> None:
+  """Makes a mount read-only, without set-user-id programs."""
   attributes = struct.pack("QQQQ", READ_ONLY_NOSUID, 0, 0, 0)
-  call(
-    "syscall", MOUNT_SETATTR, AT_FDCWD, path.encode(), flags, attributes,
-    len(attributes),
-  )  # fmt: skip
+  target = AT_FDCWD, path.encode(), flags
+  call("syscall", MOUNT_SETATTR, *target, attributes, len(attributes))
 
 
 def drop_privileges(is_root: bool) -> None:
+  """Gives up being root, all capabilities, and the way back to them."""
   if is_root:
     # A user of its own for each sandbox: processes are limited per user.
     user = 2**30 + os.getpid()
@@ -128,12 +135,12 @@ def drop_privileges(is_root: bool) -> None:
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
   call("prctl", NO_NEW_PRIVS, 1, 0, 0, 0)
-  version_3 = 0x20080522
-  call("capset", struct.pack("Ii", version_3, 0), bytes(24))
+  call("capset", struct.pack("Ii", CAPABILITY_VERSION_3, 0), bytes(24))
   call("prctl", DUMPABLE, 0, 0, 0, 0)
 
 
 def limit(job: dict) -> None:
+  """Sets the resource limits."""
   for kind, soft, hard in (
     (resource.RLIMIT_AS, job["memory_bytes"], 0),
     # The soft limit's signal can be ignored, the hard one's cannot.
@@ -150,39 +157,38 @@ def limit(job: dict) -> None:
 
 
 def filter_calls(job: dict) -> None:
-  """System calls of the list only; no process can be started, nor a program.
+  """Allows the job's system calls only; no process or program can be started.
 
   With one process, RLIMIT_AS is a limit on all its memory.
   """
-  load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
-  number, first_argument = 0, 16
+  # Instruction, steps to skip if true, if false, and its number.
   rules = [
-    (load, 0, 0, 4),
-    (equal, 1, 0, job["machine"]),
-    (answer, 0, 0, KILL),
-    (load, 0, 0, number),
+    (LOAD, 0, 0, MACHINE),
+    (EQUAL, 1, 0, job["machine"]),
+    (ANSWER, 0, 0, KILL),
+    (LOAD, 0, 0, NUMBER),
   ]
   for known in job["syscalls"]:
-    rules += [(equal, 0, 1, known), (answer, 0, 0, ALLOW)]
+    rules += [(EQUAL, 0, 1, known), (ANSWER, 0, 0, ALLOW)]
   rules += [
-    # Where these are missing the C library uses older calls: it would take
-    # EPERM for the last word on them.
-    (at_least, 0, 1, 424),
-    (answer, 0, 0, ERRNO | ENOSYS),
-    (equal, 0, 3, job["clone"]),
-    (load, 0, 0, first_argument),
-    (any_bit, 0, 1, THREAD),
-    (answer, 0, 0, ALLOW),
-    (answer, 0, 0, ERRNO | EPERM),
+    # The C library falls back to older calls where a new one is missing
+    # (ENOSYS), not where it is forbidden (EPERM).
+    (AT_LEAST, 0, 1, FIRST_NEW_CALL),
+    (ANSWER, 0, 0, ERRNO | errno.ENOSYS),
+    (EQUAL, 0, 3, job["clone"]),
+    (LOAD, 0, 0, FIRST_ARGUMENT),
+    (ANY_BIT, 0, 1, THREAD),
+    (ANSWER, 0, 0, ALLOW),
+    (ANSWER, 0, 0, ERRNO | errno.EPERM),
   ]
   code = b"".join(struct.pack("HBBI", *rule) for rule in rules)
   buffer = ctypes.create_string_buffer(code, len(code))
   program = struct.pack("HP", len(rules), ctypes.addressof(buffer))
-  call("prctl", SECCOMP, 2, program, 0, 0)
+  call("prctl", SECCOMP, FILTER_MODE, program, 0, 0)
 
 
 def describe(error: BaseException, tests: str) -> bytes:
-  """One letter for the kind of end, and the exception's last line."""
+  """Writes a letter for the kind of end, and the exception's last line."""
   if isinstance(error, MemoryError):
     return b"m" + b"MemoryError"
   text = ""
@@ -199,7 +205,7 @@ def describe(error: BaseException, tests: str) -> bytes:
   if line:
     said += f" in: {tests.splitlines()[line - 1].strip()}"
   kind = "x" if isinstance(error, SystemExit) else "f"
-  if isinstance(error, OSError) and error.errno == 12:
+  if isinstance(error, OSError) and error.errno == errno.ENOMEM:
     kind = "m"
   return (kind + said[:500]).encode(errors="replace")
 

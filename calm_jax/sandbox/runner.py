@@ -48,10 +48,8 @@ MACHINES = {
   "x86_64": {"machine": 0xC000003E, "clone": 56, "pivot_root": 155},
   "aarch64": {"machine": 0xC00000B7, "clone": 220, "pivot_root": 41},
 }
-VISIBLE = (
-  "/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache",
-  "/usr/share/zoneinfo", "/dev/null", "/dev/urandom",
-)  # fmt: skip
+_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache")
+VISIBLE = (*_LIBRARIES, "/usr/share/zoneinfo", "/dev/null", "/dev/urandom")
 # The kernel and the interpreter need a while around the program's own time.
 GRACE_SECONDS = 30.0
 OUTPUT_TAIL = 2000
@@ -59,15 +57,15 @@ OUTPUT_TAIL = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What one program may use.
+  """Limits of one program.
 
   Attributes:
-    wall_seconds: from its start to the end of its tests.
-    cpu_seconds: of all its threads together.
+    wall_seconds: time from its start to the end of its tests.
+    cpu_seconds: time of all its threads together.
     memory_bytes: address space, the interpreter's own included.
-    disk_bytes: of all its files together; they are in memory.
+    disk_bytes: size of all its files together; they are in memory.
     output_bytes: standard output and error together.
-    threads: how many at once, about.
+    threads: threads at once, about.
   """
 
   wall_seconds: float = 10.0
@@ -79,7 +77,7 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class ProgramWithTests:
   """Source code, and the tests that are run after it in its names."""
 
   code: str
@@ -88,10 +86,10 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """How a program ended.
+  """The end of a program.
 
   Attributes:
-    name: one of the constants of this module.
+    name: one of the constants of this module, such as PASSED.
     detail: the exception's last line and the test it came from, or the signal.
     output: the end of what it printed.
     seconds: from its start to its end.
@@ -108,7 +106,7 @@ class Verdict:
 
 
 def require(allow_code_execution: bool) -> None:
-  """Returns if programs may be run and can be: ask before generating them.
+  """Returns if programs may be run and can be; call it before generating.
 
   Raises:
     InputError: the user did not allow it, or this machine cannot sandbox.
@@ -118,13 +116,13 @@ def require(allow_code_execution: bool) -> None:
       "this evaluation runs programs that a model wrote: allow it with "
       "--allow_code_execution: they run in a sandbox"
     )
-  verdict = _run_one(Program("", "assert True"), Limits())
+  verdict = _run_one(ProgramWithTests("", "assert True"), Limits())
   if not verdict.passed:
     raise InputError(f"the sandbox does not work here: {verdict}")
 
 
 def run(
-  programs: Sequence[Program],
+  programs: Sequence[ProgramWithTests],
   *,
   allow_code_execution: bool,
   limits: Limits | None = None,
@@ -157,7 +155,7 @@ def run(
     return list(pool.map(lambda program: _run_one(program, limits), programs))
 
 
-def _run_one(program: Program, limits: Limits) -> Verdict:
+def _run_one(program: ProgramWithTests, limits: Limits) -> Verdict:
   setup = _job(program, limits)
   start = time.monotonic()
   token = secrets.token_hex(32).encode()
@@ -183,22 +181,20 @@ def _run_one(program: Program, limits: Limits) -> Verdict:
         while job:
           job = job[process.stdin.write(job) :]
         process.stdin.close()
-      most = {
-        process.stdout: limits.output_bytes, process.stderr: 2**16,
-        report_file: 2**12,
-      }  # fmt: skip
+      most = {process.stdout: limits.output_bytes}
+      most |= {process.stderr: 2**16, report_file: 2**12}
       seconds = limits.wall_seconds + GRACE_SECONDS
-      output, status, said, over = _read(most, seconds)
+      output, status, report_text, over = _read(most, seconds)
     finally:
       # Its death is that of all processes in the sandbox.
       process.kill()
   tail = output.decode(errors="replace")[-OUTPUT_TAIL:]
   if over:
     return Verdict(over, "", tail, time.monotonic() - start)
-  return _judge(status, said, token, tail, limits)
+  return _judge(status, report_text, token, tail, limits)
 
 
-def _job(program: Program, limits: Limits) -> bytes:
+def _job(program: ProgramWithTests, limits: Limits) -> bytes:
   machine = os.uname().machine if sys.platform == "linux" else sys.platform
   if machine not in MACHINES:
     raise InputError(_cannot(f"it is for Linux on {'/'.join(MACHINES)} only"))
@@ -209,21 +205,24 @@ def _job(program: Program, limits: Limits) -> bytes:
     if not line.startswith("#")
   ]
   library = str(Path(os.__file__).parents[1])
-  job = MACHINES[machine] | dataclasses.asdict(limits) | {
-    "program": program.code,
-    "tests": program.tests,
-    "syscalls": [int(row[column]) for row in rows if row[column] != "-"],
-    "visible": {
-      path: os.path.realpath(path)
-      for path in dict.fromkeys((*VISIBLE, library))
-      if os.path.exists(path)
-    },
-  }  # fmt: skip
+  job = MACHINES[machine] | dataclasses.asdict(limits)
+  job |= {"program": program.code, "tests": program.tests}
+  job["syscalls"] = [int(row[column]) for row in rows if row[column] != "-"]
+  job["visible"] = {
+    path: os.path.realpath(path)
+    for path in dict.fromkeys((*VISIBLE, library))
+    if os.path.exists(path)
+  }
   return json.dumps(job).encode()
 
 
 def _read(most: dict, seconds: float) -> tuple[bytes, bytes, bytes, str]:
-  """What comes out of the pipes until all end; and which limit was passed."""
+  """Reads pipes until all end, and names the limit that was passed, if any.
+
+  Args:
+    most: the bytes at most that each file may give.
+    seconds: the time at most.
+  """
   deadline = time.monotonic() + seconds
   data = {file: bytearray() for file in most}
   over = ""
@@ -244,7 +243,7 @@ def _read(most: dict, seconds: float) -> tuple[bytes, bytes, bytes, str]:
 
 
 def _judge(
-  status: bytes, said: bytes, token: bytes, output: str, limits: Limits
+  status: bytes, report: bytes, token: bytes, output: str, limits: Limits
 ) -> Verdict:
   if not status:
     return Verdict(KILLED, "with its sandbox", output, 0.0)
@@ -259,7 +258,7 @@ def _judge(
   code, seconds = end["status"], end["seconds"]
   if code is None:
     return Verdict(TIMED_OUT, "", output, seconds)
-  if code == 0 and secrets.compare_digest(said, token):
+  if code == 0 and secrets.compare_digest(report, token):
     return Verdict(PASSED, "", output, seconds)
   if os.WIFSIGNALED(code):
     number = os.WTERMSIG(code)
@@ -269,9 +268,9 @@ def _judge(
     name = signal.strsignal(number) or f"signal {number}"
     return Verdict(KILLED, name, output, seconds)
   kinds = {b"f": FAILED, b"m": OUT_OF_MEMORY, b"x": NOT_RUN}
-  if said[:1] in kinds:
-    detail = said[1:].decode(errors="replace")
-    return Verdict(kinds[said[:1]], detail, output, seconds)
+  if report[:1] in kinds:
+    detail = report[1:].decode(errors="replace")
+    return Verdict(kinds[report[:1]], detail, output, seconds)
   detail = f"ended with exit code {os.waitstatus_to_exitcode(code)}"
   return Verdict(NOT_RUN, detail, output, seconds)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from calm_jax.core.errors import InputError
-from calm_jax.reporting import figures
+from calm_jax.reporting import attention, figures
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,7 +103,7 @@ def test_attention_rows_are_the_predicted_tokens():
   weights = causal_weights(2, 3, len(tokens))
   # Position 3, the last of the prompt, is what predicts the token "1".
   weights[0, :, 3] = [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-  figure = figures.attention_figure(weights, tokens, ["4->8", "8->16"], 4)
+  figure = attention.attention_figure(weights, tokens, ["4->8", "8->16"], 4)
   figure.canvas.draw()
   first, last = figure.axes[:2]
   assert [t.get_text() for t in first.get_yticklabels()] == ["1", "2", "</s>"]
@@ -126,13 +126,13 @@ def test_attention_averages_over_heads():
   weights = np.zeros((1, 2, 3, 3))
   weights[0, 0, :, 0] = 1.0
   weights[0, 1, :, 1] = 1.0
-  figure = figures.attention_figure(weights, list("abc"), ["x"], 2)
+  figure = attention.attention_figure(weights, list("abc"), ["x"], 2)
   np.testing.assert_allclose(figure.axes[0].images[0].get_array(), [[0.5, 0.5]])
 
 
 def test_attention_over_another_tokenizer_keeps_all_columns():
   weights = np.full((3, 1, 4, 5), 0.2)
-  figure = figures.attention_figure(
+  figure = attention.attention_figure(
     weights, list("abcd"), ["1", "2", "3"], 2, list("vwxyz")
   )
   figure.canvas.draw()
@@ -145,11 +145,13 @@ def test_attention_over_another_tokenizer_keeps_all_columns():
 
 def test_attention_of_a_long_text_is_scaled_down(tmp_path):
   length = 300
-  figure = figures.attention_figure(
+  figure = attention.attention_figure(
     causal_weights(4, 1, length), ["tok"] * length, list("1234"), 10
   )
   width, height = figure.get_size_inches()
-  assert width <= figures._MAX_WIDTH + 1 and height <= figures._MAX_HEIGHT + 2
+  assert (
+    width <= attention._MAX_WIDTH + 1 and height <= attention._MAX_HEIGHT + 2
+  )
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,7 @@ def test_attention_of_a_long_text_is_scaled_down(tmp_path):
 )
 def test_attention_that_does_not_fit(shape, prompt, message):
   with pytest.raises(InputError, match=message):
-    figures.attention_figure(np.ones(shape), list("abcd"), ["x"], prompt)
+    attention.attention_figure(np.ones(shape), list("abcd"), ["x"], prompt)
 
 
 def test_neither_import_nor_drawing_changes_matplotlib():

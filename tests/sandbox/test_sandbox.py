@@ -17,7 +17,7 @@ from attacks import ATTACKS, FOREVER, SYSCALLS
 
 from calm_jax.core.errors import InputError
 from calm_jax.sandbox import runner
-from calm_jax.sandbox.runner import Limits, Program
+from calm_jax.sandbox.runner import Limits, ProgramWithTests
 
 ROOT = pathlib.Path(__file__).parents[2]
 QUICK = Limits(wall_seconds=3.0, cpu_seconds=1)
@@ -48,7 +48,7 @@ def outer_limits():
 
 
 def run(code: str, tests: str = "assert done", limits: Limits = QUICK):
-  program = Program(code, tests)
+  program = ProgramWithTests(code, tests)
   (verdict,) = runner.run(
     [program], allow_code_execution=True, limits=limits, workers=1
   )
@@ -64,7 +64,9 @@ def test_a_machine_that_cannot_sandbox_runs_nothing():
 
 def test_nothing_runs_that_was_not_allowed():
   with pytest.raises(InputError, match="--allow_code_execution"):
-    runner.run([Program("", "assert True")], allow_code_execution=False)
+    runner.run(
+      [ProgramWithTests("", "assert True")], allow_code_execution=False
+    )
 
 
 def test_another_system_is_refused(monkeypatch):
@@ -90,7 +92,7 @@ def test_a_broken_wall_stops_everything(monkeypatch, tmp_path):
     ("NEWUSER = 0x6C020000, 0x10000000", "NEWUSER = -1, -1"),
     ('job["pivot_root"]', "-1"),
     ("  limit(job)\n", "  raise OSError('no limits')\n"),
-    ('call("prctl", SECCOMP, 2', 'call("prctl", SECCOMP, 77'),
+    ('call("prctl", SECCOMP, FILTER_MODE', 'call("prctl", SECCOMP, 77'),
   ):
     assert text.count(step) == 1
     child.write_text(text.replace(step, broken))
@@ -241,7 +243,7 @@ def test_sets_are_in_the_same_order_in_every_run():
 @holds
 def test_many_programs_keep_their_order_and_use_the_workers():
   codes = [f"import time; time.sleep(1); x = {i}" for i in range(8)]
-  programs = [Program(code, f"assert x != {3}") for code in codes]
+  programs = [ProgramWithTests(code, f"assert x != {3}") for code in codes]
   start = time.monotonic()
   verdicts = runner.run(programs, allow_code_execution=True, workers=8)
   assert time.monotonic() - start < 6
@@ -250,14 +252,14 @@ def test_many_programs_keep_their_order_and_use_the_workers():
 
 DRIVER = """
 import sys
-from calm_jax import sandbox
-from calm_jax.sandbox import Program
+from calm_jax.sandbox import runner
 programs = [
-  Program("import os; print(os.listdir('/'))", "assert os.getuid() != 0"),
-  Program("", "open(%r)"),
-  Program("import os; os.fork()", "assert True"),
+  ("import os; print(os.listdir('/'))", "assert os.getuid() != 0"),
+  ("", "open(%r)"),
+  ("import os; os.fork()", "assert True"),
 ]
-for verdict in sandbox.run(programs, allow_code_execution=True):
+programs = [runner.ProgramWithTests(*texts) for texts in programs]
+for verdict in runner.run(programs, allow_code_execution=True):
   print(verdict.name, verdict.detail[:40], sep=": ")
 """
 
@@ -308,8 +310,8 @@ def test_where_namespaces_are_forbidden_it_fails_closed():
 @holds
 def test_programs_end_with_the_process_that_started_them():
   script = (
-    "from calm_jax import sandbox\n"
-    "program = sandbox.Program('import time; time.sleep(60)', 'x')\n"
+    "from calm_jax.sandbox import runner as sandbox\n"
+    "program = sandbox.ProgramWithTests('import time; time.sleep(60)', 'x')\n"
     "limits = sandbox.Limits(wall_seconds=30.0)\n"
     "sandbox.run([program], allow_code_execution=True, limits=limits)\n"
   )
