@@ -36,7 +36,7 @@ from calm_jax.generation.sampling import Sampler
 from calm_jax.language_model import LanguageModel, load_model
 from calm_jax.models import attention, decoder, masks
 from calm_jax.models.hf import export
-from calm_jax.parallel import mesh, processes, sharding
+from calm_jax.parallel import mesh, placement, processes, sharding
 from calm_jax.parallel.rules import SHARDING
 from calm_jax.training import optimizer, trainer
 from calm_jax.training import step as step_lib
@@ -147,7 +147,7 @@ def memory(folder: Path, axes: dict) -> None:
   model = model_lib.untrained(
     shapes(anchor), {"kv": shapes(other)}, ((2, 3), (5, 5))
   )
-  spec = model.spec.with_compute(lambda part: {"place": layout.at(f"{part}/")})
+  spec = model.spec.with_compute(placement.placements(layout))
   asked = stage()
   mask = trees.mask(model.params, asked.trainable)
   made = optimizer.make_optimizer(asked, mask)
@@ -248,13 +248,15 @@ def kernel(folder: Path, axes: dict) -> None:
 
   def splash(*qkv):
     both = attention.SegmentMask(ids, ids, None)
-    return attend(*qkv, both, place=layout.at("anchor/"))
+    return attend(*qkv, both, place=placement.ModelPlacement(layout, "anchor/"))
 
   def plain(*qkv, **how):
     return attend(*qkv, mask, **how)
 
   def cudnn(*qkv):
-    return plain(*qkv, kernel="cudnn", place=layout.at("anchor/"))
+    return plain(
+      *qkv, kernel="cudnn", place=placement.ModelPlacement(layout, "anchor/")
+    )
 
   def run(function):
     loss = jax.jit(

@@ -12,7 +12,7 @@ import jax
 from calm_jax import language_model
 from calm_jax.core import trees
 from calm_jax.language_model import LanguageModel
-from calm_jax.parallel import mesh
+from calm_jax.parallel import mesh, placement
 from calm_jax.parallel.sharding import Layout, Rules
 
 
@@ -44,7 +44,7 @@ def shard(model: LanguageModel, layout: Layout | None) -> LanguageModel:
   """
   if layout is None:
     return model
-  spec = model.spec.with_compute(lambda part: {"place": layout.at(f"{part}/")})
+  spec = model.spec.with_compute(placement.placements(layout))
   return dataclasses.replace(
     model, spec=spec, params=layout.place(model.params)
   )

@@ -18,7 +18,7 @@ from calm_jax.core.errors import InputError
 from calm_jax.experiments import run_models, sharded_models
 from calm_jax.generation import batching, decode, decode_steps
 from calm_jax.generation.sampling import GREEDY
-from calm_jax.parallel import sharding
+from calm_jax.parallel import placement, sharding
 from calm_jax.planning import flops, shapes
 from calm_jax.planning.shapes import Job
 from calm_jax.planning.topology import Target
@@ -87,7 +87,7 @@ def place(job: Job, target: Target, axes: dict[str, int]) -> Placed:
     settings = dataclasses.replace(settings, attention="xla")
   spec = run_models.with_compute(job.spec, settings, target.devices[0])
   if layout is not None:
-    spec = spec.with_compute(lambda part: {"place": layout.at(f"{part}/")})
+    spec = spec.with_compute(placement.placements(layout))
   return Placed(job._replace(spec=spec), layout, target)
 
 

@@ -62,6 +62,7 @@ class Checkpoints:
         f"{keep_last=} must be at least 1, and {keep_best=} at least 0"
       )
     self._directory = Path(directory).absolute()
+    self._saving: int | None = None
     checkpoint_integrity.recover(self._directory)
     best = managers.BestN(
       get_metric_fn=_rank,
@@ -84,7 +85,6 @@ class Checkpoints:
       # Called before the rename that makes a step complete.
       async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
     )
-    self._saving: int | None = None
     self._remove_deleted()
 
   def save(
@@ -98,11 +98,10 @@ class Checkpoints:
     """Starts a save; the arrays may be donated as soon as this returns.
 
     Args:
-      step: must be greater than every step saved so far.
-      state: pytree of arrays, with the key "trainable" if
-        `restore_trainable` is to work.
+      step: greater than every step saved so far.
+      state: pytree of arrays, with the key "trainable" for `restore_trainable`.
       data, meta: JSON, the same on all processes.
-      loss: makes the step a candidate for the best; stored if any are kept.
+      loss: makes the step a candidate for the best.
 
     Raises:
       InputError: this step or a later one is saved already.
@@ -151,8 +150,7 @@ class Checkpoints:
 
   def restore_meta(self) -> Any:
     """Restores `meta` of the newest step, None if there is no step."""
-    step = self.latest()
-    if step is None:
+    if (step := self.latest()) is None:
       return None
     args = ocp.args.Composite(meta=ocp.args.JsonRestore())
     return self._manager.restore(step, args=args).meta
@@ -168,8 +166,7 @@ class Checkpoints:
     Raises:
       InputError: there is no step, or its leaves are not the same.
     """
-    step = self.latest()
-    if step is None:
+    if (step := self.latest()) is None:
       raise errors.InputError(f"no complete checkpoint in {self._directory}")
     restored = _restore(self._manager, step, _nested(abstract_state))
     leaves = trees.flatten(restored.state)
@@ -239,15 +236,13 @@ def restore_trainable(
   path = Path(directory).absolute()
   if not path.exists():
     raise errors.InputError(f"no checkpoint directory at {path}")
-  manager = _manager(path, create=False)
-  try:
+  want = None if abstract is None else {"trainable": abstract}
+  with contextlib.closing(_manager(path, create=False)) as manager:
     if step == "best":
       step = _best_step(manager)
-    step = _intact_step(manager, path, step)
-    want = None if abstract is None else {"trainable": abstract}
+    steps = manager.all_steps()
+    step = checkpoint_integrity.intact_step(path, steps, step)
     restored = _restore(manager, step, want, only="trainable")
-  finally:
-    manager.close()
   return restored.state["trainable"], restored.meta
 
 
@@ -297,27 +292,10 @@ def _restore(
 def _restore_args(leaf: Any) -> ocp.RestoreArgs:
   if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
     return ocp.RestoreArgs(restore_type=np.ndarray)
-  default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  sharding = leaf.sharding or default
+  sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(
+    jax.local_devices()[0]
+  )
   return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape)
-
-
-def _intact_step(
-  manager: ocp.CheckpointManager, directory: Path, step: int | None
-) -> int:
-  """The step that is asked for, or the newest intact one."""
-  steps = sorted(manager.all_steps())
-  if not steps:
-    raise errors.InputError(f"no complete checkpoint in {directory}")
-  if step is not None and step not in steps:
-    raise errors.InputError(
-      f"no complete checkpoint of step {step} in {directory}; there are {steps}"
-    )
-  asked = steps if step is None else [step]
-  intact, damage = checkpoint_integrity.newest_intact(directory, asked)
-  for what in damage.values():
-    checkpoint_integrity.warn(f"{what}; step {intact} is used")
-  return intact
 
 
 def _best_step(manager: ocp.CheckpointManager) -> int:

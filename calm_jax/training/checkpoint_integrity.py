@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from calm_jax.core import files
-from calm_jax.core.errors import StorageError
+from calm_jax.core.errors import InputError, StorageError
 
 _NAME = "checksums.json"
 # Orbax changes these in or after the step's completion, and needs neither.
@@ -60,16 +60,33 @@ def recover(directory: Path) -> None:
     raise error
 
 
-def newest_intact(
+def intact_step(directory: Path, steps: Sequence[int], step: int | None) -> int:
+  """The step that is asked for, or if None the newest intact one of all steps.
+
+  Raises:
+    InputError: there is no such step.
+    StorageError: it is damaged, or each step is.
+  """
+  if not steps:
+    raise InputError(f"no complete checkpoint in {directory}")
+  if step is not None and step not in steps:
+    raise InputError(
+      f"no complete checkpoint of step {step} in {directory}; there are "
+      f"{sorted(steps)}"
+    )
+  intact, damage = _newest_intact(directory, steps if step is None else [step])
+  for what in damage.values():
+    warn(f"{what}; step {intact} is used")
+  return intact
+
+
+def _newest_intact(
   directory: Path, steps: Sequence[int]
 ) -> tuple[int | None, dict[int, str]]:
   """The newest intact step, and what is damaged in each step after it.
 
   A step without checksums, of an early version, counts as intact, with a
   warning. Without steps the first is None.
-
-  Raises:
-    StorageError: none is intact.
   """
   damage: dict[int, str] = {}
   for step in sorted(steps, reverse=True):
@@ -95,7 +112,7 @@ def warn(text: str) -> None:
 
 def _move_damaged(directory: Path) -> None:
   steps = ocp.utils.checkpoint_steps(directory)
-  intact, damage = newest_intact(directory, steps)
+  intact, damage = _newest_intact(directory, steps)
   for step in sorted(set(steps) - damage.keys()):
     if found := _damage(directory / str(step), "metrics/"):
       damage[step] = found

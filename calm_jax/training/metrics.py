@@ -1,5 +1,7 @@
 """Metrics on disk: JSON lines and TensorBoard. Reading them needs no JAX."""
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Mapping
@@ -23,12 +25,12 @@ class MetricWriter:
     resume_step: int | None = None,
     active: bool = True,
   ):
-    """Opens the files, and forgets what a resumed run will do again.
+    """Opens the files, and drops the lines that a resumed run writes again.
 
     Args:
-      directory: a local folder; made if absent.
-      resume_step: the step of the restored checkpoint: lines of later steps
-        are dropped. None means a run that starts anew: all are dropped.
+      directory: made if absent.
+      resume_step: the step of the restored checkpoint, after which lines are
+        dropped. None means a run that starts anew: all are dropped.
       active: False makes every call a no-op, for all processes but the first.
 
     Raises:
@@ -39,23 +41,21 @@ class MetricWriter:
       return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    kept = -1 if resume_step is None else resume_step
+    last = -1 if resume_step is None else resume_step
     path = directory / FILE_NAME
     if path.exists():
-      _drop_after(path, kept)
+      kept = [record for record in _records(path) if record["step"] <= last]
+      files.write_json_lines(path, kept)
     self._file = path.open("a", encoding="utf-8")
     # A purge step tells TensorBoard to ignore the events of the earlier
     # process from there on.
-    self._board = SummaryWriter(str(directory), purge_step=kept + 1)
+    self._board = SummaryWriter(str(directory), purge_step=last + 1)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Writes one line and one TensorBoard scalar per value; flushes both.
 
-    Args:
-      step: the training step.
-      values: name to number, or array of one element. A value that is not
-        finite is written as the string "NaN", "Infinity" or "-Infinity",
-        which JSON has no number for; `float` reads all three.
+    A value is a number or an array of one element; for one that is not finite
+    see `files.to_json`.
 
     Raises:
       ValueError: a value is called "step".
@@ -73,17 +73,13 @@ class MetricWriter:
       self._board.add_scalar(name, value, int(step))
     self._board.flush()
 
-  def close(self) -> None:
-    """Closes the files."""
-    if self._active:
-      self._file.close()
-      self._board.close()
-
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *exc_info) -> None:
-    self.close()
+    if self._active:
+      self._file.close()
+      self._board.close()
 
 
 def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:
@@ -97,11 +93,6 @@ def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:
     {name: files.number_from_json(value) for name, value in record.items()}
     for record in _records(Path(directory) / FILE_NAME)
   ]
-
-
-def _drop_after(path: Path, step: int) -> None:
-  kept = [record for record in _records(path) if record["step"] <= step]
-  files.write_json_lines(path, kept)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -11,10 +11,7 @@ from rich.console import Console
 
 
 class Progress:
-  """A live progress bar, or plain occasional lines when not on a terminal.
-
-  Used as `with Progress(total_steps, start_step, "train") as p: p.update(...)`.
-  """
+  """A progress bar on a terminal, or else a line every `plain_seconds`."""
 
   def __init__(
     self,
@@ -33,15 +30,12 @@ class Progress:
       start_step: the step it starts from; time left is estimated from there.
       description: shown at the left.
       active: False shows nothing, for all processes but the first.
-      console: where to write; standard output if None.
-      plain_seconds: the least time between two plain lines.
+      console: standard output if None.
+      plain_seconds: the least time between two lines.
     """
-    self._total = total_steps
-    self._start = start_step
-    self._description = description
-    self._active = active
-    self._console = console or Console()
-    self._plain_seconds = plain_seconds
+    self._total, self._start = total_steps, start_step
+    self._description, self._active = description, active
+    self._console, self._plain_seconds = console or Console(), plain_seconds
     self._bar: rich_progress.Progress | None = None
     self._pending: str | None = None
 
@@ -71,10 +65,13 @@ class Progress:
     loss: float | None = None,
     tokens_per_second: float | None = None,
   ) -> None:
-    """Shows the step and what is known about it."""
+    """Shows a step and its metrics."""
     if not self._active:
       return
-    values = _describe(loss, tokens_per_second)
+    parts = [] if loss is None else [f"loss {float(loss):.4f}"]
+    if tokens_per_second is not None:
+      parts.append(f"{float(tokens_per_second):,.0f} tokens/s")
+    values = "  ".join(parts)
     if self._bar is not None:
       self._bar.update(self._task, completed=step, values=values)
       return
@@ -89,8 +86,8 @@ class Progress:
 
   def _plain_line(self, step: int, values: str) -> str:
     elapsed = time.monotonic() - self._began
-    parts = [f"{self._description}: step {step}/{self._total}", values]
-    parts.append(f"elapsed {_clock(elapsed)}")
+    parts = [f"{self._description}: step {step}/{self._total}"]
+    parts += [values, f"elapsed {_clock(elapsed)}"]
     if step > self._start:
       left = elapsed / (step - self._start) * (self._total - step)
       parts.append(f"left {_clock(left)}")
@@ -102,15 +99,6 @@ class Progress:
       print(self._pending, file=self._console.file, flush=True)
       self._pending = None
       self._printed = time.monotonic()
-
-
-def _describe(loss: float | None, tokens_per_second: float | None) -> str:
-  parts = []
-  if loss is not None:
-    parts.append(f"loss {float(loss):.4f}")
-  if tokens_per_second is not None:
-    parts.append(f"{float(tokens_per_second):,.0f} tokens/s")
-  return "  ".join(parts)
 
 
 def _clock(seconds: float) -> str:

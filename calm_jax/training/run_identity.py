@@ -17,7 +17,6 @@ from calm_jax.composition import forward
 from calm_jax.composition.connections import Composition
 from calm_jax.core import files, trees
 from calm_jax.core.errors import InputError, StorageError
-from calm_jax.models.config import ModelConfig
 from calm_jax.parallel import processes
 from calm_jax.training.stage import Stage
 
@@ -128,21 +127,14 @@ def completion(directory: Path) -> dict[str, Any] | None:
 
 
 def _architecture(spec: Composition) -> dict[str, Any]:
-  described: dict[str, Any] = {"anchor": _model(spec.anchor)}
-  for name, joined in spec.augmenting:
-    fields = dataclasses.asdict(
-      dataclasses.replace(joined, config=_without_place(joined.config))
-    )
-    described[name] = fields | {"config": _model(joined.config)}
-  return described
-
-
-def _model(config: ModelConfig) -> dict[str, Any]:
-  """The fields of a model's architecture, and its dtype."""
-  fields = dataclasses.asdict(_without_place(config))
-  return fields | {"compute": {"dtype": config.compute.dtype}}
-
-
-def _without_place(config: ModelConfig) -> ModelConfig:
+  """The fields of all configs; of how they are computed the dtype only."""
   # `asdict` would copy a mesh.
-  return config.with_compute(place=None)
+  spec = spec.with_compute(lambda part: {"place": None})
+  fields = dataclasses.asdict(spec)
+  fields["augmenting"] = dict(fields["augmenting"])
+  for config in (
+    fields["anchor"],
+    *(joined["config"] for joined in fields["augmenting"].values()),
+  ):
+    config["compute"] = {"dtype": config["compute"]["dtype"]}
+  return fields

@@ -1,7 +1,6 @@
-"""SIGTERM and SIGINT: a run is asked to stop, and stops while it can.
+"""SIGTERM and SIGINT: a run that is asked to stop saves its state and ends.
 
-A machine that is taken away says so by SIGTERM, and is gone some 30 seconds
-later.
+A spot machine gets SIGTERM some 30 seconds before it is taken away.
 """
 
 from __future__ import annotations
@@ -21,27 +20,23 @@ SIGNALS = {signal.SIGTERM: Preempted, signal.SIGINT: Interrupted}
 
 
 class Request:
-  """What `deferred` yields.
-
-  Attributes:
-    signal: the signal that came, None until one does.
-  """
+  """A request to stop: the signal that came, None until one does."""
 
   signal: signal.Signals | None = None
 
   def error(self, kept: str) -> Preempted:
-    """What to raise once everything is saved."""
-    # Another process may have got it, and this one none.
-    got = self.signal or signal.SIGTERM
-    return SIGNALS[got](f"{got.name}: {kept}")
+    """Returns the error to raise once everything is saved."""
+    # Another process may have got the signal, and this one none.
+    received = self.signal or signal.SIGTERM
+    return SIGNALS[received](f"{received.name}: {kept}")
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Request]:
-  """Within, a signal is noted for a loop to heed; a second SIGINT is not.
+  """Records signals for a loop instead of raising; a second SIGINT raises.
 
-  One that was not heed by an exception is sent again at the end. In a thread
-  that is not the main one, none is noted.
+  A signal after which the block ends without an exception is sent again. Only
+  the main thread can record signals.
   """
   request = Request()
   if threading.current_thread() is not threading.main_thread():
@@ -65,15 +60,11 @@ def deferred() -> Iterator[Request]:
 
 @contextlib.contextmanager
 def raised(grace: float, kept: Callable[[], str]) -> Iterator[None]:
-  """Within, a signal is raised as an error, and the process then ends.
+  """Raises signals as errors, and ends the process `grace` seconds after one.
 
-  Python hears of a signal only once the main thread comes back from, say, the
-  compiler. Hence a thread, which ends a process that is still there after
-  `grace` seconds: by then it can no more be hoped to save anything.
-
-  Args:
-    grace: seconds.
-    kept: says what is on disk.
+  Python runs a signal's handler only once the main thread comes back from,
+  say, the compiler; a thread of its own ends a process that is still there when
+  the machine is about to go. `kept` says what is on disk, for the message.
   """
 
   def stop(number, frame):
@@ -81,12 +72,12 @@ def raised(grace: float, kept: Callable[[], str]) -> Iterator[None]:
       signal.signal(number, signal.SIG_IGN)
     raise SIGNALS[number](f"{signal.Signals(number).name}: {kept()}")
 
-  end, told = os.pipe()
-  os.set_blocking(told, False)
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
   before = {number: signal.signal(number, stop) for number in SIGNALS}
-  wakeup = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+  wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
   thread = threading.Thread(
-    target=_end_after, args=(end, grace, kept), daemon=True
+    target=_end_after, args=(reader, grace, kept), daemon=True
   )
   thread.start()
   try:
@@ -95,28 +86,25 @@ def raised(grace: float, kept: Callable[[], str]) -> Iterator[None]:
     signal.set_wakeup_fd(wakeup)
     for number, handler in before.items():
       signal.signal(number, handler)
-    os.close(told)
+    os.close(writer)
     thread.join()
-    os.close(end)
+    os.close(reader)
 
 
-def _end_after(end: int, grace: float, kept: Callable[[], str]) -> None:
+def _end_after(reader: int, grace: float, kept: Callable[[], str]) -> None:
   """Ends the process `grace` seconds after a signal; returns at end of file."""
   while True:
-    came = os.read(end, 1)
-    if not came:
+    received = os.read(reader, 1)
+    if not received:
       return
-    if came[0] in SIGNALS:
+    if received[0] in SIGNALS:
       break
   deadline = time.monotonic() + grace
   known = kept()
   while (left := deadline - time.monotonic()) > 0:
-    if select.select([end], [], [], left)[0] and not os.read(end, 64):
+    if select.select([reader], [], [], left)[0] and not os.read(reader, 64):
       return
-  number = signal.Signals(came[0])
-  print(
-    f"error: {number.name}: not at an end after {grace:g} s; {known}",
-    file=sys.stderr,
-    flush=True,
-  )
+  number = signal.Signals(received[0])
+  message = f"error: {number.name}: not at an end after {grace:g} s; {known}"
+  print(message, file=sys.stderr, flush=True)
   os._exit(EXIT_CODES[SIGNALS[number]])

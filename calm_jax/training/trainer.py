@@ -54,7 +54,6 @@ def run_stage(
 
   Args:
     name: of the stage, for messages.
-    stage: what to do.
     spec: the whole composition.
     params: its whole tree.
     source: random access to batches, with `describe(index)` and `fingerprint`:
@@ -62,9 +61,8 @@ def run_stage(
     eval_batches: held-out batches, measured every `eval_every` steps.
     directory: where checkpoints and metrics go.
     origins: where each frozen model came from, for the run's identity.
-    seed: of the run.
     layout: of all arrays, on several devices; all processes call this together
-      and the first one writes.
+      and the first one writes. None for one device.
     watchdog: seconds after which a step counts as hung; 0 for never.
 
   Returns:
@@ -231,9 +229,9 @@ class _Run:
   def resume(self, state: Tree) -> tuple[Tree, Iterator[Batch], float]:
     """The newest state, the batches that follow, and the seconds spent."""
     iterator = pipeline.make_iterator(self.source)
-    if self.checkpoints.latest() is None:
-      return state, iterator, 0.0
     saved = self.checkpoints.restore_meta()
+    if saved is None:
+      return state, iterator, 0.0
     run_identity.check(saved, self.identity, self.directory)
     state, data = self.checkpoints.restore(state)
     iterator.set_state(data["iterator"])

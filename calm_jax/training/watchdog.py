@@ -1,4 +1,4 @@
-"""Ends a process whose work hangs, so that it can be started again."""
+"""A watchdog that ends a hung process, so that it can be started again."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Self
 
 from calm_jax.core.errors import HUNG
 
-_COMPILING = 10  # What compiles as well may take so many times as long.
+_COMPILING = 10  # Times the seconds, for work that includes compiling.
 
 
 class Watchdog:
   """Prints all stacks and ends the process with `HUNG` when nothing moves.
 
-  A thread of its own: a hung collective cannot be interrupted, and what
-  faulthandler would end the process with is the code of any fault.
+  It is a thread of its own: a hung collective cannot be interrupted, and
+  `faulthandler` would end the process with the exit code of any fault.
   """
 
   def __init__(self, seconds: float):
@@ -29,7 +29,7 @@ class Watchdog:
     self._thread = threading.Thread(target=self._watch, daemon=True)
 
   def expect(self, what: str, *, compiles: bool = False) -> None:
-    """Starts to count the seconds for what comes next."""
+    """Starts to count the seconds for the work that comes next."""
     allowance = self._seconds * (_COMPILING if compiles else 1)
     self._what, self._deadline = what, time.monotonic() + allowance
 

@@ -265,7 +265,7 @@ def test_every_leaf_has_a_place(kind):
   config, _ = helpers.model(3, num_experts=4, experts_per_token=2)
   shapes = quantisation.shapes(decoder.param_shapes(config), kind)
   for name in trees.flatten({"anchor": shapes}):
-    assert made._rule(name) is not None, name
+    assert made.rule(name) is not None, name
 
 
 def _one():
