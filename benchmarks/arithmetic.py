@@ -1,4 +1,4 @@
-"""Expressions a second of the key-value data, on one core.
+"""Measures how many expressions of the key-value data one core makes a second.
 
   python -m benchmarks.arithmetic
 

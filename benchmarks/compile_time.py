@@ -1,4 +1,4 @@
-"""Seconds to compile a composition's training step, and how they grow.
+"""Measures the time to compile a training step, and how it grows with depth.
 
   python -m benchmarks.compile_time [--width 256] [--repeats 3]
 

@@ -1,4 +1,4 @@
-"""Tokens a second of the data pipeline, and of the step that it feeds.
+"""Measures tokens a second of the data pipeline, and of the step that it feeds.
 
   python -m benchmarks.data [--repeats 5]
 

@@ -1,4 +1,4 @@
-"""What one device of several does in a training step, and what it holds.
+"""Compares what one device of 1, 2, 4 or 8 does and holds in a training step.
 
   python -m benchmarks.train_step --devices
 
@@ -29,7 +29,7 @@ ALONG = "data", "fsdp"
 
 
 class Device(NamedTuple):
-  """Of one device, a step of training.
+  """The work of one device in a step of training.
 
   Attributes:
     flops: that XLA counts.
@@ -45,7 +45,7 @@ class Device(NamedTuple):
 
 
 def job(spec: Composition, rows: int, length: int) -> Job:
-  """The training of Θ_C by the defaults of all experiments."""
+  """Makes the job of training Θ_C with the default settings."""
   layers = [a.config.num_layers for _, a in spec.augmenting]
   stage = Stage(batch_size=rows, length=length)
   settings = Settings(
@@ -59,7 +59,7 @@ def job(spec: Composition, rows: int, length: int) -> Job:
   return Job(settings, stage, spec, params, {})
 
 
-def of_mesh(job: Job, count: int, axis: str) -> Device:
+def compile_step(job: Job, count: int, axis: str) -> Device:
   """Compiles a step for `count` devices along one axis of the mesh."""
   axes = dict.fromkeys(mesh_lib.AXES, 1) | {axis: count}
   placed = programs.place(job, topology.target(f"cpu:{count}"), axes)
@@ -78,9 +78,12 @@ def of_mesh(job: Job, count: int, axis: str) -> Device:
 
 def table(job: Job, counts=COUNTS, along=ALONG) -> tuple[Table, dict]:
   """The table, and what is in it: {(axis, count): Device}."""
-  found = {("", 1): of_mesh(job, 1, along[0])}
+  found = {("", 1): compile_step(job, 1, along[0])}
   found |= {
-    (axis, n): of_mesh(job, n, axis) for axis in along for n in counts if n > 1
+    (axis, n): compile_step(job, n, axis)
+    for axis in along
+    for n in counts
+    if n > 1
   }
   base = found["", 1]
   made = Table(

@@ -1,4 +1,4 @@
-"""The fault table, run for real: every fault, at random moments, repeatedly.
+"""Runs every fault of docs/faults.md at random moments, repeatedly.
 
   python -m benchmarks.faults [--repeats 10] [--only kill,SIGTERM] [--json FILE]
 

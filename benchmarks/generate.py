@@ -1,4 +1,4 @@
-"""Tokens a second of generation: anchor alone, composed, and transformers.
+"""Measures tokens a second of generation: anchor, composed, and transformers.
 
   python -m benchmarks.generate [--repeats 5]
   python -m benchmarks.generate --pair=gemma --dtype=bfloat16 --rows=1,8
@@ -93,7 +93,7 @@ def ours(params: dict, spec: Composition, prompts, new: int, short: int) -> Run:
   return Run(
     lambda n: decode.generate(params, spec, prompts, max_new_tokens=n),
     sum(x.size for x in jax.tree.leaves(params)),
-    traffic.of_token(params, spec, rows, before),
+    traffic.bytes_per_token(params, spec, rows, before),
   )
 
 

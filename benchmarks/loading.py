@@ -1,4 +1,4 @@
-"""Memory and time of loading a sharded checkpoint.
+"""Measures memory and time of loading a sharded checkpoint.
 
   python -m benchmarks.loading [--gigabytes 2] [--shards 4] [--folder DIR]
 

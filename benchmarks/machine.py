@@ -1,4 +1,4 @@
-"""What this machine can do, measured beside what is measured on it."""
+"""Measures matmuls and copies, whose speed is the limit of this machine."""
 
 from __future__ import annotations
 

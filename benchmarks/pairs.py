@@ -1,4 +1,4 @@
-"""The pairs of models that are measured: shapes, and random weights.
+"""Builds the pairs of models that the benchmarks measure, with random weights.
 
 "small" is 51 M and 10 M parameters, plain decoders. "gemma" has the shapes of
 Gemma-2-2b and Gemma-3-270m (configs/shapes), and "tiny" is the same families
@@ -8,6 +8,7 @@ the anchor's 256,000, so that both models read the same tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -75,13 +76,20 @@ def jsons(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
   return anchor, other | {"vocab_size": anchor["vocab_size"]}
 
 
-def pair(name: str) -> Composition:
-  """One of PAIRS, with the connections that it has by default."""
-  if name == "small":
-    return small()
+def pair(name: str, **changes: Any) -> Composition:
+  """Builds one of PAIRS, with the connections that it has by default.
+
+  Args:
+    name: of the pair.
+    **changes: fields of `ModelConfig` that are changed in both models.
+  """
   # Else the tiny one would have a single connection.
   connections = 2 if name == "tiny" else 0
-  return _join(*map(families.from_hf, jsons(name)), connections)
+  models = (
+    dataclasses.replace(families.from_hf(config), **changes)
+    for config in jsons(name)
+  )
+  return _join(*models, connections)
 
 
 def _join(anchor: ModelConfig, other: ModelConfig, connections: int = 0):

@@ -1,4 +1,4 @@
-"""Seconds from the start of a process to the first token, cold and cached.
+"""Measures seconds from the start of a process to the first token.
 
   python -m benchmarks.startup
 

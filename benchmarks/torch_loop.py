@@ -1,4 +1,4 @@
-"""The plainest way to train a composition in PyTorch, to be compared with.
+"""Trains a composition in PyTorch in the plainest way, to be compared with.
 
 Two models of transformers, frozen; forward hooks keep the hidden states of one
 and add the cross-attention's output to those of the other; SDPA, one dtype for

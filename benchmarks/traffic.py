@@ -1,4 +1,4 @@
-"""Bytes that a step of decoding cannot do without reading."""
+"""Counts the bytes that a step of decoding cannot avoid reading."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def nbytes(params) -> int:
 
 
 def weights(params: dict, spec: Composition, rows: int) -> int:
-  """Of parameters, by a step that reads one token of each row.
+  """Counts the bytes of parameters that a step on one token a row reads.
 
   All of the anchor and of the composition, f_proj folded as decoding has it,
   and each augmenting model up to its last tapped layer, without its head. Of
@@ -52,7 +52,7 @@ def _embedded(model: dict, rows: int) -> int:
 
 
 def caches(spec: Composition, rows: int, before: int) -> int:
-  """Of keys and values, by a token with `before` others before it.
+  """Counts the bytes of keys and values that a token reads after `before`.
 
   Of a layer with a window, those that it sees; of slots that are not filled,
   nothing.
@@ -84,9 +84,9 @@ def _under(leaves: dict, prefix: str) -> int:
   return nbytes([x for n, x in leaves.items() if n.startswith(f"{prefix}/")])
 
 
-def of_token(
+def bytes_per_token(
   params: dict, spec: Composition, rows: int, before: Iterable[int]
 ) -> float:
-  """Of everything, by a step; the mean over tokens with `before` others."""
+  """Counts all bytes of a step: the mean over numbers of tokens `before` it."""
   read = statistics.fmean(caches(spec, rows, n) for n in before)
   return weights(params, spec, rows) + read

@@ -1,4 +1,4 @@
-"""A training step of the composition, against this machine's matmul rate.
+"""Measures a training step of the composition against this machine's matmuls.
 
   python -m benchmarks.train_step [--repeats 5] [--cpu]
   python -m benchmarks.train_step --growth
@@ -68,7 +68,8 @@ def torch_run(options, spec: Composition):
   return run
 
 
-def one(spec: Composition, options, clock: Clock) -> None:
+def report_step(spec: Composition, options, clock: Clock) -> None:
+  """Prints what a step of one pair takes."""
   rows, length = options.rows, options.length
   ours = steps.Timed(spec, rows, length)
   platform = jax.default_backend()
@@ -192,10 +193,9 @@ def main(arguments: list[str] | None = None) -> None:
   if options.growth:
     growth(how, options, clock)
     return
-  if options.no_cap:
-    how["attention_cap"] = None
-  spec = pairs.computed(pairs.pair(options.pair), options.attention, **how)
-  one(spec, options, clock)
+  changes = {"attention_cap": None} if options.no_cap else {}
+  pair = pairs.pair(options.pair, **changes)
+  report_step(pairs.computed(pair, options.attention, **how), options, clock)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_bytes_of_a_decoded_token_by_hand():
   slots = 7 + 20
   cached = slots * 2 * KH + slots * 2 * 16 + 20 * 2 * (2 * D)
   assert traffic.caches(spec, rows, 20) == 4 * rows * cached
-  both = traffic.of_token(shapes(spec), spec, rows, [20, 20])
+  both = traffic.bytes_per_token(shapes(spec), spec, rows, [20, 20])
   assert both == 4 * (weights + rows * cached)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 
 from calm_jax.planning import hlo
-from calm_jax.planning.programs import Placed, Program, bytes_here
+from calm_jax.planning.programs import CompiledProgram, Placed, bytes_here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,9 @@ class Estimate:
   step: float = 0
 
 
-def estimate(placed: Placed, program: Program, tokens: int = 1) -> Estimate:
+def estimate(
+  placed: Placed, program: CompiledProgram, tokens: int = 1
+) -> Estimate:
   """Estimates what a program needs.
 
   Args:
@@ -98,7 +100,7 @@ def estimate(placed: Placed, program: Program, tokens: int = 1) -> Estimate:
   )
 
 
-def _bytes_read(program: Program) -> int:
+def _bytes_read(program: CompiledProgram) -> int:
   """Bytes of what is given that the program reads."""
   arguments = program.given.arguments, program.compiled.input_shardings[0]
   # Of an argument that the program does not read there is no sharding.

@@ -44,8 +44,7 @@ class Counts:
   """The work of one device in one call of a program, or of a part of it.
 
   Attributes:
-    memory: bytes read from and written to its memory, by what each fusion
-      reads and writes.
+    memory: bytes that fusions read from and write to its memory.
     sent: bytes sent to other devices, by kind of collective: of an array of n
       bytes that g devices share, n (g - 1) / g, twice that in an all-reduce.
     unknown_loops: loops whose number of turns had to be assumed.
@@ -198,7 +197,7 @@ class _Counter:
       yield self.count(called["calls"][0]), 1
 
   def _turns(self, loop: Instruction, condition: str) -> int:
-    """How often a loop from 0 runs; 0 if that is not known."""
+    """Finds how often a loop from 0 runs; 0 if that is not known."""
     if known := re.search(r'trip_count":\{"n":"(\d+)"', loop.attributes):
       return int(known[1])
     inner = self.computations[condition]
@@ -227,7 +226,7 @@ class _Counter:
     return {kind: whole * (devices - 1) / devices * times}
 
   def _group(self, attributes: str) -> int:
-    """How many devices take part in a collective together."""
+    """Counts the devices that take part in a collective together."""
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
       return int(found[2])
     if found := re.search(r"_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
@@ -258,7 +257,7 @@ class _Counter:
     return total
 
   def _read(self, fused: Computation, place: int, whole: float) -> float:
-    """What a fusion reads of its argument at a place, of `whole` bytes."""
+    """Counts what a fusion reads of its argument at a place, of all bytes."""
     values = {
       i.name
       for i in fused.values()
@@ -286,7 +285,7 @@ def _root(computation: Computation) -> Instruction:
 
 
 def _written(fused: Computation, out: float) -> float:
-  """What a fusion writes; of an array that it updates, the update."""
+  """Counts what a fusion writes; of an array that it updates, the update."""
   ends = [_root(fused)]
   if ends[0].kind == "tuple":
     ends = [fused[o] for o in ends[0].operands]

@@ -1,4 +1,4 @@
-"""The programs of a run, compiled for a topology from shapes alone."""
+"""Compiles the programs of a run for a topology, from shapes alone."""
 
 from __future__ import annotations
 
@@ -32,28 +32,22 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Placed(NamedTuple):
-  """A job on a mesh.
-
-  Attributes:
-    job: with the composition as it computes there.
-    layout: None for one device.
-    target: what it is compiled for.
-  """
+  """A job on a mesh; its composition computes as it does there."""
 
   job: Job
-  layout: sharding.Layout | None
+  layout: sharding.Layout | None  # None for one device
   target: Target
 
   def at(self, part: PyTree, shardings: PyTree | None = None) -> PyTree:
-    """Shapes with where they lie; replicated without shardings."""
+    """Gives shapes their shardings; without any they are replicated."""
     if self.layout is None:
-      whole = jax.sharding.SingleDeviceSharding(self.target.devices[0])
+      device = self.target.devices[0]
+      replicated = jax.sharding.SingleDeviceSharding(device)
     else:
-      whole = jax.sharding.NamedSharding(
-        self.layout.mesh, jax.sharding.PartitionSpec()
-      )
-    if shardings is None or self.layout is None:
-      shardings = jax.tree.map(lambda _: whole, part)
+      spec = jax.sharding.PartitionSpec()
+      replicated = jax.sharding.NamedSharding(self.layout.mesh, spec)
+    if shardings is None:
+      shardings = jax.tree.map(lambda _: replicated, part)
     return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       part,
@@ -61,15 +55,14 @@ class Placed(NamedTuple):
     )
 
   def params(self, params: PyTree) -> PyTree:
-    """Parameters where the rules say."""
-    places = None
-    if self.layout is not None:
-      places = self.layout.shardings(params)
-    return self.at(params, places)
+    """Gives parameters the shardings of the rules."""
+    if self.layout is None:
+      return self.at(params)
+    return self.at(params, self.layout.shardings(params))
 
 
 def place(job: Job, target: Target, axes: dict[str, int]) -> Placed:
-  """A job on a mesh of a topology.
+  """Places a job on a mesh of a topology.
 
   Raises:
     InputError: the devices do not form such a mesh.
@@ -92,18 +85,13 @@ def place(job: Job, target: Target, axes: dict[str, int]) -> Placed:
 
 
 class Given(NamedTuple):
-  """What a program takes.
+  """The arguments of a program."""
 
-  Attributes:
-    arguments: shapes with shardings.
-    kinds: of each of their leaves, of KINDS.
-  """
-
-  arguments: tuple
-  kinds: tuple
+  arguments: tuple  # shapes with shardings
+  kinds: tuple  # one of KINDS for each of their leaves
 
   def resident(self) -> dict[str, int]:
-    """Bytes on each device, by kind."""
+    """Counts the bytes on each device, by kind."""
     memory = dict.fromkeys(KINDS, 0)
     leaves = jax.tree.leaves(self.arguments), jax.tree.leaves(self.kinds)
     for leaf, kind in zip(*leaves, strict=True):
@@ -116,7 +104,7 @@ def _all(part: PyTree, kind: str) -> PyTree:
 
 
 def training_given(placed: Placed, rows: int) -> Given:
-  """What a step of training on `rows` rows takes.
+  """Describes the arguments of a step of training on `rows` rows.
 
   Raises:
     InputError: the devices cannot share the rows.
@@ -128,28 +116,29 @@ def training_given(placed: Placed, rows: int) -> Given:
   start = functools.partial(step_lib.initial_state, made)
   state = jax.eval_shape(start, trainable)
   batch = shapes.batch(job, rows)
-  places = None, None
+  of_state, of_batch = None, None
   if layout is not None:
     layout.share(rows, job.stage.accumulate)
-    places = layout.following(state), layout.batch_shardings(batch)
+    of_state = layout.following(state)
+    of_batch = layout.batch_shardings(batch)
   arguments = (
-    placed.at(state, places[0]),
+    placed.at(state, of_state),
     placed.params(frozen),
-    placed.at(batch, places[1]),
+    placed.at(batch, of_batch),
   )
   kinds = _all(state, "optimizer") | {"trainable": _all(trainable, "trainable")}
   return Given(arguments, (kinds, _all(frozen, "frozen"), _all(batch, "batch")))
 
 
-class Program(NamedTuple):
-  """A compiled program and what it is given.
+class CompiledProgram(NamedTuple):
+  """A program and its arguments.
 
   Attributes:
-    given: what it takes.
+    given: its arguments.
     compiled: None if it does not fit.
     needed: bytes that it would need then, if the compiler says.
     flops: of matrix products of one call, each once, as it was traced.
-    in_kernels: how many of those are in kernels of its own.
+    in_kernels: how many of those are in Pallas kernels.
   """
 
   given: Given
@@ -159,8 +148,8 @@ class Program(NamedTuple):
   in_kernels: int
 
 
-def training(placed: Placed, rows: int) -> Program:
-  """One step of training on `rows` rows."""
+def training(placed: Placed, rows: int) -> CompiledProgram:
+  """Compiles one step of training on `rows` rows."""
   stage = placed.job.stage
   mask = trees.mask(placed.job.params, stage.trainable)
   made = optimizer.make_optimizer(stage, mask)
@@ -169,8 +158,8 @@ def training(placed: Placed, rows: int) -> Program:
   return _compile(step.trace(*given.arguments), given)
 
 
-def decoding(placed: Placed, rows: int, slots: int) -> Program:
-  """`decode_steps.advance`: up to CHUNK tokens for each of `rows` rows.
+def decoding(placed: Placed, rows: int, slots: int) -> CompiledProgram:
+  """Compiles `decode_steps.advance`: up to CHUNK tokens of `rows` rows.
 
   Caches have `slots` slots, all of which are multiplied with, read or not.
   """
@@ -239,24 +228,24 @@ def _unstacked(params: dict) -> dict:
   return params | models
 
 
-def _compile(traced, given: Given, trips: int | None = None) -> Program:
+def _compile(traced, given: Given, trips: int | None = None) -> CompiledProgram:
   """Compiles; a loop of unknown length is taken to run `trips` times."""
   counts = [
     flops.count_jaxpr(traced.jaxpr.jaxpr, trips, kernels_only)
     for kernels_only in (False, True)
   ]
   try:
-    return Program(given, traced.lower().compile(), 0, *counts)
+    return CompiledProgram(given, traced.lower().compile(), 0, *counts)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     found = _NEEDED.search(str(error))
     needed = int(float(found[1]) * _UNITS[found[2]]) if found else 0
-    return Program(given, None, needed, *counts)
+    return CompiledProgram(given, None, needed, *counts)
 
 
 def bytes_here(leaf: jax.ShapeDtypeStruct) -> int:
-  """Of one array on one device; a typed key is two numbers."""
+  """Counts the bytes of an array on one device; a random key has 8."""
   size = math.prod(leaf.sharding.shard_shape(leaf.shape))
   is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
   return size * (8 if is_key else leaf.dtype.itemsize)

@@ -23,7 +23,7 @@ _SHOWN = 12
 
 
 class Plan(NamedTuple):
-  """What `calm_jax.plan` found out about a job on a topology."""
+  """A job on a topology, and how it can run there."""
 
   job: Job
   target: Target
