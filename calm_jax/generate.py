@@ -16,6 +16,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from calm_jax import cli
@@ -48,7 +49,7 @@ def _arguments() -> argparse.Namespace:
   )
   which = parser.add_mutually_exclusive_group()
   which.add_argument("--prompt", help="the text to continue")
-  which.add_argument("--prompts", help='a file of lines {"prompt"}')
+  which.add_argument("--prompts", type=Path, help='a file of lines {"prompt"}')
   for name, default in _OPTIONS.items():
     parser.add_argument(f"--{name}", type=type(default), default=default)
   parser.add_argument(
