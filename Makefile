@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests and examples run on the CPU, whatever else the machine has.
 CPU := JAX_PLATFORMS=cpu
 
-.PHONY: kv ablations test parity lm-eval lint format clean
+.PHONY: kv ablations test test-all parity lm-eval lint format clean
 
 # XLA takes and returns its scratch memory at every step; in huge pages that
 # costs far fewer page faults. Other C libraries ignore it.
@@ -18,11 +18,17 @@ ablations: $(VENV)/installed
 
 # Most of the time goes into compiling programs that run for moments. Fused
 # operations are slowest to compile by way of MLIR.
+PYTEST := $(CPU) JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
+  XLA_FLAGS=--xla_cpu_use_fusion_emitters=false \
+  $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+  --ignore=tests/parity
+
+# What a change needs. test-all adds kills, faults, meshes and whole commands.
 test: $(VENV)/dev
-	$(CPU) JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
-	  XLA_FLAGS=--xla_cpu_use_fusion_emitters=false \
-	  $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
-	  --ignore=tests/parity
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/dev
+	$(PYTEST)
 
 parity: $(VENV)/parity
 	$(CPU) $(BIN)/python -m pytest -n auto tests/parity

@@ -17,14 +17,23 @@ import stand_ins
 # be all processes that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Kills, faults, meshes and whole commands: left to `make test-all`.
+SLOW = {
+  *("test_mesh", "test_faults", "test_kill", "test_plan_truth"),
+  *("test_notebook", "test_ablations", "test_benchmarks"),
+  *("test_launch", "test_launch_clusters"),
+}
 # The files that take longest, so that none of them runs alone at the end.
 FIRST = (
-  "test_mesh", "test_decode", "test_faults", "test_train", "test_kill",
-  "test_notebook", "test_training_step", "test_quantisation", "test_trainer",
-)  # fmt: skip
+  *("test_mesh", "test_decode", "test_faults", "test_train", "test_kill"),
+  *("test_notebook", "test_step", "test_quantisation", "test_trainer"),
+)
 
 
 def pytest_collection_modifyitems(items):
+  for item in items:
+    if item.path.stem in SLOW:
+      item.add_marker(pytest.mark.slow)
   items.sort(key=lambda item: (*FIRST, item.path.stem).index(item.path.stem))
 
 
