@@ -3,7 +3,7 @@
 # name, the script queues for one.
 #
 #   launch/tpu_pod.sh --project=P --zone=us-east5-a --name=calm \
-#     --accelerator-type=v6e-256 --workdir=gs://BUCKET/kv --spot --delete \
+#     --accelerator-type=v6e-256 --workdir=gs://my-bucket/kv --spot --delete \
 #     -- --config=configs/kv.py:paper
 #
 # After preemption the script queues again, and the run goes on. The trainer

@@ -3,7 +3,7 @@
 # VM of that name, the script creates it.
 #
 #   launch/tpu_vm.sh --project=P --zone=us-east5-a --name=calm \
-#     --accelerator-type=v6e-8 --workdir=gs://BUCKET/kv --spot --delete \
+#     --accelerator-type=v6e-8 --workdir=gs://my-bucket/kv --spot --delete \
 #     -- --config=configs/kv.py:paper
 #
 # After preemption the script creates it again, and the run goes on. The trainer

@@ -1,0 +1,139 @@
+"""README.md, CONTRIBUTING.md and docs/: what they name exists."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pathlib
+import re
+import xml.etree.ElementTree
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+FOLDERS = "calm_jax|configs|docs|tests|benchmarks|launch|notebooks"
+WITH_CONFIG = ("train", "evaluate", "plan", "ablations")
+
+each_page = pytest.mark.parametrize(
+  "page", PAGES, ids=lambda page: str(page.relative_to(ROOT))
+)
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+  """The fragments that GitHub gives the headings of a page."""
+  titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+  kept = [re.sub(r"[^\w\- ]", "", title.lower()) for title in titles]
+  return {title.replace(" ", "-") for title in kept}
+
+
+def commands(page: pathlib.Path) -> list[str]:
+  """Lines of code, joined where they end in a backslash."""
+  text = page.read_text().replace("\\\n", " ")
+  return re.findall(r"^(?: {4}|> )(.*)$", text, re.MULTILINE)
+
+
+@each_page
+def test_links_resolve(page):
+  for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+    if target.startswith("https://"):
+      continue
+    path, _, fragment = target.partition("#")
+    file = page.parent / path if path else page
+    assert file.exists(), target
+    if fragment:
+      assert fragment in anchors(file), target
+
+
+@each_page
+def test_paths_exist(page):
+  named = re.findall(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./*-]*", page.read_text())
+  for name in {name.rstrip(".") for name in named}:
+    assert list(ROOT.glob(name.rstrip("/"))), name
+
+
+@each_page
+def test_commands_exist(page):
+  text = page.read_text()
+  for package, name in re.findall(r"-m (calm_jax|benchmarks)\.([a-z_]+)", text):
+    assert (ROOT / package / f"{name}.py").is_file(), f"{package}.{name}"
+  targets = re.findall(r"^([\w. -]+):", (ROOT / "Makefile").read_text(), re.M)
+  known = {name for line in targets for name in line.split()}
+  for line in [*commands(page), *re.findall(r"`(make [^`]*)`", text)]:
+    if named := re.match(r"make ([a-z][a-z-]*)", line):
+      assert named[1] in known, line
+
+
+@each_page
+def test_flags_of_configs_exist(page):
+  for line in commands(page):
+    run = re.search(r"-m calm_jax\.(\w+)", line)
+    file = re.search(r"--config=configs/(\w+)\.py(?::([\w,]+))?", line)
+    if not run or not file or run[1] not in WITH_CONFIG:
+      continue
+    module = importlib.import_module(f"configs.{file[1]}")
+    config = module.get_config(*filter(None, [file[2]]))
+    for flag in re.findall(r"--config\.([\w.]+)", line):
+      entry = config
+      for name in flag.split("."):
+        assert name in entry, f"{flag} of {file[0]}"
+        entry = entry[name]
+
+
+@each_page
+def test_python_is_python(page):
+  for source in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+    if "..." not in source and not source.startswith('"'):
+      ast.parse(source)
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_pages_begin_by_saying_for_whom_they_are(page):
+  title, first = page.read_text().split("\n\n")[:2]
+  assert title.startswith("# ") and "\n" not in title
+  assert first.startswith("For ")
+
+
+def test_the_index_lists_all_pages():
+  listed = re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs/README.md").read_text())
+  assert sorted(listed) == [p.name for p in DOCS if p.name != "README.md"]
+
+
+def test_the_readme_is_short():
+  assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("picture", sorted((ROOT / "docs").glob("*.svg")))
+def test_pictures_are_described_and_used(picture):
+  root = xml.etree.ElementTree.parse(picture).getroot()
+  names = {child.tag.rpartition("}")[2] for child in root}
+  assert {"title", "desc"} <= names
+  assert any(picture.name in page.read_text() for page in PAGES)
+
+
+def defined(file: pathlib.Path) -> set[str]:
+  """Functions, classes, methods and constants of a file."""
+  names = set()
+  for node in ast.parse(file.read_text()).body:
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+      targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+      names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+      names.add(node.name)
+      if isinstance(node, ast.ClassDef):
+        inner = [n for n in node.body if isinstance(n, ast.FunctionDef)]
+        names |= {f"{node.name}.{method.name}" for method in inner}
+  return names
+
+
+def test_functions_that_pages_name_exist():
+  """A page names a function of a file as `calm_jax/FILE.py` `FUNCTION`."""
+  text = "\n".join(page.read_text() for page in PAGES)
+  named = re.findall(
+    r"`(calm_jax/[\w/]+\.py)`((?:,?\s(?:and\s)?`[\w.]+`)*)", text
+  )
+  assert len(named) > 30
+  for path, names in named:
+    missing = {*re.findall(r"`([\w.]+)`", names)} - defined(ROOT / path)
+    assert not missing, f"{path} has no {missing}"
