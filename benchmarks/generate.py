@@ -39,7 +39,8 @@ from rich.table import Table
 from benchmarks import machine, pairs, traffic
 from calm_jax.composition import forward
 from calm_jax.composition.connections import Composition
-from calm_jax.generation import batching, decode
+from calm_jax.generation import batching, decode, decode_steps
+from calm_jax.models import decoder
 
 PROMPT, NEW = 32, 64
 GOAL = 0.7
@@ -130,23 +131,6 @@ def their_model(options):
   return torch_loop.random_model(anchor, options.dtype, device).eval()
 
 
-def apart(params: dict) -> dict:
-  """The parameters with arrays of its own for each layer."""
-
-  def one(model):
-    layers = model["layers"]
-    count = len(jax.tree.leaves(layers)[0])
-    each = tuple(
-      jax.tree.map(lambda p, i=i: p[i], layers) for i in range(count)
-    )
-    return model | {"layers": each}
-
-  models = {"anchor": one(params["anchor"])}
-  if "augmenting" in params:
-    models["augmenting"] = {n: one(m) for n, m in params["augmenting"].items()}
-  return params | models
-
-
 def measure(
   runs: dict[str, Run], lengths: tuple[int, ...], repeats: int, copy=None
 ) -> dict[str, dict[str, float]]:
@@ -193,7 +177,7 @@ def contest(options) -> dict[int, dict[str, dict[str, float]]]:
   spec = pairs.computed(pairs.pair(options.pair), dtype=options.dtype)
   params = pairs.parameters(spec, options.dtype)
   if options.apart:
-    params = apart(params)
+    params = decode_steps.change_models(params, decoder.split_layers)
   whole = Table(
     "prompt and all", "rows", "parameters", "tokens/s", "time, of the anchor's"
   )

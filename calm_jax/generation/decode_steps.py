@@ -55,12 +55,17 @@ class DecodeState(NamedTuple):
 
 def prepare(params: dict) -> dict:
   """The tree as decoding reads it fastest; nothing large is copied."""
-  models = {"anchor": decoder.unstack(params["anchor"])}
+  return change_models(cross_attention.fold(params), decoder.unstack)
+
+
+def change_models(params: dict, change: Callable[[dict], dict]) -> dict:
+  """The tree with the parameters of each frozen model changed."""
+  models = {"anchor": change(params["anchor"])}
   if "augmenting" in params:
     models["augmenting"] = {
-      name: decoder.unstack(p) for name, p in params["augmenting"].items()
+      name: change(model) for name, model in params["augmenting"].items()
     }
-  return cross_attention.fold(params) | models
+  return params | models
 
 
 def _pick(

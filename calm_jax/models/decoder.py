@@ -16,6 +16,7 @@ Matrices may be quantised: see `models.quantisation`.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -299,11 +300,18 @@ def unstack(params: dict) -> dict:
   devices = set().union(*(leaf.devices() for leaf in leaves))
   if [d.platform for d in devices] != ["cpu"]:
     return params
-  layers = [
-    jax.tree.map(
-      lambda p, i=i: jax.device_put(np.asarray(p)[i], may_alias=True),
-      params["layers"],
-    )
-    for i in range(len(leaves[0]))
+  return split_layers(
+    params, lambda p, i: jax.device_put(np.asarray(p)[i], may_alias=True)
+  )
+
+
+def split_layers(
+  params: dict, layer: Callable[[jax.Array, int], jax.Array] = operator.getitem
+) -> dict:
+  """The parameters with "layers" as a tuple of trees, by `layer(stack, i)`."""
+  layers = params["layers"]
+  count = len(jax.tree.leaves(layers)[0])
+  split = [
+    jax.tree.map(lambda p, i=i: layer(p, i), layers) for i in range(count)
   ]
-  return params | {"layers": tuple(layers)}
+  return params | {"layers": tuple(split)}

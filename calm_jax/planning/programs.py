@@ -9,15 +9,16 @@ import re
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from calm_jax.composition import cross_attention, forward
 from calm_jax.core import trees
-from calm_jax.core.batch import Batch, Sequence
+from calm_jax.core.batch import plain_batch, plain_sequence
 from calm_jax.core.errors import InputError
 from calm_jax.experiments import run_models, sharded_models
 from calm_jax.generation import batching, decode, decode_steps
 from calm_jax.generation.sampling import GREEDY
+from calm_jax.models import decoder
 from calm_jax.parallel import placement, sharding
 from calm_jax.planning import flops, shapes
 from calm_jax.planning.shapes import Job
@@ -167,65 +168,52 @@ def decoding(placed: Placed, rows: int, slots: int) -> CompiledProgram:
   spec, params = forward.submodel(job.spec, job.params, job.stage.model)
   params = jax.eval_shape(cross_attention.fold, params)
   if placed.target.chip.name == "cpu" and layout is None:
-    params = _unstacked(params)
-  prompt = Sequence(
-    *(jax.ShapeDtypeStruct((rows, batching.SHORTEST), jnp.int32),) * 3
-  )
-  names = [name for name, _ in spec.augmenting]
-  batch = Batch(
-    prompt,
-    dict.fromkeys(job.own, prompt),
-    dict.fromkeys(names, prompt.tokens),
-    prompt_ends=prompt.tokens,
-  )
-  row = jax.ShapeDtypeStruct((rows,), jnp.int32)
-  stop = jax.ShapeDtypeStruct((1,), jnp.int32)
-  every = "anchor", *names
-  options = {"slots": tuple((n, slots) for n in every), "sampler": GREEDY}
-  lengths = {n: row for n in every if n not in job.own}
-
-  def begin(params, batch, row, stop, lengths):
-    return decode_steps.start(
-      params, spec, batch, row, stop, lengths, **options
+    # As `decode_steps.prepare` does on one CPU.
+    params = jax.eval_shape(
+      lambda p: decode_steps.change_models(p, decoder.split_layers), params
     )
-
-  state = jax.eval_shape(begin, params, batch, row, stop, lengths)
-  cache = layout and layout.caches(state.cache)
+  names = ["anchor", *(name for name, _ in spec.augmenting)]
+  same_tokens = [name for name in names if name not in job.own]
+  # Of the prompts only the shape matters.
+  prompts_BL = np.zeros((rows, batching.SHORTEST), np.int32)
+  batch = plain_batch(prompts_BL)._replace(
+    augmenting=dict.fromkeys(job.own, plain_sequence(prompts_BL)),
+    visible=dict.fromkeys(job.own, prompts_BL),
+    prompt_ends=prompts_BL,
+  )
+  seeds_B, stop_S = np.zeros(rows, np.int32), np.zeros(1, np.int32)
+  state = jax.eval_shape(
+    lambda params: decode_steps.start(
+      params,
+      spec,
+      batch,
+      seeds_B,
+      stop_S,
+      dict.fromkeys(same_tokens, seeds_B),
+      slots=tuple((name, slots) for name in names),
+      sampler=GREEDY,
+    ),
+    params,
+  )
+  cache = None if layout is None else layout.caches(state.cache)
   rest = placed.at(state._replace(cache=None))
   arguments = (
     placed.params(params),
     rest._replace(cache=placed.at(state.cache, cache)),
-    placed.at(stop),
-    placed.at(jax.ShapeDtypeStruct((), jnp.int32)),
+    placed.at(stop_S),
+    placed.at(np.int32(decode.CHUNK)),
   )
   traced = decode_steps.advance.trace(
     arguments[0],
     spec,
     *arguments[1:],
-    along=tuple(n for n in names if n not in job.own),
+    along=tuple(same_tokens[1:]),
     sampler=GREEDY,
     size=decode.CHUNK,
   )
   kinds = _all(rest, "batch")._replace(cache=_all(state.cache, "caches"))
   kinds = _all(params, "frozen"), kinds, "batch", "batch"
   return _compile(traced, Given(arguments, kinds), decode.CHUNK)
-
-
-def _unstacked(params: dict) -> dict:
-  """What `decode_steps.prepare` makes of parameters on one CPU."""
-
-  def one(model):
-    layers = model["layers"]
-    each = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers
-    )
-    count = len(jax.tree.leaves(layers)[0])
-    return model | {"layers": (each,) * count}
-
-  models = {"anchor": one(params["anchor"])}
-  if "augmenting" in params:
-    models["augmenting"] = {n: one(p) for n, p in params["augmenting"].items()}
-  return params | models
 
 
 def _compile(traced, given: Given, trips: int | None = None) -> CompiledProgram:
