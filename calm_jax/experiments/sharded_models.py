@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 import jax
 
 from calm_jax import language_model
-from calm_jax.core import trees
 from calm_jax.language_model import LanguageModel
 from calm_jax.parallel import mesh, placement
 from calm_jax.parallel.sharding import Layout, Rules
@@ -73,12 +72,4 @@ def shardings(layout: Layout | None, part: str) -> Callable | None:
   """The `shardings` of `load_model` for "anchor" or "augmenting/<name>"."""
   if layout is None:
     return None
-
-  def of_part(shapes: trees.Tree) -> trees.Tree:
-    leaves = {f"{part}/{n}": x for n, x in trees.flatten(shapes).items()}
-    placed = trees.flatten(layout.shardings(trees.unflatten(leaves)))
-    return trees.unflatten(
-      {name.removeprefix(f"{part}/"): x for name, x in placed.items()}
-    )
-
-  return of_part
+  return functools.partial(layout.shardings, prefix=f"{part}/")

@@ -16,7 +16,6 @@ import numpy as np
 from calm_jax.core import files
 from calm_jax.core.errors import InputError
 from calm_jax.data import pipeline
-from calm_jax.data.documents import RowOptions
 from calm_jax.data.examples import TextExample
 from calm_jax.evals import suite, tasks
 from calm_jax.evals.base import Evaluation
@@ -148,12 +147,12 @@ class TextExperiment:
     A text that is longer than a row goes on in a next window.
     """
     score = jax.jit(step.row_losses, static_argnums=1)
-    options = RowOptions(
+    options = self.corpus.row_options(
+      model,
       batch_size=self._task.eval_batch_size,
       length=self._task.eval_length,
       pack=False,
       seed=None,
-      **self.corpus.tokenizers(model),
     )
     source = pipeline.text_source({"": (examples, 1.0)}, options)
     sums = {example.origin: np.zeros(2) for example in examples}

@@ -126,13 +126,13 @@ class TextCorpus:
           self._read(name), part.fraction, self._seed
         )
         parts[name] = used, part.weight / len(names)
-    options = RowOptions(
+    options = self.row_options(
+      model,
       pack=data.pack,
       too_long=data.too_long,
       seed=seed,
       process_index=share[0],
       process_count=share[1],
-      **self.tokenizers(model),
       **_shape(stage),
     )
     source = pipeline.text_source(parts, options)
@@ -150,18 +150,16 @@ class TextCorpus:
         "--config.eval_data= a jsonl or txt file"
       )
     watched = [e for name in names for e in self.held_out[name]]
-    options = RowOptions(seed=None, **self.tokenizers(model), **_shape(stage))
+    options = self.row_options(model, seed=None, **_shape(stage))
     return list(pipeline.text_source({"": (watched, 1.0)}, options))
 
-  def tokenizers(self, model: LanguageModel) -> dict[str, Any]:
-    """The tokenizers of a model's batches, as `data.pipeline` takes them."""
+  def row_options(self, model: LanguageModel, **options: Any) -> RowOptions:
+    """The options of a model's batches, with its tokenizers."""
     for name, tokenizer in model.tokenizers.items():
       if name not in self._encoders:
         self._encoders[name] = ChunkEncoder(tokenizer)
-    return {
-      "tokenizer": model.text(),
-      "augmenting": {name: self._encoders[name] for name in model.tokenizers},
-    }
+    augmenting = {name: self._encoders[name] for name in model.tokenizers}
+    return RowOptions(tokenizer=model.text(), augmenting=augmenting, **options)
 
   def _read(self, name: str) -> list[TextExample]:
     if name not in self._sources:

@@ -79,11 +79,14 @@ class Layout:
     """
     return partition(self._cut_parameter(name, shape)[0])
 
-  def shardings(self, shapes: trees.Tree) -> dict[str, Any]:
-    """A tree of NamedShardings for a tree of parameters or their shapes."""
+  def shardings(self, shapes: trees.Tree, prefix: str = "") -> dict[str, Any]:
+    """A tree of NamedShardings for a tree of parameters or their shapes.
+
+    With a prefix such as "anchor/" it is that part of the whole tree.
+    """
     return trees.unflatten(
       {
-        name: NamedSharding(self.mesh, self.spec(name, leaf.shape))
+        name: NamedSharding(self.mesh, self.spec(prefix + name, leaf.shape))
         for name, leaf in trees.flatten(shapes).items()
       }
     )
