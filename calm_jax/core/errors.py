@@ -1,4 +1,4 @@
-"""What can go wrong outside of the program, and the exit code of each.
+"""Errors with a cause outside of the program, and their exit codes.
 
 The command lines print the message of such an error without a traceback;
 docs/faults.md has the whole table.
@@ -25,7 +25,7 @@ class TrainingDiverged(RuntimeError):
 
 
 class StorageError(OSError):
-  """What was to be saved or read is not: names it, and what is still good."""
+  """A file could not be read or written; names it and what is still usable."""
 
 
 class LostProcess(RuntimeError):
@@ -33,15 +33,15 @@ class LostProcess(RuntimeError):
 
 
 class Preempted(BaseException):
-  """SIGTERM; says what is kept.
+  """SIGTERM arrived; the message names the checkpoint that is kept.
 
-  No `Exception`, as KeyboardInterrupt is none: a signal may come anywhere, and
-  nothing may take it for a failure of its own.
+  Like KeyboardInterrupt it is no `Exception`: a signal may arrive anywhere, and
+  no `except Exception` may take it for a failure of its own code.
   """
 
 
 class Interrupted(Preempted):
-  """SIGINT; says what is kept."""
+  """SIGINT arrived; the message names the checkpoint that is kept."""
 
 
 EXIT_CODES = {

@@ -21,25 +21,26 @@ from calm_jax.core.files import read_json
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-HUB_FILES = (
-  "model*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt"
-)  # fmt: skip
-# What belongs to a tokenizer and to generation, copied along with a model.
+_TOKENIZER_FILES = ("tokenizer.model", "merges.txt", "vocab.txt")
+HUB_FILES = ("model*.safetensors", "*.json", *_TOKENIZER_FILES)
+# Files of a tokenizer and of generation, copied along with a model.
+# fmt: off
 TEXT_FILES = (
   "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
   "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
   "merges.txt", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
+)
+# fmt: on
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class CheckpointRef(NamedTuple):
-  """Where a checkpoint came from.
+  """A checkpoint that was located.
 
   Attributes:
     name: the folder or hub id that was asked for.
     revision: the commit on the hub; None for a folder.
-    folder: where its files are.
+    folder: the folder that holds its files.
     config: its config.json.
   """
 

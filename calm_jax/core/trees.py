@@ -1,4 +1,4 @@
-"""Names of leaves, regex masks, partition and merge, counts, fingerprints.
+"""Trees of arrays: names of leaves, masks, partition, merge, fingerprints.
 
 A tree is a plain nested dict with string keys whose leaves are arrays, or
 anything else with a shape and a dtype. A leaf's name is its path joined by
@@ -33,7 +33,7 @@ def flatten(tree: Tree, separator: str = "/") -> dict[str, Any]:
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-  """The inverse of `flatten`.
+  """Inverts `flatten`.
 
   Raises:
     ValueError: a name is a leaf and also the prefix of another leaf.
@@ -53,12 +53,7 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
 def mask(tree: Tree, patterns: Sequence[str]) -> dict[str, Any]:
   """Marks the leaves whose whole name matches one of the patterns.
 
-  Args:
-    tree: nested dict of arrays.
-    patterns: regular expressions, applied with `re.fullmatch`.
-
-  Returns:
-    A tree of bool with the structure of `tree`.
+  Returns a tree of bool with the structure of `tree`.
 
   Raises:
     InputError: a pattern is not a regular expression, or matches no leaf.
@@ -85,14 +80,9 @@ def mask(tree: Tree, patterns: Sequence[str]) -> dict[str, Any]:
 def partition(
   tree: Tree, selection: Tree
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Splits a tree in two: `merge(*partition(tree, m))` is the tree again.
+  """Splits a tree into the leaves that a `mask` selects, and the rest.
 
-  Args:
-    tree: nested dict of arrays.
-    selection: tree of bool with the same structure, as `mask` returns it.
-
-  Returns:
-    (selected, rest), both pruned nested dicts.
+  `merge(*partition(tree, selection))` is the tree again.
 
   Raises:
     ValueError: the two structures differ.
@@ -130,14 +120,10 @@ def count(tree: Tree) -> int:
 def fingerprint(tree: Tree, fetch: Callable = np.asarray) -> str:
   """Returns the sha256 (hex) of names, shapes, dtypes and bytes.
 
-  Independent of the order of keys and of where the arrays live. Leaves are
-  fetched to the host one at a time, so that a tree larger than the host's
-  memory can be hashed.
-
-  Args:
-    tree: nested dict of arrays.
-    fetch: gives the whole of a leaf as a numpy array; one that this process
-      does not hold all of needs another than the default.
+  The order of keys and the devices of the arrays do not matter. `fetch` makes
+  a numpy array of one leaf after the other, so that a tree larger than the
+  host's memory can be hashed; leaves that are spread over several processes
+  need another `fetch` than the default.
   """
   digest = hashlib.sha256()
   for name, leaf in sorted(flatten(tree).items()):
@@ -152,39 +138,31 @@ def fingerprint(tree: Tree, fetch: Callable = np.asarray) -> str:
 def check_same_structure(got: Tree, want: Tree, what: str) -> None:
   """Checks that two trees have the same names, shapes and dtypes.
 
-  Args:
-    got: the tree that was found, e.g. in a checkpoint.
-    want: the tree that is needed.
-    what: names `got` in the error message.
-
   Raises:
-    InputError: lists the missing, the unexpected and the misshapen leaves.
+    InputError: lists the missing, the unexpected and the misshapen leaves of
+      `got`, which is called `what`.
   """
-  got_leaves, want_leaves = flatten(got), flatten(want)
-  missing = [
-    f"{name}: {_describe(x)}"
-    for name, x in want_leaves.items()
-    if name not in got_leaves
-  ]
-  unexpected = [
-    f"{name}: {_describe(x)}"
-    for name, x in got_leaves.items()
-    if name not in want_leaves
-  ]
-  misshapen = [
-    f"{name}: found {_describe(got_leaves[name])}, wanted {_describe(x)}"
-    for name, x in want_leaves.items()
-    if name in got_leaves and _describe(got_leaves[name]) != _describe(x)
-  ]
+  got_leaves, want_leaves = (
+    {name: _describe(leaf) for name, leaf in flatten(tree).items()}
+    for tree in (got, want)
+  )
   sections = {
-    "missing (wanted, not found)": missing,
-    "unexpected (found, not wanted)": unexpected,
-    "misshapen": misshapen,
+    "missing (wanted, not found)": [
+      f"{n}: {x}" for n, x in want_leaves.items() if n not in got_leaves
+    ],
+    "unexpected (found, not wanted)": [
+      f"{n}: {x}" for n, x in got_leaves.items() if n not in want_leaves
+    ],
+    "misshapen": [
+      f"{name}: found {got_leaves[name]}, wanted {leaf}"
+      for name, leaf in want_leaves.items()
+      if got_leaves.get(name, leaf) != leaf
+    ],
   }
   lines = [
-    f"{len(found)} {title}:\n{_listing(found)}"
-    for title, found in sections.items()
-    if found
+    f"{len(leaves)} {title}:\n{_listing(leaves)}"
+    for title, leaves in sections.items()
+    if leaves
   ]
   if lines:
     raise InputError("\n".join([f"{what} does not match:", *lines]))

@@ -95,7 +95,7 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 
 class MLP(nn.Module):
-  """down(act(gate(x)) * up(x)), or without a gate down(act(up(x)))."""
+  """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
 
   config: ModelConfig
 

@@ -1,7 +1,7 @@
 """Keys and values of the tokens read so far: {"key", "value"}.
 
-Each is [R, B, K, S, H], R layers of S slots; heads come before slots, the order
-in which a few queries are multiplied with them. XLA copies what a loop both
+Each is [R, B, K, S, H], R layers of S slots; heads come before slots, since a
+few queries are multiplied with them in that order. XLA copies what a loop both
 updates and reads, at every step, so a loop that reads token by token leaves
 the cache alone: between `begin` and `settle`, new tokens go to a few slots
 beside it, "recent", the first of which stands for slot "first".
@@ -19,7 +19,7 @@ NAMES = ("key", "value")
 def empty(
   rows: int, batch: int, heads: int, slots: int, width: int, dtype: str
 ) -> dict:
-  """Zeros of [R, B, K, S, H]."""
+  """Makes a cache of zeros [R, B, K, S, H]."""
   shape = (rows, batch, heads, slots, width)
   return {name: jnp.zeros(shape, dtype) for name in NAMES}
 
@@ -39,7 +39,7 @@ def extend(cache: dict, new: dict, row: Array | int, index: Array) -> dict:
 def blocks(
   cache: dict, row: Array | int, mask_B1LS: Array
 ) -> list[tuple[Array, Array, Array]]:
-  """What to attend to: (keys, values [B, K, S, H], mask) of each block."""
+  """Returns (keys, values [B, K, S, H], mask) of each block of a row."""
   key, value = (cache[name][row] for name in NAMES)
   if "recent" not in cache:
     return [(key, value, mask_B1LS)]
@@ -55,14 +55,14 @@ def blocks(
 
 
 def begin(cache: dict, size: int, first: Array) -> dict:
-  """The cache, with `size` recent slots from `first` on."""
+  """Adds `size` recent slots, which stand for slots from `first` on."""
   R, B, K, _, H = cache["key"].shape
   recent = empty(R, B, K, size, H, cache["key"].dtype)
   return cache | {"recent": recent, "first": first}
 
 
 def settle(cache: dict) -> dict:
-  """The cache without recent slots, written to where they belong."""
+  """Writes the recent slots to the slots that they stand for."""
   at = (0, 0, 0, cache["first"], 0)
   return {
     name: jax.lax.dynamic_update_slice(cache[name], cache["recent"][name], at)

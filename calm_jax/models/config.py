@@ -1,4 +1,4 @@
-"""Which model a decoder is (`ModelConfig`), and how it is run (`Compute`)."""
+"""The architecture of a decoder, and apart from it the way it is computed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SCALARS = {int, float, bool, type(None)}
 
 @functools.cache
 def _scalar_fields(owner: type) -> dict[str, Any]:
-  """The annotations of a dataclass's fields that are numbers or bools."""
+  """Returns the annotations of the fields that are numbers or bools."""
   hints = typing.get_type_hints(owner)
   return {
     name: hint
@@ -73,7 +73,7 @@ class Placement(typing.Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-  """How a decoder is computed; two models that differ in it only are the same.
+  """The way a decoder is computed, which is no part of which model it is.
 
   Attributes:
     dtype: dtype of the computation; norms, softmax and logits are float32
@@ -108,10 +108,9 @@ class Compute:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """The architecture of one decoder-only language model.
+  """The architecture of a decoder-only language model.
 
-  Families differ in these fields only; `models/decoder.py` has one decoder.
-  Layers are counted from 0 here.
+  Families of models differ in these fields only. Layers are counted from 0.
 
   Attributes:
     vocab_size: V, rows of the embedding table.
@@ -126,11 +125,10 @@ class ModelConfig:
       tanh approximation.
     gated_mlp: down(act(gate(x)) * up(x)), or else down(act(up(x))).
     mlp_bias: whether the matrices of the MLP have biases.
-    num_experts: of a mixture in place of each MLP, each of mlp_width; 0 for an
-      ordinary MLP.
-    experts_per_token: how many of them a token goes through.
-    normalise_experts: whether a token's experts have weights that sum to one,
-      or their shares among all experts.
+    num_experts: experts of mlp_width in place of each MLP; 0 for an MLP.
+    experts_per_token: experts that a token goes through.
+    normalise_experts: whether the weights of a token's experts sum to one; if
+      not, they are shares among all experts.
     norm: "rms"; "rms_plus_one", which scales by 1 + its parameter; or "layer",
       which subtracts the mean and has a bias.
     norm_eps: added to the mean square, or the variance, inside the norm.
@@ -138,28 +136,26 @@ class ModelConfig:
     post_norm: whether their outputs are normed before they are added.
     parallel_residual: whether the MLP reads the block's input, not the sum of
       that and the attention's output.
-    residual_scale: attention's and MLP's outputs are multiplied by it.
-    rope: rotary positions; those of whole heads if None, unless
-      `learned_positions`.
-    local_rope: those of layers with a window; None for `rope` there too.
-    nope_layers: layers that know of no positions.
-    learned_positions: positions are a table of max_length embeddings, added to
-      the tokens' before the first layer, and there is no rope.
-    window: a query sees its latest `window` keys, its own among them; all of
-      them if None.
+    residual_scale: factor of the outputs of attention and MLP.
+    rope: rotary positions; None for the default ones, or `learned_positions`.
+    local_rope: rotary positions of layers with a window; None for `rope`.
+    nope_layers: layers without positions.
+    learned_positions: whether a table of max_length embeddings is added before
+      the first layer, in place of a rope.
+    window: keys that a query sees, its own the latest; None for all of them.
     full_layers: layers without that window.
     attention_bias: whether q, k and v have biases.
     output_bias: whether attention's output projection has a bias.
     qk_norm: queries and keys are normed "head" by head, over their "full"
       width, or (None) not at all.
-    attention_scale: of the scores; H^-1/2 if None.
+    attention_scale: factor of the scores; H^-1/2 if None.
     scale_by_depth: scores are divided by the layer's number, from 1, too.
     attention_cap: c, scores become c tanh(scores / c); None for none.
-    logit_scale: logits are multiplied by it.
+    logit_scale: factor of the logits.
     logit_cap: c, logits become c tanh(logits / c); None for none.
-    embedding_scale: embeddings are multiplied by it; rounded to `dtype`.
+    embedding_scale: factor of the embeddings, rounded to the dtype.
     tie_embeddings: whether the head is the embedding table, transposed.
-    compute: how the model is computed, which is no part of which model it is.
+    compute: the way the model is computed.
 
   Raises:
     InputError: values that contradict each other.
@@ -228,6 +224,6 @@ class ModelConfig:
         )
 
   def with_compute(self, **changes: Any) -> ModelConfig:
-    """The same model with other fields of `compute`."""
+    """Returns the same model with other fields of `compute`."""
     compute = dataclasses.replace(self.compute, **changes)
     return dataclasses.replace(self, compute=compute)

@@ -34,7 +34,7 @@ Array = jax.Array
 
 
 def init(rng: Array, config: ModelConfig) -> dict:
-  """Random float32 parameters: normal with variance 1 / fan-in.
+  """Draws random float32 parameters: normal with variance 1 / fan-in.
 
   Embeddings have standard deviation 0.02, norms scale by one, biases are zero;
   matrices that write into the residual stream are scaled down by
@@ -61,7 +61,7 @@ def init(rng: Array, config: ModelConfig) -> dict:
 
 
 def _zeros(config: ModelConfig) -> dict:
-  """A parameter tree of zeros; call under eval_shape."""
+  """Makes a parameter tree of zeros; for eval_shape."""
   rng = jax.random.key(0)
   x = jnp.zeros((1, 1, config.width))
   context = make_context(
@@ -84,7 +84,7 @@ def _zeros(config: ModelConfig) -> dict:
 
 
 def param_shapes(config: ModelConfig) -> dict:
-  """The parameter tree as ShapeDtypeStructs, nothing allocated."""
+  """Returns the parameter tree as ShapeDtypeStructs; nothing is allocated."""
   shapes = _traced_shapes(config, jax.config.jax_enable_x64)
   return jax.tree.map(lambda leaf: leaf, shapes)  # a copy that may be changed
 
@@ -98,7 +98,7 @@ def _traced_shapes(config: ModelConfig, x64: bool) -> dict:
 def embed(
   params: dict, config: ModelConfig, tokens_BL: Array, positions_BL: Array
 ) -> Array:
-  """Hidden states before the first layer, [B, L, D].
+  """Computes the hidden states before the first layer, [B, L, D].
 
   Learned positions beyond the table are NaN, not the last one.
   """
@@ -191,12 +191,12 @@ def _run_unstacked(params, config, x_BLD, context, start, stop, cache):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _layer(config: ModelConfig, weights, x_BLD, context, cache, layer):
-  """One layer, under jit: layers of equal shapes are traced once."""
+  """Runs one layer under jit: layers of equal shapes are traced once."""
   return Block(config).apply({"params": weights}, x_BLD, context, cache, layer)
 
 
 def _remat_policy(remat: str, sliced: bool) -> Callable | None:
-  """Which values of a layer the backward pass finds; None for all of them.
+  """Chooses what of a layer is kept for the backward pass; None for all.
 
   Weights that were indexed are never kept, which would copy the stack.
   """
@@ -212,7 +212,7 @@ def _remat_policy(remat: str, sliced: bool) -> Callable | None:
 
 
 def _layer_weights(config: ModelConfig, layers: dict, layer: Array) -> dict:
-  """A layer's weights; experts stay stacked, `MoE` picks those it needs."""
+  """Picks a layer's weights; experts stay stacked for `MoE` to pick from."""
 
   def pick(path, leaf):
     if any(key.key == "experts" for key in path):
@@ -236,7 +236,7 @@ def _placed_weight(config, path, weight: Array, part: str = "layers") -> Array:
 
 
 def head_weights(params: dict, config: ModelConfig) -> dict:
-  """What `logits` reads of the parameters, gathered if they are sharded."""
+  """Returns the parameters that `logits` reads, gathered if sharded."""
   owner, name = ("head", "kernel")
   if config.tie_embeddings:
     owner, name = ("embed", "embedding")
@@ -245,9 +245,9 @@ def head_weights(params: dict, config: ModelConfig) -> dict:
 
 
 def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:
-  """Logits after the last layer, float32 or more [B, L, V].
+  """Computes logits after the last layer, float32 or more [B, L, V].
 
-  Of the parameters, `head_weights` are enough.
+  `head_weights` are enough for `params`.
   """
   x = norm(config).apply({"params": params["final_norm"]}, x_BLD)
   flat = x.reshape(-1, x.shape[-1]).astype(config.compute.dtype)
@@ -267,10 +267,7 @@ def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:
 def empty_cache(
   config: ModelConfig, batch: int, slots: int, stacked: bool = True
 ) -> dict | tuple:
-  """An empty `cache` of all layers.
-
-  For `unstack`ed parameters one a layer.
-  """
+  """Makes an empty `cache` of all layers; one a layer for `unstack`."""
 
   def zeros(layers):
     return cache_lib.empty(
@@ -288,7 +285,7 @@ def empty_cache(
 
 
 def unstack(params: dict) -> dict:
-  """The parameters with "layers" as a tuple of trees, one a layer.
+  """Returns the parameters with "layers" as a tuple of trees, one a layer.
 
   XLA's CPU backend copies a layer's weights out of the stack at each step of
   a scan. Training does not notice; a decoding step, which does little else

@@ -20,8 +20,8 @@ Array = jax.Array
 class Linear(nn.Module):
   """y = x W + b, computed in `dtype` from parameters of any dtype.
 
-  With (x A) B besides, if the parameters hold them: see `models.lora`. W may
-  be quantised: see `models.quantisation`.
+  Adds (x A) B if the parameters hold A and B (`models.lora`). W may be
+  quantised (`models.quantisation`).
   """
 
   features: int
@@ -49,14 +49,14 @@ class Linear(nn.Module):
 
 
 def at_least_float32(dtype):
-  """What norms, angles, softmax and logits are computed in."""
+  """Returns the dtype of norms, angles, softmax and logits."""
   return jnp.promote_types(dtype, jnp.float32)
 
 
 class RMSNorm(nn.Module):
   """x / rms(x) * scale, in float32 or more; the result is of x's dtype.
 
-  With `plus_one` the parameter is what the scale exceeds one by.
+  With `plus_one` the scale is one plus the parameter.
   """
 
   eps: float
@@ -90,7 +90,7 @@ class LayerNorm(nn.Module):
 
 
 def norm(config: ModelConfig, name: str | None = None) -> nn.Module:
-  """The norm of a family."""
+  """Makes the norm of a model."""
   if config.norm == "layer":
     return LayerNorm(config.norm_eps, name=name)
   return RMSNorm(config.norm_eps, config.norm == "rms_plus_one", name=name)

@@ -22,7 +22,7 @@ _ADAPTED = re.compile(r"layers/(attention|mlp)/\w+/kernel")
 
 
 def add(params: dict, rank: int, rng: jax.Array) -> dict:
-  """A decoder's tree with fresh A and B, which change nothing yet: B is zero.
+  """Adds fresh A and B to a decoder's tree; B is zero, so nothing changes yet.
 
   Args:
     params: of `decoder.param_shapes`, layers stacked; its leaves are kept.
@@ -45,7 +45,7 @@ def add(params: dict, rank: int, rng: jax.Array) -> dict:
 
 
 def merge(params: dict) -> dict:
-  """The tree of one dense decoder: W + A B, in the kernels' own dtype.
+  """Merges A and B into the kernels: W + A B, in the kernels' own dtype.
 
   A quantised tree with LoRA becomes one of arrays, in the norms' dtype.
   """
@@ -65,10 +65,12 @@ def merge(params: dict) -> dict:
 
 
 def closest_rank(params: dict, target: int) -> int:
-  """The rank whose A and B have closest to `target` parameters; at least 1."""
-  of_one = sum(k.shape[0] * sum(k.shape[1:]) for k in _kernels(params).values())
-  below = max(1, target // of_one)
-  return min((below, below + 1), key=lambda rank: abs(rank * of_one - target))
+  """Returns the rank, from 1, of A and B with about `target` parameters."""
+  per_rank = sum(
+    k.shape[0] * sum(k.shape[1:]) for k in _kernels(params).values()
+  )
+  below = max(1, target // per_rank)
+  return min((below, below + 1), key=lambda rank: abs(rank * per_rank - target))
 
 
 def _kernels(params: dict) -> dict:

@@ -61,16 +61,14 @@ class MoE(nn.Module):
     best_Tk, expert_Tk = jax.lax.top_k(logits_TX, self.experts_per_token)
     among = best_Tk if self.normalise else logits_TX
     total = jax.nn.logsumexp(among, axis=-1, keepdims=True)
-    y_TkD = Experts(
-      self.num_experts, self.mlp_width, self.activation, self.dtype,
-      name="experts",
-    )(x_TD, expert_Tk, layer)  # fmt: skip
+    fields = self.num_experts, self.mlp_width, self.activation, self.dtype
+    y_TkD = Experts(*fields, name="experts")(x_TD, expert_Tk, layer)
     y_TD = jnp.einsum("tk,tkd->td", jnp.exp(best_Tk - total), y_TkD)
     return y_TD.reshape(x_BLD.shape).astype(x_BLD.dtype)
 
 
 class Kernel(nn.Module):
-  """A matrix [in, out], or those of all experts, [X, in, out]."""
+  """A kernel [in, out], or the kernels of all experts [X, in, out]."""
 
   shape: tuple[int, ...]
 
@@ -107,13 +105,13 @@ class Experts(nn.Module):
     size = block_size(expert_Tk.size, X)
     expert_N, token_NS, slot_Tk = blocks(expert_Tk, X, size)
 
-    # Or each block's matrices are kept for the backward pass.
+    # Without it each block's matrices are kept for the backward pass.
     @functools.partial(
       jax.checkpoint,
       policy=jax.checkpoint_policies.dots_saveable,
       prevent_cse=False,
     )
-    def one(block):
+    def run_block(block):
       expert, x_SD = block
       gate, up, down = jax.tree.map(
         lambda p: p[*of_layer, expert], (gate_XDF, up_XDF, down_XFD)
@@ -122,7 +120,7 @@ class Experts(nn.Module):
       return matmul(hidden_SF, down)
 
     x_NSD = x_TD.astype(self.dtype).at[token_NS].get(mode="fill", fill_value=0)
-    y_NSD = jax.lax.map(one, (expert_N, x_NSD))
+    y_NSD = jax.lax.map(run_block, (expert_N, x_NSD))
     return y_NSD.reshape(-1, D)[slot_Tk]
 
 

@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 
 from calm_jax.core import trees
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_choice
 
 Array = jax.Array
 
 KINDS = ("", "int8", "int4")
 BLOCK = 32  # inputs that share a scale, at most; of int4
-# Where the range of a block may end, as a share of its largest weight: of so
+# The range of a block may end at these shares of its largest weight: with so
 # few steps, finer ones are worth more than the largest weights.
 _ENDS = {"int8": (1.0,), "int4": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}
 _QUANTISED = re.compile(
@@ -38,18 +38,17 @@ _QUANTISED = re.compile(
 
 def check(kind: str) -> None:
   """Raises InputError unless it is one of KINDS."""
-  if kind not in KINDS:
-    raise InputError(f"quantise={kind!r} is none of {KINDS}")
+  check_choice("quantise", kind, KINDS)
 
 
 def quantise(params: dict, kind: str) -> dict:
-  """A decoder's tree with its matrices in few bits, made leaf by leaf.
+  """Quantises a decoder's matrices, leaf by leaf.
 
-  Linear layers, experts, head and embeddings; norms, biases, routers, learned
-  positions and LoRA stay as they are.
+  These are linear layers, experts, head and embeddings; norms, biases, routers,
+  learned positions and LoRA stay as they are.
 
   Args:
-    params: of `decoder.param_shapes`.
+    params: the tree of `decoder.param_shapes`.
     kind: one of KINDS; "" changes nothing.
 
   Raises:
@@ -59,25 +58,26 @@ def quantise(params: dict, kind: str) -> dict:
   found = kind_of(params)
   if kind and found:
     raise InputError(f"the model is in {found} already: load it anew")
+  leaves = trees.flatten(params)
   return trees.unflatten(
-    {name: of_leaf(name, x, kind) for name, x in trees.flatten(params).items()}
+    {name: quantise_leaf(name, leaf, kind) for name, leaf in leaves.items()}
   )
 
 
-def of_leaf(name: str, leaf: Array, kind: str) -> Any:
-  """What `quantise` makes of a leaf: a dict, or the leaf as it is."""
+def quantise_leaf(name: str, leaf: Array, kind: str) -> Any:
+  """Quantises one leaf to a dict, or returns a leaf that stays as it is."""
   if not kind or not _QUANTISED.fullmatch(name):
     return leaf
   return _quantised(leaf, kind, input_axis(name, leaf.ndim))
 
 
 def shapes(params: dict, kind: str) -> dict:
-  """What `quantise` returns, as ShapeDtypeStructs; of shapes, or of arrays."""
+  """Returns the result of `quantise` as ShapeDtypeStructs."""
   return jax.eval_shape(functools.partial(quantise, kind=kind), params)
 
 
 def input_axis(name: str, ndim: int) -> int:
-  """The axis of a kernel or an embedding along which blocks lie."""
+  """Returns the axis of a kernel or an embedding along which blocks lie."""
   return ndim - (1 if name.endswith("embedding") else 2)
 
 
@@ -134,7 +134,7 @@ def _quantised(weight: Array, kind: str, axis: int) -> dict[str, Array]:
 
 
 def _values(weight: Mapping[str, Array]) -> Array:
-  """The integers, int8 [..., in, out]."""
+  """Unpacks the integers, int8 [..., in, out]."""
   if "int8" in weight:
     return weight["int8"]
   packed = jax.lax.bitcast_convert_type(weight["int4"], jnp.int8)
@@ -144,18 +144,18 @@ def _values(weight: Mapping[str, Array]) -> Array:
 
 
 def is_quantised(weight: Any) -> bool:
-  """Whether it is a dict that stands for an array."""
+  """Returns whether a dict stands for an array."""
   return isinstance(weight, Mapping) and bool({"int8", "int4"} & {*weight})
 
 
 def kind_of(params: dict) -> str:
-  """One of KINDS: what a tree was quantised to."""
+  """Returns the one of KINDS that a tree was quantised to."""
   ends = {name.rpartition("/")[2] for name in trees.flatten(params)}
   return next((kind for kind in ("int4", "int8") if kind in ends), "")
 
 
 def dense(weight: Array | Mapping[str, Array], dtype) -> Array:
-  """An array, or what stands for one, as an array of a dtype."""
+  """Returns an array, or what stands for one, as an array of a dtype."""
   if not is_quantised(weight):
     return weight.astype(dtype)
   values, scale = _values(weight), weight["scale"]
@@ -169,7 +169,7 @@ def dense(weight: Array | Mapping[str, Array], dtype) -> Array:
 
 
 def dequantise(params: dict, dtype="float32") -> dict:
-  """The tree with arrays of a dtype for all that was quantised."""
+  """Replaces all quantised weights of a tree by arrays of a dtype."""
   return jax.tree.map(
     lambda w: dense(w, dtype) if is_quantised(w) else w,
     params,
@@ -180,10 +180,10 @@ def dequantise(params: dict, dtype="float32") -> dict:
 def matmul(
   x: Array, weight: Array | Mapping[str, Array], transposed: bool = False
 ) -> Array:
-  """x W, or x W^T, in x's dtype.
+  """Computes x W, or x W^T, in x's dtype.
 
-  What W stands for is made where it is needed and never kept: the backward
-  pass, which gives x a gradient and a quantised W none, makes it again.
+  A quantised W is dequantised where it is needed and never kept: the backward
+  pass, which gives x a gradient and W none, does it again.
   """
   if is_quantised(weight):
     return _matmul(x, dict(weight), transposed)

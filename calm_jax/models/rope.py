@@ -22,7 +22,7 @@ KINDS = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """How positions turn the first features of queries and keys.
+  """The rotation of the first features of queries and keys by positions.
 
   Attributes:
     rotary_dim: R, features rotated; even, at most the head's width.
@@ -90,7 +90,7 @@ def check_kind(kind: str) -> None:
 
 
 def _frequencies(rope: Rope) -> np.ndarray:
-  """Radians per position, float64 [R/2], apart from what lengths change."""
+  """Radians per position, float64 [R/2], before lengths change them."""
   R = rope.rotary_dim
   plain = rope.theta ** (-np.arange(0, R, 2) / R)
   if rope.kind == "linear":
@@ -102,11 +102,11 @@ def _frequencies(rope: Rope) -> np.ndarray:
     return plain * (kept + (1 - kept) / rope.factor)
   if rope.kind == "yarn":
 
-    def feature(turns):  # that turns so often in the original length
+    def feature_that(turns):  # turns so often in the original length
       waves = rope.original_length / (turns * 2 * math.pi)
       return R * math.log(waves) / (2 * math.log(rope.theta))
 
-    low, high = feature(rope.beta_fast), feature(rope.beta_slow)
+    low, high = feature_that(rope.beta_fast), feature_that(rope.beta_slow)
     if rope.truncate:
       low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, R - 1)
@@ -119,7 +119,7 @@ def _frequencies(rope: Rope) -> np.ndarray:
 def tables(
   rope: Rope, positions_BL: Array, dtype, lengths: Array | None = None
 ) -> tuple[Array, Array]:
-  """Cosines and sines of the rotary angles.
+  """Computes cosines and sines of the rotary angles.
 
   "dynamic" and "longrope" turn differently in longer sequences. transformers
   asks the longest row of a batch; here batch-mates change nothing, so every
@@ -128,9 +128,9 @@ def tables(
   agree with one forward pass over the whole.
 
   Args:
-    rope: the kind.
+    rope: the kind of rotary positions.
     positions_BL: of each token in its sequence, from 0.
-    dtype: of the angles and the result; float32 at least.
+    dtype: of the angles and the result, but at least float32.
     lengths: [B] or, for rows of several packed sequences, [B, L]: tokens in
       the sequence as a whole. Default: each row's largest position + 1.
 

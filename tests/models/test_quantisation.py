@@ -68,7 +68,7 @@ def sequence():
 def test_a_matrix(kind, name, shape):
   """Widths that no block divides, and odd ones, which no byte is shared by."""
   weight = np.random.default_rng(0).standard_normal(shape).astype("float32")
-  made = quantisation.of_leaf(name, jnp.asarray(weight), kind)
+  made = quantisation.quantise_leaf(name, jnp.asarray(weight), kind)
   packed = kind == "int4" and shape[1] % 2 == 0
   assert made.keys() == {"int4" if packed else "int8", "scale"}
   got = quantisation.dense(made, "float32")
@@ -87,7 +87,7 @@ def test_a_matrix(kind, name, shape):
 def test_it_is_what_qwix_makes_of_it():
   weight = jax.random.normal(jax.random.key(0), (64, 10))
   for kind, tile in (("int8", 64), ("int4", quantisation.BLOCK)):
-    made = quantisation.of_leaf("head/kernel", weight, kind)
+    made = quantisation.quantise_leaf("head/kernel", weight, kind)
     want = qwix.quantize(
       weight, kind, channelwise_axes=[1], tiled_axes={0: tile},
       scale_dtype=jnp.bfloat16,
@@ -106,7 +106,7 @@ def test_it_is_what_qwix_makes_of_it():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_of_a_product(kind, transposed):
   weight = jax.random.normal(jax.random.key(0), (33, 20))
-  made = quantisation.of_leaf("head/kernel", weight, kind)
+  made = quantisation.quantise_leaf("head/kernel", weight, kind)
   x = jax.random.normal(jax.random.key(1), (5, 20 if transposed else 33))
   for weights in (made, quantisation.dense(made, "float32")):
     loss = lambda x, w=weights: jnp.sum(  # noqa: E731

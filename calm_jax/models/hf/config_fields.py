@@ -1,7 +1,7 @@
-"""What of a config.json takes more than copying; one function a family.
+"""Computes the fields of ModelConfig that are not copied from a config.json.
 
-Each takes the config.json with its defaults, and returns fields of
-ModelConfig; `models/known.py` says which family is read by which.
+Each function takes the config.json with its defaults and returns fields;
+`config_tables.py` names the function of each family.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _head_dim(hf: Json, width="hidden_size", heads="num_attention_heads"):
 
 
 def rotary(hf: Json, theta: float = 10_000.0, fraction: float | None = None):
-  """Rotary positions, and the width of a head."""
+  """Reads rotary positions and the width of a head."""
   head_dim = _head_dim(hf)
   read = rope_config.read_rope(hf, head_dim, theta, fraction)
   return {"rope": read, "head_dim": head_dim}
@@ -36,7 +36,7 @@ def rotary(hf: Json, theta: float = 10_000.0, fraction: float | None = None):
 def _windows(
   hf: Json, sliding: Callable[[int], bool] = lambda layer: True
 ) -> Json:
-  """The window, of layers that layer_types, or else `sliding`, gives it to."""
+  """The window of the layers to which layer_types, or `sliding`, gives it."""
   layers = range(hf["num_hidden_layers"])
   window, types = hf["sliding_window"], hf.get("layer_types")
   if not hf.get("use_sliding_window", True):
@@ -61,7 +61,7 @@ def _windows(
 
 
 def _alternating(hf: Json, every: int) -> Json:
-  """A window, without fail, in all layers but each `every`-th."""
+  """A window in all layers but each `every`-th."""
   types = hf["layer_types"] or [
     _KINDS[bool((i + 1) % every)] for i in range(hf["num_hidden_layers"])
   ]
@@ -69,7 +69,7 @@ def _alternating(hf: Json, every: int) -> Json:
 
 
 def windowed(hf: Json) -> Json:
-  """Rotary positions, and a window in all layers or none."""
+  """Reads rotary positions, and a window of all layers or of none."""
   return rotary(hf) | _windows(hf)
 
 
@@ -114,7 +114,7 @@ def gemma2(hf: Json) -> Json:
 
 
 def gemma3(hf: Json) -> Json:
-  """As Gemma 2, with rotary positions of their own for windowed layers."""
+  """Reads Gemma 3, whose windowed layers have other rotary positions."""
   thetas = {"full_attention": 1e6, "sliding_attention": 1e4}
   for key in ("rope_theta", "rope_local_base_freq"):
     if hf.get("rope_parameters") and hf.get(key):
@@ -159,7 +159,7 @@ def qwen3_moe(hf: Json) -> Json:
 
 
 def experts(hf: Json) -> Json:
-  """The fields of a mixture of experts: Mixtral's, or Qwen3-MoE's.
+  """Reads a mixture of experts, Mixtral's or Qwen3-MoE's.
 
   Raises:
     InputError: some layers have an ordinary MLP, or the number of experts is

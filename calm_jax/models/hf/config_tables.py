@@ -1,8 +1,4 @@
-"""What each family's config.json says, key by key; one entry a family.
-
-Defaults are those of transformers, for keys that older files lack.
-`models/families.py` reads by these entries.
-"""
+"""The keys of each family's config.json; `families.py` reads these tables."""
 
 from __future__ import annotations
 
@@ -15,18 +11,18 @@ Json = dict[str, Any]
 
 
 class ConfigTable(NamedTuple):
-  """How the config.json of one family is read.
+  """The keys of one family's config.json.
 
   Attributes:
-    copied: {their key: the field, or fields, of ModelConfig that it is}.
-    defaults: {their key: transformers' default}; other keys that are copied
-      or read must be there.
+    copied: {their key: the field, or fields, of ModelConfig with its value}.
+    defaults: {their key: transformers' default}, for keys that older files
+      lack; other keys that are copied or read are required.
     fixed: fields that are the same in the whole family.
     read: config.json with its defaults -> the fields that take more than
       copying, rope among them.
     only: {their key: the values that are computed here}.
     ignored: keys that change no arithmetic in this family.
-    rope_keys: what `read` reads besides the keys of `defaults`.
+    rope_keys: keys that `read` reads besides those of `defaults`.
   """
 
   copied: dict[str, str | tuple[str, ...]]
@@ -38,6 +34,7 @@ class ConfigTable(NamedTuple):
   rope_keys: frozenset[str] = rope_config.KEYS
 
 
+# fmt: off
 _COPIED = {
   "vocab_size": "vocab_size", "hidden_size": "width",
   "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
@@ -45,12 +42,12 @@ _COPIED = {
   "intermediate_size": "mlp_width", "max_position_embeddings": "max_length",
   "hidden_act": "activation", "rms_norm_eps": "norm_eps",
   "tie_word_embeddings": "tie_embeddings",
-}  # fmt: skip
+}
 _DEFAULTS = {
   "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu",
   "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
   "tie_word_embeddings": False,
-}  # fmt: skip
+}
 
 
 def _without(table: dict, *keys: str) -> dict:
@@ -72,22 +69,22 @@ _WINDOW = {"sliding_window": 4096, "layer_types": None}
 _QWEN = _DEFAULTS | _WINDOW | {
   "num_key_value_heads": 32, "max_position_embeddings": 32768,
   "use_sliding_window": False, "max_window_layers": 28,
-}  # fmt: skip
+}
 _GEMMA = _DEFAULTS | {
   "num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True,
   "max_position_embeddings": 8192, "hidden_act": "gelu_pytorch_tanh",
   "hidden_activation": None, "attention_bias": False,
-}  # fmt: skip
+}
 _GEMMA2 = _without(_GEMMA, "hidden_act") | _WINDOW | {
   "num_key_value_heads": 4, "hidden_activation": "gelu_pytorch_tanh",
   "query_pre_attn_scalar": 256, "final_logit_softcapping": 30.0,
-}  # fmt: skip
+}
 _COPIED_GEMMA2 = _without(_COPIED, "hidden_act") | {
   "hidden_activation": "activation", "final_logit_softcapping": "logit_cap",
-}  # fmt: skip
+}
 _ROUTER_TRAINING = {
-  "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
-}  # fmt: skip
+  "output_router_logits", "router_aux_loss_coef", "router_jitter_noise"
+}
 
 FAMILIES = {
   "llama": _LLAMA,
@@ -266,4 +263,5 @@ FAMILIES = {
     read=config_fields.qwen3_moe,
     ignored=_ROUTER_TRAINING | {"intermediate_size", "max_window_layers"},
   ),
-}  # fmt: skip
+}
+# fmt: on

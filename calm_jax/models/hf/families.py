@@ -1,7 +1,7 @@
-"""Hugging Face's config.json of every family, as a ModelConfig and back.
+"""Reads and writes a Hugging Face config.json, strictly.
 
-Strict: a key in none of the family's tables is unknown and raises, and so does
-an option that is not computed here.
+A key that no table of the family has raises, and so does an option that is not
+computed here.
 """
 
 from __future__ import annotations
@@ -12,30 +12,33 @@ from calm_jax.core.errors import InputError
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.hf.config_tables import FAMILIES, ConfigTable, Json
 
-# transformers' names of activations.
+# transformers' names of activations; `to_hf` writes the first of each.
 ACTIVATIONS = {
-  "silu": "silu", "swish": "silu", "relu": "relu",
-  "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "gelu_fast": "gelu",
+  "silu": "silu",
+  "swish": "silu",
+  "relu": "relu",
+  "gelu_pytorch_tanh": "gelu",
+  "gelu_new": "gelu",
+  "gelu_fast": "gelu",
   "gelu": "gelu_exact",
-}  # fmt: skip
-
+}
 # Bookkeeping, dropout, initialisation, generation: no arithmetic of inference.
+# fmt: off
 _NO_ARITHMETIC = {
   "model_type", "architectures", "_name_or_path", "name_or_path", "auto_map",
   "transformers_version", "torch_dtype", "dtype", "use_cache", "_num_labels",
   "cache_implementation", "initializer_range", "attention_dropout",
   "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout",
   "classifier_dropout", "residual_dropout", "embedding_dropout",
-  "attention_probs_dropout_prob", "hidden_dropout_prob",
-  "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
-  "sep_token_id", "cls_token_id", "mask_token_id", "decoder_start_token_id",
-  "pretraining_tp", "chunk_size_feed_forward", "gradient_checkpointing",
-  "output_attentions", "output_hidden_states", "return_dict", "id2label",
-  "label2id", "problem_type", "tokenizer_class", "prefix", "is_decoder",
-  "torchscript", "use_bfloat16", "tf_legacy_loss", "finetuning_task",
-  "task_specific_params", "tie_encoder_decoder", "generation_config",
-  "cross_attention_hidden_size", "_attn_implementation",
-  "_attn_implementation_autoset", "max_length",
+  "attention_probs_dropout_prob", "hidden_dropout_prob", "bos_token_id",
+  "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
+  "cls_token_id", "mask_token_id", "decoder_start_token_id", "pretraining_tp",
+  "chunk_size_feed_forward", "gradient_checkpointing", "output_attentions",
+  "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type",
+  "tokenizer_class", "prefix", "is_decoder", "torchscript", "use_bfloat16",
+  "tf_legacy_loss", "finetuning_task", "task_specific_params",
+  "tie_encoder_decoder", "generation_config", "cross_attention_hidden_size",
+  "_attn_implementation", "_attn_implementation_autoset", "max_length",
   "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
   "diversity_penalty", "temperature", "top_k", "top_p", "typical_p",
   "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
@@ -44,7 +47,8 @@ _NO_ARITHMETIC = {
   "forced_eos_token_id", "remove_invalid_values", "suppress_tokens",
   "exponential_decay_length_penalty", "begin_suppress_tokens",
   "transformers.js_config",
-}  # fmt: skip
+}
+# fmt: on
 _NEVER = {
   "quantization_config": (None,),
   "is_encoder_decoder": (None, False),
@@ -56,13 +60,7 @@ _NEVER = {
 
 
 def from_hf(hf: Json) -> ModelConfig:
-  """Reads a Hugging Face config.json.
-
-  Args:
-    hf: the parsed config.json.
-
-  Returns:
-    The ModelConfig that computes the same function.
+  """Returns the config that computes the same function as a config.json.
 
   Raises:
     InputError: the family is unknown, a required key is missing, or an option
@@ -111,7 +109,7 @@ def _fields(family: ConfigTable, hf: Json) -> Json:
 
 
 def to_hf(config: ModelConfig, dtype: str) -> Json:
-  """The config.json of a model trained from scratch, a llama.
+  """Returns the config.json of a model trained from scratch, a llama.
 
   Raises:
     InputError: the config is not one that a llama can have.
@@ -141,13 +139,13 @@ def to_hf(config: ModelConfig, dtype: str) -> Json:
     "pad_token_id": None,
   }
   back = from_hf(hf)
-  kept = dataclasses.replace(config, compute=back.compute)
-  if back != kept:
-    differ = [
-      f"{f.name}={getattr(kept, f.name)!r}"
-      for f in dataclasses.fields(back)
-      if getattr(kept, f.name) != getattr(back, f.name)
-    ]
+  differ = [
+    f"{field.name}={getattr(config, field.name)!r}"
+    for field in dataclasses.fields(back)
+    if field.name != "compute"
+    and getattr(config, field.name) != getattr(back, field.name)
+  ]
+  if differ:
     raise InputError(
       f"a model with {', '.join(differ)} is not a llama; only llamas have a "
       "config.json of our making, so keep the one that it was read from"

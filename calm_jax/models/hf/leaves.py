@@ -89,7 +89,7 @@ def read_quantised(
     # The float32 weights are sharded as the integers will be.
     [values] = [s for part, s in places.items() if part != "scale"]
     whole = read(stored, [name], "float32", {name: values})[name]
-    make = functools.partial(quantisation.of_leaf, name, kind=kind)
+    make = functools.partial(quantisation.quantise_leaf, name, kind=kind)
     arrays = jax.jit(make, out_shardings=places)(whole)
     arrays = jax.block_until_ready(arrays)
   return {f"{name}/{part}": array for part, array in arrays.items()}
@@ -179,7 +179,7 @@ def _quantise_in_parts(
 ) -> dict[str, np.ndarray]:
   """A leaf in few bits, of which a part of a layer at a time is read."""
   shape, entries = stored.shapes[name], stored.entries[name]
-  make = functools.partial(quantisation.of_leaf, name)
+  make = functools.partial(quantisation.quantise_leaf, name)
   whole = jax.ShapeDtypeStruct(shape, np.float32)
   made = jax.eval_shape(functools.partial(make, kind=kind), whole)
   if "int8" in made:

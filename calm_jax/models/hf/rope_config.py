@@ -11,13 +11,12 @@ from calm_jax.models.rope import Rope, check_kind
 Json = dict[str, Any]
 _LENGTH = "original_max_position_embeddings"
 _LONGEST = "max_position_embeddings"
-# Some options have several names, and stand among the rotary options or beside
-# them in the config.json.
+# Options with several names, among the rotary options or beside them.
 _KIND = ("rope_type", "type")
 _THETA = ("rope_theta", "rotary_emb_base")
 _FRACTION = ("partial_rotary_factor", "rotary_pct")
 _COMMON = {*_KIND, *_THETA, *_FRACTION}
-# For each kind the options that it needs, and those that it may have besides.
+# The options that each kind needs, and those that it may have besides.
 _NEEDED = {
   "default": (),
   "linear": ("factor",),
@@ -34,19 +33,10 @@ _ALLOWED = {
   "longrope": (_LENGTH, "factor", "attention_factor"),
 }
 
-# The keys of a config.json that are read here, for families with and without
-# names of their own.
-KEYS = frozenset(
-  (
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
-    "partial_rotary_factor",
-    _LENGTH,
-    _LONGEST,
-  )
-)
-NEOX_KEYS = KEYS | {"rotary_emb_base", "rotary_pct"}
+# The keys of a config.json that are read here; two families have other names.
+_DICTS = {"rope_parameters", "rope_scaling"}
+KEYS = frozenset({*_DICTS, _THETA[0], _FRACTION[0], _LENGTH, _LONGEST})
+NEOX_KEYS = KEYS | {_THETA[1], _FRACTION[1]}
 GEMMA3_KEYS = KEYS | {"rope_local_base_freq"}
 
 

@@ -62,7 +62,7 @@ class Piece(NamedTuple):
 
 
 def empty(shape: tuple[int, ...], dtype) -> np.ndarray:
-  """Memory that `jax.device_put` takes over without a copy, on a CPU."""
+  """Allocates memory that `jax.device_put` takes over on a CPU, uncopied."""
   dtype = np.dtype(dtype)
   size = math.prod(shape) * dtype.itemsize
   raw = np.empty(size + _ALIGNMENT, np.uint8)
@@ -99,7 +99,7 @@ def pieces(read: Read) -> Iterator[Piece]:
 
 
 def _split(source, target, limit: int):
-  """Cuts both arrays alike, so that each part of `source` spans <= limit."""
+  """Cuts both arrays alike into parts; `source`'s span at most `limit`."""
   low, high = byte_bounds(source)
   if high - low <= limit:
     yield source, target
@@ -200,7 +200,7 @@ def read_bytes(path: pathlib.Path, start: int, into: np.ndarray) -> None:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-  """Whether two tensors hold the same bits; neither is kept in memory."""
+  """Returns whether two tensors hold the same bits, read piece by piece."""
   if (a.shape, a.dtype) != (b.shape, b.dtype):
     return False
   size = math.prod(a.shape) * FLOATS[a.dtype].itemsize

@@ -14,8 +14,8 @@ class Fused(NamedTuple):
 
   Attributes:
     leaves: in their order in the tensor.
-    transposed: whether it is [out, in], as torch's Linear has it.
-    by_head: whether they take turns head by head, not one after the other.
+    transposed: whether it is [out, in], as in torch's Linear.
+    by_head: whether the leaves take turns head by head.
   """
 
   leaves: tuple[str, ...]
@@ -24,7 +24,7 @@ class Fused(NamedTuple):
 
 
 class TensorTable(NamedTuple):
-  """How one family names its tensors.
+  """The tensors of one family.
 
   {} stands for the layer, from 0, and a second one for the expert.
 
@@ -32,7 +32,7 @@ class TensorTable(NamedTuple):
     tensors: {tensor: (leaf, transposed)}; torch's Linear holds [out, in].
     fused: {tensor: the leaves in it}.
     ignored: tensors that hold nothing learnt: buffers of older versions.
-    renamed: (pattern, replacement) of names that other versions wrote.
+    renamed: (pattern, replacement) for names that other versions wrote.
   """
 
   tensors: dict[str, tuple[str, bool]]

@@ -28,6 +28,7 @@ FLOATS = {
   "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _SHOWN = 8
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 class Tensor(NamedTuple):
@@ -44,7 +45,7 @@ class Tensor(NamedTuple):
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The safetensors files of a checkpoint.
+  """Returns the safetensors files of a checkpoint.
 
   Raises:
     InputError: there are none, two sets of them, or one is missing.
@@ -72,11 +73,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
         )
     return [folder / name for name in names]
   others = sorted(p.name for p in folder.glob("*.safetensors"))
-  pickled = sorted(
-    p.name
-    for p in folder.glob("*")
-    if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-  )
+  pickled = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLES)
   if others:
     raise InputError(
       f"{folder} has neither {WEIGHTS} nor {INDEX}, only {others[:_SHOWN]}"
@@ -105,7 +102,7 @@ def _check_readable(path: pathlib.Path) -> None:
 
 
 def read_header(path: pathlib.Path) -> dict[str, Tensor]:
-  """The tensors of a safetensors file by name; none is read yet.
+  """Lists the tensors of a safetensors file by name; none is read yet.
 
   Raises:
     InputError: the file is missing, truncated or no safetensors.
@@ -130,7 +127,7 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 def open_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
-  """All tensors of a checkpoint by name; none is read yet.
+  """Lists all tensors of a checkpoint by name; none is read yet.
 
   Raises:
     InputError: there are no weights, they are pickled, a file is missing or
@@ -158,9 +155,9 @@ def write_tensors(
 
   Args:
     folder: must exist.
-    shapes: of each tensor, in the order in which they are written.
-    dtype: of all of them.
-    value: gives a tensor when its turn comes; it is not kept.
+    shapes: the shape of each tensor, in the order in which they are written.
+    dtype: the dtype of all tensors.
+    value: makes a tensor, by its name, when its turn comes.
     max_shard_size: bytes of tensors in one file, unless a single one is
       larger.
   """
