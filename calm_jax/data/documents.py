@@ -8,6 +8,7 @@ every token is a target once. An example with a prompt has one window only.
 
 import collections
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -229,7 +230,7 @@ def _windows(document: _Document, options: RowOptions) -> list[Segment]:
 def _window(document: _Document, start: int, options: RowOptions) -> Segment:
   """The longest segment from token `start` on that fits all models' rows."""
   stop = min(start + options.length, len(document.tokens))
-  limit = options.augmenting_length or np.iinfo(np.int64).max
+  limit = options.augmenting_length or sys.maxsize
   aligned = {
     name: _align(document, start, stop, encoder)
     for name, encoder in options.augmenting.items()

@@ -108,22 +108,23 @@ def make_batch(
   lengths_N, shape = anchor.lengths_N, (batch_size, length)
   first_of_row_N = np.searchsorted(rows_N, rows_N, side="left")
   numbers_N = np.arange(len(rows_N)) - first_of_row_N + 1
-  offsets_N = _offsets(lengths_N, first_of_row_N)
+  starts_N = np.cumsum(lengths_N) - lengths_N
+  offsets_N = starts_N - starts_N[first_of_row_N]
   example = np.repeat(np.arange(len(rows_N)), lengths_N)
-  within = ragged_range(lengths_N)
+  within = np.arange(len(example)) - starts_N[example]
   slots = (rows_N * length + offsets_N)[example] + within
   sequences, visible = {}, {}
   for name, (other, seen, row_length) in (augmenting or {}).items():
-    first_N = _offsets(other.lengths_N, first_of_row_N)
+    starts_N = np.cumsum(other.lengths_N) - other.lengths_N
+    first_N = starts_N - starts_N[first_of_row_N]
     visible[name] = _lay_out(first_N[example] + seen, slots, shape)
-    positions = ragged_range(other.lengths_N)
-    starts = np.repeat(rows_N * row_length + first_N, other.lengths_N)
-    arrays = other.tokens, np.repeat(numbers_N, other.lengths_N), positions
+    which = np.repeat(np.arange(len(rows_N)), other.lengths_N)
+    positions = np.arange(len(which)) - starts_N[which]
+    arrays = other.tokens, numbers_N[which], positions
+    places = (rows_N * row_length + first_N)[which] + positions
+    row_shape = batch_size, row_length
     sequences[name] = batch_lib.Sequence(
-      *(
-        _lay_out(x, starts + positions, (batch_size, row_length))
-        for x in arrays
-      )
+      *(_lay_out(x, places, row_shape) for x in arrays)
     )
   has_next = within < lengths_N[example] - 1
   targets = np.where(has_next, np.append(anchor.tokens[1:], 0), 0)
@@ -137,12 +138,6 @@ def make_batch(
     _lay_out(targets, slots, shape),
     _lay_out(counts, slots, shape, np.float32),
   )
-
-
-def _offsets(lengths_N: np.ndarray, first_of_row_N: np.ndarray) -> np.ndarray:
-  """The first slot of each example, in rows filled one after the other."""
-  starts_N = np.cumsum(lengths_N) - lengths_N
-  return starts_N - starts_N[first_of_row_N]
 
 
 def _lay_out(values, slots, shape, dtype=np.int32) -> np.ndarray:
