@@ -76,10 +76,10 @@ def write_report(
 
   Args:
     workdir: the folder.
-    results: "table1", "perplexity", "bits_per_byte" or "evals", or several,
-      and of "parameters", "seconds", "examples", "answer", "config", "flops"
-      and "other_runs" (name -> results) those that are known. Accuracies are
-      in percent.
+    results: at least one of "table1", "perplexity", "bits_per_byte" and
+      "evals"; optionally "parameters", "seconds", "examples", "answer",
+      "config", "flops" and "other_runs" (name -> results). Accuracies are in
+      percent.
 
   Returns, raises: see `write`.
   """

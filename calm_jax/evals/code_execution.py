@@ -17,6 +17,7 @@ from calm_jax.core.errors import InputError
 from calm_jax.evals import base, fewshot
 from calm_jax.evals.base import Evaluation, Fits, Judgement, Prompt, Row
 from calm_jax.sandbox import runner
+from calm_jax.text import stop_strings
 
 # Austin et al. 2021 (arXiv 2108.07732), as in the README of the data.
 MBPP_TEST = range(11, 511)
@@ -53,12 +54,10 @@ class Programming:
     stop: tuple[str, ...],
     shots: int = 0,
   ) -> Evaluation:
-    """Makes the evaluation of problems; see `Evaluation` for the rest.
+    """Makes the evaluation of rows of the file.
 
-    Args:
-      task, prompts, stop, shots: as there.
-      problems: rows of the file.
-      program: makes a program and its tests from a problem and an answer.
+    `program` makes a program with its tests of a problem and an answer; for the
+    other arguments see `Evaluation`.
     """
 
     def judge(asked: list[Prompt], outputs: list[str]) -> Judgement:
@@ -148,7 +147,7 @@ class HumanEval(Programming):
       return [Prompt(problem["prompt"], []) for problem in problems]
 
     def program(problem: Row, output: str) -> runner.ProgramWithTests:
-      body = until(output, HUMANEVAL_STOP)
+      body = stop_strings.cut(output, HUMANEVAL_STOP)
       check = f"\ncheck({problem['entry_point']})\n"
       return runner.ProgramWithTests(
         problem["prompt"] + body, problem["test"] + check
@@ -172,20 +171,14 @@ def read_humaneval(path: Path) -> list[Row]:
 
 def extract_code(completion: str) -> str:
   """The program in a completion: up to [DONE], and out of a code fence."""
-  text = until(completion.replace("\r\n", "\n"), MBPP_STOP)
+  text = stop_strings.cut(completion.replace("\r\n", "\n"), MBPP_STOP)
   text = text.rpartition("[BEGIN]")[2]
   before, fence, _ = text.partition("```")
   starts = re.search(r"^(def|class|import|from|@)\b", before, re.MULTILINE)
   if not fence or starts:
     return before
   inside = text[text.index("```") :].partition("\n")[2]
-  return until(inside, ("```",))
-
-
-def until(text: str, stop: Sequence[str]) -> str:
-  """The text before the first of the stop strings."""
-  ends = [text.find(string) for string in stop if string in text]
-  return text[: min(ends, default=len(text))]
+  return stop_strings.cut(inside, ("```",))
 
 
 def _read_problems(path: Path, fields: Sequence[str]) -> list[Row]:

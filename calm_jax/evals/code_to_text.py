@@ -51,7 +51,7 @@ def read_codexglue(path: str | Path) -> list[dict[str, Any]]:
       "code": _join(row["code_tokens"]),
       "docstring": _join(row["docstring_tokens"]),
     }
-    for number, row in files.read_json_lines(path, fields)
+    for number, row in files.read_json_lines(Path(path), fields)
   ]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from calm_jax.core.errors import InputError
 from calm_jax.data.examples import row_slice
 from calm_jax.evals.base import Evaluation, Fits, Judgement, Prompt, Row
+from calm_jax.text import stop_strings
 
 PROMPTS = Path(__file__).parent / "prompts"
 SEPARATOR = "\n\n"  # between exemplars
@@ -47,7 +48,7 @@ class Template:
 
   def cut(self, output: str) -> str:
     """The answer in what a model wrote."""
-    return output.split(self.stop, 1)[0].strip()
+    return stop_strings.cut(output, [self.stop]).strip()
 
   def _fill(self, text: str, item: Mapping) -> str:
     try:

@@ -120,7 +120,7 @@ def count_better(
   return better, better + ties, len(scores)
 
 
-def _two_axes(parts) -> np.ndarray:
+def _two_axes(parts: np.ndarray) -> np.ndarray:
   parts_NS = np.asarray(parts, np.float64)
   if parts_NS.ndim != 2 or not parts_NS.size:
     raise InputError(

@@ -37,17 +37,13 @@ def table3(group: RunGroup | None) -> Table:
 
 
 def table4(group: RunGroup | None) -> Table:
+  numbers = dict(paper.TABLES["table-4"])
   rows, notes = [], []
-  for benchmark in ("HumanEval", "MBPP", "CodeXGLUE"):
-    numbers = paper.TABLES["table-4"]
-    if benchmark == "CodeXGLUE":
-      prefix = "CodeXGLUE "
-      numbers = {name: row for name, row in numbers.items() if name.islower()}
-    else:
-      prefix = ""
-      numbers = {benchmark: numbers[benchmark]}
-    rows += _rows(group, benchmark, numbers, prefix)
+  for benchmark in ("HumanEval", "MBPP"):
+    rows += _rows(group, benchmark, {benchmark: numbers.pop(benchmark)})
     notes += _notes(group, benchmark)
+  rows += _rows(group, "CodeXGLUE", numbers, "CodeXGLUE ")
+  notes += _notes(group, "CodeXGLUE")
   title = "code: pass@1 in % (HumanEval, MBPP), chrF1 (CodeXGLUE)"
   return grid("table-4", title, rows, notes, group)
 

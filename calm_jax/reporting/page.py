@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -35,19 +34,8 @@ _FILES_RULE = (
 _LONGEST = 2000
 
 
-@dataclasses.dataclass(frozen=True)
-class Section:
-  """A section of the page; most have one kind of content.
-
-  Attributes:
-    id: the end of its link.
-    title: its heading.
-    tables: shown first.
-    figures: shown with their captions.
-    chosen: examples of each benchmark.
-    runs: shown with their files and settings.
-    folded: tables that unfold under `summary`.
-  """
+class Section(NamedTuple):
+  """A section of the page, with one or two of these contents."""
 
   id: str
   title: str
@@ -57,17 +45,9 @@ class Section:
   runs: Sequence[Run] = ()
   folded: Sequence[Table] = ()
 
-  @property
-  def summary(self) -> str:
-    return ", ".join(table.title.split(":")[0] for table in self.folded)
-
 
 def page(groups: Sequence[RunGroup], tables: Iterable[Table]) -> str:
-  """Writes the page.
-
-  Args:
-    groups: the runs.
-    tables: the tables of all groups.
+  """Writes the page of all groups and their tables.
 
   Raises:
     InputError: a file of a run is not what a run writes.

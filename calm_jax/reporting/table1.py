@@ -36,7 +36,7 @@ _ANSWERS = {
 def accuracies(
   results: Mapping[str, Any], model: str
 ) -> dict[str, float | None]:
-  """A model's accuracies of Table 1 by the rows' labels, the headline first."""
+  """Returns accuracies of Table 1 by the rows' labels, the headline first."""
   rows = sorted(KEY_VALUES, key=lambda row: not row.startswith("kv_math"))
   return {KEY_VALUES[row]: _accuracy(results, model, row) for row in rows}
 
