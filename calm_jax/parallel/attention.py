@@ -1,4 +1,4 @@
-"""Kernels of attention on a mesh: XLA cannot cut them, so they are cut here.
+"""Attention kernels on a mesh: XLA cannot partition them, `shard_map` does.
 
 B batch, L query length, S key length, N query heads, K key-value heads, H head
 width.
@@ -27,20 +27,18 @@ def attend(
   v_BKSH: Array,
   *others: Array,
 ) -> Array:
-  """function(kernel, the arrays): each device its rows, heads and queries.
+  """Calls function(kernel, arrays) on each device's rows, heads and queries.
 
-  Where more devices share the heads than there are key heads, those are
-  repeated.
+  Key-value heads are repeated where more devices share the heads than there are
+  of them.
 
   Args:
     mesh: of all devices.
-    spec: how the queries are cut, along their first three axes.
-    function: gives [B, N, L, H], as the queries are.
+    spec: of the queries, along their first three axes.
+    function: returns [B, N, L, H].
     kernel: a `SplashAttentionKernel` of all queries, made for as many pieces
       as `spec` cuts them into; None for one that reads a mask.
-    q_BNLH: queries.
-    k_BKSH: keys.
-    v_BKSH: values.
+    q_BNLH, k_BKSH, v_BKSH: queries, keys and values.
     *others: segments of the queries [B, L] and of the keys [B, S]; without a
       kernel a mask [B, 1, L, S].
   """
@@ -54,15 +52,15 @@ def attend(
     k_BKSH, v_BKSH = (jnp.repeat(x, times, axis=1) for x in (k_BKSH, v_BKSH))
   keys = PartitionSpec(rows, heads)
   if kernel is None:
-    of_kernel, of_others = None, (PartitionSpec(rows, None, tokens),)
+    kernel_spec, other_specs = None, (PartitionSpec(rows, None, tokens),)
   else:
-    cut = NamedSharding(mesh, PartitionSpec(None, tokens))
-    of_kernel = kernel.manual_sharding_spec(cut)
-    of_others = PartitionSpec(rows, tokens), PartitionSpec(rows)
+    sharding = NamedSharding(mesh, PartitionSpec(None, tokens))
+    kernel_spec = kernel.manual_sharding_spec(sharding)
+    other_specs = PartitionSpec(rows, tokens), PartitionSpec(rows)
   return jax.shard_map(
     function,
     mesh=mesh,
-    in_specs=(of_kernel, spec, keys, keys, *of_others),
+    in_specs=(kernel_spec, spec, keys, keys, *other_specs),
     out_specs=spec,
     check_vma=False,
   )(kernel, q_BNLH, k_BKSH, v_BKSH, *others)

@@ -1,4 +1,4 @@
-"""Several processes that compute together, of which the first one writes."""
+"""Processes that compute together, of which the first one writes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from calm_jax.core.errors import InputError, LostProcess
 
@@ -25,11 +26,11 @@ _NUMBERS = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def start(heartbeat: int = 100) -> None:
-  """Joins the other processes; before anything else is asked of JAX.
+  """Joins the other processes; called before any other use of JAX.
 
-  TPU pods, Slurm, Open MPI and Kubernetes tell each process what it is. Where
-  nothing does, the environment has to: JAX_COORDINATOR_ADDRESS (host:port of
-  the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID, from 0.
+  TPU pods, Slurm, Open MPI and Kubernetes tell each process its number.
+  Elsewhere the environment has to: JAX_COORDINATOR_ADDRESS (host:port of the
+  first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID, from 0.
 
   Args:
     heartbeat: seconds after which a process that is silent counts as gone;
@@ -62,28 +63,27 @@ def start(heartbeat: int = 100) -> None:
 
 
 class Poll:
-  """Whether any process says yes: the same answer on all, call by call.
+  """Asks all processes whether any says yes; all get the same answers.
 
-  It answers the call before, so that no device waits for the question.
+  Each call answers the call before, so that no device waits. All processes
+  make one and call it equally often.
   """
 
   def __init__(self):
-    """All processes make one and call it equally often."""
     if jax.process_count() > 1:
       mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
-      spec = jax.sharding.PartitionSpec
-      self._cut = jax.sharding.NamedSharding(mesh, spec("all"))
-      whole = jax.sharding.NamedSharding(mesh, spec())
-      self._any = jax.jit(jnp.any, out_shardings=whole)
+      self._votes = NamedSharding(mesh, PartitionSpec("all"))
+      replicated = NamedSharding(mesh, PartitionSpec())
+      self._any = jax.jit(jnp.any, out_shardings=replicated)
     self._last: jax.Array | None = None
 
   def __call__(self, mine: bool) -> bool:
-    """Asks, and returns what the call before was told; alone, says `mine`."""
+    """Asks, and answers the call before; a single process answers `mine`."""
     if jax.process_count() == 1:
       return mine
     before = self._last
     votes = jax.make_array_from_callback(
-      (jax.device_count(),), self._cut, lambda _: np.array([mine])
+      (jax.device_count(),), self._votes, lambda _: np.array([mine])
     )
     self._last = self._any(votes)
     return before is not None and bool(before)
@@ -91,7 +91,7 @@ class Poll:
 
 @contextlib.contextmanager
 def quiet_but_first() -> Iterator[None]:
-  """What all but the first process print is thrown away."""
+  """Discards what all but the first process print."""
   if jax.process_index() == 0:
     yield
     return
@@ -100,10 +100,9 @@ def quiet_but_first() -> Iterator[None]:
 
 
 def own_folder(folder: Path) -> Path:
-  """The folder for the first process; one to be thrown away for others.
+  """The folder for the first process; a temporary one for the others.
 
-  All processes run the same program: what they would all write, the others
-  write there.
+  All processes run the same program and write the same files.
   """
   if jax.process_index() == 0:
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,19 +113,18 @@ def own_folder(folder: Path) -> Path:
 
 
 def fetch(values: PyTree) -> PyTree:
-  """Arrays of all processes as numpy arrays; all processes call it together.
+  """Arrays as numpy arrays, gathered from all processes, which call this.
 
-  A leaf that other processes hold a part of is gathered, one after the other.
+  Leaves are gathered one after the other.
   """
-
   if jax.process_count() == 1:
     return jax.device_get(values)
 
-  def one(x):
+  def gather(x):
     if isinstance(x, jax.Array) and not (
       x.is_fully_addressable or x.is_fully_replicated
     ):
       return multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 
-  return jax.tree.map(one, values)
+  return jax.tree.map(gather, values)

@@ -1,4 +1,4 @@
-"""Where arrays lie on a mesh of devices: rules from leaf names to axes.
+"""Layouts of arrays on a mesh of devices: rules from leaf names to axes.
 
 The axes are `data` and `fsdp`, which share the rows of a batch, `tensor`, which
 shares the work of a matrix, and `sequence`, which shares the tokens of a row.
@@ -70,7 +70,7 @@ class Layout:
   # Parameters, and the optimizer's state.
 
   def spec(self, name: str, shape: tuple[int, ...]) -> PartitionSpec:
-    """How a parameter is cut.
+    """The axes along which a parameter is cut.
 
     An axis that does not divide its dimension cuts the largest that it does
     divide, of what one device holds; where there is none, none. A parameter of
@@ -121,7 +121,7 @@ class Layout:
     return jax.tree_util.tree_map_with_path(sharding, state)
 
   def describe(self, shapes: trees.Tree) -> str:
-    """How large the mesh is, and what could not be cut as its rule says."""
+    """Names the mesh and what could not be cut as its rule says."""
     lines, whole, here = [], 0, 0
     for name, leaf in trees.flatten(shapes).items():
       cut, moved = self._cut_parameter(name, leaf.shape)
@@ -288,7 +288,7 @@ class Layout:
     return tuple(n for n in axis_names(axes) if self.mesh.shape[n] > 1)
 
   def size(self, names: Sequence[str]) -> int:
-    """How many devices there are along the axes of these names."""
+    """The number of devices along these axes."""
     return math.prod(self.mesh.shape[n] for n in names)
 
 

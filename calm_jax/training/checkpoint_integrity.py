@@ -131,7 +131,7 @@ def _move_aside(step: Path) -> Path:
 
 
 def _damage(step: Path, prefix: str = "") -> str | None:
-  """What is damaged in a step, of the files whose names begin with prefix."""
+  """Says what is damaged, of a step's files whose names begin with prefix."""
   path = step / _NAME
   if not path.exists():
     return None

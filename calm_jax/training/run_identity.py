@@ -109,7 +109,7 @@ def remove_mark(directory: Path) -> None:
 
 
 def completion(directory: Path) -> dict[str, Any] | None:
-  """What `mark_complete` wrote; None for a stage that is not finished.
+  """Reads what `mark_complete` wrote; None for a stage that is not finished.
 
   Raises:
     StorageError: the mark is damaged.

@@ -1,4 +1,4 @@
-"""What one step computes: the loss of a batch, and the jitted update."""
+"""The programs of training: the loss of a batch, and the jitted update."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def row_losses(params: dict, spec: Composition, batch: Batch):
   """Cross-entropy in nats and weights of each row of a batch, [B] each.
 
   Args:
-    params: tree of the composition, or {"anchor": ...} of one model.
+    params: whole tree of the composition or model.
     spec: what they are.
     batch: with targets and weights.
   """
-  return loss_lib.chunked_rows(*_head(params, spec, batch))
+  return loss_lib.chunked_rows(*_loss_arguments(params, spec, batch))
 
 
 def summed_loss(params: dict, spec: Composition, batch: Batch):
   """The sum of the losses of `row_losses`, to be differentiated."""
-  return loss_lib.chunked_sum(*_head(params, spec, batch))
+  return loss_lib.chunked_sum(*_loss_arguments(params, spec, batch))
 
 
-def _head(params, spec, batch) -> tuple:
-  """The arguments of `losses.chunked_rows`."""
+def _loss_arguments(params: dict, spec: Composition, batch: Batch) -> tuple:
+  """The head, its parameters, the states it reads, and what they predict."""
   config = spec.anchor
   limit, place = config.compute.loss_chunk, config.compute.place
   if place is not None:
@@ -49,24 +49,9 @@ def _head(params, spec, batch) -> tuple:
   def head(weights, x_BLD):
     return decoder.logits(weights, config, x_BLD)
 
-  return (
-    head,
-    decoder.head_weights(params["anchor"], config),
-    batch_states(params, spec, batch),
-    batch.targets,
-    batch.weights,
-    limit,
-  )
-
-
-def batch_logits(params: dict, spec: Composition, batch: Batch):
-  """The logits of a batch [B, L, V]; arguments as `row_losses`."""
-  return forward.logits(params, spec, batch_states(params, spec, batch))
-
-
-def batch_states(params: dict, spec: Composition, batch: Batch):
-  """Hidden states [B, L, D] after the last layer."""
-  return forward.states(params, spec, batch)[0]
+  weights = decoder.head_weights(params["anchor"], config)
+  x_BLD, _ = forward.states(params, spec, batch)
+  return head, weights, x_BLD, batch.targets, batch.weights, limit
 
 
 def initial_state(optimizer: Optimizer, trainable: dict) -> dict[str, Any]:
@@ -89,7 +74,6 @@ def make_step(
   `state` is that of `initial_state` and is donated; gradients are taken of the
   trainable leaves only.
   """
-  accumulate = stage.accumulate
 
   def piece_loss(trainable, frozen, piece, total):
     params = trees.merge(trainable, frozen)
@@ -99,10 +83,10 @@ def make_step(
   def gradients(trainable, frozen, batch):
     total = jnp.maximum(batch.weights.sum(), 1)
     value_and_grad = jax.value_and_grad(piece_loss)
-    if accumulate == 1:
+    if stage.accumulate == 1:
       return value_and_grad(trainable, frozen, batch, total)
     pieces = jax.tree.map(
-      lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch
+      lambda x: x.reshape(stage.accumulate, -1, *x.shape[1:]), batch
     )
     if layout is not None:
       pieces = layout.pieces(pieces)
@@ -125,14 +109,11 @@ def make_step(
       "learning_rate": optimizer.learning_rate(state["step"]),
       "tokens": (batch.anchor.segments > 0).sum(),
     }
-    state = {
-      "trainable": new,
-      "opt_state": opt_state,
-      "step": state["step"] + 1,
-    }
+    number = state["step"] + 1
+    state = {"trainable": new, "opt_state": opt_state, "step": number}
     if layout is not None:
-      places = layout.following(state)
-      state = jax.lax.with_sharding_constraint(state, places)
+      shardings = layout.following(state)
+      state = jax.lax.with_sharding_constraint(state, shardings)
     return state, metrics
 
   return step

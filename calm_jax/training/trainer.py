@@ -52,21 +52,19 @@ def run_stage(
 ) -> tuple[Tree, float]:
   """Runs a stage to its end, from wherever an earlier process left it.
 
+  All processes call this together, and the first one writes. Returns the whole
+  tree with the trained leaves, and the seconds of training.
+
   Args:
     name: of the stage, for messages.
-    spec: the whole composition.
-    params: its whole tree.
+    spec, params: the whole composition and its whole tree.
     source: random access to batches, with `describe(index)` and `fingerprint`:
       all of their rows, or this process's `layout.share`.
     eval_batches: held-out batches, measured every `eval_every` steps.
     directory: where checkpoints and metrics go.
-    origins: where each frozen model came from, for the run's identity.
-    layout: of all arrays, on several devices; all processes call this together
-      and the first one writes. None for one device.
+    origins: where each frozen model came from; see `run_identity.describe`.
+    layout: of all arrays; None for one device.
     watchdog: seconds after which a step counts as hung; 0 for never.
-
-  Returns:
-    (the whole tree with the trained leaves, seconds of training).
 
   Raises:
     InputError: the directory holds a run of other settings or other models.
@@ -92,53 +90,13 @@ def run_stage(
   identity = run_identity.describe(
     stage, spec, params, frozen, origins, seed, source.fingerprint
   )
-  if finished := _finished(name, directory, identity, trainable):
-    trained, seconds = finished
-    return trees.merge(trained, frozen), seconds
-  optimizer = make_optimizer(stage, mask)
-  state = _initial_state(optimizer, trainable, layout)
-  with Checkpoints(
-    directory / "checkpoints",
-    keep_last=stage.keep_last,
-    keep_best=stage.keep_best if eval_batches else 0,
-  ) as checkpoints:
-    run = _Run(name, stage, source, directory, identity, layout, checkpoints)
-    state, iterator, seconds = run.resume(state)
-    step = step_lib.make_step(spec, stage, optimizer, layout)
-    held_out_loss = None
-    if eval_batches:
-      evaluate = step_lib.make_eval(spec, stage.model)
-      held_out_loss = functools.partial(
-        run.held_out_loss, evaluate, eval_batches, frozen
-      )
-    state, seconds = _train(
-      run, step, held_out_loss, state, frozen, iterator, seconds, watchdog
-    )
-  run_identity.mark_complete(directory, stage.steps, seconds, identity)
-  return trees.merge(state["trainable"], frozen), seconds
-
-
-def _finished(
-  name: str, directory: Path, identity: dict, abstract: Tree
-) -> tuple[Tree, float] | None:
-  """What a finished stage trained, and its seconds; None to train (on)."""
-  mark = run_identity.completion(directory)
-  if mark is None:
-    return None
-  run_identity.check(mark.get("identity", {}), identity, directory)
-  try:
-    trained, _ = restore_trainable(
-      directory / "checkpoints", mark["step"], abstract=abstract
-    )
-  except StorageError as error:
-    checkpoint_integrity.warn(
-      f"stage {name!r} was complete: {error}\nit goes on from an earlier "
-      "checkpoint"
-    )
-    # If it is stopped before that step comes again, none may look for it.
-    run_identity.remove_mark(directory)
-    return None
-  return trained, mark["seconds"]
+  run = _Run(name, stage, source, eval_batches, directory, identity, layout)
+  result = run.finished(trainable)
+  if result is None:
+    result = _train(run, spec, mask, trainable, frozen, watchdog)
+    run_identity.mark_complete(directory, stage.steps, result[1], identity)
+  trained, seconds = result
+  return trees.merge(trained, frozen), seconds
 
 
 def _initial_state(
@@ -162,15 +120,36 @@ def _initial_state(
 
 def _train(
   run: _Run,
+  spec: Composition,
+  mask: Tree,
+  trainable: Tree,
+  frozen: Tree,
+  watchdog: float,
+) -> tuple[Tree, float]:
+  """Trains from the newest checkpoint on: (trained leaves, seconds)."""
+  stage, layout = run.stage, run.layout
+  optimizer = make_optimizer(stage, mask)
+  with run.open_checkpoints():
+    state = _initial_state(optimizer, trainable, layout)
+    state, iterator, seconds = run.resume(state)
+    step = step_lib.make_step(spec, stage, optimizer, layout)
+    evaluate = step_lib.make_eval(spec, stage.model)
+    return _run_steps(
+      run, step, evaluate, state, frozen, iterator, seconds, watchdog
+    )
+
+
+def _run_steps(
+  run: _Run,
   step: Callable,
-  held_out_loss: Callable[[Tree], float] | None,
+  evaluate: Callable,
   state: Tree,
   frozen: Tree,
   iterator: Iterator[Batch],
   seconds: float,
   watchdog: float,
 ) -> tuple[Tree, float]:
-  """The loop over steps; returns the last state and the seconds of training."""
+  """The loop over the steps that are left."""
   stage, first = run.stage, int(state["step"])
   began = time.monotonic() - seconds
   writes = jax.process_index() == 0
@@ -188,7 +167,7 @@ def _train(
       log.add(number, metrics)
       run.checkpoints.check()
       is_last, stops = number == stage.steps, poll(request.signal is not None)
-      evaluates = held_out_loss is not None and (
+      evaluates = bool(run.eval_batches) and (
         is_last or number % stage.eval_every == 0
       )
       saves = is_last or stops or number % stage.checkpoint_every == 0
@@ -199,7 +178,7 @@ def _train(
       loss = None
       if evaluates:
         watch.expect(f"the evaluation after step {number}", compiles=True)
-        loss = held_out_loss(state["trainable"])
+        loss = run.held_out_loss(evaluate, state["trainable"], frozen)
         writer.write(number, {"eval_loss": loss})
       if saves:
         watch.expect(f"the save of step {number}")
@@ -211,20 +190,51 @@ def _train(
         raise request.error(f"{run.position(number)} is saved")
     watch.expect("the last save")
     run.checkpoints.wait()
-  return state, time.monotonic() - began
+  return state["trainable"], time.monotonic() - began
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Run:
-  """A stage in its directory, with what its parts ask for."""
+  """A stage with its data, its directory, and its checkpoints once open."""
 
   name: str
   stage: Stage
   source: Any
+  eval_batches: Sequence[Batch]
   directory: Path
   identity: dict
   layout: Layout | None
-  checkpoints: Checkpoints
+  checkpoints: Checkpoints | None = None
+
+  def finished(self, abstract: Tree) -> tuple[Tree, float] | None:
+    """Reads (trained leaves, seconds) of a finished stage, if this is one."""
+    mark = run_identity.completion(self.directory)
+    if mark is None:
+      return None
+    saved = mark.get("identity", {})
+    run_identity.check(saved, self.identity, self.directory)
+    try:
+      trained, _ = restore_trainable(
+        self.directory / "checkpoints", mark["step"], abstract=abstract
+      )
+    except StorageError as error:
+      checkpoint_integrity.warn(
+        f"stage {self.name!r} was complete: {error}\nit goes on from an "
+        "earlier checkpoint"
+      )
+      # If it is stopped before that step comes again, none may look for it.
+      run_identity.remove_mark(self.directory)
+      return None
+    return trained, mark["seconds"]
+
+  def open_checkpoints(self) -> Checkpoints:
+    """Opens the checkpoints for writing; see `Checkpoints`."""
+    self.checkpoints = Checkpoints(
+      self.directory / "checkpoints",
+      keep_last=self.stage.keep_last,
+      keep_best=self.stage.keep_best if self.eval_batches else 0,
+    )
+    return self.checkpoints
 
   def resume(self, state: Tree) -> tuple[Tree, Iterator[Batch], float]:
     """The newest state, the batches that follow, and the seconds spent."""
@@ -255,14 +265,13 @@ class _Run:
     return self.layout.batch(batch, self.stage.batch_size)
 
   def held_out_loss(
-    self,
-    evaluate: Callable,
-    batches: Sequence[Batch],
-    frozen: Tree,
-    trainable: Tree,
+    self, evaluate: Callable, trainable: Tree, frozen: Tree
   ) -> float:
-    """The mean loss of the tokens of all batches."""
-    sums = [evaluate(trainable, frozen, self.placed(b)) for b in batches]
+    """The mean loss of the targets of all held-out batches."""
+    sums = [
+      evaluate(trainable, frozen, self.placed(batch))
+      for batch in self.eval_batches
+    ]
     loss, weight = map(sum, zip(*processes.fetch(sums), strict=True))
     return float(loss / weight)
 

@@ -11,6 +11,7 @@ import pytest
 import real_tokenizers
 
 import calm_jax
+from calm_jax.composition import forward
 from calm_jax.composition.connections import Composition, connect
 from calm_jax.composition.visibility import visible_counts
 from calm_jax.core.errors import InputError
@@ -20,7 +21,6 @@ from calm_jax.data.examples import TextExample
 from calm_jax.generation import batching
 from calm_jax.language_model import LanguageModel
 from calm_jax.text.alignment import ChunkEncoder, align, prompt_ends
-from calm_jax.training import step
 
 TEXTS = [
   ("", "the cat sat on a mat; 日本 ﬁn é  end of it"),
@@ -92,11 +92,11 @@ def source_of(model, examples=EXAMPLES, **options):
   return pipeline.text_source({"": (examples, 1.0)}, options)
 
 
-run = jax.jit(step.batch_logits, static_argnums=1)
+run = jax.jit(forward.forward, static_argnums=1)
 
 
 def logits_of(model, batch):
-  return np.asarray(run(model.params, model.spec, batch))
+  return np.asarray(run(model.params, model.spec, batch)[0])
 
 
 def test_scrambling_the_future_changes_no_logit(anchor, augmenting):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from calm_jax.composition import forward
 from calm_jax.composition.connections import Augmenting, Composition, Connection
 from calm_jax.core import trees
 from calm_jax.core.batch import Batch, Sequence
@@ -114,7 +115,7 @@ def test_chunks_train_as_all_logits_do(head):
 
   def plain(trainable, frozen, batch):
     params = trees.merge(trainable, frozen)
-    logits = step.batch_logits(params, spec, batch)
+    logits, _ = forward.forward(params, spec, batch)
     picked = jnp.take_along_axis(logits, batch.targets[..., None], -1)
     losses = jax.nn.logsumexp(logits, -1) - picked[..., 0]
     return (losses * batch.weights).sum()
