@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -16,34 +15,22 @@ QK_NORMS = (None, "head", "full")
 ATTENTIONS = ("xla", "cudnn", "splash")
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_exact")
 REMATS = ("auto", "none", "dots", "full")
-_SCALARS = {int, float, bool, type(None)}
-
-
-@functools.cache
-def _scalar_fields(owner: type) -> dict[str, Any]:
-  """Returns the annotations of the fields that are numbers or bools."""
-  hints = typing.get_type_hints(owner)
-  return {
-    name: hint
-    for name, hint in hints.items()
-    if {*(typing.get_args(hint) or [hint])} <= _SCALARS
-  }
 
 
 def _check_scalars(instance: Any) -> None:
   """Raises InputError unless the numbers and bools have their types."""
-  for name, hint in _scalar_fields(type(instance)).items():
+  for name, hint in typing.get_type_hints(type(instance)).items():
     value, kinds = getattr(instance, name), typing.get_args(hint) or (hint,)
+    if not set(kinds) <= {int, float, bool, type(None)}:
+      continue
     if isinstance(value, bool):  # which Python counts among the ints
       fits = bool in kinds
     else:
-      fits = isinstance(value, kinds) or (
-        float in kinds and isinstance(value, int)
-      )
+      is_real = float in kinds and isinstance(value, int)
+      fits = is_real or isinstance(value, kinds)
     if not fits:
-      raise InputError(
-        f"{name}={value!r} is no {getattr(hint, '__name__', hint)}"
-      )
+      kind = getattr(hint, "__name__", hint)
+      raise InputError(f"{name}={value!r} is no {kind}")
 
 
 class Placement(typing.Protocol):

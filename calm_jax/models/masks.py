@@ -81,17 +81,21 @@ def make_context(
       pairs_BLS = self_attention_mask(segments.queries, segments.keys)
     # A token sees those up to itself, and is seen by those from itself on.
     lengths = pairs_BLS.sum(axis=2) + pairs_BLS.sum(axis=1) - 1
-  mask, windowed = mask_BLS, None
-  if segments is None:
-    if config.window is not None:
-      windowed = window_mask(mask_BLS, config.window)[:, None]
-    mask = mask_BLS[:, None]
+  windowed = None
+  if segments is None and config.window is not None:
+    windowed = window_mask(mask_BLS, config.window)[:, None]
   dtype = at_least_float32(config.compute.dtype)
-  rope, local_rope = (
-    None if r is None else tables(r, positions_BL, dtype, lengths)
-    for r in (config.rope, config.local_rope)
+
+  def turn(rope):
+    return None if rope is None else tables(rope, positions_BL, dtype, lengths)
+
+  return Context(
+    turn(config.rope),
+    mask_BLS[:, None] if segments is None else segments,
+    index,
+    turn(config.local_rope),
+    windowed,
   )
-  return Context(rope, mask, index, local_rope, windowed)
 
 
 def self_attention_mask(

@@ -59,6 +59,7 @@ def _norms(names: dict[str, str]) -> dict:
   return entries
 
 
+# fmt: off
 EMBEDDING, HEAD = "embed/embedding", "head/kernel"
 _LAYER = "model.layers.{}"
 _ATTENTION, _MLP = "layers/attention", "layers/mlp"
@@ -72,26 +73,19 @@ _OUTER = {
   "lm_head.weight": (HEAD, True),
 }
 _BUFFERS = (
-  f"{_LAYER}.self_attn.rotary_emb.inv_freq",
-  "model.rotary_emb.inv_freq",
+  f"{_LAYER}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"
 )
-_SELF_ATTENTION = _linears(
-  f"{_LAYER}.self_attn",
-  _ATTENTION,
-  {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"},
-)
-_GATED = _linears(
-  f"{_LAYER}.mlp",
-  _MLP,
-  {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"},
-)
-_PRE_NORMS = _norms(
-  {
-    f"{_LAYER}.input_layernorm": "layers/attention_norm",
-    f"{_LAYER}.post_attention_layernorm": "layers/mlp_norm",
-    "model.norm": "final_norm",
-  }
-)
+_SELF_ATTENTION = _linears(f"{_LAYER}.self_attn", _ATTENTION, {
+  "q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output",
+})
+_GATED = _linears(f"{_LAYER}.mlp", _MLP, {
+  "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
+})
+_PRE_NORMS = _norms({
+  f"{_LAYER}.input_layernorm": "layers/attention_norm",
+  f"{_LAYER}.post_attention_layernorm": "layers/mlp_norm",
+  "model.norm": "final_norm",
+})
 # post_attention_layernorm is where it says where there are post-norms.
 _POST_NORMS = {
   f"{_LAYER}.post_attention_layernorm": "layers/attention_post_norm",
@@ -104,17 +98,10 @@ _LLAMA = TensorTable(
   ignored=_BUFFERS,
 )
 _SANDWICH = TensorTable(
-  _OUTER
-  | _SELF_ATTENTION
-  | _GATED
-  | _norms(
-    _POST_NORMS
-    | _Q_NORMS
-    | {
-      f"{_LAYER}.input_layernorm": "layers/attention_norm",
-      f"{_LAYER}.pre_feedforward_layernorm": "layers/mlp_norm",
-    }
-  ),
+  _OUTER | _SELF_ATTENTION | _GATED | _norms(_POST_NORMS | _Q_NORMS | {
+    f"{_LAYER}.input_layernorm": "layers/attention_norm",
+    f"{_LAYER}.pre_feedforward_layernorm": "layers/mlp_norm",
+  }),
   ignored=_BUFFERS,
 )
 
@@ -129,22 +116,18 @@ def _fused_qkv(tensor: str, transposed: bool, by_head: bool = False) -> dict:
 
 
 _PHI3 = TensorTable(
-  _OUTER
-  | _PRE_NORMS
+  _OUTER | _PRE_NORMS
   | _linears(f"{_LAYER}.self_attn", _ATTENTION, {"o_proj": "output"})
   | _linears(f"{_LAYER}.mlp", _MLP, {"down_proj": "down"}),
-  fused=_fused_qkv(f"{_LAYER}.self_attn.qkv_proj", True)
-  | {
+  fused=_fused_qkv(f"{_LAYER}.self_attn.qkv_proj", True) | {
     f"{_LAYER}.mlp.gate_up_proj.weight": Fused(
       (f"{_MLP}/gate/kernel", f"{_MLP}/up/kernel"), True
-    )
+    ),
   },
   ignored=_BUFFERS,
 )
 _STARCODER2 = TensorTable(
-  _OUTER
-  | _SELF_ATTENTION
-  | _PRE_NORMS
+  _OUTER | _SELF_ATTENTION | _PRE_NORMS
   | _linears(f"{_LAYER}.mlp", _MLP, {"c_fc": "up", "c_proj": "down"}),
   ignored=_BUFFERS,
 )
@@ -154,24 +137,19 @@ _NEOX = TensorTable(
     "gpt_neox.embed_in.weight": (EMBEDDING, False),
     "embed_out.weight": (HEAD, True),
     **_linears(f"{_NEOX_LAYER}.attention", _ATTENTION, {"dense": "output"}),
-    **_linears(
-      f"{_NEOX_LAYER}.mlp",
-      _MLP,
-      {"dense_h_to_4h": "up", "dense_4h_to_h": "down"},
-    ),
-    **_norms(
-      {
-        f"{_NEOX_LAYER}.input_layernorm": "layers/attention_norm",
-        f"{_NEOX_LAYER}.post_attention_layernorm": "layers/mlp_norm",
-        "gpt_neox.final_layer_norm": "final_norm",
-      }
-    ),
+    **_linears(f"{_NEOX_LAYER}.mlp", _MLP, {
+      "dense_h_to_4h": "up", "dense_4h_to_h": "down",
+    }),
+    **_norms({
+      f"{_NEOX_LAYER}.input_layernorm": "layers/attention_norm",
+      f"{_NEOX_LAYER}.post_attention_layernorm": "layers/mlp_norm",
+      "gpt_neox.final_layer_norm": "final_norm",
+    }),
   },
   fused=_fused_qkv(f"{_NEOX_LAYER}.attention.query_key_value", True, True),
-  ignored=tuple(
-    f"{_NEOX_LAYER}.attention.{buffer}"
-    for buffer in ("bias", "masked_bias", "rotary_emb.inv_freq")
-  ),
+  ignored=tuple(f"{_NEOX_LAYER}.attention.{buffer}" for buffer in (
+    "bias", "masked_bias", "rotary_emb.inv_freq",
+  )),
   renamed=((r"^lm_head\.", "embed_out."),),
 )
 _GPT2_LAYER = "transformer.h.{}"
@@ -184,8 +162,7 @@ _GPT2 = TensorTable(
     **{
       name: (leaf, False)
       for theirs, ours in (
-        ("attn.c_proj", "attention/output"),
-        ("mlp.c_fc", "mlp/up"),
+        ("attn.c_proj", "attention/output"), ("mlp.c_fc", "mlp/up"),
         ("mlp.c_proj", "mlp/down"),
       )
       for name, leaf in (
@@ -193,13 +170,11 @@ _GPT2 = TensorTable(
         (f"{_GPT2_LAYER}.{theirs}.bias", f"layers/{ours}/bias"),
       )
     },
-    **_norms(
-      {
-        f"{_GPT2_LAYER}.ln_1": "layers/attention_norm",
-        f"{_GPT2_LAYER}.ln_2": "layers/mlp_norm",
-        "transformer.ln_f": "final_norm",
-      }
-    ),
+    **_norms({
+      f"{_GPT2_LAYER}.ln_1": "layers/attention_norm",
+      f"{_GPT2_LAYER}.ln_2": "layers/mlp_norm",
+      "transformer.ln_f": "final_norm",
+    }),
   },
   fused=_fused_qkv(f"{_GPT2_LAYER}.attn.c_attn", False),
   ignored=tuple(
@@ -215,8 +190,7 @@ def _mixture(layer: str, gate: str, up: str, down: str) -> TensorTable:
   names = {gate: "gate", up: "up", down: "down"}
   experts = {
     f"{layer}.experts.{{}}.{theirs}.weight": (
-      f"{_MLP}/experts/{ours}/kernel",
-      True,
+      f"{_MLP}/experts/{ours}/kernel", True
     )
     for theirs, ours in names.items()
   }
@@ -230,20 +204,10 @@ def _mixture(layer: str, gate: str, up: str, down: str) -> TensorTable:
 _MIXTRAL = _mixture(f"{_LAYER}.block_sparse_moe", "w1", "w3", "w2")
 _QWEN3_MOE = _mixture(f"{_LAYER}.mlp", "gate_proj", "up_proj", "down_proj")
 FAMILIES = {
-  "llama": _LLAMA,
-  "mistral": _LLAMA,
-  "qwen2": _LLAMA,
-  "qwen3": _LLAMA,
-  "gemma": _LLAMA,
-  "gemma2": _SANDWICH,
-  "gemma3_text": _SANDWICH,
-  "gpt2": _GPT2,
-  "gpt_neox": _NEOX,
-  "phi3": _PHI3,
-  "olmo2": _SANDWICH,
-  "smollm3": _LLAMA,
-  "starcoder2": _STARCODER2,
-  "granite": _LLAMA,
-  "mixtral": _MIXTRAL,
-  "qwen3_moe": _QWEN3_MOE,
+  "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA,
+  "gemma": _LLAMA, "gemma2": _SANDWICH, "gemma3_text": _SANDWICH,
+  "gpt2": _GPT2, "gpt_neox": _NEOX, "phi3": _PHI3, "olmo2": _SANDWICH,
+  "smollm3": _LLAMA, "starcoder2": _STARCODER2, "granite": _LLAMA,
+  "mixtral": _MIXTRAL, "qwen3_moe": _QWEN3_MOE,
 }
+# fmt: on
