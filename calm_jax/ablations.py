@@ -38,12 +38,7 @@ Runs = dict[str, list[Results]]
 
 
 class Trial(NamedTuple):
-  """One run of one kind, which has a number.
-
-  Attributes:
-    settings: of the run.
-    config: the same as plain dicts, for its results.json.
-  """
+  """The settings of one run, and the same as dicts for its results.json."""
 
   settings: Settings
   config: dict[str, Any]

@@ -118,7 +118,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _has_attention_maps(model: LanguageModel) -> bool:
-  """Whether one row, which cannot be shuffled, is one text for all models."""
+  """Checks that a row is not shuffled, and is one text for all models."""
   joined = model.spec.augmenting
   is_one_text = len(joined) == 1 or not model.tokenizers
   return is_one_text and all(a.control != "shuffled" for _, a in joined)

@@ -105,7 +105,7 @@ def save_models(run: recipe.TrainedRun) -> None:
 
 
 def _is_changed(run: recipe.TrainedRun, part: str, params: dict) -> bool:
-  """Whether this run made other weights than the loaded ones of a model."""
+  """Checks whether this run made other weights than a model was loaded with."""
   settings = run.settings
   if settings.random_augmenting and part == settings.parts["augmenting"]:
     return True
