@@ -43,11 +43,10 @@ _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 def to_json(value: Any) -> Any:
-  """Returns a value with JSON's types only.
+  """Returns a value with JSON's types only, of arrays, tuples and paths too.
 
-  Arrays and NumPy's numbers become lists and plain numbers, tuples lists, paths
-  strings, and a number that is not finite the string "NaN", "Infinity" or
-  "-Infinity". What JSON does not know is left as it is.
+  A number that is not finite becomes "NaN", "Infinity" or "-Infinity". What
+  JSON does not know is left as it is.
   """
   if isinstance(value, Mapping):
     return {str(name): to_json(item) for name, item in value.items()}
@@ -105,20 +104,16 @@ def write_json_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 def read_json_lines(
   path: Path, fields: Sequence[str] = (), *, drop_unfinished: bool = False
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-  """Reads one JSON object a line; blank lines are passed over.
+  """Yields (line number from 1, JSON object) of each line that is not blank.
 
   Args:
     path: a file of UTF-8 text, with or without a byte order mark.
-    fields: that each object must have; it may have others.
+    fields: that each object must have.
     drop_unfinished: leaves out a last line without a newline, which a process
       that was killed may have cut short.
 
-  Yields:
-    (line number from 1, object).
-
   Raises:
-    InputError: the file does not exist, or a line is anything else; names the
-      file and the line.
+    InputError: no such file, or a line is anything else; names file and line.
   """
   for number, line in read_lines(path):
     if drop_unfinished and not line.endswith(b"\n"):
@@ -150,11 +145,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def decode_line(line: bytes, number: int) -> str:
-  """Returns the text of a line, without its end and a byte order mark.
-
-  Raises:
-    ValueError: it is not UTF-8 text.
-  """
+  """Returns the text of a line; raises ValueError if it is not UTF-8."""
   try:
     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
   except UnicodeDecodeError as error:
@@ -163,11 +154,7 @@ def decode_line(line: bytes, number: int) -> str:
 
 
 def parse_json_line(line: bytes, number: int) -> dict[str, Any] | None:
-  """Returns the JSON object of a line, None for a blank one.
-
-  Raises:
-    ValueError: it is not UTF-8 text, not JSON, or no object.
-  """
+  """Returns the JSON object of a line (ValueError if none), None if blank."""
   text = decode_line(line, number)
   if not text.strip():
     return None

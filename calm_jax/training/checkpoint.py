@@ -1,10 +1,9 @@
 """Checkpoints of a run: saved in the background, restored bit for bit.
 
 A step on disk holds three items: `state` (a pytree of arrays), `data` (the
-data iterator's state, JSON) and `meta` (what the run depends on, JSON). The
-state is stored as nested dicts under the names of its leaves, so that what is
-on disk does not depend on optax's NamedTuples, and an error can name the leaves
-that do not match. See `checkpoint_integrity` for the checksums.
+data iterator's state, JSON) and `meta` (the run's identity, JSON). The state is
+stored under the names of its leaves, not as optax's NamedTuples, and an error
+names the leaves that do not match.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import jax
 import optax
 
 from calm_jax.core import trees
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_choice
 from calm_jax.training.stage import Stage
 
 Tree = dict[str, Any]
@@ -60,12 +60,8 @@ class Optimizer:
 def make_optimizer(stage: Stage, mask: Tree) -> Optimizer:
   """AdamW with a clip of the global norm, masked to the trainable leaves.
 
-  Args:
-    stage: its fields from `learning_rate` to `clip`.
-    mask: bool at every leaf of the whole tree, from `trees.mask`.
-
-  Raises:
-    InputError: see `schedule`.
+  The settings are the fields of a stage from `learning_rate` to `clip`; the
+  mask is that of `trees.mask`. Raises as `schedule`.
   """
   learning_rate = schedule(stage)
 
@@ -94,8 +90,7 @@ def schedule(stage: Stage) -> optax.Schedule:
       steps of the stage.
   """
   kind, peak, warmup = stage.schedule, stage.learning_rate, stage.warmup
-  if kind not in ("cosine", "constant"):
-    raise InputError(f"schedule={kind!r} is neither 'cosine' nor 'constant'")
+  check_choice("schedule", kind, ("cosine", "constant"))
   if not 0 <= warmup < stage.steps:
     raise InputError(f"warmup={warmup} does not lie within steps={stage.steps}")
   rise = optax.linear_schedule(0.0, peak, warmup)

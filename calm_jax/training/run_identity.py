@@ -43,9 +43,7 @@ def describe(
   Args:
     params: the whole tree.
     frozen: its leaves that are not trained; each model's are hashed.
-    origins: where each frozen model came from, by "anchor" or
-      "augmenting/<name>".
-    seed: of the run.
+    origins: where each model came from, by "anchor" or "augmenting/<name>".
     fingerprint: of the data.
   """
   settings = dataclasses.asdict(stage)
@@ -71,11 +69,7 @@ def describe(
 
 
 def check(saved: dict, current: dict, directory: Path) -> None:
-  """Compares the identity in a directory with that of the run asked for.
-
-  Raises:
-    InputError: they differ, or the directory is of an earlier version.
-  """
+  """Raises InputError unless a directory's identity is the run's."""
   if saved.get("format") != _FORMAT:
     raise InputError(
       f"{directory} holds a run of another version of calm_jax, which this "
@@ -109,11 +103,7 @@ def remove_mark(directory: Path) -> None:
 
 
 def completion(directory: Path) -> dict[str, Any] | None:
-  """Reads what `mark_complete` wrote; None for a stage that is not finished.
-
-  Raises:
-    StorageError: the mark is damaged.
-  """
+  """Reads what `mark_complete` wrote; None for a stage that is not finished."""
   path = directory / "complete.json"
   if not path.exists():
     return None

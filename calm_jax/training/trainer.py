@@ -228,7 +228,6 @@ class _Run:
     return trained, mark["seconds"]
 
   def open_checkpoints(self) -> Checkpoints:
-    """Opens the checkpoints for writing; see `Checkpoints`."""
     self.checkpoints = Checkpoints(
       self.directory / "checkpoints",
       keep_last=self.stage.keep_last,
@@ -297,7 +296,7 @@ class _StepLog:
     self._last_written, self._tokens = time.monotonic(), 0
 
   def add(self, number: int, metrics: dict[str, jax.Array]) -> None:
-    """Takes the metrics of a step, and writes those of the one before."""
+    """Takes the metrics of a step and writes those of the one before."""
     self.flush()
     self._pending = number, metrics
 
