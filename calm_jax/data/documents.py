@@ -6,7 +6,6 @@ windows, each of which starts with the last token of the one before, so that
 every token is a target once. An example with a prompt has one window only.
 """
 
-import collections
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
@@ -75,28 +74,24 @@ class Truncation:
 
   Attributes:
     examples, tokens: all examples, and all their tokens in the anchor's.
-    split, split_tokens: plain texts that go on in further windows, and how many
-      tokens stand in those.
-    cut, cut_tokens: examples whose completion lost its end, and how much.
-    dropped, dropped_tokens: examples left out, and their tokens.
+    split: how many plain texts go on in further windows, and the tokens there.
+    cut: how many completions lost their end, and how many tokens that was.
+    dropped: how many examples were left out, and their tokens.
   """
 
   examples: int
   tokens: int
-  split: int = 0
-  split_tokens: int = 0
-  cut: int = 0
-  cut_tokens: int = 0
-  dropped: int = 0
-  dropped_tokens: int = 0
+  split: tuple[int, int] = (0, 0)
+  cut: tuple[int, int] = (0, 0)
+  dropped: tuple[int, int] = (0, 0)
 
   def __str__(self) -> str:
     kinds = [
       f"{count:,} {what} ({tokens:,} tokens)"
-      for count, tokens, what in (
-        (self.split, self.split_tokens, "go on in further windows"),
-        (self.cut, self.cut_tokens, "lost the end of their completion"),
-        (self.dropped, self.dropped_tokens, "were dropped"),
+      for (count, tokens), what in (
+        (self.split, "go on in further windows"),
+        (self.cut, "lost the end of their completion"),
+        (self.dropped, "were dropped"),
       )
       if count
     ]
@@ -154,7 +149,7 @@ def make_segments(
     # Neighbours in a file are often alike and would share their rows.
     order = np.random.default_rng(seed).permutation(len(documents))
   segments: list[Segment] = []
-  counts: collections.Counter = collections.Counter()
+  lost: dict[str, list[int]] = {"split": [], "cut": [], "dropped": []}
   refused: dict[int, str] = {}
   for i in order:
     document = documents[i]
@@ -165,16 +160,16 @@ def make_segments(
       segments += windows
     elif not has_prompt:
       segments += windows
-      counts.update(split=1, split_tokens=total - kept)
+      lost["split"].append(total - kept)
     elif options.too_long == "error":
       refused[int(i)] = _excess(
         document, options.length, options.augmenting_length
       )
     elif options.too_long == "cut" and kept > document.prompt_length:
       segments += windows
-      counts.update(cut=1, cut_tokens=total - kept)
+      lost["cut"].append(total - kept)
     else:
-      counts.update(dropped=1, dropped_tokens=total)
+      lost["dropped"].append(total)
   if refused:
     more = f" (and {len(refused) - 1:,} more)" if len(refused) > 1 else ""
     raise InputError(
@@ -187,6 +182,7 @@ def make_segments(
       f" {options.length} and were dropped; raise length"
     )
   tokens = sum(len(document.tokens) for document in documents)
+  counts = {kind: (len(each), sum(each)) for kind, each in lost.items()}
   return segments, Truncation(len(documents), tokens, **counts)
 
 

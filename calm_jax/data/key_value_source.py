@@ -6,6 +6,7 @@ digits, EOS. A word is an entry of a table of token ids, and may be empty.
 Dimension letters: N examples, T terms of the longest, W words of an example.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -36,13 +37,14 @@ _PROMPT, _ASKED, _GIVEN, _STEPS, _RESULT = (
 _PROMPT = np.array([PROMPTS.index(prompt) for prompt in _PROMPT])
 
 
+@dataclasses.dataclass(eq=False)
 class KeyValueSource:
   """Random access to endless global batches of expressions.
 
-  `source[i]` is a batch that follows from the arguments and `i` alone: the rows
+  `source[i]` is a batch that follows from the fields and `i` alone: the rows
   that this process takes of it.
 
-  Args:
+  Attributes:
     kv: the dictionary.
     tokenizer: one of `train_tokenizer`, or any that splits the same way.
     tasks: weight of each task of the mixture.
@@ -63,53 +65,50 @@ class KeyValueSource:
       that the tables cannot stand for.
   """
 
-  def __init__(
-    self,
-    kv: KeyDictionary,
-    tokenizer: Tokenizer,
-    tasks: dict[str, float],
-    *,
-    seed: int,
-    batch_size: int,
-    length: int,
-    min_terms: int,
-    max_terms: int,
-    operators: str | tuple[str, ...] = OPERATORS,
-    keys: str = "all",
-    part: str = "train",
-    any_prompt: bool = False,
-    pack: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
-    num_batches: int = 1 << 40,
-  ):
-    self.seed, self.batch_size, self.length = seed, batch_size, length
-    self._kv, self._tokenizer = kv, tokenizer
-    self._any_prompt, self._pack = any_prompt, pack
-    self._num_batches = num_batches
-    self._rows = packing.host_rows(batch_size, process_index, process_count)
-    self._tasks, self._weights = dict(tasks), _task_weights(tasks)
+  kv: KeyDictionary
+  tokenizer: Tokenizer
+  tasks: dict[str, float]
+  _: dataclasses.KW_ONLY
+  seed: int
+  batch_size: int
+  length: int
+  min_terms: int
+  max_terms: int
+  operators: str | tuple[str, ...] = OPERATORS
+  keys: str = "all"
+  part: str = "train"
+  any_prompt: bool = False
+  pack: bool = True
+  process_index: int = 0
+  process_count: int = 1
+  num_batches: int = 1 << 40
+
+  def __post_init__(self):
+    self._rows = packing.host_rows(
+      self.batch_size, self.process_index, self.process_count
+    )
+    self._weights = _task_weights(self.tasks)
     self._choice: dict[str, Any] = {
-      "min_terms": min_terms,
-      "max_terms": max_terms,
-      "operators": "".join(operators),
-      "keys": keys,
-      "part": part,
+      "min_terms": self.min_terms,
+      "max_terms": self.max_terms,
+      "operators": "".join(self.operators),
+      "keys": self.keys,
+      "part": self.part,
     }
-    self._table = WordTable(kv, tokenizer)
+    self._table = WordTable(self.kv, self.tokenizer)
     self._mean_length = self._check_tokens()
 
   def __len__(self) -> int:
-    return self._num_batches
+    return self.num_batches
 
   def __getitem__(self, index: int) -> Batch:
     """The batch at `index`: this process's rows [B / processes, L]."""
     index = operator.index(index)
-    if not 0 <= index < self._num_batches:
-      raise IndexError(f"batch {index} of {self._num_batches}")
+    if not 0 <= index < self.num_batches:
+      raise IndexError(f"batch {index} of {self.num_batches}")
     rng = np.random.default_rng(np.random.SeedSequence((self.seed, index)))
     tokens, lengths_N, prompts_N = self._fill(rng)
-    rows_N = packing.pack_rows([(lengths_N, self.length)], pack=self._pack)
+    rows_N = packing.pack_rows([(lengths_N, self.length)], pack=self.pack)
     first, last = np.searchsorted(rows_N, (self._rows.start, self._rows.stop))
     ends_N = np.cumsum(lengths_N)
     own_tokens = tokens[ends_N[first] - lengths_N[first] : ends_N[last - 1]]
@@ -123,26 +122,26 @@ class KeyValueSource:
 
   def describe(self, index: int) -> str:
     """Names the batch at `index`, for messages."""
-    return f"batch {index} of {'+'.join(self._tasks)}, seed {self.seed}"
+    return f"batch {index} of {'+'.join(self.tasks)}, seed {self.seed}"
 
   @functools.cached_property
   def fingerprint(self) -> str:
     """Names the sequence of global batches, whatever the number of hosts."""
     parts = [
-      self._kv.fingerprint,
-      self._tokenizer.fingerprint,
-      self._tokenizer.bos_id,
-      self._tokenizer.eos_id,
-      self._tasks,
-      self._any_prompt,
+      self.kv.fingerprint,
+      self.tokenizer.fingerprint,
+      self.tokenizer.bos_id,
+      self.tokenizer.eos_id,
+      self.tasks,
+      self.any_prompt,
       self._choice,
-      [self.seed, self.batch_size, self.length, self._pack],
+      [self.seed, self.batch_size, self.length, self.pack],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
   def _fill(self, rng) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Examples enough for all rows, as `_generate` returns them."""
-    if not self._pack:
+    if not self.pack:
       return self._generate(rng, self.batch_size, self._choice)
     slots = self.batch_size * self.length
     # Rows end with a gap of about half an example.
@@ -163,17 +162,17 @@ class KeyValueSource:
     self, rng: np.random.Generator, n: int, choice: dict[str, Any]
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens of n examples, their lengths and those of BOS and prompt."""
-    expressions = sample_expressions(rng, self._kv, n, **choice)
+    expressions = sample_expressions(rng, self.kv, n, **choice)
     tasks_N = rng.choice(len(TASKS), size=n, p=self._weights)
     numeric = np.flatnonzero(_ASKED[tasks_N] != "keys")
     if choice["keys"] != "all" and len(numeric):
       any_keys = choice | {"keys": "all"}
-      numbers = sample_expressions(rng, self._kv, len(numeric), **any_keys)
+      numbers = sample_expressions(rng, self.kv, len(numeric), **any_keys)
       expressions.replace(numeric, numbers)
     prompts_N = _PROMPT[tasks_N]
-    if self._any_prompt:
+    if self.any_prompt:
       prompts_N = rng.integers(len(PROMPTS), size=n)
-    names = unrelated(rng, self._kv, expressions)
+    names = unrelated(rng, self.kv, expressions)
     words_NW, columns = self._table.examples(
       expressions, tasks_N, prompts_N, names
     )
@@ -182,7 +181,7 @@ class KeyValueSource:
     longest = int(lengths_N.argmax())
     if lengths_N[longest] > self.length:
       end = int(lengths_N[: longest + 1].sum())
-      text = self._tokenizer.decode(tokens[end - lengths_N[longest] : end])
+      text = self.tokenizer.decode(tokens[end - lengths_N[longest] : end])
       raise InputError(
         f"the example {text!r} takes {lengths_N[longest]} tokens and a row has"
         f" {self.length}: raise length, or lower max_terms"
@@ -194,7 +193,7 @@ class KeyValueSource:
     tokens, lengths_N, prompts_N = self._generate(
       np.random.default_rng(self.seed), _CHECKED, self._choice | {"part": "any"}
     )
-    special = {self._tokenizer.bos_id, self._tokenizer.eos_id}
+    special = {self.tokenizer.bos_id, self.tokenizer.eos_id}
     ends_N = np.cumsum(lengths_N)
     for end, length, prompt in zip(ends_N, lengths_N, prompts_N, strict=True):
       ids = tokens[end - length : end].tolist()
@@ -202,11 +201,11 @@ class KeyValueSource:
         [i for i in part if i not in special]
         for part in (ids[:prompt], ids[prompt:])
       ]
-      texts = [self._tokenizer.decode(part) for part in parts]
-      encoded = self._tokenizer.encode("".join(texts))
+      texts = [self.tokenizer.decode(part) for part in parts]
+      encoded = self.tokenizer.encode("".join(texts))
       if encoded != parts[0] + parts[1] or not all(texts):
         raise InputError(
-          f"the tokenizer {self._tokenizer.source} does not split"
+          f"the tokenizer {self.tokenizer.source} does not split"
           f" {''.join(texts)!r} where its keys, digits and operators meet;"
           " use one made by train_tokenizer"
         )

@@ -67,9 +67,7 @@ def text_source(
     order = grain.MapDataset.mix(
       [grain.MapDataset.source(rows) for rows in orders], list(weights.values())
     )
-  return TextSource(
-    table, order, options, weights=weights, truncation=truncation
-  )
+  return TextSource(table, order, options, weights, truncation)
 
 
 def _check_parts(parts: Mapping, seed: int | None) -> None:

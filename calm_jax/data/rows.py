@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -131,63 +132,48 @@ class Epochs(Sequence[int]):
     return rng.permutation(np.arange(len(self._rows), dtype=np.int32))
 
 
+@dataclasses.dataclass(eq=False)
 class TextSource:
   """Random access to global batches of text. Made by `pipeline.text_source`.
 
   Attributes:
-    batch_size: B, rows of the global batch.
-    num_rows: of one epoch, or of one epoch of every part of a mixture.
-    augmenting_lengths: M of each augmenting model with other tokens.
+    table: all rows.
+    order: numbers of rows, the first `batch_size` of them are the first batch;
+      None for one pass over all rows.
+    options: the table's.
+    weights: of the parts of a mixture, as they went into `order`.
     truncation: what was too long, by part; that of the only part is "".
   """
 
-  def __init__(
-    self,
-    table: RowTable,
-    order: Sequence[int] | None,
-    options: RowOptions,
-    *,
-    weights: Mapping[str, int],
-    truncation: Mapping[str, Truncation],
-  ):
-    """Takes rows in an order.
-
-    Args:
-      table: of all rows.
-      order: numbers of rows, the first `batch_size` of them are the first
-        batch; None for one pass over all rows.
-      options: the table's.
-      weights: of the parts of a mixture, as they went into `order`.
-      truncation: see above.
-    """
-    self.batch_size, self.num_rows = options.batch_size, table.num_rows
-    self.augmenting_lengths = table.augmenting_lengths
-    self.truncation = truncation
-    self._table, self._order, self._weights = table, order, weights
-    self._options, self._share = options, options.share
+  table: RowTable
+  order: Sequence[int] | None
+  options: RowOptions
+  weights: Mapping[str, int]
+  truncation: Mapping[str, Truncation]
 
   def __len__(self) -> int:
-    rows = self.num_rows if self._order is None else len(self._order)
-    return -(-rows // self.batch_size)
+    rows = self.table.num_rows if self.order is None else len(self.order)
+    return -(-rows // self.options.batch_size)
 
   def __getitem__(self, index: int) -> Batch:
     """The batch at `index`: this process's rows [B / processes, L]."""
-    return self._table.batch(self._rows(index)[self._share])
+    return self.table.batch(self._rows(index)[self.options.share])
 
   def describe(self, index: int) -> str:
     """Names the examples of the global batch at `index`, for messages."""
-    several = len(self._table.ranges) > 1
+    several = len(self.table.ranges) > 1
     origins = dict.fromkeys(
-      f"{self._table.part(row)}: {origin}" if several else origin
+      f"{self.table.part(row)}: {origin}" if several else origin
       for row in self._rows(index)
-      for origin in self._table.origins(row)
+      for origin in self.table.origins(row)
     )
     named = ", ".join(list(origins)[:_NAMED])
     if len(origins) > _NAMED:
       named += f" and {len(origins) - _NAMED} more"
     if several:  # each part is in an epoch of its own
       return f"batch {index}: {named}"
-    epoch = operator.index(index) * self.batch_size // self.num_rows
+    first_row = operator.index(index) * self.options.batch_size
+    epoch = first_row // self.table.num_rows
     return f"batch {index} (epoch {epoch}): {named}"
 
   def describe_truncation(self) -> str:
@@ -199,18 +185,20 @@ class TextSource:
 
   def row_origins(self, index: int) -> list[list[str]]:
     """The origins of the examples in each of this process's rows."""
-    return [self._table.origins(row) for row in self._rows(index)[self._share]]
+    rows = self._rows(index)[self.options.share]
+    return [self.table.origins(row) for row in rows]
 
   @functools.cached_property
   def fingerprint(self) -> str:
     """Names the sequence of global batches, whatever the number of hosts."""
-    digest, options = hashlib.sha256(), self._options
-    self._table.update(digest)
-    parts: list = [options.seed, self.batch_size, options.length, self.num_rows]
-    for name, length in self.augmenting_lengths.items():
+    digest, options = hashlib.sha256(), self.options
+    self.table.update(digest)
+    shape = [options.batch_size, options.length, self.table.num_rows]
+    parts: list = [options.seed, *shape]
+    for name, length in self.table.augmenting_lengths.items():
       parts += [name, length]
-    for name, weight in self._weights.items():
-      parts += [name, weight, len(self._table.ranges[name])]
+    for name, weight in self.weights.items():
+      parts += [name, weight, len(self.table.ranges[name])]
     digest.update(json.dumps(parts).encode())
     return digest.hexdigest()
 
@@ -219,10 +207,11 @@ class TextSource:
     index = operator.index(index)
     if not 0 <= index < len(self):
       raise IndexError(f"batch {index} of {len(self)}")
-    places = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
-    if self._order is None:
-      return np.where(places < self.num_rows, places, -1)
-    return np.array([self._order[int(place)] for place in places])
+    size = self.options.batch_size
+    places = np.arange(index * size, (index + 1) * size)
+    if self.order is None:
+      return np.where(places < self.table.num_rows, places, -1)
+    return np.array([self.order[int(place)] for place in places])
 
 
 def _longest(lengths_N: np.ndarray, rows_N: np.ndarray) -> int:

@@ -59,12 +59,9 @@ def test_cut(tokenizer):
   assert source.truncation[""] == Truncation(
     4,
     sum(sizes),
-    split=1,
-    split_tokens=sizes[3] - 16,
-    cut=1,
-    cut_tokens=sizes[1] - 16,
-    dropped=1,
-    dropped_tokens=sizes[2],
+    split=(1, sizes[3] - 16),
+    cut=(1, sizes[1] - 16),
+    dropped=(1, sizes[2]),
   )
   batches = [source[i] for i in range(len(source))]
   rows = flat(texts_of(batch, tokenizer) for batch in batches)
@@ -86,11 +83,11 @@ def test_drop(tokenizer):
   source = make(tokenizer, EXAMPLES, too_long="drop")
   sizes = [size(tokenizer, example) for example in EXAMPLES]
   found = source.truncation[""]
-  assert (found.cut, found.dropped, found.split) == (0, 2, 1)
-  assert found.dropped_tokens == sizes[1] + sizes[2]
+  assert (found.cut[0], found.split[0]) == (0, 1)
+  assert found.dropped == (2, sizes[1] + sizes[2])
   assert source.describe_truncation() == (
     f"4 examples of {sum(sizes)} tokens, 1 go on in further windows"
-    f" ({sizes[3] - 16} tokens), 2 were dropped ({found.dropped_tokens} tokens)"
+    f" ({sizes[3] - 16} tokens), 2 were dropped ({found.dropped[1]} tokens)"
   )
   with pytest.raises(InputError, match="all 2 examples are longer"):
     make(tokenizer, EXAMPLES[1:3], too_long="drop")
@@ -113,13 +110,14 @@ def test_too_long_for_the_augmenting_model(tokenizer, augmenting):
     make(tokenizer, data, **options)
   source = make(tokenizer, data, too_long="cut", **options)
   found = source.truncation[""]
-  assert (found.cut, found.split, found.dropped) == (1, 1, 0)
+  counts = found.cut[0], found.split[0], found.dropped[0]
+  assert counts == (1, 1, 0)
   # Whole examples, less what is counted.
   whole = make(tokenizer, data, augmenting=augmenting, length=64)
   assert found.tokens == whole.truncation[""].tokens
   cut, full = source[0], whole[0]
   kept = int((cut.anchor.segments[1] > 0).sum())
-  assert kept == int((full.anchor.segments[1] > 0).sum()) - found.cut_tokens
+  assert kept == int((full.anchor.segments[1] > 0).sum()) - found.cut[1]
   np.testing.assert_array_equal(
     cut.anchor.tokens[1, :kept], full.anchor.tokens[1, :kept]
   )
@@ -127,4 +125,4 @@ def test_too_long_for_the_augmenting_model(tokenizer, augmenting):
   np.testing.assert_array_equal(seen[1, :kept], all_seen[1, :kept])
   assert seen.max() <= 10
   dropped = make(tokenizer, data, too_long="drop", **options)
-  assert dropped.truncation[""].dropped == 1
+  assert dropped.truncation[""].dropped[0] == 1

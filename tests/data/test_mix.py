@@ -46,7 +46,7 @@ def make(tokenizer, kind="mixture", **changes):
 
 def rows_of(source, count):
   """Origins of the examples of the first `count` rows."""
-  batches = range(-(-count // source.batch_size))
+  batches = range(-(-count // source.options.batch_size))
   return flat(source.row_origins(i) for i in batches)[:count]
 
 
@@ -145,15 +145,15 @@ def test_rows_of_two_tokenizers_have_the_shape_of_the_longest(
     make_source(
       examples, tokenizer, augmenting=augmenting, batch_size=4, length=32,
       seed=None,
-    ).augmenting_lengths["letters"]
+    ).table.augmenting_lengths["letters"]
     for examples, _ in PARTS.values()
   ]  # fmt: skip
   source = make(tokenizer, augmenting=augmenting)
   # Each part is shuffled before it is packed, so its longest row may differ.
-  assert source.augmenting_lengths["letters"] >= max(alone) - 16
+  assert source.table.augmenting_lengths["letters"] >= max(alone) - 16
   for i in range(50):
     batch = source[i]
-    shape = (4, source.augmenting_lengths["letters"])
+    shape = (4, source.table.augmenting_lengths["letters"])
     assert batch.augmenting["letters"].tokens.shape == shape
   given = make(tokenizer, augmenting=augmenting, augmenting_length=160)
   assert given[0].augmenting["letters"].tokens.shape == (4, 160)

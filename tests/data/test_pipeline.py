@@ -92,7 +92,7 @@ def test_packed_rows(tokenizer):
 def test_long_text_goes_on_in_windows(tokenizer):
   data = [*documents(1, words=40), *documents(1, words=2)]
   source = make(tokenizer, data, length=16, seed=None, pack=False)
-  assert source.truncation[""].split == 1
+  assert source.truncation[""].split[0] == 1
   ids = [1, *tokenizer.encode(data[0].completion), 2]
   targets, counted = [], []
   for i in range(len(source)):
