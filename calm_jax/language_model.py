@@ -45,9 +45,9 @@ class LanguageModel(Model):
       float32 [B, L, V].
 
     Raises:
-      InputError: not two axes, not integers, an id outside the vocabulary,
-        rows longer than the models' length limit, or visibility="encoder",
-        which needs to know where prompts end.
+      InputError: tokens_BL is not that, has an id outside the vocabulary or
+        rows beyond the models' length limit; or visibility="encoder", which
+        needs to know where prompts end.
     """
     tokens_BL = batching.check_tokens(self.spec, tokens_BL)
     batch = batching.token_batch(self, tokens_BL)
@@ -115,9 +115,6 @@ class LanguageModel(Model):
       completions: one a prompt.
       batch_size: rows that are computed together.
 
-    Returns:
-      One `Score(logprob, num_tokens, is_greedy)` a prompt.
-
     Raises:
       InputError: the model has no tokenizer, a prompt is too long, or has no
         tokens while there is no BOS to begin with.
@@ -125,15 +122,9 @@ class LanguageModel(Model):
     return text_lib.score(self, prompts, completions, batch_size)
 
   def attention(self, prompt: str, completion: str) -> dict[str, np.ndarray]:
-    """Attention weights of each connection while a completion is written.
+    """`cross_attention` of a text, and "prompt_length" in tokens.
 
     `figures.attention_figure` draws it.
-
-    Returns:
-      `cross_attention`'s arrays, and "prompt_length" in tokens.
-
-    Raises:
-      InputError: as `cross_attention`, or the model has no tokenizer.
     """
     ids, new = text_lib.token_ids(self, prompt, completion)
     found = self.cross_attention(ids + new, len(ids))
@@ -163,10 +154,10 @@ class LanguageModel(Model):
   def export_hf(
     self, folder: str | os.PathLike, max_shard_size: int = MAX_SHARD_SIZE
   ) -> None:
-    """Writes a single model as safetensors that transformers loads.
+    """Writes a single model as a folder that transformers loads.
 
-    With the config.json and tokenizer files that it was loaded with; a model
-    that was not loaded from a checkpoint is written as a Llama.
+    It has the config.json and tokenizer files that the model was loaded with;
+    one that was not loaded from a checkpoint is written as a Llama.
 
     Args:
       folder: is created; must not hold a model yet.
@@ -179,11 +170,10 @@ class LanguageModel(Model):
     hf_checkpoint.export(self, folder, max_shard_size)
 
   def save(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
-    """Saves a composition: Θ_C, and what it was trained with.
+    """Saves a composition, to be read by `load_composed`.
 
-    Writes composition.safetensors, calm_config.json and a model card; of the
-    frozen models only where they are and their hashes. `load_composed` reads
-    it.
+    Writes Θ_C, a model card, and of the frozen models only where they are and
+    their hashes.
 
     Args:
       folder: is created; must not hold a composition yet.
@@ -230,16 +220,15 @@ class LanguageModel(Model):
   def add(
     self, name: str, model: LanguageModel, connections=None, **options
   ) -> LanguageModel:
-    """A composition with one augmenting model more (§3.2).
+    """The composition with one more augmenting model, freshly joined (§3.2).
 
-    What is new is fresh, what was there is the same arrays: train it with
+    What was there keeps its arrays; train the new connections with
     `trainable=("composition/<name>/.*",)`.
 
     Args:
       name: of the new augmenting model.
       model: a single model.
-      connections: as in `compose`.
-      **options: as in `compose`.
+      connections, **options: as in `compose`.
 
     Raises:
       InputError: the name is taken, or what `compose` raises.

@@ -30,16 +30,15 @@ class ModelPass(NamedTuple):
   segments: Array  # of the keys, [B, S]
 
   def layers(self, x, cache, start, stop):
-    """Runs the layers start .. stop - 1."""
+    """Runs the layers start .. stop - 1; hidden states and cache."""
     return decoder.run_layers(
       self.params, self.config, x, self.context, start, stop, cache
     )
 
-  def cache(self, layers: dict | None) -> dict | None:
-    """The model's part of the decoding cache; None without one."""
-    if layers is None:
-      return None
-    return {"layers": layers, "segments": self.segments}
+  def cache(self, layers: dict | None) -> dict:
+    """The model's part of the decoding cache; without one the segments only."""
+    kept = {"segments": self.segments}
+    return kept if layers is None else kept | {"layers": layers}
 
 
 def embed(
@@ -53,7 +52,7 @@ def embed(
   """Embeds a sequence, whose keys go to slots index .. of a cache.
 
   Returns:
-    (the decoder, hidden states [B, L, width], the cache of its layers).
+    (the pass, hidden states [B, L, width], the cache of the layers).
   """
   segments, layers = sequence.segments, None
   if cache is not None:
@@ -64,9 +63,8 @@ def embed(
   if cache is None and config.compute.attention == "splash":
     mask = SegmentMask(segments, segments, sequence.positions)
   else:
-    mask = masks.self_attention_mask(
-      sequence.segments, segments, 0 if index is None else index
-    )
+    first_slot = 0 if index is None else index
+    mask = masks.self_attention_mask(sequence.segments, segments, first_slot)
   context = masks.make_context(
     config, sequence.positions, mask, index, lengths_B
   )
@@ -83,18 +81,15 @@ def keys_values(
   index: Array | None = None,
   lengths_B: Array | None = None,
 ) -> dict:
-  """Runs an augmenting model and computes each connection's keys and values.
-
-  The model runs up to its last tapped layer, without its head.
+  """Runs an augmenting model up to its last tapped layer, and computes each
+  connection's keys and values.
 
   Args:
-    params: the whole tree.
-    spec: what is composed.
+    params, spec, index: as for `forward.states`.
     name: of the augmenting model.
     sequence: its tokens, [B, M].
     cache: {"augmenting", "cross"} of this model, or None.
-    index: int32 [], the slot of the first token; with a cache only.
-    lengths_B: how long its rows will have become; see `states`.
+    lengths_B: how long its rows will have become.
 
   Returns:
     {"augmenting": {"segments": [B, S] of the keys, and with a cache
@@ -122,5 +117,4 @@ def keys_values(
     if cache is not None:
       made = cache_lib.extend(cache["cross"][connection.name], made, 0, index)
     cross[connection.name] = made
-  kept = model.cache(layers) or {"segments": model.segments}
-  return {"augmenting": kept, "cross": cross}
+  return {"augmenting": model.cache(layers), "cross": cross}

@@ -38,6 +38,10 @@ WEIGHTS = "composition.safetensors"
 CONFIG = "calm_config.json"
 CARD = "README.md"
 _FORMAT = 1
+_REMEDY = (
+  "write it by part({!r}).export_hf(FOLDER), load_model(FOLDER) and compose "
+  "what was loaded"
+)
 
 
 def save(
@@ -48,11 +52,7 @@ def save(
 ) -> None:
   """Writes a composition; see `LanguageModel.save`.
 
-  Args:
-    model: a composition.
-    folder: is created.
-    dtype: of Θ_C in the file.
-    keep_paths: whether local folders are named by their whole path.
+  `keep_paths` says whether local folders are named by their full path.
   """
   folder = pathlib.Path(folder)
   if not model.is_composed:
@@ -71,8 +71,7 @@ def save(
     if part not in model.sources:
       raise InputError(
         f"the {part} was not loaded from a checkpoint, so there is nothing "
-        f"that the composition could name: write it by part({part!r})"
-        ".export_hf(FOLDER), load_model(FOLDER) and compose what was loaded"
+        f"that the composition could name: {_REMEDY.format(part)}"
       )
   described = {part: _describe(model, part, keep_paths) for part in names}
   theta = trees.flatten({"composition": model.params["composition"]})
@@ -89,8 +88,7 @@ def save(
     "sha256": files.sha256(folder / WEIGHTS),
     "models": described,
     "augmenting": [
-      {"name": name, **_options(joined)}
-      for name, joined in model.spec.augmenting
+      {"name": n, **_options(joined)} for n, joined in model.spec.augmenting
     ],
   }
   (folder / CARD).write_text(model_card(config), encoding="utf-8")
@@ -116,9 +114,7 @@ def _describe(model: Model, part: str, keep_paths: bool) -> dict[str, Any]:
   if changed:
     raise InputError(
       f"the {part} is no longer what {source.name} holds ({changed} differs), "
-      f"so the composition could not be loaded again: write it by "
-      f"part({part!r}).export_hf(FOLDER), load_model(FOLDER) and compose what "
-      "was loaded"
+      f"so the composition could not be loaded again: {_REMEDY.format(part)}"
     )
   name = source.name
   if source.revision is None:
@@ -179,11 +175,7 @@ def describes_composition(path_or_hub_id: str | os.PathLike) -> bool:
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-  """The calm_config.json of a composition's folder.
-
-  Raises:
-    InputError: there is none, or one of another format.
-  """
+  """The calm_config.json of a folder; InputError if it cannot be read."""
   if not (folder / CONFIG).exists():
     raise InputError(f"{folder} holds no composition: it has no {CONFIG}")
   config = files.read_json(folder / CONFIG)

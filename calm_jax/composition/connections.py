@@ -85,12 +85,8 @@ class Composition:
     return sorted(pairs, key=lambda pair: pair[1].anchor)
 
   def with_compute(self, changes: Callable[[str], dict]) -> Composition:
-    """Returns the composition with other `Compute` options in its models.
-
-    Args:
-      changes: for a model, "anchor" or "augmenting/<name>", the fields of its
-        `Compute` that change.
-    """
+    """The composition with changed `Compute` fields in its models, which
+    `changes` gives for "anchor" and "augmenting/<name>"."""
     augmenting = {
       name: dataclasses.replace(
         joined,
@@ -114,19 +110,19 @@ def default_connections(
   Raises:
     InputError: more connections than one of the models has layers.
   """
+  layers = num_augmenting_layers, num_anchor_layers
   n = max(1, num_augmenting_layers // 4) if n is None else n
-  if not 1 <= n <= min(num_augmenting_layers, num_anchor_layers):
+  if not 1 <= n <= min(layers):
     raise InputError(
-      f"{n} connections are impossible between {num_augmenting_layers} "
-      f"augmenting and {num_anchor_layers} anchor layers: give between 1 and "
-      f"{min(num_augmenting_layers, num_anchor_layers)}"
+      f"{n} connections are impossible between {layers[0]} augmenting and "
+      f"{layers[1]} anchor layers: give between 1 and {min(layers)}"
     )
 
-  def nearest(k, layers):  # halves go up, unlike Python's round
-    return (2 * k * layers + n) // (2 * n)
+  def nearest(k, count):  # halves go up, unlike Python's round
+    return (2 * k * count + n) // (2 * n)
 
   return tuple(
-    Connection(nearest(k, num_augmenting_layers), nearest(k, num_anchor_layers))
+    Connection(*(nearest(k, count) for count in layers))
     for k in range(1, n + 1)
   )
 
@@ -140,15 +136,13 @@ def connect(
   """An `Augmenting` from two architectures.
 
   Args:
-    augmenting: the augmenting model's.
-    anchor: the anchor's.
-    connections: how many evenly spaced ones, their default number if None, or
-      (augmenting layer, anchor layer) pairs counted from 1.
+    augmenting, anchor: the architectures.
+    connections: their number (see `default_connections`), or (augmenting
+      layer, anchor layer) pairs counted from 1.
     **options: other fields of `Augmenting`.
 
   Raises:
-    InputError: more connections than one of the models has layers, or an
-      unknown option's value.
+    InputError: more connections than layers, or an option's unknown value.
   """
   if connections is None or isinstance(connections, int):
     connections = default_connections(
@@ -160,19 +154,18 @@ def connect(
 
 def check_connections(name: str, augmenting: Augmenting, anchor: ModelConfig):
   """Raises InputError unless every connection joins two layers that exist."""
-  if augmenting.positions == "rope" and anchor.width // anchor.num_heads % 2:
+  head_width = anchor.width // anchor.num_heads
+  if augmenting.positions == "rope" and head_width % 2:
     raise InputError(
       f"positions='rope' of {name!r} needs heads of an even width; the "
-      f"anchor's {anchor.width} / {anchor.num_heads} heads have "
-      f"{anchor.width // anchor.num_heads}"
+      f"anchor's {anchor.width} / {anchor.num_heads} heads have {head_width}"
     )
-  layers = augmenting.config.num_layers, anchor.num_layers
   if not augmenting.connections:
     raise InputError(f"augmenting model {name!r} has no connection")
+  counts = Connection(augmenting.config.num_layers, anchor.num_layers)
   for connection in augmenting.connections:
-    for side, layer, count in zip(
-      ("augmenting", "anchor"), connection, layers, strict=True
-    ):
+    for side, count in counts._asdict().items():
+      layer = getattr(connection, side)
       if not 1 <= layer <= count:
         raise InputError(
           f"connection {tuple(connection)} of {name!r} is impossible: the "

@@ -19,15 +19,9 @@ Array = jax.Array
 def controlled(
   joined: Augmenting, h_BME: Array, positions_BM: Array, layer: int
 ) -> Array:
-  """Applies an augmenting model's `control` to the states of a tapped layer.
+  """Applies `Augmenting.control` to the states of a tapped layer.
 
   The result is the same in training, in one pass and while a cache grows.
-
-  Args:
-    joined: how the model is joined; see `Augmenting.control`.
-    h_BME: hidden states.
-    positions_BM: positions of the tokens in their segments.
-    layer: the number of the layer that was tapped.
 
   Raises:
     InputError: control="shuffled" and a batch of one row.

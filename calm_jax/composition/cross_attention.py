@@ -67,12 +67,10 @@ class CrossAttention(nn.Module):
       h_BME = self.projection_norm(h_BME)
     if not self.folded:
       h_BME = self.projection(h_BME)
-    return {
-      "key": self._rotate(self._heads(self.key(h_BME)), positions_BM).swapaxes(
-        1, 2
-      ),
-      "value": self._heads(self.value(h_BME)).swapaxes(1, 2),
-    }
+    key_BMNH = self._rotate(self._heads(self.key(h_BME)), positions_BM)
+    key_BNMH = key_BMNH.swapaxes(1, 2)
+    value_BNMH = self._heads(self.value(h_BME)).swapaxes(1, 2)
+    return {"key": key_BNMH, "value": value_BNMH}
 
   def _query(self, x_BLD: Array, mask_BLM: Array | SegmentMask) -> Array:
     q_BLNH = self._heads(

@@ -4,8 +4,8 @@
               "augmenting": {name: {...}},
               "composition": {name: {connection: {...}}}}
 
-B batch, L anchor length, M augmenting length, D anchor width, E augmenting
-width, N heads, H head width, V vocabulary.
+B batch, L anchor length, M augmenting length, D anchor width, V vocabulary,
+N heads, S slots of a cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from calm_jax.composition import augmenting, cross_attention, visibility
 from calm_jax.composition.connections import Composition
 from calm_jax.composition.cross_attention import CrossAttention
-from calm_jax.core.batch import Batch, Sequence
+from calm_jax.core.batch import Batch
 from calm_jax.core.errors import InputError
 from calm_jax.models import cache as cache_lib
 from calm_jax.models import decoder
@@ -73,109 +73,87 @@ def empty_cache(
 
 
 class _Contribution(NamedTuple):
-  """One connection's term in the anchor's residual stream."""
+  """A connection's term in the anchor's residual stream, without its query."""
 
   attention: CrossAttention
   keys_values: dict
   mask: Array | SegmentMask
 
-  def __call__(self, x_BLD: Array) -> Array:
-    return self.attention.attend(x_BLD, self.keys_values, self.mask)
 
-  def probabilities(self, x_BLD: Array) -> Array:
-    return self.attention.probabilities(x_BLD, self.keys_values, self.mask)
-
-
-def _read_augmenting(
-  params: dict,
-  spec: Composition,
-  batch: Batch,
-  cache: dict | None,
-  index: Array | None,
-  lengths: dict[str, Array],
-) -> dict[str, dict]:
-  """`augmenting.keys_values` of each augmenting model, by name."""
-  read = {}
-  for name, _ in spec.augmenting:
-    sequence = batch.augmenting.get(name, batch.anchor)
-    old = None
-    if cache is not None:
-      old = {kind: cache[kind][name] for kind in ("augmenting", "cross")}
-    if old is not None and not sequence.tokens.shape[1]:
-      read[name] = old
-    else:
-      read[name] = augmenting.keys_values(
-        params, spec, name, sequence, old, index, lengths.get(name)
-      )
-  return read
+def _read(params, spec, name, batch, cache, index, lengths) -> dict:
+  """`augmenting.keys_values` of one model, or its cache if it reads nothing."""
+  sequence, old = batch.augmenting.get(name, batch.anchor), None
+  if cache is not None:
+    old = {kind: cache[kind][name] for kind in ("augmenting", "cross")}
+    if not sequence.tokens.shape[1]:
+      return old
+  return augmenting.keys_values(
+    params, spec, name, sequence, old, index, lengths.get(name)
+  )
 
 
-def _contributions(
-  params: dict,
-  spec: Composition,
-  batch: Batch,
-  read: dict[str, dict],
-  index: Array | None,
-  kernels: bool,
-) -> dict[int, list[_Contribution]]:
-  """The contributions of all connections, by the anchor's layer.
-
-  Args:
-    params, spec, batch, index: as for `states`.
-    read: of `_read_augmenting`.
-    kernels: whether the mask may be a `SegmentMask`, for the splash kernel.
-  """
-  by_layer: dict[int, list[_Contribution]] = {}
-  kernels = kernels and spec.anchor.compute.attention == "splash"
-  for name, joined in spec.augmenting:
-    keys_BM = read[name]["augmenting"]["segments"]
-    own_rows = name in batch.augmenting or name in batch.visible
-    if kernels and joined.visibility == "causal" and not own_rows:
-      mask = SegmentMask(batch.anchor.segments, keys_BM, batch.anchor.positions)
-    else:
-      visible_BL = visibility.visible_counts(
-        joined.visibility, batch, name, 0 if index is None else index
-      )
-      mask = visibility.attention_mask(
-        visible_BL, batch.anchor.segments, keys_BM
-      )
-    for connection in joined.connections:
-      contribution = _Contribution(
-        cross_attention.bound(params, spec, name, connection),
-        read[name]["cross"][connection.name],
-        mask,
-      )
-      by_layer.setdefault(connection.anchor, []).append(contribution)
-  return by_layer
+def _mask(spec, name, batch, keys_BM, index, kernels) -> Array | SegmentMask:
+  """The mask of one model's cross-attentions, for the kernel that takes it."""
+  joined, anchor = dict(spec.augmenting)[name], batch.anchor
+  reads_anchor = name not in batch.augmenting and name not in batch.visible
+  if (
+    kernels
+    and spec.anchor.compute.attention == "splash"
+    and joined.visibility == "causal"
+    and reads_anchor
+  ):
+    return SegmentMask(anchor.segments, keys_BM, anchor.positions)
+  counts_BL = visibility.visible_counts(
+    joined.visibility, batch, name, 0 if index is None else index
+  )
+  return visibility.attention_mask(counts_BL, anchor.segments, keys_BM)
 
 
-def _anchor_layers(
-  params: dict,
-  spec: Composition,
-  sequence: Sequence,
-  contributions: dict[int, list[_Contribution]],
-  cache: dict | None,
-  index: Array | None,
-  lengths_B: Array | None,
-) -> tuple[Array, dict | None, dict[int, Array]]:
-  """Runs the anchor, with the contributions added after their layers.
+def _run(params, spec, batch, cache, index, lengths, kernels):
+  """Runs all models.
 
   Returns:
-    (hidden states after the last layer [B, L, D], the anchor's cache, the
-    hidden states [B, L, D] that query the connections, by layer).
+    (hidden states [B, L, D], the updated cache, [(contribution, hidden states
+    that query it)] in the order of `spec.connections()`).
   """
-  anchor, x, layers = augmenting.embed(
-    params["anchor"], spec.anchor, sequence, cache, index, lengths_B
-  )
-  queries, done = {}, 0
-  for layer in sorted(contributions):
-    x, layers = anchor.layers(x, layers, done, layer)
-    queries[layer], done = x, layer
-    # All contributions to a layer come from the same hidden state.
-    x = x + sum(contribution(x) for contribution in contributions[layer])
-  if done < spec.anchor.num_layers:
-    x, layers = anchor.layers(x, layers, done, spec.anchor.num_layers)
-  return x, anchor.cache(layers), queries
+  lengths = lengths or {}
+  new: dict[str, dict] = {"augmenting": {}, "cross": {}}
+  by_layer: dict[int, list[_Contribution]] = {}
+  with jax.named_scope("augmenting"):
+    for name, joined in spec.augmenting:
+      read = _read(params, spec, name, batch, cache, index, lengths)
+      for kind, kept in read.items():
+        new[kind][name] = kept
+      keys_BM = read["augmenting"]["segments"]
+      mask = _mask(spec, name, batch, keys_BM, index, kernels)
+      for connection in joined.connections:
+        attention = cross_attention.bound(params, spec, name, connection)
+        keys_values = read["cross"][connection.name]
+        by_layer.setdefault(connection.anchor, []).append(
+          _Contribution(attention, keys_values, mask)
+        )
+  with jax.named_scope("anchor"):
+    anchor, x, layers = augmenting.embed(
+      params["anchor"],
+      spec.anchor,
+      batch.anchor,
+      None if cache is None else cache["anchor"],
+      index,
+      lengths.get("anchor"),
+    )
+    queried, done = [], 0
+    for layer in sorted(by_layer):
+      x, layers = anchor.layers(x, layers, done, layer)
+      done = layer
+      queried += [(contribution, x) for contribution in by_layer[layer]]
+      # All contributions to a layer come from the same hidden state.
+      x = x + sum(
+        c.attention.attend(x, c.keys_values, c.mask) for c in by_layer[layer]
+      )
+    if done < spec.anchor.num_layers:
+      x, layers = anchor.layers(x, layers, done, spec.anchor.num_layers)
+  new["anchor"] = anchor.cache(layers)
+  return x, None if cache is None else new, queried
 
 
 def states(
@@ -198,8 +176,7 @@ def states(
     cache: from `empty_cache`, or None to compute the batch at once.
     index: int32 [], the slot of the first token; with a cache only.
     lengths: with a cache, int32 [B] by "anchor" and the augmenting names, how
-      long each row will have become, for rotary scalings that depend on it;
-      see `masks.make_context`.
+      long each row will have become; see `masks.make_context`.
 
   Returns:
     Hidden states after the last layer [B, L, D], and the updated cache (None
@@ -208,29 +185,8 @@ def states(
   Raises:
     InputError: what `visibility.visible_counts` raises.
   """
-  lengths = lengths or {}
-  with jax.named_scope("augmenting"):
-    read = _read_augmenting(params, spec, batch, cache, index, lengths)
-    contributions = _contributions(
-      params, spec, batch, read, index, kernels=cache is None
-    )
-  with jax.named_scope("anchor"):
-    x_BLD, anchor_cache, _ = _anchor_layers(
-      params,
-      spec,
-      batch.anchor,
-      contributions,
-      None if cache is None else cache["anchor"],
-      index,
-      lengths.get("anchor"),
-    )
-  if cache is None:
-    return x_BLD, None
-  new = {
-    kind: {name: kept[kind] for name, kept in read.items()}
-    for kind in ("augmenting", "cross")
-  }
-  return x_BLD, new | {"anchor": anchor_cache}
+  kernels = cache is None
+  return _run(params, spec, batch, cache, index, lengths, kernels)[:2]
 
 
 def attention_weights(
@@ -238,21 +194,13 @@ def attention_weights(
 ) -> list[Array]:
   """Attention weights of each connection, for pictures.
 
-  Args:
-    params, spec, batch: as for `states`.
-
   Returns:
-    Probabilities float32 [B, N, L, M], in the order of `spec.connections()`.
+    float32 [B, N, L, M], in the order of `spec.connections()`.
   """
-  read = _read_augmenting(params, spec, batch, None, None, {})
-  contributions = _contributions(params, spec, batch, read, None, kernels=False)
-  _, _, queries = _anchor_layers(
-    params, spec, batch.anchor, contributions, None, None, None
-  )
+  _, _, queried = _run(params, spec, batch, None, None, None, kernels=False)
   return [
-    contribution.probabilities(queries[layer])
-    for layer in queries
-    for contribution in contributions[layer]
+    c.attention.probabilities(x_BLD, c.keys_values, c.mask)
+    for c, x_BLD in queried
   ]
 
 
@@ -272,15 +220,11 @@ def forward(
 def submodel(
   spec: Composition, params: dict, part: str
 ) -> tuple[Composition, dict]:
-  """One part of a composition as a model by itself, to be run by `states`.
+  """The spec and the tree of one part of a composition.
 
   Args:
-    spec: the composition.
-    params: its tree.
+    spec, params: of the composition.
     part: "composed", "anchor" or "augmenting/<name>".
-
-  Returns:
-    (spec, params) of that part.
 
   Raises:
     InputError: there is no such part.

@@ -144,11 +144,6 @@ def untrained(
 def has_same_tokens(name: str, augmenting: Model, anchor: Model) -> bool:
   """Compares the tokens of two models; True if they read the same ids.
 
-  Args:
-    name: of the augmenting model, for messages.
-    augmenting: a single model.
-    anchor: a single model.
-
   Raises:
     InputError: they do not, and cannot be aligned by the text: a model has no
       tokenizer, or the anchor's cannot tell where its tokens end.

@@ -17,25 +17,15 @@ from calm_jax.core.errors import InputError
 
 
 def part(model: AnyModel, name: str) -> AnyModel:
-  """One model of a composition, with the same arrays.
-
-  Args:
-    model: a composition or a single model.
-    name: "anchor", "augmenting/<name>", or "composed" for all of it.
-
-  Raises:
-    InputError: there is no such part.
-  """
+  """One model of a composition; see `LanguageModel.part`."""
   if name == "composed":
     return model
   spec, params = forward.submodel(model.spec, model.params, name)
   source = model.sources.get(name)
-  # An augmenting model without a tokenizer of its own reads the anchor's
-  # tokens.
-  tokenizer = model.tokenizers.get(
-    name.removeprefix("augmenting/") if name != "anchor" else "",
-    model.tokenizer,
-  )
+  tokenizer = model.tokenizer
+  if name != "anchor":
+    key = name.removeprefix("augmenting/")
+    tokenizer = model.tokenizers.get(key, tokenizer)
   return dataclasses.replace(
     model,
     spec=spec,
@@ -54,32 +44,14 @@ def add(
   connections: int | Sequence[tuple[int, int]] | None = None,
   **options,
 ) -> AnyModel:
-  """A composition with one more augmenting model, freshly joined (§3.2).
-
-  The arrays of what was there stay the same.
-
-  Args:
-    model: a composition or a single model.
-    name: of the new augmenting model.
-    augmenting: a single model.
-    connections: as in `compose`.
-    **options: as in `compose`.
-
-  Raises:
-    InputError: the name is taken, or what `compose` raises.
-  """
-  new = compose(
-    part(model, "anchor"), {name: augmenting}, connections, **options
-  )
+  """The composition with one more augmenting model; see `LanguageModel.add`."""
+  anchor = part(model, "anchor")
+  new = compose(anchor, {name: augmenting}, connections, **options)
   return join_compositions([model, new]) if model.is_composed else new
 
 
 def drop(model: AnyModel, name: str) -> AnyModel:
-  """The composition without one augmenting model; without any, the anchor.
-
-  Raises:
-    InputError: there is no such augmenting model.
-  """
+  """The composition without one model; see `LanguageModel.drop`."""
   names = [n for n, _ in model.spec.augmenting]
   if name not in names:
     raise InputError(f"no augmenting model {name!r} to drop; there are {names}")
@@ -89,11 +61,9 @@ def drop(model: AnyModel, name: str) -> AnyModel:
   def without(by_name: dict, dropped: str = name) -> dict:
     return {n: x for n, x in by_name.items() if n != dropped}
 
-  params = {
-    "anchor": model.params["anchor"],
-    "augmenting": without(model.params["augmenting"]),
-    "composition": without(model.params["composition"]),
-  }
+  params = dict(model.params)
+  for kind in ("augmenting", "composition"):
+    params[kind] = without(params[kind])
   kept = without(dict(model.spec.augmenting))
   return dataclasses.replace(
     model,
@@ -148,10 +118,10 @@ def join_compositions(models: Sequence[AnyModel]) -> AnyModel:
 
 def _check_same_anchor(a: Model, b: Model) -> None:
   """Raises InputError unless two compositions have equal anchors."""
-  if a.spec.anchor != b.spec.anchor:
+  specs = a.spec.anchor, b.spec.anchor
+  if specs[0] != specs[1]:
     raise InputError(
-      f"the compositions have different anchors: {a.spec.anchor} and "
-      f"{b.spec.anchor}"
+      "the compositions have different anchors: {} and {}".format(*specs)
     )
   both = a.tokenizer, b.tokenizer
   if None not in both and both[0].fingerprint != both[1].fingerprint:

@@ -24,11 +24,7 @@ Readers = Mapping[str, Callable[[], AlignedReader]]
 
 
 def readers(model: Model) -> Readers:
-  """Makers of readers for a model's augmenting models with other tokens.
-
-  Raises:
-    InputError: there are some, and the anchor has no tokenizer.
-  """
+  """Makers of readers for a model's augmenting models with other tokens."""
 
   def maker(encoder: ChunkEncoder) -> Callable[[], AlignedReader]:
     return lambda: AlignedReader(model.text(), encoder)
@@ -46,11 +42,7 @@ def pad(
 ) -> Sequence:
   """Ids as [rows, length], one segment a row; spare rows are padding.
 
-  Args:
-    rows_of_ids: lists of ids; may be empty.
-    rows, length: the shape.
-    left: whether the padding comes first.
-    first: position of each row's first id; 0 if None.
+  `first` gives the position of each row's first id, 0 if None.
   """
   out = Sequence(*(np.zeros((rows, length), np.int32) for _ in range(3)))
   for row, ids in enumerate(rows_of_ids):
@@ -107,13 +99,12 @@ def lay_out(
 def token_batch(
   model: Model, tokens_BL: np.ndarray, prompt_length: int | None = None
 ) -> Batch:
-  """A batch of full rows of the anchor's ids, as the models of `model` read it.
+  """A batch of full rows of the anchor's ids [B, L], without padding.
 
   Args:
-    model: a composition or a single model.
-    tokens_BL: integers [B, L].
-    prompt_length: how many ids of each row are its prompt; None if that is not
-      known.
+    model: who reads it.
+    tokens_BL: integers.
+    prompt_length: how many ids of each row are its prompt, if known.
 
   Raises:
     InputError: the anchor's tokenizer cannot tell what its ids spell, or an
@@ -127,14 +118,13 @@ def token_batch(
   if not model.tokenizers:
     return batch
   B = shape[0]
-  makers = readers(model)
   augmenting, visible = augmenting_rows(
     model.spec,
     batch.anchor.tokens.tolist(),
     [prompt_length or 0] * B,
-    {name: [make() for _ in range(B)] for name, make in makers.items()},
+    {n: [make() for _ in range(B)] for n, make in readers(model).items()},
     shape,
-    False,
+    left=False,
   )
   return batch._replace(augmenting=augmenting, visible=visible)
 
@@ -147,18 +137,12 @@ def augmenting_rows(
   shape: tuple[int, int],
   left: bool,
 ) -> tuple[dict[str, Sequence], dict[str, np.ndarray]]:
-  """The rows of augmenting models with other tokens, for the anchor's ids.
+  """`augmenting` and `visible` of a `Batch`, for the anchor's ids.
 
   Args:
     spec, rows_of_ids, prompt_lengths, row_readers: as for `lay_out`.
     shape: (B, L) of the anchor's rows.
     left: whether rows are padded on the left, to lengths rounded up.
-
-  Returns:
-    `augmenting` and `visible` of a `Batch`.
-
-  Raises:
-    InputError: as `lay_out`.
   """
   B, L = shape
   augmenting, visible = {}, {}
@@ -183,18 +167,11 @@ def augmenting_rows(
 
 
 def check_tokens(spec: Composition, tokens_BL) -> np.ndarray:
-  """Full rows of the anchor's ids as an array.
-
-  Raises:
-    InputError: not two axes, not integers, an id outside the vocabulary, or
-      rows longer than the models' length limit.
-  """
+  """Full rows of the anchor's ids as an array; see `LanguageModel.logits`."""
   tokens_BL = np.asarray(tokens_BL)
   if tokens_BL.ndim != 2 or tokens_BL.dtype.kind not in "iu":
-    raise InputError(
-      "tokens must be integers [B, L], got "
-      f"{tokens_BL.dtype} {list(tokens_BL.shape)}"
-    )
+    got = f"{tokens_BL.dtype} {list(tokens_BL.shape)}"
+    raise InputError(f"tokens must be integers [B, L], got {got}")
   V = spec.anchor.vocab_size
   if tokens_BL.size and not 0 <= tokens_BL.min() <= tokens_BL.max() < V:
     raise InputError(

@@ -196,8 +196,8 @@ def advance(
   Args:
     params, spec, stop_S, sampler: as for `start`.
     state: is donated.
-    steps: int32 [], at most `size`; fewer if all rows are done.
-    along: augmenting models that read the anchor's own tokens.
+    steps: int32 [], at most `size`; fewer are made if all rows are done.
+    along: augmenting models that read the anchor's tokens on the device.
     size: columns of the result.
 
   Returns:
@@ -238,15 +238,9 @@ def _change_caches(
       return kept | {"layers": tuple(map(change, layers))}
     return kept | {"layers": change(layers)}
 
-  def connections(kept):
-    return {name: change(keys_values) for name, keys_values in kept.items()}
-
-  def of_those_along(kind, change_one):
-    caches = cache[kind]
-    return caches | {name: change_one(caches[name]) for name in along}
-
-  return {
-    "anchor": model(cache["anchor"]),
-    "augmenting": of_those_along("augmenting", model),
-    "cross": of_those_along("cross", connections),
-  }
+  new = {"anchor": model(cache["anchor"])}
+  new |= {kind: dict(cache[kind]) for kind in ("augmenting", "cross")}
+  for name in along:
+    new["augmenting"][name] = model(cache["augmenting"][name])
+    new["cross"][name] = {c: change(x) for c, x in cache["cross"][name].items()}
+  return new

@@ -33,8 +33,7 @@ def feed(
 ) -> dict:
   """An augmenting model reads tokens [B, M] into slots index .. of the cache.
 
-  Returns:
-    The cache of all models; the one given is donated.
+  The cache of all models, which is returned, is donated.
   """
   old = {kind: cache[kind][name] for kind in _KINDS}
   new = augmenting.keys_values(params, spec, name, sequence, old, index)
@@ -64,15 +63,12 @@ class Follower:
   def follow(
     self, params: dict, spec: Composition, cache: dict, new_B: np.ndarray
   ) -> dict:
-    """Reads what the anchor's newest tokens complete.
+    """Reads what the anchor's newest tokens complete; returns the new cache.
 
     Args:
       params, spec: as for `decode_steps.start`.
       cache: of all models; is donated.
       new_B: the newest token of each row, -1 for none.
-
-    Returns:
-      The updated cache.
 
     Raises:
       InputError: the model would read beyond its length limit.

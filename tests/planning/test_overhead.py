@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from calm_jax.composition import forward as forward_lib
+from calm_jax.composition import cross_attention
 from calm_jax.composition.connections import Augmenting, Composition, Connection
 from calm_jax.core import trees
 from calm_jax.core.batch import Batch, Sequence
@@ -134,7 +134,7 @@ def test_lora_by_hand(counted):
 
 
 def theta(spec):
-  return jax.eval_shape(lambda: forward_lib.init(jax.random.key(0), spec))
+  return jax.eval_shape(lambda: cross_attention.init(jax.random.key(0), spec))
 
 
 def traced(spec: Composition, run: str, rank: int):
