@@ -272,7 +272,7 @@ def test_bases_that_moved(composed, copied):
   ("changes", "said"),
   [
     ({"calm_config.json": None}, "has no calm_config.json"),
-    ({"calm_config.json": "{"}, "not readable JSON"),
+    ({"calm_config.json": "{"}, "is not JSON"),
     ({"calm_config.json": '{"format": 2}'}, "has format 2"),
     ({"composition.safetensors": None}, "composition.safetensors is missing"),
   ],
