@@ -50,7 +50,7 @@ def choose(asked: str, device: jax.Device, config: ModelConfig) -> str:
     config: the model.
 
   Raises:
-    InputError: there is no such kernel on that device, or for that model.
+    InputError: the device or the model cannot have that kernel.
   """
   if asked == "auto":
     fast = {"tpu": "splash", "gpu": "cudnn"}.get(device.platform, "xla")
@@ -78,14 +78,14 @@ def _why_not(kernel: str, device: jax.Device, config: ModelConfig) -> str:
     return f"takes {' or '.join(_HALVES)}, not {config.compute.dtype}"
   if config.attention_cap is not None:
     return "has no soft cap of scores, and this model has one"
-  # "9.0"; of other makers' GPUs a name.
+  # "9.0"; other makers' GPUs have a name.
   generation = str(device.compute_capability).split(".")[0]
   if not generation.isdigit() or int(generation) < 8:
     return (
       "runs on NVIDIA GPUs of compute capability 8.0 or more, not on "
       f"{device.compute_capability}"
     )
-  # Of the gradient: forward, later generations take wider ones too.
+  # The gradient's limit; the forward pass of later ones takes wider heads.
   widest = 256 if generation == "9" else 128
   if config.head_dim > widest or config.head_dim % 8:
     return f"takes heads of 8, 16, .. {widest} there, not of {config.head_dim}"

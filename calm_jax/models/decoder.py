@@ -110,11 +110,9 @@ def embed(
   if config.learned_positions:
     table_PD = embed["position_embedding"].astype(config.compute.dtype)
     x_BLD = x_BLD + jnp.take(table_PD, positions_BL, axis=0, mode="fill")
-  return (
-    x_BLD
-    if config.compute.place is None
-    else config.compute.place.states(x_BLD)
-  )
+  if config.compute.place is not None:
+    x_BLD = config.compute.place.states(x_BLD)
+  return x_BLD
 
 
 def run_layers(
@@ -126,20 +124,11 @@ def run_layers(
   stop: int | None = None,
   cache: dict | tuple | None = None,
 ) -> tuple[Array, dict | tuple | None]:
-  """Runs layers start+1 .. stop (counting from 1) of the decoder.
+  """Runs layers start+1 .. stop (counting from 1) on the states after `start`.
 
-  Args:
-    params: the decoder's tree.
-    config: its architecture.
-    x_BLD: hidden states after layer `start`.
-    context: from `make_context`.
-    start: layers to skip.
-    stop: last layer to run; all of them if None.
-    cache: from `empty_cache`, or None.
-
-  Returns:
-    Hidden states after layer `stop`, and the cache with the new keys and
-    values at slots index .. index + L - 1.
+  Returns the hidden states after layer `stop`, by default the last, and the
+  cache from `empty_cache`, if there is one, with the new keys and values at
+  slots index .. index + L - 1.
   """
   stop = config.num_layers if stop is None else stop
   if isinstance(params["layers"], tuple):

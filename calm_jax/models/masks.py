@@ -50,8 +50,8 @@ def make_context(
   """Computes the positions and masks that every layer reads.
 
   Args:
-    config: the architecture.
-    positions_BL: of each token in its sequence, from 0.
+    config: the model.
+    positions_BL: the position of each token in its sequence, from 0.
     mask_BLS: bool [B, L, S] from `self_attention_mask`, from which windows are
       derived; or a `SegmentMask`, if the config's kernel reads those.
     index: int32 [], the cache's slot of the first token; None without one.
@@ -59,8 +59,8 @@ def make_context(
       that depend on it; see `rope.tables`. Without a cache the mask tells.
 
   Raises:
-    InputError: such a scaling, and a cache of more slots than it leaves
-      alone, and no lengths: how keys in the cache were turned is not known.
+    InputError: such a scaling without lengths, for a cache of more slots than
+      it leaves unscaled.
   """
   segments = mask_BLS if isinstance(mask_BLS, SegmentMask) else None
   slots = mask_BLS.shape[2] if segments is None else segments.keys.shape[1]

@@ -45,19 +45,14 @@ def quantise(params: dict, kind: str) -> dict:
   """Quantises a decoder's matrices, leaf by leaf.
 
   These are linear layers, experts, head and embeddings; norms, biases, routers,
-  learned positions and LoRA stay as they are.
-
-  Args:
-    params: the tree of `decoder.param_shapes`.
-    kind: one of KINDS; "" changes nothing.
+  learned positions and LoRA stay as they are. The kind "" changes nothing.
 
   Raises:
-    InputError: another kind, or the tree is quantised already.
+    InputError: the kind is none of KINDS, or the tree is quantised already.
   """
   check(kind)
-  found = kind_of(params)
-  if kind and found:
-    raise InputError(f"the model is in {found} already: load it anew")
+  if kind and (before := kind_of(params)):
+    raise InputError(f"the model is in {before} already: load it anew")
   leaves = trees.flatten(params)
   return trees.unflatten(
     {name: quantise_leaf(name, leaf, kind) for name, leaf in leaves.items()}

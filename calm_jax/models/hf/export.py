@@ -31,9 +31,9 @@ def save_params(
 ) -> None:
   """Writes a checkpoint that transformers and `load_params` read.
 
-  Parameters keep their dtype and value, bit for bit. Tensor by tensor: what
-  is held besides the parameters is one of them. config.json is written last: a
-  folder that has one is complete. Tokenizer files are not written.
+  Parameters keep their dtype and value, bit for bit, and one tensor at a time
+  is held besides them. config.json is written last, so that a folder that has
+  one is complete. Tokenizer files are not written.
 
   Args:
     folder: is created; must not hold a checkpoint yet.
@@ -108,7 +108,7 @@ def _check_same_config(
 
 
 def _gather(entries: list[tensors.Entry], leaves, dtype: str) -> np.ndarray:
-  """One tensor of a file, of the parts of leaves that it holds."""
+  """Makes a tensor of a file from the parts of leaves that it holds."""
   tensor = np.empty(entries[0].shape, np.dtype(dtype))
   bits = np.dtype(f"u{tensor.itemsize}")
   for entry in entries:

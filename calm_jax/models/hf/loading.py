@@ -57,19 +57,18 @@ def load_params(
 ) -> dict[str, Any]:
   """Reads the weights, piece by piece into the stacked arrays.
 
-  The files are neither mapped nor read whole: what is held is the arrays and
+  The files are neither mapped nor read whole: the process holds the arrays and
   a few megabytes.
 
   Args:
     folder: holds config.json and model.safetensors, or its shards and
       model.safetensors.index.json.
-    config: what `load_config` read there.
-    dtype: of the arrays: "float32", "bfloat16" or "float64".
-    shardings: a `jax.sharding.Sharding` for each leaf of
-      the result, in a tree of the same structure. Each process then reads only
-      what its devices hold, leaf by leaf.
-    quantise: one of `quantisation.KINDS`: "" for none, "int8" or "int4".
-      Quantised from float32, whatever the dtype, and a few layers at a time.
+    config: the result of `load_config`.
+    dtype: of the arrays, one of DTYPES.
+    shardings: a tree of `jax.sharding.Sharding`s, one for each leaf of the
+      result. Each process then reads only what its devices hold, leaf by leaf.
+    quantise: one of `quantisation.KINDS`. Matrices are quantised from float32,
+      whatever the dtype, a few layers at a time.
 
   Returns:
     The tree of `decoder.param_shapes(config)`, or of what `quantisation.shapes`

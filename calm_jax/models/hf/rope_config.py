@@ -124,7 +124,7 @@ def read_ropes(
 
 
 def _options(hf: Json) -> Json:
-  """The mapping of rotary options, without those that are null."""
+  """Returns the mapping of rotary options, without those that are null."""
   if hf.get("rope_parameters") and hf.get("rope_scaling"):
     raise InputError("config.json has both rope_parameters and rope_scaling")
   options = hf.get("rope_parameters") or hf.get("rope_scaling") or {}

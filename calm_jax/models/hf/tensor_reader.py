@@ -181,11 +181,7 @@ def copy_strips(source: np.ndarray, target: np.ndarray) -> None:
 
 
 def read_bytes(path: pathlib.Path, start: int, into: np.ndarray) -> None:
-  """Fills an array of bytes from a file.
-
-  Raises:
-    InputError: the file ends before, or cannot be read.
-  """
+  """Fills an array of bytes from a file; InputError if that ends before."""
   try:
     with path.open("rb", buffering=0) as file:
       file.seek(start)
