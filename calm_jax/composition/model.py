@@ -117,7 +117,7 @@ def untrained(
   connections: int | Sequence[tuple[int, int]] | None = None,
   **options,
 ) -> AnyModel:
-  """`compose`, with shapes instead of parameters of the composition."""
+  """`compose`, with shapes in place of the composition's parameters."""
   if not augmenting:
     raise InputError("there is no augmenting model to compose the anchor with")
   joined, tokenizers, sources = [], {}, dict(anchor.sources)

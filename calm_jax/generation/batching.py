@@ -6,6 +6,7 @@ each step; lengths and numbers of rows are rounded up.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Rows
 
@@ -25,11 +26,12 @@ Readers = Mapping[str, Callable[[], AlignedReader]]
 
 def readers(model: Model) -> Readers:
   """Makers of readers for a model's augmenting models with other tokens."""
-
-  def maker(encoder: ChunkEncoder) -> Callable[[], AlignedReader]:
-    return lambda: AlignedReader(model.text(), encoder)
-
-  return {n: maker(ChunkEncoder(t)) for n, t in model.tokenizers.items()}
+  return {
+    name: functools.partial(
+      AlignedReader, model.text(), ChunkEncoder(tokenizer)
+    )
+    for name, tokenizer in model.tokenizers.items()
+  }
 
 
 def pad(

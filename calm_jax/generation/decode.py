@@ -51,10 +51,8 @@ def stream(
     max_new_tokens: longest continuation.
     stop_ids: token ids that end a continuation (not returned).
     sampler: how the next token is picked.
-    seeds: one a prompt, 0 if None; what is drawn for a prompt depends on its
-      own seed and on nothing of its neighbours.
-    readers: of `batching.readers`, for the augmenting models with other
-      tokenizers than the anchor's.
+    seeds: one a prompt, 0 if None; draws depend on nothing else of a batch.
+    readers: of `batching.readers`.
     finished: called with (index of the prompt, its new tokens so far); ends
       the continuation if True.
     batch_size: rows that decode together.

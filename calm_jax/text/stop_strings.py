@@ -8,7 +8,7 @@ _UNFINISHED = "\ufffd"  # what the start of a character decodes to
 
 
 def find(text: str, stop: Sequence[str]) -> int:
-  """Where the first of the stop strings begins; -1 if there is none."""
+  """The index at which the first stop string begins; -1 if there is none."""
   starts = [at for string in stop if (at := text.find(string)) >= 0]
   return min(starts, default=-1)
 
@@ -20,9 +20,10 @@ def cut(text: str, stop: Sequence[str]) -> str:
 
 
 def settled_length(text: str, stop: Sequence[str]) -> int:
-  """How many characters of an unfinished text no further token takes back.
+  """The number of characters that no further token can take back.
 
-  Its end may be half a character, or the beginning of a stop string.
+  The end of an unfinished text may be half a character, or the beginning of a
+  stop string.
   """
   settled = len(text.rstrip(_UNFINISHED))
   for string in stop:
