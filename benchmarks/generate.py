@@ -91,10 +91,11 @@ def ours(params: dict, spec: Composition, prompts, new: int, short: int) -> Run:
   rows, length = np.shape(prompts)
   # A token picked as the k-th has length + k - 2 before the one that is read.
   before = range(length + short - 1, length + new - 1)
+  read = traffic.bytes_per_token(params, spec, rows, before) if before else None
   return Run(
     lambda n: decode.generate(params, spec, prompts, max_new_tokens=n),
     sum(x.size for x in jax.tree.leaves(params)),
-    traffic.bytes_per_token(params, spec, rows, before),
+    read,
   )
 
 

@@ -148,6 +148,13 @@ def test_decoding_is_the_difference_of_two_continuations(monkeypatch):
   assert got == {"whole": 37.0, "token": 0.5, "share": 0.5}
 
 
+def test_without_decoding_alone_no_bytes_are_counted():
+  spec = pairs.pair("tiny")
+  prompts = generate.prompts_of(2, 20, spec.anchor.vocab_size)
+  assert generate.ours(shapes(spec), spec, prompts, 48, 48).bytes is None
+  assert generate.ours(shapes(spec), spec, prompts, 48, 16).bytes > 0
+
+
 def test_a_copy_is_one():
   x = jnp.ones((8, 8), jnp.uint8)
   y = jax.jit(jnp.copy)(x)

@@ -1,10 +1,9 @@
 """FLOPs of matrix products: counted in a trace, or by formula from a config.
 
-XLA's own count (`cost_analysis`) has the body of a loop once, however often it
-runs, and layers are run by a loop. The trace knows how often. Nothing is
-compiled or allocated, so that a model of any size is counted within seconds.
-The formulas are for what has no trace: the least that a step could do, and
-guesses about programs that are not built.
+XLA's own count (`cost_analysis`) has the body of a loop once, and layers are
+run by a loop. The trace knows how often it runs. Nothing is compiled or
+allocated, so a model of any size is counted within seconds. The formulas are
+for what has no trace: the least that a step could do, and guesses.
 """
 
 from __future__ import annotations
@@ -120,11 +119,10 @@ def training_step(
 ) -> int:
   """Counts the FLOPs that a step on Θ_C cannot do without.
 
-  They are those of m_A up to its last tapped layer and of m_B, forward; of the
-  head and of m_B above the first connection, backward, without gradients of
-  weights; and of the connections with theirs. The norms before a projection
-  and before a query are trained: the gradients of what those read count, even
-  into a frozen model.
+  They are m_A up to its last tapped layer and m_B, forward; the head and m_B
+  above the first connection, backward, without gradients of weights; and the
+  connections with theirs. The norms before a projection and before a query are
+  trained: gradients of what they read count, even into a frozen model.
 
   Args:
     spec: the composition; all of its models read the same tokens.

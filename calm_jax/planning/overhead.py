@@ -105,12 +105,10 @@ def training_flops(
       the anchor's.
 
   Returns:
-    Under "composed_step" training Θ_C, "anchor_step" all of the anchor,
-    "augmenting_step" all of the augmenting models, each by itself, and
-    "lora_step" a LoRA of the anchor of "lora_rank", which has about as many
-    parameters as Θ_C (None for a mixture of experts, where there is none);
-    forward passes under "composed_forward", "anchor_forward" and
-    "augmenting_forward"; and "batch", "length", "augmenting_length".
+    "composed_step" (training Θ_C), "anchor_step", "augmenting_step" (all of
+    each augmenting model by itself), "lora_step" (a LoRA of the anchor of
+    "lora_rank", about as large as Θ_C; None for a mixture of experts); a
+    "_forward" for each but LoRA; and "batch", "length", "augmenting_length".
 
   Raises:
     InputError: there is no augmenting model.
@@ -118,7 +116,7 @@ def training_flops(
   if not spec.augmenting:
     raise InputError("there is no augmenting model, so no overhead to count")
   other_length = augmenting_length or length
-  # Of the models, whatever kernel, remat and mesh they run with.
+  # The counts are the models', whatever kernel, remat and mesh they run with.
   spec = spec.with_compute(
     lambda part: {"attention": "xla", "remat": "auto", "place": None}
   )
@@ -168,10 +166,7 @@ def _count(
   sizes: tuple[int, int, int],
   trainable: str = "",
 ) -> int:
-  """FLOPs of a step on the leaves that `trainable` names, or of a forward pass.
-
-  All tokens of the augmenting models, rows of their own, are visible.
-  """
+  """Counts a step on the leaves that `trainable` names, or a forward pass."""
   batch, length, other_length = sizes
   names = [name for name, _ in spec.augmenting]
 

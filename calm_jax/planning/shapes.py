@@ -53,11 +53,8 @@ def job(settings: Settings, stage: str = "") -> Job:
 
 
 def _models(settings: Settings) -> dict[str, ModelConfig]:
-  configs = {
-    side: _read(name)
-    for side in settings.parts
-    if (name := getattr(settings, side))
-  }
+  names = {side: getattr(settings, side) for side in settings.parts}
+  configs = {side: _read(name) for side, name in names.items() if name}
   # Models from scratch read the other's tokens, or those of the experiment.
   sizes = [config.vocab_size for config in configs.values()]
   for side in settings.parts:
