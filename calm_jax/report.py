@@ -16,8 +16,6 @@ part left out where it is absent:
   ablations/                        of `python -m calm_jax.ablations`
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Iterable, Mapping

@@ -4,8 +4,6 @@ An evaluation asks prompts and judges the answers; it knows neither the model
 that answers nor how it was trained.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """chrF with beta = 1 (the paper's chrF1), by sacrebleu."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

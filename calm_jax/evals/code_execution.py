@@ -5,8 +5,6 @@ report pass@1 of one greedy completion per problem: the share of problems whose
 program passes all its tests, in percent.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Descriptions of code: CodeXGLUE code-to-text, 3-shot, chrF1 (§4.3)."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

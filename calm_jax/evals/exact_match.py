@@ -1,7 +1,5 @@
 """Exact match of the whole answer (the key-value task, §4.1)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from calm_jax.evals.base import Generate, Row

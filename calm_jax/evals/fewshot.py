@@ -1,7 +1,5 @@
 """Few-shot evaluation: prompt templates, and exemplars drawn from a pool."""
 
-from __future__ import annotations
-
 import dataclasses
 import string
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Grade-school maths: GSM8K, MGSM; exact match of the final number (§4.2)."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from decimal import Decimal

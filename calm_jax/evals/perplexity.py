@@ -1,7 +1,5 @@
 """Perplexity per token, and bits per byte, of held-out text."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

@@ -5,8 +5,6 @@ sets. Appendix A.2 measures the overlap of what came back with the original, and
 the delta: how much worse a model does on it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 from sacrebleu.metrics import BLEU

@@ -5,8 +5,6 @@ a mean, 18 counts for chrF1. A metric is a function of sums [..., S], so that
 thousands of resamples are one matrix product.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 

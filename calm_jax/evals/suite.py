@@ -1,7 +1,5 @@
 """The evaluations that a config names, each run over several models (§4)."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The kinds of evaluation that a config can name (§4)."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Translation into English: FLORES-200, few-shot, chrF1 (§4.2)."""
 
-from __future__ import annotations
-
 import dataclasses
 import zipfile
 from pathlib import Path

@@ -31,14 +31,12 @@ def attention_figure(
 
   Args:
     weights_CNLM: cross-attention weights of one example.
-    tokens: the L tokens of the anchor, prompt and answer.
+    tokens: the L tokens of the anchor, of which `prompt_length` are the prompt.
     connections: C names.
-    prompt_length: how many of the tokens are the prompt; at least 1.
-    augmenting_tokens: the M tokens of the augmenting model, where it has a
-      tokenizer of its own.
+    prompt_length: at least 1, and less than L.
+    augmenting_tokens: the M tokens of m_A, if its tokenizer is another.
 
-  Raises:
-    InputError: the shapes do not fit each other, or there is no answer.
+  Raises InputError if the shapes do not fit each other, or there is no answer.
   """
   columns = list(tokens if augmenting_tokens is None else augmenting_tokens)
   expected = (len(connections), len(tokens), len(columns))
@@ -60,21 +58,19 @@ def attention_figure(
   )
   with matplotlib.rc_context({**figures.STYLE, "axes.grid": False}):
     figure, panels = figures.make_panels(
-      down, across, size, sharex=True, sharey=True
+      count, across, size, sharex=True, sharey=True
     )
     top = max(float(weights_CTM.max()), 1e-6)
-    for axes, name, weights_TM in zip(
-      panels, connections, weights_CTM, strict=False
+    for axes, name, weights in zip(
+      panels, connections, weights_CTM, strict=True
     ):
-      image = _draw_attention(axes, weights_TM, top)
+      image = _draw_attention(axes, weights, top)
       if augmenting_tokens is None:
         axes.axvline(prompt_length - 0.5, color="0.25", lw=1, ls="--")
       axes.set_title(f"connection {name}", loc="left", parse_math=False)
-    for axes in panels[count:]:
-      axes.set_visible(False)
     for axes in panels[::across]:
       _label(axes.yaxis, rows, height)
-    for axes in panels[:count][-across:]:
+    for axes in panels[-across:]:
       # The lowest of each column: a last row may have a gap.
       _label(axes.xaxis, columns, width, rotation=90)
       axes.tick_params(labelbottom=True)
@@ -82,7 +78,7 @@ def attention_figure(
     figure.supxlabel("token read by the augmenting model", fontsize=11)
     figure.colorbar(
       image,
-      ax=list(panels),
+      ax=figure.axes,
       location="top",
       shrink=min(1.0, 5 / size[0]),
       aspect=30,

@@ -1,7 +1,5 @@
 """The costs of composing (Appendix C), and the models that a run joined."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

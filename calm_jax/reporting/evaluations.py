@@ -1,58 +1,76 @@
 """Tables 2 to 6: translation, mathematics, code and the ablations on them."""
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
 
 from calm_jax.reporting import paper
 from calm_jax.reporting.costs import describe_models
 from calm_jax.reporting.grid import TableRow, grid, percent
-from calm_jax.reporting.paper import PaperTable
-from calm_jax.reporting.runs import Run, RunGroup
+from calm_jax.reporting.runs import NO_RUNS, Run, RunGroup
 from calm_jax.reporting.table import NOTHING, Cell, Table
 
 
-def table2(group: RunGroup | None) -> Table:
-  rows = _rows(group, "FLORES-200", paper.TABLES["table-2"])
-  title = "translation into English, FLORES-200, chrF1"
-  notes = _notes(group, "FLORES-200")
-  return grid("table-2", title, rows, notes, group)
+class Block(NamedTuple):
+  """A benchmark's rows: the paper's, those that only we have, the average.
+
+  Attributes:
+    benchmark: its name in results.json.
+    numbers: the paper's rows by subset, or by benchmark without subsets.
+    prefix: begins the labels.
+    elsewhere: subsets of ours that another table has.
+    papers_only: leaves out rows that the paper lacks.
+  """
+
+  benchmark: str
+  numbers: paper.PaperTable
+  prefix: str = ""
+  elsewhere: Collection[str] = ()
+  papers_only: bool = False
 
 
-def table3(group: RunGroup | None) -> Table:
-  low, high = paper.TABLES["table-3-gsm8k"], paper.TABLES["table-3-mgsm"]
-  elsewhere = paper.TABLES["table-6"]
-  rows = _rows(group, "GSM8K", low, "GSM8K ", elsewhere)
-  rows += _rows(group, "MGSM", high, "MGSM ")
-  notes = [
-    "GSM8K: the paper's low-resource languages, into which the problems were "
-    "machine-translated; MGSM: high-resource languages. Without a code: "
-    "English.",
-    *_notes(group, "GSM8K"),
-    *_notes(group, "MGSM"),
-  ]
-  title = "grade-school mathematics, accuracy in %"
-  return grid("table-3", title, rows, notes, group)
+_GSM8K, _CODE = paper.TABLES["table-6"], paper.TABLES["table-4"]
+_PROGRAMS = ("HumanEval", "MBPP")
+_DESCRIPTIONS = {k: v for k, v in _CODE.items() if k not in _PROGRAMS}
+# Titles, blocks of rows and notes of the paper's tables of one experiment.
+TABLES = {
+  "table-2": (
+    "translation into English, FLORES-200, chrF1",
+    [Block("FLORES-200", paper.TABLES["table-2"])],
+    (),
+  ),
+  "table-3": (
+    "grade-school mathematics, accuracy in %",
+    [
+      Block("GSM8K", paper.TABLES["table-3-gsm8k"], "GSM8K ", _GSM8K),
+      Block("MGSM", paper.TABLES["table-3-mgsm"], "MGSM "),
+    ],
+    (
+      "GSM8K: the paper's low-resource languages, into which the problems were "
+      "machine-translated; MGSM: high-resource languages. Without a code: "
+      "English.",
+    ),
+  ),
+  "table-4": (
+    "code: pass@1 in % (HumanEval, MBPP), chrF1 (CodeXGLUE)",
+    [
+      *(Block(name, {name: _CODE[name]}) for name in _PROGRAMS),
+      Block("CodeXGLUE", _DESCRIPTIONS, "CodeXGLUE "),
+    ],
+    (),
+  ),
+  "table-6": (
+    "GSM8K in all low-resource languages, accuracy in %",
+    [Block("GSM8K", _GSM8K, papers_only=True)],
+    (),
+  ),
+}
 
 
-def table4(group: RunGroup | None) -> Table:
-  numbers = dict(paper.TABLES["table-4"])
-  rows, notes = [], []
-  for benchmark in ("HumanEval", "MBPP"):
-    rows += _rows(group, benchmark, {benchmark: numbers.pop(benchmark)})
-    notes += _notes(group, benchmark)
-  rows += _rows(group, "CodeXGLUE", numbers, "CodeXGLUE ")
-  notes += _notes(group, "CodeXGLUE")
-  title = "code: pass@1 in % (HumanEval, MBPP), chrF1 (CodeXGLUE)"
-  return grid("table-4", title, rows, notes, group)
-
-
-def table6(group: RunGroup | None) -> Table:
-  numbers = paper.TABLES["table-6"]
-  rows = _rows(group, "GSM8K", numbers, papers_only=True)
-  title = "GSM8K in all low-resource languages, accuracy in %"
-  return grid("table-6", title, rows, _notes(group, "GSM8K"), group)
+def paper_table(name: str, group: RunGroup) -> Table:
+  """Makes one of TABLES; of `NO_RUNS`, the paper's numbers alone."""
+  title, blocks, notes = TABLES[name]
+  return _blocks_table(name, title, blocks, group, notes)
 
 
 def other_benchmarks(group: RunGroup) -> list[str]:
@@ -62,13 +80,10 @@ def other_benchmarks(group: RunGroup) -> list[str]:
 
 def others(group: RunGroup) -> Table:
   """The evaluations that the paper lacks."""
-  rows, notes = [], []
-  for benchmark in other_benchmarks(group):
-    rows += _rows(group, benchmark, {}, f"{benchmark} ")
-    notes += _notes(group, benchmark)
+  blocks = [Block(name, {}, f"{name} ") for name in other_benchmarks(group)]
   title = "Evaluations that the paper lacks"
   caption = "in %, higher is better"
-  return grid("evaluations", title, rows, notes, group, caption=caption)
+  return _blocks_table("evaluations", title, blocks, group, caption=caption)
 
 
 def table5(groups: Sequence[RunGroup]) -> Table:
@@ -76,11 +91,9 @@ def table5(groups: Sequence[RunGroup]) -> Table:
   rows = []
   for benchmark in paper.TABLES["table-5"]:
     evaluated = [group for group in groups if benchmark in benchmarks(group)]
-    for group in evaluated or [None]:
-      label = benchmark
-      if len(evaluated) > 1:
-        label = f"{benchmark}, {group.name}"
-      rows += _table5_rows(group, benchmark, label)
+    for group in evaluated or [NO_RUNS]:
+      name = f", {group.name}" if len(evaluated) > 1 else ""
+      rows += _table5_rows(group, benchmark, f"{benchmark}{name}")
   notes = [
     "#(> m_B): for how many of the languages the model is better than m_B; the "
     "paper does not say how it counts ties, so they are left out (>) and "
@@ -90,26 +103,20 @@ def table5(groups: Sequence[RunGroup]) -> Table:
   keys = ["anchor", *paper.TABLES["table-5"]["MBPP"]]
   for group in groups:
     # Neither m_A alone nor alternative last stages.
-    keys += [
-      key
-      for key in group.columns
-      if "/" not in key and key not in ("base", "augmenting")
-    ]
+    shown = [key for key in group.columns if "/" not in key]
+    keys += [key for key in shown if key not in ("base", "augmenting")]
   title = "ablations, baselines and controls"
-  return grid("table-5", title, rows, notes, None, keys)
+  return grid("table-5", title, rows, notes, keys=keys)
 
 
-def _table5_rows(
-  group: RunGroup | None, benchmark: str, label: str
-) -> list[TableRow]:
+def _table5_rows(group: RunGroup, benchmark: str, label: str) -> list[TableRow]:
   subsets = subset_names(group, benchmark)
   if benchmark == "GSM8K":
     subsets.pop("", None)  # English; the paper's are low-resource languages.
   names = list(subsets.values())
-  columns = group.columns if group else {}
   averages = paper.TABLES["table-5"][benchmark]
   measure = functools.partial(average_cell, names)
-  rows = [TableRow(label, averages, columns, measure)]
+  rows = [TableRow(label, averages, group.columns, measure)]
   count = paper.TABLE5_LANGUAGES.get(benchmark)
   if count or len(names) > 1:
     better = paper.TABLES["table-5-better"].get(benchmark, {})
@@ -117,7 +124,7 @@ def _table5_rows(
     for sign, numbers, ties in ((">", better, False), ("≥", {}, True)):
       measure = functools.partial(better_cell, names, group, ties)
       name = f"{label} #({sign} m_B), {of}"
-      rows.append(TableRow(name, numbers, columns, measure, 0))
+      rows.append(TableRow(name, numbers, group.columns, measure, 0))
   return rows
 
 
@@ -147,7 +154,7 @@ def average_cell(names: Sequence[str], run: Run, model: str) -> Cell | None:
 
 
 def better_cell(
-  names: Sequence[str], group: RunGroup | None, ties: bool, run: Run, model: str
+  names: Sequence[str], group: RunGroup, ties: bool, run: Run, model: str
 ) -> Cell | None:
   """Table 5's #(> m_B), with ties left out or counted."""
   if model == "anchor" or "anchor" not in group.columns:
@@ -167,55 +174,53 @@ def benchmarks(group: RunGroup) -> list[str]:
   return list(dict.fromkeys(b for run in group.runs for b in run.benchmarks))
 
 
-def subset_names(group: RunGroup | None, benchmark: str) -> dict[str, str]:
+def subset_names(group: RunGroup, benchmark: str) -> dict[str, str]:
   """Names of a benchmark's evaluations by subset."""
   return {
     entry["subset"]: name
-    for run in (group.runs if group else ())
+    for run in group.runs
     for name, entry in run.evaluations.items()
     if entry["group"] == benchmark
   }
 
 
-def _rows(
-  group: RunGroup | None,
-  benchmark: str,
-  numbers: PaperTable,
-  prefix: str = "",
-  elsewhere: Iterable[str] = (),
-  papers_only: bool = False,
-) -> list[TableRow]:
-  """Rows of a benchmark: the paper's, those that only we have, the average.
+def _blocks_table(
+  name: str,
+  title: str,
+  blocks: Sequence[Block],
+  group: RunGroup,
+  notes: Iterable[str] = (),
+  caption: str = "",
+) -> Table:
+  rows = [row for block in blocks for row in _rows(group, block)]
+  described = [n for block in blocks for n in _notes(group, block.benchmark)]
+  return grid(name, title, rows, [*notes, *described], group, caption=caption)
 
-  Args:
-    group: ours; None for the paper's rows alone.
-    benchmark: its name in results.json.
-    numbers: the paper's rows by subset, or by benchmark without subsets.
-    prefix: begins the labels.
-    elsewhere: subsets of ours that another table has.
-    papers_only: leaves out rows that the paper lacks.
-  """
+
+def _rows(group: RunGroup, block: Block) -> list[TableRow]:
+  benchmark, numbers, prefix, elsewhere, papers_only = block
   subsets = subset_names(group, benchmark)
   names = {subset or benchmark: name for subset, name in subsets.items()}
   shown = [subset for subset in numbers if subset != paper.AVERAGE]
   if not papers_only:
     shown += [s for s in names if s not in {*shown, *elsewhere}]
-  columns = group.columns if group else {}
   rows = []
   for subset in shown:
     label = subset if subset == benchmark else f"{prefix}{subset}"
     measure = functools.partial(score_cell, names.get(subset))
-    rows.append(TableRow(label, numbers.get(subset, {}), columns, measure))
+    row = TableRow(label, numbers.get(subset, {}), group.columns, measure)
+    rows.append(row)
   # Beside the paper's average, that of the paper's rows.
   averaged = [n for s, n in names.items() if not numbers or s in numbers]
   if paper.AVERAGE in numbers or len(averaged) > 1:
     average = numbers.get(paper.AVERAGE, {})
     measure = functools.partial(average_cell, averaged)
-    rows.append(TableRow(f"{prefix}average", average, columns, measure))
+    label = f"{prefix}average"
+    rows.append(TableRow(label, average, group.columns, measure))
   return rows
 
 
-def _notes(group: RunGroup | None, benchmark: str) -> list[str]:
+def _notes(group: RunGroup, benchmark: str) -> list[str]:
   """A sentence on the examples, the shots and the metric of a benchmark."""
   names = subset_names(group, benchmark)
   if not names:

@@ -1,7 +1,5 @@
 """Examples of Table 8's kinds, picked by a rule rather than by hand."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from calm_jax.core.errors import InputError

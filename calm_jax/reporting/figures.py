@@ -1,8 +1,7 @@
 """Figures of a run: loss, accuracy by length, gains.
 
-Drawn on `Figure` objects, not through pyplot: no global state, no backend to
-choose at import, and nothing to close. Lines differ by style and marker, and
-maps by lightness, so that all of it reads in black and white.
+They are drawn without pyplot, which has global state, and can be read in black
+and white.
 """
 
 import io
@@ -13,8 +12,8 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib import ticker
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from calm_jax.core.errors import InputError
 from calm_jax.reporting.predictions import wilson_interval
@@ -38,11 +37,8 @@ STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.color": "0.88"}
 STYLE |= {"legend.frameon": False}
 # Okabe and Ito's colours, told apart with any colour vision.
-_LINES = {
-  "augmenting": {"color": "#0072B2", "linestyle": ":", "marker": "s"},
-  "anchor": {"color": "#D55E00", "linestyle": "--", "marker": "^"},
-  "composed": {"color": "#000000", "linestyle": "-", "marker": "o"},
-}
+_COLOURS = {"augmenting": "#0072B2", "anchor": "#D55E00", "composed": "#000000"}
+_SHAPES = {"augmenting": "s:", "anchor": "^--", "composed": "o-"}
 _LABELS = {
   "augmenting": "augmenting $m_A$",
   "anchor": "anchor $m_B$",
@@ -58,27 +54,23 @@ def loss_figure(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     stages: stage name to its metrics, dicts with "step" and "loss" or
       "eval_loss". A loss that a log axis cannot show is left out.
 
-  Raises:
-    InputError: no stage has a loss to draw.
+  Raises InputError if no stage has a loss to draw.
   """
-  series = {}
-  for name, lines in stages.items():
-    points = _curve(lines, "loss")
-    if points.size:
-      series[name] = points, _curve(lines, "eval_loss")
+  series = {
+    name: (curve(lines, "loss"), curve(lines, "eval_loss"))
+    for name, lines in stages.items()
+    if curve(lines, "loss").size
+  }
   if not series:
     raise InputError(f"no loss to draw in the stages {list(stages)}")
   columns = min(len(series), 3)
-  rows = math.ceil(len(series) / columns)
-  size = (max(3.5 * columns, 5), 3.0 * rows)
+  size = (max(3.5 * columns, 5), 3.0 * math.ceil(len(series) / columns))
   with matplotlib.rc_context(STYLE):
-    figure, panels = make_panels(rows, columns, size)
+    figure, panels = make_panels(len(series), columns, size)
     for axes, (name, curves) in zip(panels, series.items(), strict=False):
       _draw_loss(axes, *curves)
       axes.set_title(name, parse_math=False)
-    for axes in panels[len(series) :]:
-      axes.set_visible(False)
-    for axes in panels[: len(series) : columns]:
+    for axes in panels[::columns]:
       axes.set_ylabel("loss (nats per token)")
     _legend(figure, panels)
   return figure
@@ -89,23 +81,22 @@ def accuracy_figure(
 ) -> Figure:
   """Draws accuracy by number of terms: a panel a data set, a line a model.
 
-  Args:
-    counts: title of the panel -> model -> number of terms -> (correct, total).
-      The bars are 95% Wilson intervals.
+  The bars are 95% Wilson intervals.
 
-  Raises:
-    InputError: there is nothing to draw.
+  Args:
+    counts: title of the panel -> model -> number of terms -> (correct, total);
+      InputError if there is nothing to draw.
   """
   if not any(by_model for by_model in counts.values()):
     raise InputError("no predictions to draw")
   shown = {model for by_model in counts.values() for model in by_model}
   models = [model for model in MODELS if model in shown]
-  terms = {
-    n for by_model in counts.values() for c in by_model.values() for n in c
-  }
+  terms = sorted(
+    {n for by_model in counts.values() for c in by_model.values() for n in c}
+  )
   size = (max(4.2 * len(counts), 5), 3.7)
   with matplotlib.rc_context(STYLE):
-    figure, panels = make_panels(1, len(counts), size, sharey=True)
+    figure, panels = make_panels(len(counts), len(counts), size, sharey=True)
     for axes, (title, by_model) in zip(panels, counts.items(), strict=True):
       for model in models:
         if model in by_model:
@@ -114,8 +105,8 @@ def accuracy_figure(
           _draw_accuracy(axes, model, by_model[model], shift)
       axes.set_title(title, parse_math=False)
       axes.set_xlabel("number of terms")
-      axes.set_xticks(sorted(terms))
-      axes.set_xlim(min(terms) - 0.4, max(terms) + 0.4)
+      axes.set_xticks(terms)
+      axes.set_xlim(terms[0] - 0.4, terms[-1] + 0.4)
       axes.grid(axis="x", visible=False)
     panels[0].set_ylim(-3, 103)
     panels[0].set_ylabel("accuracy (%)")
@@ -126,13 +117,8 @@ def accuracy_figure(
 def gains_figure(gains: Sequence[Gain]) -> Figure:
   """Draws Figure 2: a composition's gains over m_B, language by language.
 
-  A bar is the 95% interval; a mark is filled where p < 0.05.
-
-  Args:
-    gains: in the order to draw, from the left.
-
-  Raises:
-    InputError: there is nothing to draw.
+  A bar is the 95% interval; a mark is filled where p < 0.05. InputError if
+  there are no gains.
   """
   if not gains:
     raise InputError("no languages to draw")
@@ -155,15 +141,19 @@ def gains_figure(gains: Sequence[Gain]) -> Figure:
 
 
 def make_panels(
-  rows: int, columns: int, size: tuple[float, float], **options
+  count: int, columns: int, size: tuple[float, float], **options
 ) -> tuple[Figure, np.ndarray]:
+  """Makes a figure with `count` panels, row by row."""
   figure = Figure(figsize=size, layout="constrained")
-  panels = figure.subplots(rows, columns, squeeze=False, **options)
-  return figure, panels.ravel()
+  rows = math.ceil(count / columns)
+  panels = figure.subplots(rows, columns, squeeze=False, **options).ravel()
+  for axes in panels[count:]:
+    axes.set_visible(False)
+  return figure, panels[:count]
 
 
 def svg(figure: Figure) -> bytes:
-  """The figure as an SVG file, the same for the same figure."""
+  """Returns an SVG file, the same for the same figure."""
   file = io.BytesIO()
   with matplotlib.rc_context({"svg.hashsalt": "calm_jax"}):
     figure.savefig(file, format="svg", metadata={"Date": None})
@@ -185,8 +175,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
   return (total[high] - total[low]) / (high - low)
 
 
-def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-  """Steps and values, [2, points]."""
+def curve(lines: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+  """Steps and values [2, points] of metrics, as far as a log axis has them."""
   points = [(x["step"], float(x[name])) for x in lines if name in x]
   points = [p for p in points if math.isfinite(p[1]) and p[1] > 0]
   return np.array(points, dtype=float).reshape(-1, 2).T
@@ -203,16 +193,16 @@ def _draw_loss(axes, training: np.ndarray, held_out: np.ndarray) -> None:
     axes.plot(*held_out, "k--", marker="D", ms=4, lw=1.2, label="evaluation")
   axes.set_yscale("log")
   axes.set_xlabel("step")
-  axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
-  axes.xaxis.set_major_formatter(FuncFormatter(_short_number))
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+  axes.xaxis.set_major_formatter(
+    lambda x, _: f"{x / 1000:g}k" if abs(x) >= 1000 else f"{x:g}"
+  )
   # A loss often spans less than a decade, where a log axis has no major tick.
   low, high = axes.get_ylim()
-  narrow = high / low < 300
-  axes.yaxis.set_major_locator(
-    LogLocator(subs=(1, 2, 5) if narrow else (1,), numticks=12)
-  )
-  axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-  axes.yaxis.set_minor_formatter(NullFormatter())
+  ticks = (1, 2, 5) if high / low < 300 else (1,)
+  axes.yaxis.set_major_locator(ticker.LogLocator(subs=ticks, numticks=12))
+  axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+  axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _legend(figure: Figure, panels) -> None:
@@ -230,10 +220,6 @@ def _legend(figure: Figure, panels) -> None:
   )
 
 
-def _short_number(value: float, _=None) -> str:
-  return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}"
-
-
 def _draw_accuracy(
   axes, model: str, by_terms: Mapping[int, tuple[int, int]], shift: float
 ) -> None:
@@ -244,11 +230,12 @@ def _draw_accuracy(
     np.array(terms) + shift,
     100 * shares,
     yerr=100 * np.abs(bounds.T - shares),
+    fmt=_SHAPES[model],
+    color=_COLOURS[model],
+    label=_LABELS[model],
+    mfc="white" if model != "composed" else None,
     capsize=3,
     lw=1.8,
     elinewidth=1.1,
-    markersize=6,
-    markerfacecolor="white" if model != "composed" else None,
-    label=_LABELS[model],
-    **_LINES[model],
+    ms=6,
   )

@@ -1,7 +1,5 @@
 """Tables of numbers, whose rows and columns say how a cell is measured."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +9,7 @@ from calm_jax.core import files
 from calm_jax.core.errors import InputError
 from calm_jax.reporting import paper
 from calm_jax.reporting.costs import describe_models
-from calm_jax.reporting.runs import LABELS, Column, Run, RunGroup
+from calm_jax.reporting.runs import LABELS, NO_RUNS, Column, Run, RunGroup
 from calm_jax.reporting.table import Cell, Table
 
 HOW_TO_READ = (
@@ -50,7 +48,7 @@ def grid(
   title: str,
   rows: Sequence[TableRow],
   notes: Iterable[str],
-  group: RunGroup | None,
+  group: RunGroup = NO_RUNS,
   keys: Iterable[str] = (),
   best: Callable | None = None,
   bold: Iterable[tuple[int, int]] = (),
@@ -61,36 +59,32 @@ def grid(
   Args:
     name: names its files; "table-1" to "table-6" are the paper's.
     title: without the number of the table.
-    rows: its rows.
-    notes: full sentences that say what the numbers mean.
-    group: the runs whose models are named below; None for none.
+    rows, notes: its rows, and full sentences on what the numbers mean.
+    group: the runs whose models the notes name.
     keys: the columns in their order; by default the paper's come first.
     best: min or max, to stress the best number of each row.
     bold: (row, column) of cells to stress, without `best`.
     caption: what a cell is; the paper's tables have their own.
   """
   of_paper = dict.fromkeys(key for row in rows for key in row.paper)
-  if not keys:
-    keys = [*of_paper, *(key for row in rows for key in row.columns)]
-  columns = {
-    key: [row.cell(key, key in of_paper) for row in rows]
-    for key in dict.fromkeys(keys)
-  }
-  # Columns without any number are left out.
-  columns = {
-    key: cells
-    for key, cells in columns.items()
-    if key in of_paper or any(cell.ours is not None for cell in cells)
-  }
-  labels = {k: c.label for row in rows for k, c in row.columns.items()}
-  header = ("", *(labels.get(key, LABELS.get(key)) for key in columns))
-  cells = zip(*columns.values(), strict=True) if columns else [()] * len(rows)
-  made = [(row.label, *line) for row, line in zip(rows, cells, strict=True)]
+  keys = keys or [*of_paper, *(key for row in rows for key in row.columns)]
+  columns = {}
+  for key in dict.fromkeys(keys):
+    cells = [row.cell(key, key in of_paper) for row in rows]
+    # Columns without any number are left out.
+    if key in of_paper or any(cell.ours is not None for cell in cells):
+      columns[key] = cells
+  labels = LABELS | {k: c.label for row in rows for k, c in row.columns.items()}
+  header = ("", *(labels.get(key) for key in columns))
+  made = [
+    (row.label, *(cells[at] for cells in columns.values()))
+    for at, row in enumerate(rows)
+  ]
   notes = [*notes]
   if name.startswith("table-"):
     title, caption = f"Table {name[-1]}: {title}", "paper / ours"
     notes.append(paper.MODELS.get(name, paper.MODELS["others"]))
-  if group:
+  if group.runs:
     notes.append(describe_models(group))
   if best:
     bold = _best(made, best)

@@ -1,7 +1,5 @@
 """The report as one HTML page that loads nothing else: page.html, filled in."""
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence

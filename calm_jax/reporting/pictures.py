@@ -1,7 +1,5 @@
 """The figures that a group of runs has data for."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,8 +28,7 @@ def pictures(group: RunGroup) -> list[Picture]:
   """Draws Figure 2, accuracy by length, loss and attention, as far as possible.
 
   Raises:
-    InputError: attention.npz or a file of predictions is not what a run
-      writes.
+    InputError: a file is not what a run writes.
     ValueError: a metrics.jsonl holds a line that is not JSON.
   """
   first = group.runs[0]
@@ -55,7 +52,7 @@ def stages(
   return {
     name: lines
     for name, lines in metrics.items()
-    if any(_drawable(line.get("loss")) for line in lines)
+    if figures.curve(lines, "loss").size
   }
 
 
@@ -65,10 +62,8 @@ def language_order(
   """Sorts languages from low to high resource, as far as that is known.
 
   As the config lists them, unless that is by name; else by how badly m_B
-  predicts held-out text of them; else by name.
-
-  Returns:
-    (the codes, what their order is).
+  predicts held-out text of them; else by name. Returns the codes, and what
+  their order is.
   """
   codes = sorted(codes)
   listed = [*(results.get("config", {}).get("task", {}).get("languages") or ())]
@@ -168,7 +163,3 @@ def _attention(group: RunGroup) -> Picture | None:
     "the answer, a column a token that the augmenting model has read; the "
     "dashed line is the end of the prompt, hatched is not yet visible.",
   )
-
-
-def _drawable(loss: float | None) -> bool:
-  return loss is not None and math.isfinite(loss) and loss > 0

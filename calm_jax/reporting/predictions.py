@@ -1,7 +1,5 @@
 """Files of predictions: reading, counting, and intervals of shares."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Finding runs in folders, and grouping those that belong together."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
@@ -146,6 +144,9 @@ class RunGroup:
       if section in run.results:
         return run.results[section]
     return {}
+
+
+NO_RUNS = RunGroup("", Path(), (), {})
 
 
 def find_groups(folders: Iterable[str | os.PathLike]) -> list[RunGroup]:

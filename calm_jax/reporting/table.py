@@ -1,7 +1,5 @@
 """A table, made once and shown as Markdown, CSV or on the terminal."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import io

@@ -1,7 +1,5 @@
 """Table 1: the key-value task (§4.1)."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +10,7 @@ from calm_jax.evals import statistics
 from calm_jax.reporting import paper
 from calm_jax.reporting.grid import TableRow, grid, percent
 from calm_jax.reporting.predictions import read_rows, wilson_interval
-from calm_jax.reporting.runs import Column, Run, RunGroup
+from calm_jax.reporting.runs import Run, RunGroup
 from calm_jax.reporting.table import Cell, Table
 
 # The rows' labels by their sets of predictions.
@@ -41,22 +39,21 @@ def accuracies(
   return {KEY_VALUES[row]: _accuracy(results, model, row) for row in rows}
 
 
-def table1(group: RunGroup | None) -> Table:
-  """Makes Table 1; without a group the paper's numbers alone.
+def table1(group: RunGroup) -> Table:
+  """Makes Table 1; of `NO_RUNS`, the paper's numbers alone.
 
   Raises:
     InputError: an accuracy is not from 0 to 100, or a file of predictions is
       not what a run writes.
   """
   rows = []
-  columns = group.columns if group else {}
   for row, label in KEY_VALUES.items():
     # The paper does not say which keys; its number goes to the strictest.
     of_paper = "kv_math" if row == HEADLINE else row
     numbers = paper.TABLES["table-1"].get(of_paper, {})
-    if numbers or _is_measured(columns, row):
+    if numbers or _is_measured(group, row):
       measure = functools.partial(accuracy_cell, row)
-      rows.append(TableRow(label, numbers, columns, measure))
+      rows.append(TableRow(label, numbers, group.columns, measure))
   notes = [
     "Exact match of the whole answer. KV-SUBS: keys replaced by "
     "their values. NUM-MATH: arithmetic on numbers. KV-MATH: arithmetic on "
@@ -65,9 +62,9 @@ def table1(group: RunGroup | None) -> Table:
     "The paper has one KV-MATH number and does not say which keys; it is set "
     "beside the strictest.",
   ]
-  if group and group.first("table1"):
-    first = next(run for run in group.runs if "table1" in run.results).results
-    answer, examples = first.get("answer"), first.get("examples")
+  measured = [run.results for run in group.runs if "table1" in run.results]
+  if measured:
+    answer, examples = (measured[0].get(key) for key in ("answer", "examples"))
     if answer is not None:
       notes.append(f"Answer format {answer}: {_ANSWERS.get(answer, answer)}.")
     if examples is not None:
@@ -95,10 +92,10 @@ def accuracy_cell(row: str, run: Run, model: str) -> Cell | None:
   return Cell(value, low=100 * low, high=100 * high, p_value=p_value)
 
 
-def _is_measured(columns: Mapping[str, Column], row: str) -> bool:
+def _is_measured(group: RunGroup, row: str) -> bool:
   return any(
     _accuracy(run.results, column.model, row) is not None
-    for column in columns.values()
+    for column in group.columns.values()
     for run in column.runs
   )
 

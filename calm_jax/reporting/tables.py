@@ -1,7 +1,5 @@
 """All tables of a report, and its headlines."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -10,7 +8,7 @@ from calm_jax.core import files
 from calm_jax.reporting import evaluations, paper
 from calm_jax.reporting.costs import overhead
 from calm_jax.reporting.grid import TableRow, grid, measure_trials
-from calm_jax.reporting.runs import Run, RunGroup
+from calm_jax.reporting.runs import NO_RUNS, Run, RunGroup
 from calm_jax.reporting.table import Cell, Table
 from calm_jax.reporting.table1 import HEADLINE, accuracy_cell, table1
 from calm_jax.reporting.trials import trials_table
@@ -36,16 +34,14 @@ def tables(groups: Sequence[RunGroup]) -> list[Table]:
     InputError: an accuracy or a chrF1 is not from 0 to 100.
   """
   made = [evaluations.table5(groups)]
-  for make in (
-    table1,
-    evaluations.table2,
-    evaluations.table3,
-    evaluations.table4,
-    evaluations.table6,
-  ):
+  makers = [
+    functools.partial(evaluations.paper_table, name)
+    for name in evaluations.TABLES
+  ]
+  for make in (table1, *makers):
     each = [(make(group), group) for group in groups]
     each = [(table, group) for table, group in each if not table.empty]
-    made += [_name(*pair, len(each)) for pair in each] or [make(None)]
+    made += [_name(*pair, len(each)) for pair in each] or [make(NO_RUNS)]
   made.sort(key=lambda table: table.name[: len("table-1")])
   for group in groups:
     more = []

@@ -1,7 +1,5 @@
 """The table of ablations.json: several trials of several kinds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

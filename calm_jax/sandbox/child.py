@@ -13,8 +13,6 @@ A step that fails ends the whole before the program is started. It uses the
 standard library only, for a quick start.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import errno

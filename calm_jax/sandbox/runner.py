@@ -15,8 +15,6 @@ are wrong, that leave early or that hide their errors, not against one that
 sets out to cheat: an object that equals everything passes any test.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json
