@@ -8,9 +8,8 @@ times each: from other fresh parameters and in another order of the data.
 Started again by the same command, it goes on where it stopped.
 """
 
-from __future__ import annotations
-
 import copy
+import itertools
 import json
 import statistics
 import time
@@ -74,8 +73,10 @@ def main(config: ConfigDict) -> dict[str, Any]:
       )
     runs[kind].append(results)
     # Written after each run, for a command that is stopped.
-    summary = summarise(runs)
-    _write(summary, Path(config.workdir) / FOLDER)
+    summary, folder = summarise(runs), Path(config.workdir, FOLDER)
+    files.write_json(folder / "ablations.json", summary)
+    text = table.as_markdown(trials_table(summary))
+    files.write_atomically(folder / "ablations.md", f"{text}\n")
   # The table's numbers are not to be broken across lines.
   console = Console(width=max(Console().width, WIDTH))
   table.print_tables([trials_table(summary)], console)
@@ -96,11 +97,8 @@ def _plan(config: ConfigDict) -> list[Trial]:
       f"ablations of kinds={kinds}, trials={trials}: give one trial or more, "
       f"and some of {list(variants.KINDS)}"
     )
-  return [
-    plan_trial(config, kind, number)
-    for number in range(trials)
-    for kind in kinds
-  ]
+  numbered = itertools.product(range(trials), kinds)
+  return [plan_trial(config, kind, number) for number, kind in numbered]
 
 
 def plan_trial(config: ConfigDict, kind: str, number: int) -> Trial:
@@ -117,7 +115,7 @@ def plan_trial(config: ConfigDict, kind: str, number: int) -> Trial:
 
 def _finished(trial: Trial) -> Results | None:
   """The results of a run, if it has been made with these settings."""
-  path = Path(trial.settings.workdir) / trial.settings.output / RESULTS
+  path = Path(trial.settings.workdir, trial.settings.output, RESULTS)
   if not path.exists():
     return None
   results = json.loads(path.read_text())
@@ -133,11 +131,8 @@ def execute(trial: Trial) -> Results:
   if settings.kind == "composed" and not settings.trial:
     models |= trained.frozen_models  # which are the same for all runs
   results = trained.experiment.evaluate(models, settings.last.data)
-  losses = [
-    line["eval_loss"]
-    for line in read_metrics(trained.folder / last)
-    if "eval_loss" in line
-  ]
+  lines = read_metrics(trained.folder / last)
+  losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
   results |= {
     "kind": settings.kind,
     "parameters": trained.parameters,
@@ -147,12 +142,6 @@ def execute(trial: Trial) -> Results:
   }
   files.write_json(trained.folder / RESULTS, results)
   return results
-
-
-def _write(summary: dict[str, Any], folder: Path) -> None:
-  files.write_json(folder / "ablations.json", summary)
-  text = table.as_markdown(trials_table(summary))
-  files.write_atomically(folder / "ablations.md", f"{text}\n")
 
 
 def scores(results: dict[str, Any], model: str) -> dict[str, float]:
@@ -184,12 +173,12 @@ def summarise(runs: Runs) -> dict[str, Any]:
 
 
 def _row(results: dict[str, Any]) -> dict[str, Any]:
-  loss = results["eval_loss"]
+  loss, counts = results["eval_loss"], results["parameters"]
   return {
     "scores": scores(results, "composed") | ({LOSS: loss} if loss else {}),
-    "parameters": results["parameters"]["trained"],
-    "difference": results["parameters"]["trained_minus_composition"],
-    "lora_rank": results["parameters"]["lora_rank"],
+    "parameters": counts["trained"],
+    "difference": counts["trained_minus_composition"],
+    "lora_rank": counts["lora_rank"],
     "seconds": results["seconds"],
     "trial": results["config"]["trial"],
     "output": results["config"]["output"],
@@ -201,8 +190,9 @@ def _spread(scores: list[dict[str, float]]) -> dict[str, dict[str, float]]:
   spread = {}
   for label in scores[0]:
     values = [run[label] for run in scores if label in run]
+    mean = sum(values) / len(values)
     spread[label] = {
-      "mean": sum(values) / len(values),
+      "mean": mean,
       "lowest": min(values),
       "highest": max(values),
     }

@@ -3,8 +3,6 @@
 A command that takes a config runs by `run_with_config`, any other by `guarded`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import errno
@@ -26,10 +24,10 @@ from calm_jax.training import signals
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _FLAGS = {
-  "str": flags.DEFINE_string,
-  "bool": flags.DEFINE_bool,
-  "int": flags.DEFINE_integer,
-  "float": flags.DEFINE_float,
+  str: flags.DEFINE_string,
+  bool: flags.DEFINE_bool,
+  int: flags.DEFINE_integer,
+  float: flags.DEFINE_float,
 }
 
 
@@ -44,8 +42,7 @@ def run_with_config(main: Callable, options: type | None = None) -> None:
   With a dataclass whose fields are `option`s it is main(config, options), and
   each field has a flag. Such a command keeps nothing for its next start.
 
-  Errors of `errors.EXIT_CODES` end the process with their message and code,
-  without a traceback.
+  Errors of `errors.EXIT_CODES` end the process with their message and code.
   """
   # --help lists the flags as those of the module that is run.
   flags.disclaim_key_flags()
@@ -120,16 +117,14 @@ def _parse(argv: list[str]) -> list[str]:
     _stop(InputError(f"--config has no option {error}"))
 
 
-def _loaded(
-  config: flags.FlagHolder, allows_code_execution: bool
-) -> ConfigDict:
+def _loaded(config: flags.FlagHolder, runs_code: bool) -> ConfigDict:
   try:
     loaded = config.value
     loaded.keys()
   except OSError as error:
     # A fault of the file is raised by its first use.
     raise InputError(f"--config: {error}") from error
-  if allows_code_execution:
+  if runs_code:
     if "task" not in loaded or "allow_code_execution" not in loaded.task:
       raise InputError("--allow_code_execution: this experiment runs no code")
     loaded.task.allow_code_execution = True
@@ -153,13 +148,12 @@ def _exit_codes() -> Iterator[None]:
     if not _several():
       raise
     if isinstance(error, jax.errors.JaxRuntimeError):
-      _stop(
-        errors.LostProcess(
-          f"{error}\nMost likely, another process of this run is gone: the "
-          "first one that ended says why. Start all processes again by the "
-          "same command; the run goes on from its last checkpoint."
-        )
+      advice = (
+        "Most likely, another process of this run is gone: the first one that "
+        "ended says why. Start all processes again by the same command; the "
+        "run goes on from its last checkpoint."
       )
+      _stop(errors.LostProcess(f"{error}\n{advice}"))
     traceback.print_exc()
     _exit(1)
 
@@ -170,17 +164,14 @@ def _several() -> bool:
 
 def _kept_checkpoints(workdir: Path) -> str:
   """Names the newest step of each stage, for the message of a signal."""
-  steps = {
-    folder.parent.relative_to(workdir).as_posix(): max(
-      (int(step.name) for step in folder.iterdir() if step.name.isdigit()),
-      default=0,
-    )
-    for folder in sorted(workdir.glob("**/checkpoints"))
-  }
-  named = ", ".join(f"{name} step {step}" for name, step in steps.items())
+  kept = []
+  for folder in sorted(workdir.glob("**/checkpoints")):
+    name = folder.parent.relative_to(workdir).as_posix()
+    steps = [int(x.name) for x in folder.iterdir() if x.name.isdigit()]
+    kept.append(f"{name} step {max(steps, default=0)}")
   return (
-    f"{workdir} keeps {named or 'no checkpoint yet'}; started again by the "
-    "same command, it goes on from there"
+    f"{workdir} keeps {', '.join(kept) or 'no checkpoint yet'}; started again "
+    "by the same command, it goes on from there"
   )
 
 

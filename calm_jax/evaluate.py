@@ -7,8 +7,6 @@ A composition is measured beside the models that it joins. What the config says
 of tasks, dtype, mesh and kernels holds; its own models and stages are left out.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -50,8 +48,8 @@ def main(config: ConfigDict, options: EvaluateOptions) -> dict[str, Any]:
   """Evaluates a model by a config; returns results.json.
 
   Raises:
-    InputError: no such model, what the experiment raises, a model of other
-      tokens than the experiment's, or results of something else in `out`.
+    InputError: no such model, one of other tokens than the experiment's, what
+      the experiment raises, or results of something else in `out`.
   """
   settings = config_files.read_settings(config)
   if settings.distributed:
@@ -68,17 +66,18 @@ def _evaluate(
   settings: Settings, options: EvaluateOptions, config: dict[str, Any]
 ) -> dict[str, Any]:
   recipe.check(settings)
-  _check_folder(Path(options.out))
+  path = Path(options.out, "results.json")
+  if path.exists() and "model" not in files.read_json(path):
+    raise InputError(
+      f"{options.out} holds the results of a run; give another --out"
+    )
   if settings.quantise != Bits():
     raise InputError(
       "config.quantise is for models that a run loads; here give --quantise"
     )
-  model = sharded_models.load(
-    options.model,
-    recipe.make_layout(settings),
-    settings.dtype,
-    _QUANTISE.get(options.quantise, options.quantise),
-  )
+  layout = recipe.make_layout(settings)
+  bits = _QUANTISE.get(options.quantise, options.quantise)
+  model = sharded_models.load(options.model, layout, settings.dtype, bits)
   spec = run_models.with_compute(model.spec, settings)
   columns = _columns(dataclasses.replace(model, spec=spec))
   model = columns["composed"] if model.is_composed else columns["anchor"]
@@ -110,13 +109,6 @@ def _evaluate(
   }
 
 
-def _check_folder(folder: Path) -> None:
-  """Refuses to overwrite the results of a training run."""
-  path = folder / "results.json"
-  if path.exists() and "model" not in files.read_json(path):
-    raise InputError(f"{folder} holds the results of a run; give another --out")
-
-
 def _has_attention_maps(model: LanguageModel) -> bool:
   """Checks that a row is not shuffled, and is one text for all models."""
   joined = model.spec.augmenting
@@ -128,11 +120,11 @@ def _columns(model: LanguageModel) -> dict[str, LanguageModel]:
   """The models by column of the results; several m_A have none."""
   if not model.is_composed:
     return {"anchor": model}
-  names = [name for name, _ in model.spec.augmenting]
-  alone = {"anchor": model.part("anchor")}
-  if len(names) == 1:
-    alone = {"augmenting": model.part(f"augmenting/{names[0]}")} | alone
-  return alone | {"composed": model}
+  columns = {}
+  if len(model.spec.augmenting) == 1:
+    [(name, _)] = model.spec.augmenting
+    columns["augmenting"] = model.part(f"augmenting/{name}")
+  return columns | {"anchor": model.part("anchor"), "composed": model}
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ A file holds a JSON object {"prompt"} a line; the answers are printed as
 JAX_COMPILATION_CACHE_DIR, or in ~/.cache/calm_jax: the next start is quicker.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re
@@ -44,28 +42,23 @@ def _arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     prog="python -m calm_jax.generate", description=__doc__.split("\n")[0]
   )
-  parser.add_argument(
+  flag = parser.add_argument
+  flag(
     "--model", required=True, help="a checkpoint or composition: folder or id"
   )
   which = parser.add_mutually_exclusive_group()
   which.add_argument("--prompt", help="the text to continue")
   which.add_argument("--prompts", type=Path, help='a file of lines {"prompt"}')
   for name, default in _OPTIONS.items():
-    parser.add_argument(f"--{name}", type=type(default), default=default)
-  parser.add_argument(
+    flag(f"--{name}", type=type(default), default=default)
+  flag(
     "--stop", action="append", default=[], help="ends a text; may be repeated"
   )
-  parser.add_argument("--batch_size", type=int, default=64)
-  parser.add_argument("--dtype", help="of weights and computation")
-  parser.add_argument(
-    "--quantise", choices=quantisation.KINDS, help="the models' matrices"
-  )
-  parser.add_argument(
-    "--mesh", help="devices along axes, such as tensor=4 or fsdp=-1 for all"
-  )
-  parser.add_argument(
-    "--attention", help="a .png file: where a composition looks meanwhile"
-  )
+  flag("--batch_size", type=int, default=64)
+  flag("--dtype", help="of weights and computation")
+  flag("--quantise", choices=quantisation.KINDS, help="the models' matrices")
+  flag("--mesh", help="devices along axes: tensor=4, or fsdp=-1 for all")
+  flag("--attention", help="a .png file: where a composition looks meanwhile")
   return parser.parse_args()
 
 
@@ -73,11 +66,9 @@ def main() -> None:
   """Runs the command line."""
   arguments = _arguments()
   cli.keep_compiled_programs()
+  layout = _layout(arguments.mesh) if arguments.mesh else None
   model = sharded_models.load(
-    arguments.model,
-    _layout(arguments.mesh) if arguments.mesh else None,
-    arguments.dtype,
-    arguments.quantise,
+    arguments.model, layout, arguments.dtype, arguments.quantise
   )
   options = {name: getattr(arguments, name) for name in (*_OPTIONS, "stop")}
   if arguments.prompts:
@@ -86,10 +77,8 @@ def main() -> None:
     for prompt, text in zip(prompts, texts, strict=True):
       print(json.dumps({"prompt": prompt, "completion": text}))
     return
-  prompts = (
-    [arguments.prompt] if arguments.prompt is not None else _typed_prompts()
-  )
-  for prompt in prompts:
+  is_given = arguments.prompt is not None
+  for prompt in [arguments.prompt] if is_given else _typed_prompts():
     pieces = []
     for piece in model.stream(prompt, **options):
       print(piece, end="", flush=True)

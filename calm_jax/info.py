@@ -10,8 +10,6 @@ FLOPs (of matrix products), and training as a share of what fine-tuning all of
 m_B costs. The example is Appendix C's own.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 
@@ -31,16 +29,12 @@ from calm_jax.planning import flops, overhead
 _FILES = ("config.json", "*.json", "README.md")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     prog="python -m calm_jax.info",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-
-  def flag(name: str, default: float | None, described: str) -> None:
-    kind = float if isinstance(default, float) else int
-    parser.add_argument(f"--{name}", type=kind, default=default, help=described)
 
   parser.add_argument(
     "model", nargs="?", help="a checkpoint or composition: folder or id"
@@ -48,18 +42,15 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--example", choices=["bert"], help="of Appendix C")
   parser.add_argument("--anchor", help="m_B of a planned composition")
   parser.add_argument("--augmenting", help="its m_A")
-  flag("connections", None, "its number; by default m_A's layers / 4")
-  flag("batch_size", 1, "rows of a training step")
-  flag("length", 512, "tokens of a row")
-  rows = "of m_A's rows, if its tokens are others; 0: as many"
-  flag("augmenting_length", 0, rows)
-  share = "what Θ_C is trained on, of the data of fine-tuning m_B"
-  flag("data_share", overhead.PAPER_DATA_SHARE, share)
-  return parser
-
-
-def _arguments() -> argparse.Namespace:
-  parser = _parser()
+  share = overhead.PAPER_DATA_SHARE
+  for name, kind, default, described in (
+    ("connections", int, None, "its number; by default m_A's layers / 4"),
+    ("batch_size", int, 1, "rows of a training step"),
+    ("length", int, 512, "tokens of a row"),
+    ("augmenting_length", int, 0, "of m_A, of other tokens; 0: as many"),
+    ("data_share", float, share, "Θ_C's data, of that of fine-tuning m_B"),
+  ):
+    parser.add_argument(f"--{name}", type=kind, default=default, help=described)
   arguments = parser.parse_args()
   planned = arguments.anchor, arguments.augmenting
   if any(planned) != all(planned):
@@ -67,25 +58,26 @@ def _arguments() -> argparse.Namespace:
   given = (arguments.model, arguments.example, arguments.anchor)
   if sum(x is not None for x in given) != 1:
     parser.error("give a model, or --anchor and --augmenting, or --example")
-  if min(arguments.batch_size, arguments.length) < 1:
-    parser.error("--batch_size and --length are at least 1")
-  if arguments.augmenting_length < 0:
-    parser.error("--augmenting_length is at least 0")
+  for name, least in (
+    ("batch_size", 1),
+    ("length", 1),
+    ("augmenting_length", 0),
+  ):
+    if getattr(arguments, name) < least:
+      parser.error(f"--{name} is at least {least}")
   return arguments
 
 
 def main() -> None:
   """Runs the command line."""
   arguments, console = _arguments(), Console()
-  name, anchor, augmenting = (
-    getattr(arguments, k) for k in ("model", "anchor", "augmenting")
-  )
+  name, anchor = arguments.model, arguments.anchor
   if arguments.example:
     spec = overhead.bert()
     lines = ["BERT-small (m_A) and BERT-large (m_B), as in Appendix C.1"]
   elif anchor:
-    spec = plan(anchor, augmenting, arguments.connections)
-    lines = [f"anchor: {anchor}", f"augmenting/m_A: {augmenting}"]
+    spec = plan(anchor, arguments.augmenting, arguments.connections)
+    lines = [f"anchor: {anchor}", f"augmenting/m_A: {arguments.augmenting}"]
   elif checkpoint.describes_composition(name):
     spec, lines = _saved_composition(name)
   else:
@@ -128,14 +120,15 @@ def _saved_composition(name: str) -> tuple[Composition, list[str]]:
 
 
 def _print_composition(spec: Composition, console: Console) -> None:
-  configs = {f"augmenting/{n}": a.config for n, a in spec.augmenting}
-  console.print(_model_table({"anchor": spec.anchor} | configs))
-  table = Table("augmenting", "connections", "visibility", "norm", "Θ_C")
   theta = cross_attention.param_shapes(spec)
+  configs = {"anchor": spec.anchor}
+  table = Table("augmenting", "connections", "visibility", "norm", "Θ_C")
   for part, joined in spec.augmenting:
+    configs[f"augmenting/{part}"] = joined.config
     pairs = ", ".join(f"{c.augmenting}→{c.anchor}" for c in joined.connections)
     count = f"{trees.count(theta[part]):,}"
     table.add_row(part, pairs, joined.visibility, str(joined.norm), count)
+  console.print(_model_table(configs))
   console.print(table)
   count = trees.count(theta)
   share = count / trees.count(decoder.param_shapes(spec.anchor))
@@ -183,15 +176,16 @@ def _model_table(configs: dict[str, ModelConfig]) -> Table:
   for name, config in configs.items():
     count = trees.count(decoder.param_shapes(config))
     cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    memory = [
+      f"{_bytes(_size(config, kind))} {kind or 'bf16'}"
+      for kind in quantisation.KINDS
+    ]
     table.add_row(
       name,
       str(config.num_layers),
       str(config.width),
       *(f"{n:,}" for n in (config.vocab_size, config.max_length, count)),
-      "\n".join(
-        f"{_bytes(_size(config, kind))} {kind or 'bf16'}"
-        for kind in quantisation.KINDS
-      ),
+      "\n".join(memory),
       _bytes(2 * cached),
     )
   return table

@@ -12,8 +12,6 @@ what a GPU keeps in between. No weight is read: a model's config.json is enough,
 also by itself. See docs/plan.md.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import time

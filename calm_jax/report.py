@@ -44,14 +44,10 @@ def main() -> None:
 
 
 def write(folders: Iterable[str | os.PathLike], out: str | os.PathLike) -> Path:
-  """Writes the report of some runs; see the head of this file.
-
-  Returns:
-    The path of report.html.
+  """Writes the report of some runs; returns the path of report.html.
 
   Raises:
-    InputError: no run is in a folder, or a file there is not what a run
-      writes.
+    InputError: no run is in a folder, or a file there is not what a run writes.
     ValueError: a metrics.jsonl holds a line that is not JSON.
   """
   out, groups = Path(out), runs.find_groups(folders)
@@ -72,14 +68,9 @@ def write_report(
 ) -> Path:
   """Writes results.json and the report of a run into its folder.
 
-  Args:
-    workdir: the folder.
-    results: at least one of "table1", "perplexity", "bits_per_byte" and
-      "evals"; optionally "parameters", "seconds", "examples", "answer",
-      "config", "flops" and "other_runs" (name -> results). Accuracies are in
-      percent.
-
-  Returns, raises: see `write`.
+  The results are at least one of "table1", "perplexity", "bits_per_byte" and
+  "evals"; optionally "parameters", "seconds", "examples", "answer", "config",
+  "flops" and "other_runs" (name -> results). Accuracies are in percent.
   """
   # Before all else: no fault below may lose the numbers.
   write_json(Path(workdir) / runs.RESULTS, results)
@@ -89,11 +80,7 @@ def write_report(
 def print_results(
   workdir: str | os.PathLike, console: Console | None = None
 ) -> None:
-  """Prints the tables of a run that hold a number of ours.
-
-  Raises:
-    InputError: see `write`.
-  """
+  """Prints the tables of a run that hold a number of ours."""
   made = tables.tables(runs.find_groups([workdir]))
   print_tables([table for table in made if not table.empty], console)
 

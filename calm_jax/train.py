@@ -5,15 +5,11 @@
 Started again by the same command, it goes on where it stopped.
 
 With --config.mesh.fsdp=-1 it runs on all devices of this machine; with
---config.distributed too, on those of all processes, each of which is started
-by the same command and of which the first writes; see
-calm_jax.parallel.processes.
+--config.distributed too, on those of all processes, each of which is started by
+the same command. The first of them writes; see calm_jax.parallel.processes.
 """
 
-from __future__ import annotations
-
 import dataclasses
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,24 +44,20 @@ def main(config: ConfigDict) -> dict[str, Any]:
 
 def _evaluate(run: recipe.TrainedRun) -> dict[str, Any]:
   """Evaluates what a run trained; draws where the composed model attends."""
-  settings, models = run.settings, run.models
-  name, *others = models
-  stage = settings.last
-  results = run.experiment.evaluate(
-    run.frozen_models | {"composed": models[name]}, stage.data
-  )
+  settings, experiment, stage = run.settings, run.experiment, run.settings.last
+  models = run.models
+  model = models.pop(settings.recipe[-1])
+  columns = run.frozen_models | {"composed": model}
+  results = experiment.evaluate(columns, stage.data)
   results["other_runs"] = {
-    other: run.experiment.evaluate(
-      {"composed": models[other]},
-      settings.stages[other].data,
-      prefix=f"{other}/",
+    name: experiment.evaluate(
+      {"composed": other}, settings.stages[name].data, prefix=f"{name}/"
     )
-    for other in others
+    for name, other in models.items()
   }
   # The maps are of one row, which cannot be shuffled.
-  is_shuffled = settings.composition.control == "shuffled"
-  if models[name].is_composed and not is_shuffled:
-    maps = run.experiment.attention_maps(models[name], stage.data)
+  if model.is_composed and settings.composition.control != "shuffled":
+    maps = experiment.attention_maps(model, stage.data)
     np.savez(run.folder / "attention.npz", **maps)
   flops = overhead.training_flops(
     run.untrained.spec, stage.batch_size, stage.length, stage.augmenting_length
@@ -109,13 +101,9 @@ def _is_changed(run: recipe.TrainedRun, part: str, params: dict) -> bool:
   settings = run.settings
   if settings.random_augmenting and part == settings.parts["augmenting"]:
     return True
-  return any(
-    re.fullmatch(pattern, name)
-    for stage in settings.recipe
-    for pattern in settings.stages[stage].trainable
-    for name in trees.flatten(params)
-    if name.startswith(f"{part}/")
-  )
+  names = [n for n in trees.flatten(params) if n.startswith(f"{part}/")]
+  stages = settings.recipe
+  return quantisation_plan.training_stage(settings, stages, names) is not None
 
 
 def _export(model: LanguageModel, part: str, folder: Path) -> hub.CheckpointRef:

@@ -201,8 +201,11 @@ def test_an_encoder_runs_to_its_report(finished, tmp_path):
 @pytest.mark.parametrize(
   ("change", "said"),
   [
-    ({"recipe": ("augmenting", "glue")}, "no stage 'glue'.*compose_direct"),
-    ({"alternatives": ("glue",)}, "no stage 'glue'"),
+    (
+      {"recipe": ("augmenting", "glue")},
+      "stage='glue' is none of .*compose_direct",
+    ),
+    ({"alternatives": ("glue",)}, "stage='glue'"),
     ({"recipe": ()}, "recipe"),
     ({"workdir": "gs://bucket/kv"}, "mount the bucket"),
     ({"anchor": "somewhere"}, "trains its own anchor"),

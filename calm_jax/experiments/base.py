@@ -1,13 +1,13 @@
 """The interface of an experiment: data for stages, and its evaluation."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from calm_jax.language_model import LanguageModel
 from calm_jax.text.tokenizer import Tokenizer
 from calm_jax.training.stage import Stage
+
+Models = dict[str, LanguageModel]
 
 
 class Experiment(Protocol):
@@ -23,25 +23,14 @@ class Experiment(Protocol):
   data_type: ClassVar[type]
   tokenizer: Tokenizer
 
-  def __init__(
-    self, task: Any, seed: int, workdir: Path, loaded: dict[str, LanguageModel]
-  ):
+  def __init__(self, task: Any, seed: int, workdir: Path, loaded: Models):
     """Reads or makes everything that data and evaluation need.
 
-    Args:
-      task: a task_type.
-      seed: of the run.
-      workdir: the folder of predictions.
-      loaded: "anchor" and "augmenting", as far as the run does not train them.
+    Predictions go into `workdir`; `loaded` are "anchor" and "augmenting", as
+    far as the run does not train them.
     """
 
-  def source(
-    self,
-    stage: Stage,
-    model: LanguageModel,
-    seed: int,
-    share: tuple[int, int] = (0, 1),
-  ):
+  def source(self, stage: Stage, model: LanguageModel, seed: int, share=(0, 1)):
     """Random access to the training batches of a stage.
 
     Args:
@@ -53,9 +42,12 @@ class Experiment(Protocol):
     """Held-out batches of a stage, with the rows of all processes."""
 
   def evaluate(
-    self, models: dict[str, LanguageModel], data: Any, prefix: str = ""
+    self, models: Models, data: Any, prefix: str = ""
   ) -> dict[str, Any]:
-    """Measures models, which are the columns of results.json by name."""
+    """Measures models, the columns of results.json, with a stage's `data`.
+
+    `prefix` begins the names of the files of predictions.
+    """
 
   def attention_maps(self, model: LanguageModel, data: Any) -> dict[str, Any]:
     """Arrays for the picture of cross-attention; see `cross_attention`."""

@@ -3,8 +3,6 @@
 This is the only module below the commands that knows ml_collections.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import types
 import typing
@@ -14,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_choice
 from calm_jax.experiments.recipe import EXPERIMENTS
 from calm_jax.experiments.settings import Settings
 
@@ -22,8 +20,7 @@ from calm_jax.experiments.settings import Settings
 def to_config(value: Any) -> Any:
   """Dataclasses and dicts as ConfigDicts; references stay references."""
   if dataclasses.is_dataclass(value):
-    names = [field.name for field in dataclasses.fields(value)]
-    value = {name: getattr(value, name) for name in names}
+    value = vars(value)
   if isinstance(value, dict):
     return ConfigDict({name: to_config(item) for name, item in value.items()})
   return value
@@ -46,10 +43,7 @@ def read_settings(config: ConfigDict) -> Settings:
     InputError: an unknown experiment or field, a missing field, or a value of
       another type than the field's.
   """
-  if config.experiment not in EXPERIMENTS:
-    raise InputError(
-      f"experiment={config.experiment!r} is none of {list(EXPERIMENTS)}"
-    )
+  check_choice("experiment", config.experiment, list(EXPERIMENTS))
   experiment = EXPERIMENTS[config.experiment]
   known = {field.name for field in dataclasses.fields(Settings)}
   values = {
@@ -58,15 +52,11 @@ def read_settings(config: ConfigDict) -> Settings:
     if name in known or not isinstance(item, FieldReference)
   }
   settings = _typed(Settings, values, "config")
-  stages = {
-    name: dataclasses.replace(
-      stage,
-      data=_typed(
-        experiment.data_type, stage.data, f"config.stages.{name}.data"
-      ),
-    )
-    for name, stage in settings.stages.items()
-  }
+  stages = {}
+  for name, stage in settings.stages.items():
+    where = f"config.stages.{name}.data"
+    data = _typed(experiment.data_type, stage.data, where)
+    stages[name] = dataclasses.replace(stage, data=data)
   task = _typed(experiment.task_type, settings.task, "config.task")
   return dataclasses.replace(settings, task=task, stages=stages)
 
@@ -81,10 +71,8 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
   if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
     return _typed_fields(kind, value, name)
   if base is dict and isinstance(value, Mapping):
-    return {
-      key: _typed(inner[1], item, f"{name}.{key}")
-      for key, item in value.items()
-    }
+    items = value.items()
+    return {key: _typed(inner[1], x, f"{name}.{key}") for key, x in items}
   if base is tuple and isinstance(value, list | tuple):
     if inner[1:] == (Ellipsis,):
       value = [_typed(inner[0], item, name) for item in value]
@@ -92,9 +80,8 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
   accepted = (int, float) if base is float else base
   is_bool = isinstance(value, bool)  # which Python takes for an int
   if is_bool != (base is bool) or not isinstance(value, accepted):
-    raise InputError(
-      f"{name}={value!r} is no {getattr(kind, '__name__', kind)}"
-    )
+    kind_name = getattr(kind, "__name__", kind)
+    raise InputError(f"{name}={value!r} is no {kind_name}")
   return value
 
 
@@ -107,9 +94,5 @@ def _typed_fields(kind: type, values: Mapping[str, Any], name: str) -> Any:
     has_default = (field.default, field.default_factory) != (MISSING, MISSING)
     if field.name not in values and not has_default:
       raise InputError(f"{name}.{field.name} is not given")
-  return kind(
-    **{
-      key: _typed(hints[key], value, f"{name}.{key}")
-      for key, value in values.items()
-    }
-  )
+  items = values.items()
+  return kind(**{k: _typed(hints[k], x, f"{name}.{k}") for k, x in items})

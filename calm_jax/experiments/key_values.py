@@ -1,7 +1,5 @@
 """The key-value experiment (§4.1): arithmetic over memorised keys."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,7 @@ from calm_jax.training.stage import Stage
 
 # The keys that the expressions of an evaluation set are drawn from.
 SPLITS = ("held_in", "mixed", "held_out")
-# Held-out losses in training and accuracies at the end are of different
-# expressions.
+# The expressions of held-out losses, and those of accuracies at the end.
 _WATCH_SEED = 1_000_003
 _TEST_SEED = 2_000_003
 _EVAL_ROWS = 256
@@ -26,15 +23,14 @@ _EVAL_ROWS = 256
 
 @dataclasses.dataclass(frozen=True)
 class KeyValueTask:
-  """The dictionary and the expressions over it; formats: `data.key_value_text`.
+  """The dictionary and the expressions over it, as `data.key_value_text`.
 
   Attributes:
     num_keys: size of the dictionary D_KV; values are 1 .. num_keys.
     held_in_fraction: share of the keys that D_C may use (the paper's 20%).
     min_terms, max_terms: keys in an expression.
     operators: some of "+-*".
-    keys: "pieces" or "characters", how a key is split.
-    digits: "single" or "grouped", how a number is split.
+    keys, digits: how they are split, see `key_value_text.train_tokenizer`.
     num_examples: expressions per evaluation set.
   """
 
@@ -50,11 +46,9 @@ class KeyValueTask:
 
 @dataclasses.dataclass(frozen=True)
 class KeyValueData:
-  """The data of a stage; see `KeyValueSource` for the other fields.
+  """The data of a stage; for the fields see `KeyValueSource`.
 
-  Attributes:
-    tasks: weight of each task of the mixture.
-    min_terms, max_terms, operators: those of the task if None.
+  What is None is that of the `KeyValueTask`.
   """
 
   tasks: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -80,29 +74,20 @@ class KeyValueExperiment:
     self.kv = key_values.make_dictionary(
       task.num_keys, task.held_in_fraction, seed
     )
+    path = workdir / "tokenizer"
     self.tokenizer = key_value_text.train_tokenizer(
-      self.kv,
-      workdir / "tokenizer",
-      keys=task.keys,
-      digits=task.digits,
-      seed=seed,
+      self.kv, path, keys=task.keys, digits=task.digits, seed=seed
     )
     for split in SPLITS:
       self._expressions(split)  # Raises now what it would after training.
 
-  def source(
-    self,
-    stage: Stage,
-    model: LanguageModel,
-    seed: int,
-    share: tuple[int, int] = (0, 1),
-  ):
+  def source(self, stage: Stage, model: LanguageModel, seed: int, share=(0, 1)):
     """An endless mixture of the stage's tasks; see `KeyValueSource`."""
     del model
-    options = dict(vars(stage.data))
-    for name in ("min_terms", "max_terms", "operators"):
-      if options[name] is None:
-        options[name] = getattr(self.task, name)
+    options = {
+      name: getattr(self.task, name) if value is None else value
+      for name, value in vars(stage.data).items()
+    }
     return KeyValueSource(
       self.kv,
       self.tokenizer,
@@ -129,25 +114,20 @@ class KeyValueExperiment:
   ) -> dict[str, Any]:
     """Measures Table 1, in percent, and writes the models' predictions.
 
-    Args:
-      models: by column: "augmenting", "anchor", "composed".
-      data: of the stage that composed them; KV-MATH is asked as there.
-      prefix: of the names of the files of predictions.
+    The models are by column: "augmenting", "anchor", "composed". KV-MATH is
+    asked as in `data`, that of the stage that composed them.
     """
     kv_math = _kv_math(data)
     tasks = {"kv_subs": "kv_subs", "num_math": "num_math", "kv_math": kv_math}
-    table: dict[str, dict[str, float]] = {}
+    table: dict[str, dict[str, float]] = {row: {} for row in tasks}
     for row, task in tasks.items():
-      table[row] = {}
       for column, model in models.items():
-        splits = SPLITS[-1:]
-        if row == "kv_math" and column == "composed":
-          splits = SPLITS
-        for split in splits:
+        has_splits = row == "kv_math" and column == "composed"
+        for split in SPLITS if has_splits else SPLITS[-1:]:
           kind = f"_{split}" if row == "kv_math" else ""
           file = f"{prefix}{row}{kind}.{column}.jsonl"
           accuracy = self._accuracy(file, model, task, split)
-          if len(splits) > 1:
+          if has_splits:
             table[row][f"{column}_{split}"] = accuracy
         # The headline is all keys held out, the last of the splits.
         table[row][column] = accuracy
@@ -172,12 +152,10 @@ class KeyValueExperiment:
 
   def _longest_answer(self) -> int:
     """Tokens of an answer at most, one number for all sets: one program."""
-    task = self.task
-    largest = task.num_keys * task.max_terms
-    if "*" in task.operators:
-      largest = task.num_keys**task.max_terms
-    terms = "+".join([str(task.num_keys)] * task.max_terms)
-    return len(f"{terms}=-{largest}") + 1  # and EOS
+    keys, terms = self.task.num_keys, self.task.max_terms
+    largest = keys**terms if "*" in self.task.operators else keys * terms
+    steps = "+".join([str(keys)] * terms)
+    return len(f"{steps}=-{largest}") + 1  # and EOS
 
   def _accuracy(
     self, file: str, model: LanguageModel, task: str, split: str

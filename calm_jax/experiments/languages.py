@@ -1,7 +1,5 @@
 """Entries of a config that stand for one entry of each language."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,19 +21,15 @@ def expand(
   {fields} stay.
 
   Raises:
-    InputError: there is no language to put into a name, or two names are the
-      same.
+    InputError: a name needs a language and there is none, or two are the same.
   """
   expanded: dict[str, Any] = {}
   for name, entry in entries.items():
-    if LANGUAGE not in name:
-      several = {name: entry}
-    elif not languages:
-      raise InputError(f"{name!r} is of each language, and there are none")
-    else:
-      several = {
-        name.replace(LANGUAGE, code): _fill(entry, code) for code in languages
-      }
+    several = {name: entry}
+    if LANGUAGE in name:
+      several = {name.replace(LANGUAGE, c): _fill(entry, c) for c in languages}
+      if not several:
+        raise InputError(f"{name!r} is of each language, and there are none")
     if twice := expanded.keys() & several.keys():
       raise InputError(f"{sorted(twice)} are named twice")
     expanded |= several
@@ -46,9 +40,9 @@ def _fill(value: Any, code: str) -> Any:
   if dataclasses.is_dataclass(value):
     return dataclasses.replace(value, **_fill(vars(value), code))
   if isinstance(value, Mapping):
-    return {k: _fill(v, code) for k, v in value.items()}
-  if isinstance(value, (tuple, list)):
-    return type(value)(_fill(v, code) for v in value)
+    return {name: _fill(item, code) for name, item in value.items()}
+  if isinstance(value, tuple | list):
+    return type(value)(_fill(item, code) for item in value)
   if not isinstance(value, str):
     return value
   value = value.replace(LANGUAGE, code)

@@ -5,8 +5,6 @@ trains is quantised before the last stage, and its exact leaves are kept to be
 written out.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -21,16 +19,13 @@ from calm_jax.parallel import processes
 def bits_when_loaded(settings: Settings, side: str, shapes: dict) -> str:
   """The quantisation of a model all through the run; "" if only at its end.
 
-  Args:
-    settings: of the run.
-    side: "anchor" or "augmenting".
-    shapes: of the model's own tree.
+  `side` is "anchor" or "augmenting", `shapes` the model's own tree.
   """
   names = [f"{settings.parts[side]}/{n}" for n in trees.flatten(shapes)]
   stages = (*settings.recipe, *settings.alternatives)
   is_random = side == "augmenting" and settings.random_augmenting
   is_made_here = is_random or side not in settings.checkpoints
-  if is_made_here or _training_stage(settings, stages, names):
+  if is_made_here or training_stage(settings, stages, names):
     return ""
   return getattr(settings.quantise, side)
 
@@ -45,58 +40,48 @@ def check(settings: Settings, params: dict) -> None:
     bits = getattr(settings.quantise, side)
     quantisation.check(bits)
     names = [n for n in trees.flatten(params) if n.startswith(f"{part}/")]
-    if bits and (name := _training_stage(settings, settings.ends, names)):
+    if bits and (name := training_stage(settings, settings.ends, names)):
       raise InputError(
         f"config.quantise wants the {part} in {bits}, but the stage {name!r} "
         "trains it: only frozen models are quantised"
       )
 
 
-def quantise(settings: Settings, params: dict) -> dict:
-  """The whole tree, quantised as for the last stage where it is not yet."""
-  bits = settings.quantise
-  augmenting = {
-    name: _quantised(tree, bits.augmenting)
-    for name, tree in params["augmenting"].items()
-  }
-  return params | {
-    "anchor": _quantised(params["anchor"], bits.anchor),
-    "augmenting": augmenting,
-  }
-
-
-def _quantised(params: dict, bits: str) -> dict:
-  if quantisation.kind_of(params):
-    return params
-  return quantisation.quantise(params, bits)
-
-
-def exact_leaves(params: dict, quantised: dict) -> dict[str, Any]:
-  """The leaves that `quantise` replaced, by name, in the host's memory."""
-  kept = trees.flatten(quantised)
-  return {
-    name: processes.fetch(leaf)
-    for name, leaf in trees.flatten(params).items()
-    if name not in kept
-  }
-
-
-def undo(params: dict, exact: dict[str, Any]) -> dict:
-  """A quantised tree with its exact leaves in their old places."""
-  rest = {
-    name: leaf
-    for name, leaf in trees.flatten(params).items()
-    if name.rpartition("/")[0] not in exact
-  }
-  return trees.unflatten(rest | exact)
-
-
-def _training_stage(
+def training_stage(
   settings: Settings, stages: Iterable[str], names: list[str]
 ) -> str | None:
-  """The first of the stages that trains one of these leaves."""
+  """The first of the stages that trains one of the leaves with these names."""
   for stage in stages:
     for pattern in settings.stages[stage].trainable:
       if any(re.fullmatch(pattern, name) for name in names):
         return stage
   return None
+
+
+def quantise(settings: Settings, params: dict) -> dict:
+  """The whole tree, quantised as for the last stage where it is not yet."""
+
+  def quantised(tree: dict, bits: str) -> dict:
+    is_done = quantisation.kind_of(tree)
+    return tree if is_done else quantisation.quantise(tree, bits)
+
+  anchor = quantised(params["anchor"], settings.quantise.anchor)
+  augmenting = {
+    name: quantised(tree, settings.quantise.augmenting)
+    for name, tree in params["augmenting"].items()
+  }
+  return params | {"anchor": anchor, "augmenting": augmenting}
+
+
+def exact_leaves(params: dict, quantised: dict) -> dict[str, Any]:
+  """The leaves that `quantise` replaced, by name, in the host's memory."""
+  kept = trees.flatten(quantised)
+  leaves = trees.flatten(params).items()
+  return {n: processes.fetch(leaf) for n, leaf in leaves if n not in kept}
+
+
+def undo(params: dict, exact: dict[str, Any]) -> dict:
+  """A quantised tree with its exact leaves in their old places."""
+  leaves = trees.flatten(params).items()
+  rest = {n: leaf for n, leaf in leaves if n.rpartition("/")[0] not in exact}
+  return trees.unflatten(rest | exact)

@@ -1,16 +1,14 @@
 """Runs the stages of an experiment, from settings to trained models."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from calm_jax.composition.connections import paper_count
 from calm_jax.core import trees
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_choice
 from calm_jax.experiments import quantisation_plan, run_models, sharded_models
 from calm_jax.experiments.base import Experiment
 from calm_jax.experiments.key_values import KeyValueExperiment
@@ -32,14 +30,9 @@ class TrainedRun:
   """A run after its last stage.
 
   Attributes:
-    settings: of the run.
-    experiment: its data and evaluation.
-    folder: of the results; for a process that is not the first, one that is
-      thrown away.
-    untrained: the frozen models and a fresh composition, as before the last
-      stage.
-    trees: the whole tree of parameters after the last stage and after each
-      alternative, by the name of the stage.
+    folder: of the results; in a process that is not the first, thrown away.
+    untrained: the frozen models and a fresh composition, before the last stage.
+    trees: all parameters after the last stage and each alternative, by stage.
     parameters: counts, for results.json.
     seconds: of each stage.
     exact_leaves: by name, leaves as they were before quantising.
@@ -57,28 +50,19 @@ class TrainedRun:
   @property
   def models(self) -> dict[str, LanguageModel]:
     """The models that the last stage and its alternatives trained, by stage."""
-    return {
-      name: dataclasses.replace(self.untrained, params=tree).part(
-        self.settings.stages[name].model
-      )
-      for name, tree in self.trees.items()
-    }
+    models = {}
+    for name, tree in self.trees.items():
+      model = dataclasses.replace(self.untrained, params=tree)
+      models[name] = model.part(self.settings.stages[name].model)
+    return models
 
   @property
   def frozen_models(self) -> dict[str, LanguageModel]:
     """The composed models; "augmenting" only if the last stage uses it."""
-    sides = ["anchor"]
-    if self.settings.last.model == "composed":
-      sides = ["augmenting", "anchor"]
+    is_composed = self.settings.last.model == "composed"
+    sides = ["augmenting", "anchor"] if is_composed else ["anchor"]
     parts = self.settings.parts
     return {side: self.untrained.part(parts[side]) for side in sides}
-
-
-class _Batches(NamedTuple):
-  """The training data and the held-out batches of a stage."""
-
-  source: Any
-  eval_batches: list
 
 
 def run_recipe(settings: Settings) -> TrainedRun:
@@ -95,7 +79,10 @@ def run_recipe(settings: Settings) -> TrainedRun:
   experiment, model = _compose(settings, folder, layout)
   quantisation_plan.check(settings, model.params)
   # Faults in the data of the last stage are found before the first one runs.
-  batches = _make_batches(settings, experiment, model, layout)
+  batches = {
+    name: _make_batches(settings, name, experiment, model, layout)
+    for name in (*settings.recipe, *settings.alternatives)
+  }
   seconds: dict[str, float] = {}
   params = model.params
   for name in settings.recipe[:-1]:
@@ -130,14 +117,11 @@ def check(settings: Settings) -> None:
   if not settings.recipe:
     raise InputError("the recipe has no stage: it ends with the composition")
   for name in (*settings.recipe, *settings.alternatives):
-    if name not in settings.stages:
-      raise InputError(
-        f"there is no stage {name!r}; there are {list(settings.stages)}"
-      )
+    check_choice("stage", name, list(settings.stages))
 
 
 def _check_models(settings: Settings) -> None:
-  """Checks that each model that is needed is loaded or trained by a stage."""
+  """Checks that a run loads or trains each model that it needs."""
   if settings.experiment == "key_values":
     if settings.checkpoints:
       raise InputError(
@@ -187,20 +171,18 @@ def _compose(
 
 def _make_batches(
   settings: Settings,
+  name: str,
   experiment: Experiment,
   model: LanguageModel,
   layout: Layout | None,
-) -> dict[str, _Batches]:
-  """The data of each stage, by its name."""
-  made = {}
-  for name in (*settings.recipe, *settings.alternatives):
-    stage, share = settings.stages[name], (0, 1)
-    if layout is not None:
-      share = layout.share(stage.batch_size, stage.accumulate)
-    trained = model.part(stage.model)
-    source = experiment.source(stage, trained, _seed(settings, name), share)
-    made[name] = _Batches(source, experiment.eval_batches(stage, trained))
-  return made
+) -> tuple[Any, list]:
+  """The training data of a stage, and its held-out batches."""
+  stage, share = settings.stages[name], (0, 1)
+  if layout is not None:
+    share = layout.share(stage.batch_size, stage.accumulate)
+  trained = model.part(stage.model)
+  source = experiment.source(stage, trained, _seed(settings, name), share)
+  return source, experiment.eval_batches(stage, trained)
 
 
 def _run_stage(
@@ -208,15 +190,13 @@ def _run_stage(
   name: str,
   model: LanguageModel,
   params: dict,
-  batches: _Batches,
+  batches: tuple[Any, list],
   layout: Layout | None,
 ) -> tuple[dict, float]:
   """Runs one stage; returns the whole tree after it, and its seconds."""
-  workdir = Path(settings.workdir)
-  if name in settings.ends:
-    workdir = workdir / settings.output
+  output = settings.output if name in settings.ends else ""
   parts, checkpoints = settings.parts, settings.checkpoints
-  origins = {parts[side]: name for side, name in checkpoints.items()}
+  origins = {parts[side]: path for side, path in checkpoints.items()}
   if settings.random_augmenting:
     origins[parts["augmenting"]] = "random weights"
   return trainer.run_stage(
@@ -224,9 +204,8 @@ def _run_stage(
     settings.stages[name],
     model.spec,
     params,
-    batches.source,
-    batches.eval_batches,
-    workdir / name,
+    *batches,
+    Path(settings.workdir, output, name),
     origins=origins,
     seed=_seed(settings, name),
     layout=layout,

@@ -1,20 +1,18 @@
 """Loads or makes the models of a run and composes them, also as shapes only."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from calm_jax.composition import cross_attention, hf_checkpoint
+from calm_jax.composition import cross_attention
 from calm_jax.composition import model as model_lib
 from calm_jax.composition.connections import Composition, connect
 from calm_jax.core import hub, trees
 from calm_jax.experiments import quantisation_plan, sharded_models
 from calm_jax.experiments.settings import Settings
-from calm_jax.language_model import LanguageModel
+from calm_jax.language_model import LanguageModel, load_model
 from calm_jax.models import attention, decoder, lora, quantisation
 from calm_jax.models.config import Compute, ModelConfig
 from calm_jax.models.hf import loading
@@ -30,38 +28,38 @@ def load(settings: Settings, layout: Layout | None) -> dict[str, LanguageModel]:
   """
   loaded = {}
   for side, name in settings.checkpoints.items():
-    source = hub.locate(name)
-    shapes = decoder.param_shapes(loading.load_config(source.folder))
-    bits = quantisation_plan.bits_when_loaded(settings, side, shapes)
-    shardings = sharded_models.shardings(layout, settings.parts[side])
-    model = hf_checkpoint.load(source, settings.dtype, shardings, bits)
-    loaded[side] = LanguageModel(**vars(model))
+    config = loading.load_config(hub.locate(name).folder)
+    loaded[side] = load_model(
+      name,
+      settings.dtype,
+      shardings=sharded_models.shardings(layout, settings.parts[side]),
+      quantise=quantisation_plan.bits_when_loaded(
+        settings, side, decoder.param_shapes(config)
+      ),
+    )
   return loaded
 
 
 def compose(
   settings: Settings, tokenizer: Tokenizer, loaded: dict[str, LanguageModel]
 ) -> LanguageModel:
-  """Composes the loaded models, or fresh ones in their place.
+  """Composes the loaded models, or fresh ones with this tokenizer instead.
 
   Under `jax.eval_shape` no weight is made; see `stage_shapes`.
-
-  Args:
-    tokenizer: of models that the run trains from scratch.
-    loaded: from `load`.
   """
   keys = jax.random.split(jax.random.key(settings.seed), 3)
-  models = {}
+  models = dict(loaded)
   for side, key in zip(settings.parts, keys, strict=False):
-    if side in loaded:
-      models[side] = loaded[side]
-      continue
-    config = scratch_config(settings, side, tokenizer.vocab_size)
-    params = {"anchor": decoder.init(key, config)}
-    models[side] = LanguageModel(Composition(config), params, tokenizer)
+    if side not in models:
+      config = scratch_config(settings, side, tokenizer.vocab_size)
+      params = {"anchor": decoder.init(key, config)}
+      models[side] = LanguageModel(Composition(config), params, tokenizer)
   if settings.random_augmenting:
+    model = models["augmenting"]
     key = jax.random.fold_in(keys[2], settings.trial)
-    models["augmenting"] = _with_random_weights(models["augmenting"], key)
+    fresh = {"anchor": decoder.init(key, model.spec.anchor)}
+    params = jax.tree.map(lambda x, p: x.astype(p.dtype), fresh, model.params)
+    models["augmenting"] = dataclasses.replace(model, params=params)
   composed = model_lib.compose(
     models["anchor"],
     {settings.augmenting_name: models["augmenting"]},
@@ -77,13 +75,11 @@ def stage_shapes(
 ) -> tuple[Composition, dict]:
   """The composition as a stage trains it, without reading or making a weight.
 
-  The tree has the dtypes, quantisation and LoRA matrices that `run_recipe`
-  gives to it: a loaded model has `settings.dtype`, what this or an earlier
-  stage trains is float32, and the frozen models are quantised in the last stage
-  or, if no stage trains them, from the start.
+  A loaded model has `settings.dtype`, what this or an earlier stage trains is
+  float32, and the frozen models are quantised in the last stage or, if no stage
+  trains them, from the start; all as in `run_recipe`.
 
   Args:
-    stage: a name of `settings.stages`.
     configs: of the "anchor" and the "augmenting" model: from the config.json
       of a model that is loaded, and from `scratch_config` of any other.
 
@@ -93,17 +89,12 @@ def stage_shapes(
   Raises:
     InputError: a connection or a quantisation is impossible.
   """
-  configs = {
-    side: config.with_compute(dtype=settings.dtype)
-    for side, config in configs.items()
-  }
+  dtype = settings.dtype
+  configs = {s: c.with_compute(dtype=dtype) for s, c in configs.items()}
   name, options = settings.augmenting_name, _composition_options(settings)
   joined = connect(configs["augmenting"], configs["anchor"], **options)
   spec = Composition(configs["anchor"], ((name, joined),))
-  models = {
-    side: _shapes_when_loaded(settings, side, config)
-    for side, config in configs.items()
-  }
+  models = {s: _shapes_when_loaded(settings, s, c) for s, c in configs.items()}
   params = {
     "anchor": models["anchor"],
     "augmenting": {name: models["augmenting"]},
@@ -138,10 +129,9 @@ def scratch_config(
 def with_compute(
   spec: Composition, settings: Settings, device: jax.Device | None = None
 ) -> Composition:
-  """The composition, computed as the settings say.
+  """The composition, computed as the settings say, on devices like this one.
 
-  Args:
-    device: one of those that will compute; of this process if None.
+  Without a `device` it is computed on those of this process.
   """
   device = jax.devices()[0] if device is None else device
   configs = {"anchor": spec.anchor}
@@ -159,8 +149,7 @@ def with_compute(
 def add_lora(settings: Settings, params: dict) -> tuple[dict, int]:
   """Adds LoRA matrices to the anchor, if the settings ask for them.
 
-  Returns:
-    (the whole tree, the rank of the matrices; 0 for none).
+  Returns the whole tree and the rank of the matrices, 0 for none.
   """
   rank, anchor = settings.lora_rank, params["anchor"]
   if not rank:
@@ -180,13 +169,6 @@ def _composition_options(settings: Settings) -> dict[str, Any]:
   is_noise = settings.composition.control == "noise"
   options["control_seed"] = settings.trial_seed if is_noise else 0
   return options
-
-
-def _with_random_weights(model: LanguageModel, key: jax.Array) -> LanguageModel:
-  """Replaces the weights by those before any training."""
-  fresh = {"anchor": decoder.init(key, model.spec.anchor)}
-  params = jax.tree.map(lambda x, p: x.astype(p.dtype), fresh, model.params)
-  return dataclasses.replace(model, params=params)
 
 
 def _shapes_when_loaded(

@@ -5,8 +5,6 @@ text in `data.examples.ExampleSource`, and those of a connection in
 `connections.Augmenting`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -45,10 +43,8 @@ class Bits:
 class CompositionOptions:
   """Options of the composition; for the other fields see `Augmenting`.
 
-  Attributes:
-    connections: pairs (augmenting layer, anchor layer) counted from 1; if
-      empty, num_connections of them, evenly spaced.
-    num_connections: 0 for a quarter of m_A's layers (§4).
+  Connections are pairs (augmenting layer, anchor layer) counted from 1. Without
+  any, num_connections are evenly spaced: 0 for a quarter of m_A's layers (§4).
   """
 
   connections: tuple[tuple[int, int], ...] = ()
@@ -62,12 +58,9 @@ class CompositionOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Ablations:
-  """The runs of `python -m calm_jax.ablations`.
+  """The runs of `python -m calm_jax.ablations`: `trials` of each kind.
 
-  Attributes:
-    kinds: names of `variants.KINDS`.
-    trials: runs of each kind.
-    minutes: of one run on two CPU cores, for the first estimate.
+  The first estimate is that a run takes `minutes` on two CPU cores.
   """
 
   kinds: tuple[str, ...] = tuple(variants.KINDS)
@@ -87,7 +80,7 @@ class Settings:
       leaves and optimizer state are float32 always.
     attention: a kernel, or "auto" for the fastest; see `models.attention`.
     mesh: devices along each axis; -1, on one axis, for all that are left. All
-      1: one device without a mesh. See `parallel.sharding`.
+      1: one device without a mesh.
     sharding: rules; see `parallel.rules`.
     replicated: regexes of leaves that every device holds whole, whatever the
       rules say, such as "augmenting/.*".
@@ -97,18 +90,18 @@ class Settings:
     watchdog: seconds after which a step counts as hung, 0 for never; ten times
       that where programs are compiled.
     heartbeat: seconds after which a silent process counts as gone.
-    anchor, augmenting: folders or hub ids; empty: trained from scratch.
+    anchor, augmenting: folders or hub ids; empty: trained from scratch, in the
+      shapes of anchor_model and augmenting_model.
     augmenting_name: m_A's name in the tree of parameters.
-    anchor_model, augmenting_model: shapes of models from scratch.
     recipe: names of the stages, in order.
-    alternatives: names of stages that make further compositions of the same
-      frozen models, each from a fresh start.
+    alternatives: stages that make further compositions of the same frozen
+      models, each from a fresh start.
     kind: the name of this run in tables, a key of `variants.KINDS`.
-    output: where in workdir the last stage and the results go. The stages
+    output: where in workdir the last stage and the results go; the stages
       before it are in workdir itself, shared by all kinds.
     trial: added to the seed of the last stage.
-    lora_rank: of LoRA matrices on the anchor in the last stage; 0 for none, -1
-      for about as many parameters as the composition has.
+    lora_rank: of LoRA on the anchor in the last stage; 0 for none, -1 for about
+      as many parameters as the composition has.
     random_augmenting: whether m_A has random weights instead of its own.
     vanilla: stages that train a vanilla m_A, in place of those on its domain.
   """

@@ -1,7 +1,5 @@
 """Models whose parameters are sharded over the devices of a mesh."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os
@@ -9,8 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from calm_jax import language_model
-from calm_jax.language_model import LanguageModel
+from calm_jax.language_model import LanguageModel, load_any
 from calm_jax.parallel import mesh, placement
 from calm_jax.parallel.sharding import Layout, Rules
 
@@ -23,11 +20,8 @@ def make_layout(
 ) -> Layout | None:
   """Makes the layout of a run's arrays; None for one device.
 
-  Args:
-    axes: devices along each axis; see `mesh.make_mesh`.
-    rules: see `parallel.sharding`.
-    replicated: regexes of leaves that every device holds whole.
-    devices: see `mesh.make_mesh`.
+  `replicated` are regexes of leaves that every device holds whole, whatever
+  the rules say. For `axes` and `devices` see `mesh.make_mesh`.
   """
   made = mesh.make_mesh(axes, devices)
   if made is None:
@@ -44,9 +38,8 @@ def shard(model: LanguageModel, layout: Layout | None) -> LanguageModel:
   if layout is None:
     return model
   spec = model.spec.with_compute(placement.placements(layout))
-  return dataclasses.replace(
-    model, spec=spec, params=layout.place(model.params)
-  )
+  params = layout.place(model.params)
+  return dataclasses.replace(model, spec=spec, params=params)
 
 
 def load(
@@ -59,12 +52,8 @@ def load(
 
   To check a composition's hashes each reads all of its files.
   """
-  loaded = language_model.load_any(
-    path_or_hub_id,
-    dtype,
-    quantise,
-    shardings=functools.partial(shardings, layout),
-  )
+  part_shardings = functools.partial(shardings, layout)
+  loaded = load_any(path_or_hub_id, dtype, quantise, shardings=part_shardings)
   return shard(loaded, layout)
 
 

@@ -4,9 +4,8 @@ Stages learn from mixtures of named sources. At the end every model is measured
 on held-out text, in bits per byte, and by the evaluations of the config.
 """
 
-from __future__ import annotations
-
 import fnmatch
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -52,25 +51,22 @@ class TextExperiment:
     self.corpus = TextCorpus(task, seed)
     self.source = self.corpus.source
     self.eval_batches = self.corpus.eval_batches
+    self._evaluations = _evaluations(task)
     # The anchor to sample texts from, before a stage changes it; it is held
     # for no other end.
     self._sampled: LanguageModel | None = None
-    if task.num_samples and ANCHOR_DOMAIN not in self.corpus.held_out:
-      self._sampled = self._checked_for_sampling(loaded.get("anchor"))
-    self._evaluations = _evaluations(task)
-
-  def _checked_for_sampling(self, anchor: LanguageModel | None):
-    if anchor is None:
+    if not task.num_samples or ANCHOR_DOMAIN in self.corpus.held_out:
+      return
+    self._sampled, fault = loaded.get("anchor"), ""
+    if self._sampled is None:
+      fault = "an anchor that is trained here cannot be sampled before"
+    elif self.tokenizer.bos_id is None:
+      fault = "the anchor has no BOS token to sample texts from"
+    if fault:
       raise InputError(
-        "an anchor that is trained here cannot be sampled before: give "
-        f"held_out.{ANCHOR_DOMAIN} a path, or num_samples=0"
+        f"{fault}: give held_out.{ANCHOR_DOMAIN} a path "
+        "(--config.anchor_eval_data=), or num_samples=0"
       )
-    if self.tokenizer.bos_id is None:
-      raise InputError(
-        "the anchor has no BOS token to sample texts from: give held_out."
-        f"{ANCHOR_DOMAIN} a path (--config.anchor_eval_data=), or num_samples=0"
-      )
-    return anchor
 
   def evaluate(
     self, models: dict[str, LanguageModel], data: TextData, prefix: str = ""
@@ -89,10 +85,8 @@ class TextExperiment:
         evaluation, models, self._fits, self._task.eval_batch_size
       )
       for column, predictions in rows.items():
-        file = f"{prefix}{name}.{column}.jsonl"
-        files.write_json_lines(
-          self._workdir / "predictions" / file, predictions
-        )
+        file = f"predictions/{prefix}{name}.{column}.jsonl"
+        files.write_json_lines(self._workdir / file, predictions)
     if entries:
       results |= {"evals": entries, "groups": suite.groups(entries)}
     return results
@@ -108,18 +102,15 @@ class TextExperiment:
     measures = ["perplexity", "bits_per_byte"]
     if any(model.tokenizers for model in models.values()):
       measures = ["bits_per_byte"]
-    table: dict = {
-      measure: {name: {} for name in held_out} for measure in measures
-    }
+    table: dict = {m: {name: {} for name in held_out} for m in measures}
     for name, examples in held_out.items():
       for column, model in models.items():
-        metrics, rows = perplexity(
-          examples, lambda e, m=model: self._score(m, e)
-        )
+        score = functools.partial(self._score, model)
+        metrics, rows = perplexity(examples, score)
         for measure in measures:
           table[measure][name][column] = metrics[measure]
-        file = f"{prefix}{name}.{column}.jsonl"
-        files.write_json_lines(self._workdir / "scores" / file, rows)
+        file = f"scores/{prefix}{name}.{column}.jsonl"
+        files.write_json_lines(self._workdir / file, rows)
     return table
 
   def _sample(self, anchor: LanguageModel) -> list[TextExample]:
@@ -129,11 +120,10 @@ class TextExperiment:
       temperature=1.0,
       seed=self._seed,
     )
-    return [
-      TextExample("", text, f"sample {i} of the anchor")
-      for i, text in enumerate(texts)
-      if text
+    named = [
+      (f"sample {i} of the anchor", text) for i, text in enumerate(texts)
     ]
+    return [TextExample("", text, origin) for origin, text in named if text]
 
   def _fits(self, prompt: str) -> bool:
     # BOS comes before it.
@@ -157,15 +147,13 @@ class TextExperiment:
     source = pipeline.text_source({"": (examples, 1.0)}, options)
     sums = {example.origin: np.zeros(2) for example in examples}
     for i in range(len(source)):
-      nats_B, tokens_B = processes.fetch(
-        score(model.params, model.spec, source[i])
-      )
-      rows = zip(source.row_origins(i), nats_B, tokens_B, strict=True)
-      for origins, nats, tokens in rows:
+      losses = processes.fetch(score(model.params, model.spec, source[i]))
+      for origins, *row in zip(source.row_origins(i), *losses, strict=True):
         for origin in origins:  # one, or none in a row of padding
-          sums[origin] += np.array([nats, tokens])
+          sums[origin] += np.array(row)
+    tokenizer = model.text()
     return [
-      (*map(float, sums[e.origin]), _spelled_bytes(model.text(), e))
+      (*map(float, sums[e.origin]), _spelled_bytes(tokenizer, e))
       for e in examples
     ]
 
@@ -176,10 +164,8 @@ class TextExperiment:
     del data
     example = next(iter(self.corpus.held_out.values()))[0]
     prompt = with_bos(self.tokenizer, self.tokenizer.encode(example.prompt))
-    text = self.tokenizer.encode_continuation(
-      example.prompt, example.completion
-    )
-    ids = (prompt + text)[:PICTURE_TOKENS]
+    new = self.tokenizer.encode_continuation(example.prompt, example.completion)
+    ids = (prompt + new)[:PICTURE_TOKENS]
     # Without a BOS nothing predicts the first token: it is given.
     prompt_length = min(max(len(prompt), 1), len(ids))
     maps = model.cross_attention(ids, prompt_length)
@@ -189,14 +175,12 @@ class TextExperiment:
 def _evaluations(task: TextTask) -> dict[str, Evaluation]:
   """The evaluations of a task that are not left out, by name."""
   wanted = expand(task.evals, task.languages)
-  matched = {
-    pattern: fnmatch.filter(wanted, pattern) for pattern in task.skip_evals
-  }
-  if unknown := [p for p, names in matched.items() if not names]:
+  skipped = {p: fnmatch.filter(wanted, p) for p in task.skip_evals}
+  if unknown := [p for p, names in skipped.items() if not names]:
     raise InputError(f"skip_evals={unknown} are none of {list(wanted)}")
   made = {}
   for name, settings in wanted.items():
-    if any(name in names for names in matched.values()):
+    if any(name in names for names in skipped.values()):
       print(f"evaluation {name} is left out, as skip_evals asks", flush=True)
       continue
     if settings.get("kind") in tasks.RUN_CODE:

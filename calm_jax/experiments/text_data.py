@@ -1,11 +1,9 @@
 """Text that the stages of a run learn from: named sources, mixed by weight."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_choice
 from calm_jax.data import examples, pipeline
 from calm_jax.data.documents import RowOptions
 from calm_jax.data.examples import ExampleSource, TextExample
@@ -14,17 +12,18 @@ from calm_jax.language_model import LanguageModel
 from calm_jax.text.alignment import ChunkEncoder
 from calm_jax.training.stage import Stage
 
+_HINT = "; for configs/compose.py, --config.eval_data= a jsonl or txt file"
+
 
 @dataclasses.dataclass(frozen=True)
 class TextTask:
-  """The text that is learnt and measured.
+  """The text that is learnt (`sources`) and measured (`held_out`), by name.
 
   Entries with {language} in their names stand for one of each language.
 
   Attributes:
     languages: codes, such as lij_Latn.
-    sources: text to learn, by name.
-    held_out: text to measure. A source with an empty path is left out.
+    held_out: without those of an empty path.
     evals: by name, see `evals.tasks.make`.
     skip_evals: names or patterns, such as mgsm_*, of those to leave out.
     allow_code_execution: whether programs that models write are run, in a
@@ -33,8 +32,7 @@ class TextTask:
       text of its own domain if there is no "anchor_domain"; 0 for none.
     sample_tokens: the longest length of a sample.
     prompt_tokens: the longest prompt of an evaluation, in the anchor's tokens.
-    eval_batch_size: rows of an evaluation batch, in generation too.
-    eval_length: tokens of a row of an evaluation batch.
+    eval_batch_size, eval_length: rows, in generation too, and their tokens.
   """
 
   languages: tuple[str, ...] = ()
@@ -52,11 +50,9 @@ class TextTask:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-  """The part that a source has in a mixture.
+  """The weight of a source in a mixture, and the fraction of it that is used.
 
-  Attributes:
-    weight: of the source; languages share that of an entry with {language}.
-    fraction: of the source's examples that are used.
+  Languages share the weight of an entry with {language}.
   """
 
   weight: float
@@ -68,10 +64,9 @@ class TextData:
   """The data of a stage.
 
   Attributes:
-    mixture: names of the task's sources.
+    mixture: by the names of the task's sources.
     pack: whether a row holds several examples.
-    too_long: "error", "cut" or "drop" an example with a prompt that is longer
-      than a row.
+    too_long: "error", "cut" or "drop" a prompt that is longer than a row.
     watch: held-out sets whose loss is followed; all if it names none.
   """
 
@@ -103,18 +98,9 @@ class TextCorpus:
       if source.path
     }
     if not self.held_out:
-      raise InputError(
-        f"no held-out text: give {list(held_out)} a path; for "
-        "configs/compose.py, --config.eval_data= a jsonl or txt file"
-      )
+      raise InputError(f"no held-out text: give {list(held_out)} a path{_HINT}")
 
-  def source(
-    self,
-    stage: Stage,
-    model: LanguageModel,
-    seed: int,
-    share: tuple[int, int] = (0, 1),
-  ):
+  def source(self, stage: Stage, model: LanguageModel, seed: int, share=(0, 1)):
     """Shuffled rows of a stage's mixture; see `Experiment.source`."""
     data, languages, parts = stage.data, self._task.languages, {}
     for entry, part in data.mixture.items():
@@ -122,18 +108,17 @@ class TextCorpus:
       for name in names:
         if name in parts:
           raise InputError(f"source {name!r} is in the mixture twice")
-        used = examples.take_fraction(
-          self._read(name), part.fraction, self._seed
-        )
+        read = self._read(name)
+        used = examples.take_fraction(read, part.fraction, self._seed)
         parts[name] = used, part.weight / len(names)
-    options = self.row_options(
+    options = self._stage_options(
+      stage,
       model,
       pack=data.pack,
       too_long=data.too_long,
       seed=seed,
       process_index=share[0],
       process_count=share[1],
-      **_shape(stage),
     )
     source = pipeline.text_source(parts, options)
     print(source.describe_truncation(), flush=True)
@@ -146,26 +131,28 @@ class TextCorpus:
     if missing := [name for name in names if name not in self.held_out]:
       raise InputError(
         f"watch has {missing}, which are no held-out sets with a path; there "
-        f"are {list(self.held_out)}; for configs/compose.py, "
-        "--config.eval_data= a jsonl or txt file"
+        f"are {list(self.held_out)}{_HINT}"
       )
     watched = [e for name in names for e in self.held_out[name]]
-    options = self.row_options(model, seed=None, **_shape(stage))
+    options = self._stage_options(stage, model, seed=None)
     return list(pipeline.text_source({"": (watched, 1.0)}, options))
 
   def row_options(self, model: LanguageModel, **options: Any) -> RowOptions:
     """The options of a model's batches, with its tokenizers."""
-    for name, tokenizer in model.tokenizers.items():
-      if name not in self._encoders:
-        self._encoders[name] = ChunkEncoder(tokenizer)
+    for name in model.tokenizers.keys() - self._encoders.keys():
+      self._encoders[name] = ChunkEncoder(model.tokenizers[name])
     augmenting = {name: self._encoders[name] for name in model.tokenizers}
     return RowOptions(tokenizer=model.text(), augmenting=augmenting, **options)
 
+  def _stage_options(
+    self, stage: Stage, model: LanguageModel, **options: Any
+  ) -> RowOptions:
+    for name in ("batch_size", "length", "augmenting_length"):
+      options[name] = getattr(stage, name)
+    return self.row_options(model, **options)
+
   def _read(self, name: str) -> list[TextExample]:
-    if name not in self._sources:
-      raise InputError(
-        f"there is no source {name!r}; there are {list(self._sources)}"
-      )
+    check_choice("source", name, list(self._sources))
     if not self._sources[name].path:
       raise InputError(
         f"source {name!r} has no path: give it a jsonl or txt file; for "
@@ -174,11 +161,3 @@ class TextCorpus:
     if name not in self._examples:
       self._examples[name] = examples.read_examples(self._sources[name], print)
     return self._examples[name]
-
-
-def _shape(stage: Stage) -> dict[str, int]:
-  return {
-    "batch_size": stage.batch_size,
-    "length": stage.length,
-    "augmenting_length": stage.augmenting_length,
-  }

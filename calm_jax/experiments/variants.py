@@ -4,29 +4,25 @@ A kind changes a config before it becomes `Settings`. Every config file offers
 all kinds after a colon: configs/kv.py:tiny,lora.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from calm_jax.core.errors import InputError
 
 Config = Any  # a ConfigDict with the fields of `settings.Settings`
+Change = Callable[[Config], None]  # in place
 
 
 class Kind(NamedTuple):
-  """A kind of run: its label in tables, and its changes to a config.
-
-  Attributes:
-    label: the name of the trained model in tables.
-    change: changes a config in place; None for no such change.
-    composition: fields of config.composition, by name.
-  """
+  """A kind of run: the trained model's label in tables, and what it changes."""
 
   label: str
-  change: Callable[[Config], None] | None = None
-  composition: Mapping[str, str] = MappingProxyType({})
+  change: Change
+
+
+def _composition(**options: str) -> Change:
+  """A change of fields of config.composition."""
+  return lambda config: config.composition.update(options)
 
 
 def _last_stages(config: Config) -> list[Config]:
@@ -36,12 +32,11 @@ def _last_stages(config: Config) -> list[Config]:
 
 def _train_augmenting_in(config: Config, stages: tuple[str, ...]) -> None:
   """Trains m_A in these stages instead of those on its domain."""
-  rest = [
-    name
-    for name in config.recipe
-    if not config.stages[name].model.startswith("augmenting/")
-  ]
-  config.recipe = (*stages, *rest)
+
+  def trains_anchor(name: str) -> bool:
+    return not config.stages[name].model.startswith("augmenting/")
+
+  config.recipe = (*stages, *filter(trains_anchor, config.recipe))
 
 
 def _vanilla(config: Config) -> None:
@@ -70,19 +65,19 @@ def _finetune(config: Config) -> None:
 
 
 KINDS = {
-  "composed": Kind("composed"),
+  "composed": Kind("composed", _composition()),
   "vanilla": Kind("vanilla m_A", _vanilla),
   "random": Kind("random m_A", _random),
-  "encoder": Kind("m_A as an encoder", composition={"visibility": "encoder"}),
+  "encoder": Kind("m_A as an encoder", _composition(visibility="encoder")),
   "lora": Kind("m_B with LoRA", _lora),
   "finetune": Kind("m_B fine-tuned", _finetune),
-  "zeroed": Kind("m_A zeroed", composition={"control": "zeroed"}),
+  "zeroed": Kind("m_A zeroed", _composition(control="zeroed")),
   "shuffled": Kind(
-    "m_A shuffled over the batch", composition={"control": "shuffled"}
+    "m_A shuffled over the batch", _composition(control="shuffled")
   ),
-  "noise": Kind("m_A replaced by noise", composition={"control": "noise"}),
+  "noise": Kind("m_A replaced by noise", _composition(control="noise")),
   "unmasked": Kind(
-    "unmasked: leaks the answer", composition={"visibility": "unmasked"}
+    "unmasked: leaks the answer", _composition(visibility="unmasked")
   ),
 }
 
@@ -96,23 +91,17 @@ def label(results: Mapping[str, Any]) -> str:
 def apply_kinds(kinds: Sequence[str], config: Config) -> None:
   """Changes a config to one or several of KINDS at once."""
   for kind in kinds:
-    config.composition.update(KINDS[kind].composition)
-    if KINDS[kind].change:
-      KINDS[kind].change(config)
+    KINDS[kind].change(config)
   if [*kinds] not in ([], ["composed"]):
     config.kind = config.output = "-".join(kinds)
 
 
-def apply(
-  variants: Mapping[str, Callable[[Config], None]], names: str, config: Config
-) -> None:
+def apply(variants: Mapping[str, Change], names: str, config: Config) -> None:
   """Changes a config to the variant that was named after its file.
 
   Args:
-    variants: the file's own functions that change a config; the first is the
-      default.
+    variants: the file's own, of which the first is the default.
     names: one of them, any of KINDS, or both: "small,lora".
-    config: is changed.
 
   Raises:
     InputError: a name is unknown, or two are the file's own.

@@ -168,7 +168,7 @@ def test_no_text(tmp_path, model):
   with pytest.raises(InputError, match=r"--config\.data="):
     experiment.source(stage, model, seed=0)
   stage = tiny.stage(data=mixture(other=1.0), length=LENGTH)
-  with pytest.raises(InputError, match=r"no source 'other'.*\['data'\]"):
+  with pytest.raises(InputError, match=r"source='other' is none of \['data'\]"):
     experiment.source(stage, model, seed=0)
 
 
