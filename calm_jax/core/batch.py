@@ -1,12 +1,8 @@
 """Batches: rows of tokens as every model of a composition reads them.
 
 A batch is made once, by data or from a prompt, and read by training, scoring
-and generation. Arrays may be NumPy's or JAX's; both types are JAX pytrees.
-
-B rows, L slots of an anchor's row, M slots of an augmenting model's row.
+and generation. B rows, L slots of an anchor's row, M of an augmenting model's.
 """
-
-from __future__ import annotations
 
 from typing import Any, NamedTuple
 
@@ -35,7 +31,7 @@ class Batch(NamedTuple):
   Attributes:
     anchor: the anchor's rows, [B, L].
     augmenting: by name the rows [B, M] of each augmenting model whose tokens
-      are not the anchor's; a model without an entry reads `anchor`.
+      are not the anchor's; the others read `anchor`.
     visible: by the same names int32 [B, L], how many slots of the augmenting
       row each slot of the anchor's may see by causality alone, 0 at padding.
     prompt_ends: int32 [B, L], the slot one past the last prompt token of the
@@ -43,8 +39,7 @@ class Batch(NamedTuple):
       is no prompt.
     targets: int32 [B, L], the next token of the segment, 0 where there is
       none; None if nothing is predicted.
-    weights: float32 [B, L], 1 where a target counts, else 0; None with
-      `targets`.
+    weights: float32 [B, L], 1 where a target counts, else 0; or None.
   """
 
   anchor: Sequence

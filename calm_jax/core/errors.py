@@ -4,8 +4,6 @@ The command lines print the message of such an error without a traceback;
 docs/faults.md has the whole table.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 

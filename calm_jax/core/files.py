@@ -3,8 +3,6 @@
 Errors name the file, and the line of a file of lines. Nothing here needs JAX.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -17,10 +15,7 @@ from calm_jax.core.errors import InputError
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-  """Writes a file completely or not at all, even if the process is killed.
-
-  Text is written as UTF-8; folders above the file are made if absent.
-  """
+  """Writes a file, and the folders above it, completely or not at all."""
   if isinstance(content, str):
     content = content.encode()
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,10 +38,10 @@ _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 def to_json(value: Any) -> Any:
-  """Returns a value with JSON's types only, of arrays, tuples and paths too.
+  """Returns arrays, tuples and paths as values of JSON's types.
 
-  A number that is not finite becomes "NaN", "Infinity" or "-Infinity". What
-  JSON does not know is left as it is.
+  A number that is not finite becomes a string such as "NaN". What JSON does
+  not know is left as it is.
   """
   if isinstance(value, Mapping):
     return {str(name): to_json(item) for name, item in value.items()}
@@ -58,9 +53,7 @@ def to_json(value: Any) -> Any:
   if isinstance(value, os.PathLike):
     return os.fspath(value)
   if isinstance(value, float) and not math.isfinite(value):
-    if math.isnan(value):
-      return "NaN"
-    return "Infinity" if value > 0 else "-Infinity"
+    return json.dumps(value)
   return value
 
 
@@ -79,11 +72,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """Reads a JSON object.
-
-  Raises:
-    InputError: the file cannot be read, or holds anything else.
-  """
+  """Reads a JSON object; raises InputError if the file is anything else."""
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError as error:
@@ -106,14 +95,11 @@ def read_json_lines(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
   """Yields (line number from 1, JSON object) of each line that is not blank.
 
-  Args:
-    path: a file of UTF-8 text, with or without a byte order mark.
-    fields: that each object must have.
-    drop_unfinished: leaves out a last line without a newline, which a process
-      that was killed may have cut short.
+  `drop_unfinished` leaves out a last line without a newline, which a process
+  that was killed may have cut short.
 
   Raises:
-    InputError: no such file, or a line is anything else; names file and line.
+    InputError: no such file, or a line is no object with the `fields`.
   """
   for number, line in read_lines(path):
     if drop_unfinished and not line.endswith(b"\n"):
@@ -133,10 +119,8 @@ def read_json_lines(
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
   """Yields (number from 1, line) of a file; see `decode_line`.
 
-  Lines are split as bytes: str.splitlines also splits at U+2028.
-
-  Raises:
-    InputError: the file does not exist.
+  Lines are split as bytes: str.splitlines also splits at U+2028. Raises
+  InputError if the file does not exist.
   """
   if not path.exists() or path.is_dir():
     raise InputError(f"{path}: no such file")
@@ -161,9 +145,8 @@ def parse_json_line(line: bytes, number: int) -> dict[str, Any] | None:
   try:
     record = json.loads(text)
   except (ValueError, RecursionError) as error:
-    raise ValueError(
-      f"not JSON ({error}); a line must be one JSON object"
-    ) from error
+    text = f"not JSON ({error}); a line must be one JSON object"
+    raise ValueError(text) from error
   if not isinstance(record, dict):
     raise ValueError(_not_an_object(record))
   return record

@@ -4,8 +4,6 @@ Weights are downloaded as safetensors only: a pickled checkpoint (*.bin, *.pt)
 runs any code it likes when it is read.
 """
 
-from __future__ import annotations
-
 import os
 import pathlib
 import re
@@ -35,19 +33,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class CheckpointRef(NamedTuple):
-  """A checkpoint that was located.
+  """A checkpoint that was located."""
 
-  Attributes:
-    name: the folder or hub id that was asked for.
-    revision: the commit on the hub; None for a folder.
-    folder: the folder that holds its files.
-    config: its config.json.
-  """
-
-  name: str
-  revision: str | None
-  folder: pathlib.Path
-  config: dict[str, Any] | None = None
+  name: str  # The folder or hub id that was asked for.
+  revision: str | None  # The commit on the hub; None for a folder.
+  folder: pathlib.Path  # The folder that holds its files.
+  config: dict[str, Any] | None = None  # Its config.json.
 
 
 def locate(
@@ -60,13 +51,11 @@ def locate(
   Args:
     path_or_hub_id: a folder, or an id on the Hugging Face hub, `org/name`.
     revision: a branch, tag or commit on the hub; its main branch if None.
-    files: patterns of what is downloaded; by default safetensors, JSON and
-      tokenizer files only.
+    files: patterns of what is downloaded.
 
   Raises:
     InputError: no such folder, a revision of a folder, or the hub does not
-      have it or cannot be reached. What cannot be a hub id fails without
-      asking the network.
+      have it or cannot be reached.
   """
   name = str(path_or_hub_id)
   path = pathlib.Path(name).expanduser()
@@ -85,7 +74,7 @@ def locate(
       "the Hugging Face hub, which looks like org/name"
     )
   try:
-    found = huggingface_hub.snapshot_download(
+    folder = huggingface_hub.snapshot_download(
       name, revision=revision, allow_patterns=list(files)
     )
   except (OSError, HfHubHTTPError, HFValidationError) as error:
@@ -96,20 +85,15 @@ def locate(
       "gated model needs `hf auth login`; without a network, run `hf download "
       f"{name} --local-dir FOLDER` elsewhere and give FOLDER"
     ) from error
-  folder = pathlib.Path(found)
   # The cache names a snapshot's folder by its commit, whatever was asked for.
-  return CheckpointRef(name, folder.name, folder)
+  return CheckpointRef(name, pathlib.Path(folder).name, pathlib.Path(folder))
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-  """Reads the config.json of a checkpoint's folder.
-
-  Raises:
-    InputError: it is missing, or no JSON object.
-  """
+  """Reads a folder's config.json; raises InputError if it has none."""
   path = folder / CONFIG
-  if not path.exists():
-    raise InputError(
-      f"{path} is missing: {folder} holds no Hugging Face checkpoint"
-    )
-  return read_json(path)
+  if path.exists():
+    return read_json(path)
+  raise InputError(
+    f"{path} is missing: {folder} holds no Hugging Face checkpoint"
+  )

@@ -16,7 +16,6 @@ import numpy as np
 from calm_jax.core.errors import InputError
 
 Tree = Mapping[str, Any]
-
 _SHOWN = 12
 
 
@@ -24,20 +23,16 @@ def flatten(tree: Tree, separator: str = "/") -> dict[str, Any]:
   """Returns {"a/b/c": leaf} in the order of the tree."""
   leaves: dict[str, Any] = {}
   for key, value in tree.items():
-    if not isinstance(value, Mapping):
+    if isinstance(value, Mapping):
+      for name, leaf in flatten(value, separator).items():
+        leaves[f"{key}{separator}{name}"] = leaf
+    else:
       leaves[key] = value
-      continue
-    for name, leaf in flatten(value, separator).items():
-      leaves[f"{key}{separator}{name}"] = leaf
   return leaves
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-  """Inverts `flatten`.
-
-  Raises:
-    ValueError: a name is a leaf and also the prefix of another leaf.
-  """
+  """Inverts `flatten`; a name may not be a leaf and the parent of another."""
   tree: dict[str, Any] = {}
   for name, leaf in leaves.items():
     *parents, last = name.split("/")
@@ -51,9 +46,7 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mask(tree: Tree, patterns: Sequence[str]) -> dict[str, Any]:
-  """Marks the leaves whose whole name matches one of the patterns.
-
-  Returns a tree of bool with the structure of `tree`.
+  """Returns a tree of bool: whether a leaf's whole name matches a pattern.
 
   Raises:
     InputError: a pattern is not a regular expression, or matches no leaf.
@@ -69,24 +62,14 @@ def mask(tree: Tree, patterns: Sequence[str]) -> dict[str, Any]:
       raise InputError(f"bad pattern {pattern!r}: {error}") from error
     matched = {name for name in names if compiled.fullmatch(name)}
     if not matched:
-      raise InputError(
-        f"pattern {pattern!r} matches no leaf; the leaves are\n"
-        + _listing(names)
-      )
+      text = f"pattern {pattern!r} matches no leaf; the leaves are\n"
+      raise InputError(text + _listing(names))
     chosen |= matched
   return unflatten({name: name in chosen for name in names})
 
 
-def partition(
-  tree: Tree, selection: Tree
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Splits a tree into the leaves that a `mask` selects, and the rest.
-
-  `merge(*partition(tree, selection))` is the tree again.
-
-  Raises:
-    ValueError: the two structures differ.
-  """
+def partition(tree: Tree, selection: Tree) -> tuple[dict, dict]:
+  """Splits a tree into the leaves that a `mask` selects, and the rest."""
   leaves, flags = flatten(tree), flatten(selection)
   if leaves.keys() != flags.keys():
     odd = sorted(leaves.keys() ^ flags.keys())
@@ -97,12 +80,7 @@ def partition(
 
 
 def merge(*trees: Tree) -> dict[str, Any]:
-  """Joins trees that share no leaf.
-
-  Raises:
-    ValueError: a leaf is in two trees, or is a leaf in one and an inner node
-      in another.
-  """
+  """Joins trees; raises ValueError if a leaf or its name is in two of them."""
   merged: dict[str, Any] = {}
   for tree in trees:
     leaves = flatten(tree)
@@ -118,45 +96,42 @@ def count(tree: Tree) -> int:
 
 
 def fingerprint(tree: Tree, fetch: Callable = np.asarray) -> str:
-  """Returns the sha256 (hex) of names, shapes, dtypes and bytes.
+  """Returns the sha256 (hex) of names, shapes, dtypes and bytes, in any order.
 
-  The order of keys and the devices of the arrays do not matter. `fetch` makes
-  a numpy array of one leaf after the other, so that a tree larger than the
-  host's memory can be hashed; leaves that are spread over several processes
-  need another `fetch` than the default.
+  `fetch` makes a numpy array of one leaf after the other, so that the tree may
+  be larger than the host's memory. The default cannot fetch leaves that are
+  spread over several processes.
   """
   digest = hashlib.sha256()
   for name, leaf in sorted(flatten(tree).items()):
     array = np.ascontiguousarray(fetch(leaf))
     # Not dtype.str: it is "<V2" for bfloat16 and for any 2-byte record.
-    header = f"{name}\0{leaf.shape}\0{array.dtype.name}\0"
-    digest.update(header.encode())
+    digest.update(f"{name}\0{leaf.shape}\0{array.dtype.name}\0".encode())
     digest.update(array.reshape(-1).view(np.uint8).data)
   return digest.hexdigest()
 
 
 def check_same_structure(got: Tree, want: Tree, what: str) -> None:
-  """Checks that two trees have the same names, shapes and dtypes.
+  """Raises InputError unless two trees have equal names, shapes and dtypes.
 
-  Raises:
-    InputError: lists the missing, the unexpected and the misshapen leaves of
-      `got`, which is called `what`.
+  It lists the missing, the unexpected and the misshapen leaves of `got`, which
+  is called `what`.
   """
-  got_leaves, want_leaves = (
+  found, wanted = (
     {name: _describe(leaf) for name, leaf in flatten(tree).items()}
     for tree in (got, want)
   )
   sections = {
     "missing (wanted, not found)": [
-      f"{n}: {x}" for n, x in want_leaves.items() if n not in got_leaves
+      f"{name}: {leaf}" for name, leaf in wanted.items() if name not in found
     ],
     "unexpected (found, not wanted)": [
-      f"{n}: {x}" for n, x in got_leaves.items() if n not in want_leaves
+      f"{name}: {leaf}" for name, leaf in found.items() if name not in wanted
     ],
     "misshapen": [
-      f"{name}: found {got_leaves[name]}, wanted {leaf}"
-      for name, leaf in want_leaves.items()
-      if got_leaves.get(name, leaf) != leaf
+      f"{name}: found {found[name]}, wanted {leaf}"
+      for name, leaf in wanted.items()
+      if found.get(name, leaf) != leaf
     ],
   }
   lines = [

@@ -4,8 +4,6 @@ B batch, L query length, S key length, N query heads, K key-value heads, H head
 width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
@@ -29,16 +27,13 @@ def attend(
 ) -> Array:
   """Calls function(kernel, arrays) on each device's rows, heads and queries.
 
-  Key-value heads are repeated where more devices share the heads than there are
-  of them.
+  Key-value heads are repeated if more devices share the heads than there are.
 
   Args:
-    mesh: of all devices.
     spec: of the queries, along their first three axes.
     function: returns [B, N, L, H].
     kernel: a `SplashAttentionKernel` of all queries, made for as many pieces
       as `spec` cuts them into; None for one that reads a mask.
-    q_BNLH, k_BKSH, v_BKSH: queries, keys and values.
     *others: segments of the queries [B, L] and of the keys [B, S]; without a
       kernel a mask [B, 1, L, S].
   """

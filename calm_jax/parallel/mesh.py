@@ -1,7 +1,5 @@
 """The devices of a run, along named axes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 
@@ -18,10 +16,8 @@ def make_mesh(
 ) -> Mesh | None:
   """The mesh that a config asks for; None for one device.
 
-  Args:
-    axes: how many devices along each of AXES; -1, for one of them, takes what
-      the others leave.
-    devices: all devices of all processes if None.
+  `axes` has the number of devices along each of AXES, of which one may be -1:
+  what the others leave. `devices` are all of all processes by default.
 
   Raises:
     InputError: other axes, no such number, or not as many as there are devices.
@@ -52,9 +48,5 @@ def make_mesh(
       f"mesh={sizes} is of {total} devices, and there are {len(devices)}; -1 "
       "on one axis takes what is left"
     )
-  return jax.make_mesh(
-    tuple(sizes.values()),
-    AXES,
-    axis_types=(AxisType.Auto,) * len(AXES),
-    devices=devices,
-  )
+  types = (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(tuple(sizes.values()), AXES, types, devices=devices)

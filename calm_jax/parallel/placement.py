@@ -1,7 +1,5 @@
 """The placement of one model on a mesh, for `models.config.Compute.place`."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -15,22 +13,16 @@ from calm_jax.parallel.sharding import Layout, axis_names, partition
 
 @dataclasses.dataclass(frozen=True)
 class ModelPlacement:
-  """Constrains a model's arrays, within programs, to where a layout says.
-
-  Attributes:
-    layout: of all arrays.
-    prefix: of the model's leaves in the whole tree, with "/" at its end.
-  """
+  """Constrains a model's arrays, within programs, to where a layout says."""
 
   layout: Layout
-  prefix: str
+  prefix: str  # Of the model's leaves in the whole tree, with "/" at its end.
 
   def weight(self, name: str, weight: jax.Array) -> jax.Array:
     """A leaf of one layer as it computes: gathered, but for `tensor`.
 
-    Args:
-      name: of the leaf among the model's, "layers/attention/query/kernel".
-      weight: without the leading axis of the stack.
+    The name is among the model's, "layers/attention/query/kernel"; the weight
+    is without the leading axis of the stack.
     """
     spec = self.layout.spec(self.prefix + name, (1, *weight.shape))
     kept = partition(
@@ -45,7 +37,7 @@ class ModelPlacement:
 
   def cache(self, cache: Any) -> Any:
     """The KV cache."""
-    return self.layout.cache(cache)
+    return self.layout.constrain_all("cache", cache)
 
   @property
   def sequence(self) -> int:
@@ -55,7 +47,7 @@ class ModelPlacement:
 
   def attention(self, function: Callable, kernel: Any, *arrays) -> jax.Array:
     """Calls a kernel on each device's share; see `attention.attend`."""
-    spec = self.layout.fitting("heads", arrays[0].shape).spec
+    spec = self.layout.fitting("heads", arrays[0]).spec
     return attention.attend(self.layout.mesh, spec, function, kernel, *arrays)
 
 

@@ -1,7 +1,5 @@
 """Processes that compute together, of which the first one writes."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import os
@@ -22,7 +20,10 @@ from calm_jax.core.errors import InputError, LostProcess
 PyTree = Any
 
 _COORDINATOR = "JAX_COORDINATOR_ADDRESS"
-_NUMBERS = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_NUMBERS = {
+  "num_processes": "JAX_NUM_PROCESSES",
+  "process_id": "JAX_PROCESS_ID",
+}
 
 
 def start(heartbeat: int = 100) -> None:
@@ -30,11 +31,8 @@ def start(heartbeat: int = 100) -> None:
 
   TPU pods, Slurm, Open MPI and Kubernetes tell each process its number.
   Elsewhere the environment has to: JAX_COORDINATOR_ADDRESS (host:port of the
-  first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID, from 0.
-
-  Args:
-    heartbeat: seconds after which a process that is silent counts as gone;
-      JAX then ends the others.
+  first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID, from 0. JAX ends all
+  processes when one is silent for `heartbeat` seconds.
 
   Raises:
     InputError: the environment gives some of them only, or no number.
@@ -44,14 +42,12 @@ def start(heartbeat: int = 100) -> None:
     return
   numbers: dict[str, int] = {}
   if _COORDINATOR in os.environ:
-    for argument, name in zip(
-      ("num_processes", "process_id"), _NUMBERS, strict=True
-    ):
+    for argument, name in _NUMBERS.items():
       value = os.environ.get(name, "")
       if not value.isdigit():
         raise InputError(
           f"{_COORDINATOR} is set, and {name}={value!r} is no number: give "
-          f"both of {_NUMBERS}"
+          f"both of {tuple(_NUMBERS.values())}"
         )
       numbers[argument] = int(value)
   # It would take SIGTERM for itself, from before the training to after it.
@@ -66,7 +62,7 @@ class Poll:
   """Asks all processes whether any says yes; all get the same answers.
 
   Each call answers the call before, so that no device waits. All processes
-  make one and call it equally often.
+  call it equally often.
   """
 
   def __init__(self):
@@ -100,10 +96,7 @@ def quiet_but_first() -> Iterator[None]:
 
 
 def own_folder(folder: Path) -> Path:
-  """The folder for the first process; a temporary one for the others.
-
-  All processes run the same program and write the same files.
-  """
+  """The folder for the first process; a temporary one for the others."""
   if jax.process_index() == 0:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -113,18 +106,14 @@ def own_folder(folder: Path) -> Path:
 
 
 def fetch(values: PyTree) -> PyTree:
-  """Arrays as numpy arrays, gathered from all processes, which call this.
-
-  Leaves are gathered one after the other.
-  """
+  """Arrays as numpy arrays, gathered leaf by leaf from all processes."""
   if jax.process_count() == 1:
     return jax.device_get(values)
 
   def gather(x):
-    if isinstance(x, jax.Array) and not (
-      x.is_fully_addressable or x.is_fully_replicated
-    ):
-      return multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
+    is_whole = not isinstance(x, jax.Array) or x.is_fully_addressable
+    if is_whole or x.is_fully_replicated:
+      return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
   return jax.tree.map(gather, values)

@@ -4,23 +4,21 @@ The axes are `data` and `fsdp`, which share the rows of a batch, `tensor`, which
 shares the work of a matrix, and `sequence`, which shares the tokens of a row.
 `fsdp` besides cuts the parameters, which are gathered a layer at a time.
 
-A rule is (regex, axes). The first whose regex matches a leaf's whole name
+A rule is (regex, axes); the first whose regex matches a leaf's whole name
 holds. Its axes belong to the leaf's last dimensions: each is None, the name of
-an axis, or a tuple of names; the dimensions before them, and with () all, are
-not cut. Other arrays have names too: "states" are the hidden states [B, L, D],
-"heads" what kernels of attention read [B, N, L, H], "batch/.*" the arrays of a
-batch [B, L] ("batch/tokens"), "cache/.*" those of a decoding cache.
+an axis, or a tuple of names; the dimensions before them are not cut. Other
+arrays have names too: "states" are the hidden states [B, L, D], "heads" what
+kernels of attention read [B, N, L, H], "batch/.*" the arrays of a batch [B, L]
+("batch/tokens"), "cache/.*" those of a decoding cache.
 
 Where an axis does not divide its dimension, a parameter is cut along another
 one, a batch is an error, and all else is computed whole by each device.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,18 +34,11 @@ PyTree = Any
 Axes = tuple[str, ...]
 
 _STACKED = re.compile(r"(.*/)?layers/.*")
-# The name that says how the rows of a batch are shared, alike for all arrays.
-_ROWS = "batch/tokens"
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """A mesh, and the rules that say where arrays lie on it.
-
-  Raises:
-    InputError: a rule is no regular expression, or names an axis that the mesh
-      does not have.
-  """
+  """A mesh, and the rules that say where arrays lie on it."""
 
   mesh: Mesh
   rules: Rules
@@ -58,13 +49,10 @@ class Layout:
         re.compile(pattern)
       except re.error as error:
         raise InputError(f"sharding rule {pattern!r}: {error}") from error
-      unknown = {n for a in axes for n in axis_names(a)} - {
-        *self.mesh.axis_names
-      }
-      if unknown:
+      names, known = [axis_names(entry) for entry in axes], self.mesh.axis_names
+      if unknown := sorted({n for entry in names for n in entry} - {*known}):
         raise InputError(
-          f"sharding rule {pattern!r} names the axes {sorted(unknown)}; there "
-          f"are {self.mesh.axis_names}"
+          f"sharding rule {pattern!r}: no axes {unknown} in the mesh's {known}"
         )
 
   # Parameters, and the optimizer's state.
@@ -73,34 +61,24 @@ class Layout:
     """The axes along which a parameter is cut.
 
     An axis that does not divide its dimension cuts the largest that it does
-    divide, of what one device holds; where there is none, none. A parameter of
-    no rule is cut by `fsdp` in this way. The leading dimension of stacked
-    layers is never cut.
+    divide, if any. So does `fsdp` with a parameter of no rule. The leading
+    dimension of stacked layers is never cut.
     """
     return partition(self._cut_parameter(name, shape)[0])
 
   def shardings(self, shapes: trees.Tree, prefix: str = "") -> dict[str, Any]:
-    """A tree of NamedShardings for a tree of parameters or their shapes.
-
-    With a prefix such as "anchor/" it is that part of the whole tree.
-    """
-    return trees.unflatten(
-      {
-        name: NamedSharding(self.mesh, self.spec(prefix + name, leaf.shape))
-        for name, leaf in trees.flatten(shapes).items()
-      }
-    )
+    """NamedShardings for parameters: all, or the part "anchor/" of a tree."""
+    shardings = {
+      name: NamedSharding(self.mesh, self.spec(prefix + name, leaf.shape))
+      for name, leaf in trees.flatten(shapes).items()
+    }
+    return trees.unflatten(shardings)
 
   def place(self, params: trees.Tree) -> dict[str, Any]:
-    """The tree with every leaf where `shardings` says; see `put`.
-
-    On several processes each gives the same whole leaves.
-    """
+    """Puts leaves, whole on each process, where `shardings` says."""
     shardings = trees.flatten(self.shardings(params))
     leaves = trees.flatten(params).items()
-    return trees.unflatten(
-      {name: put(leaf, shardings[name]) for name, leaf in leaves}
-    )
+    return trees.unflatten({n: put(x, shardings[n]) for n, x in leaves})
 
   def following(self, state: PyTree) -> PyTree:
     """NamedShardings for a training state: each leaf follows its parameter.
@@ -132,13 +110,12 @@ class Layout:
         continue
       for names, dim in moved:
         how = "replicated over it" if dim is None else f"cut along axis {dim}"
-        lines.append(f"  {name} {list(leaf.shape)}: {'+'.join(names)} {how}")
+        lines.append(f"\n  {name} {list(leaf.shape)}: {'+'.join(names)} {how}")
     sizes = {n: s for n, s in self.mesh.shape.items() if s > 1}
-    head = [
-      f"mesh of {self.mesh.size} devices: {sizes}",
-      f"  {whole:,} bytes of parameters, {here:,} on each device",
-    ]
-    return "\n".join(head + lines)
+    return (
+      f"mesh of {self.mesh.size} devices: {sizes}\n  {whole:,} bytes of "
+      f"parameters, {here:,} on each device{''.join(lines)}"
+    )
 
   # Batches.
 
@@ -146,10 +123,9 @@ class Layout:
     """This process's part of the B rows of a batch: (index, of how many).
 
     Raises:
-      InputError: the devices cannot share the rows of each of the pieces, in
-        which the batch is computed, evenly.
+      InputError: the devices cannot share the rows of each piece evenly.
     """
-    axes = self.real((self.rule(_ROWS) or (None,))[0])
+    axes = self.real((self.rule("batch/tokens") or (None,))[0])
     rows = self.size(axes)
     if batch_size % (rows * pieces):
       raise InputError(
@@ -173,8 +149,7 @@ class Layout:
   def batch(self, rows: Batch, batch_size: int) -> Batch:
     """Global arrays [B, L] of a batch, from all rows or this process's `share`.
 
-    Raises:
-      InputError: an axis does not divide B or L.
+    Raises InputError if an axis does not divide B or L.
     """
 
     def global_array(array, sharding):
@@ -196,8 +171,7 @@ class Layout:
   def batch_shardings(self, shapes: Batch) -> Batch:
     """NamedShardings for the arrays of a whole batch; raises as `batch`."""
 
-    def sharding(path, x):
-      name = f"batch/{_name(path)}"
+    def sharding(name, x):
       cut, undivided = self._cut(self.rule(name), x.shape)
       for names, dim in undivided:
         raise InputError(
@@ -206,38 +180,27 @@ class Layout:
         )
       return NamedSharding(self.mesh, partition(cut))
 
-    return jax.tree_util.tree_map_with_path(sharding, shapes)
-
-  def pieces(self, batch: Batch) -> Batch:
-    """A batch cut into pieces [pieces, B, L], each shared by all devices."""
-    return self._constrain_all("batch", batch)
+    return _map_named(sharding, "batch", shapes)
 
   # Arrays within programs.
 
   def caches(self, shapes: PyTree) -> PyTree:
-    """NamedShardings for a decoding cache or its shapes, as `cache` lays it."""
-    return jax.tree_util.tree_map_with_path(
-      lambda path, x: self.fitting(f"cache/{_name(path)}", x.shape), shapes
-    )
+    """NamedShardings for a decoding cache or its shapes."""
+    return _map_named(self.fitting, "cache", shapes)
 
-  def cache(self, cache: PyTree) -> PyTree:
-    """A decoding cache, constrained to where its rules say."""
-    return self._constrain_all("cache", cache)
-
-  def _constrain_all(self, kind: str, arrays: PyTree) -> PyTree:
-    return jax.tree_util.tree_map_with_path(
-      lambda path, x: self.constrain(f"{kind}/{_name(path)}", x), arrays
-    )
+  def constrain_all(self, kind: str, arrays: PyTree) -> PyTree:
+    """A "batch", or pieces of one, or a "cache" where their rules say."""
+    return _map_named(self.constrain, kind, arrays)
 
   def constrain(self, name: str, x: jax.Array) -> jax.Array:
     """An array where the rule of its name says, if there is one."""
     if self.rule(name) is None:
       return x
-    return jax.lax.with_sharding_constraint(x, self.fitting(name, x.shape))
+    return jax.lax.with_sharding_constraint(x, self.fitting(name, x))
 
-  def fitting(self, name: str, shape: tuple[int, ...]) -> NamedSharding:
+  def fitting(self, name: str, x: jax.Array) -> NamedSharding:
     """A rule's sharding, without the axes that do not divide the shape."""
-    cut, _ = self._cut(self.rule(name), shape)
+    cut, _ = self._cut(self.rule(name), x.shape)
     return NamedSharding(self.mesh, partition(cut))
 
   def _cut_parameter(self, name: str, shape: tuple[int, ...]):
@@ -266,8 +229,7 @@ class Layout:
     """The axes of a rule along each dimension from `first` that they divide,
     and ((axes, dimension), ...) of those that do not."""
     cut: list[Axes] = [()] * len(shape)
-    undivided = []
-    axes = axes or ()
+    undivided, axes = [], axes or ()
     for dim, entry in enumerate(axes, start=len(shape) - len(axes)):
       names = self.real(entry)
       if dim >= first and shape[dim] % self.size(names) == 0:
@@ -278,10 +240,8 @@ class Layout:
 
   def rule(self, name: str) -> tuple | None:
     """The axes of the first rule that matches a name."""
-    for pattern, axes in self.rules:
-      if re.fullmatch(pattern, name):
-        return axes
-    return None
+    matching = (axes for regex, axes in self.rules if re.fullmatch(regex, name))
+    return next(matching, None)
 
   def real(self, axes: Any) -> Axes:
     """The axes in one entry of a rule that have more than one device."""
@@ -308,9 +268,7 @@ def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 def axis_names(axes: Any) -> Axes:
   """The names in one entry of a rule or spec."""
-  if axes is None:
-    return ()
-  return (axes,) if isinstance(axes, str) else tuple(axes)
+  return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def partition(cut: Sequence[Axes]) -> PartitionSpec:
@@ -319,5 +277,11 @@ def partition(cut: Sequence[Axes]) -> PartitionSpec:
   )
 
 
-def _name(path) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator="/")
+def _map_named(function: Callable, kind: str, arrays: PyTree) -> PyTree:
+  """Maps (name, array) of each leaf; a name is "batch/anchor/tokens"."""
+
+  def named(path, x):
+    path = jax.tree_util.keystr(path, simple=True, separator="/")
+    return function(f"{kind}/{path}", x)
+
+  return jax.tree_util.tree_map_with_path(named, arrays)

@@ -1,17 +1,13 @@
 """Checkpoints of a run: saved in the background, restored bit for bit.
 
-A step on disk holds three items: `state` (a pytree of arrays), `data` (the
-data iterator's state, JSON) and `meta` (the run's identity, JSON). The state is
-stored under the names of its leaves, not as optax's NamedTuples, and an error
-names the leaves that do not match.
+A step on disk holds three items: `state` (a pytree of arrays, stored under the
+names of its leaves), `data` (the data iterator's state, JSON) and `meta` (the
+run's identity, JSON).
 """
-
-from __future__ import annotations
 
 import contextlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,26 +28,19 @@ _LOSS = "loss"  # The name under which a step's loss is on disk.
 
 
 class Checkpoints:
-  """The checkpoints of one run, used by all its processes together.
+  """The checkpoints of one run; leaving the context waits for the last save.
 
-  A context manager: leaving it waits for the save in flight.
+  All processes of the run make the same calls together.
   """
 
   def __init__(
-    self,
-    directory: str | os.PathLike,
-    *,
-    keep_last: int = 2,
-    keep_best: int = 0,
+    self, directory: str | Path, *, keep_last: int = 2, keep_best: int = 0
   ):
-    """Opens a directory for writing and cleans what a killed process left.
+    """Opens a directory for writing, by one run at a time; made if absent.
 
-    A damaged newest step is renamed to `<step>.corrupt`, with a warning.
-
-    Args:
-      directory: made if absent; one run at a time may write to it.
-      keep_last: how many of the newest checkpoints to keep, at least 1.
-      keep_best: how many to keep besides, of those with the lowest loss.
+    What a killed process left is removed; a damaged newest step is renamed to
+    `<step>.corrupt`, with a warning. The `keep_last` newest checkpoints are
+    kept, and besides the `keep_best` with the lowest loss.
 
     Raises:
       StorageError: there are steps, and each is damaged.
@@ -69,15 +58,14 @@ class Checkpoints:
       n=keep_best,
       keep_checkpoints_without_metrics=False,
     )
+    policies = [managers.LatestN(keep_last), best]
     self._manager = _manager(
       self._directory,
       cleanup_tmp_directories=True,
       # Orbax stores the metrics only if it is told how to rank them.
       best_fn=_rank if keep_best else None,
       best_mode="min",
-      preservation_policy=managers.AnyPreservationPolicy(
-        [managers.LatestN(keep_last), best]
-      ),
+      preservation_policy=managers.AnyPreservationPolicy(policies),
       # A step is renamed away before its files go, so that a kill in the
       # middle of a deletion does not leave a step that looks complete.
       todelete_subdir=_DELETED,
@@ -96,20 +84,15 @@ class Checkpoints:
   ) -> None:
     """Starts a save; the arrays may be donated as soon as this returns.
 
-    Args:
-      step: greater than every step saved so far.
-      state: pytree of arrays, with the key "trainable" for `restore_trainable`.
-      data, meta: JSON, the same on all processes.
-      loss: makes the step a candidate for the best.
+    `data` and `meta` are JSON, the same on all processes. A loss makes the step
+    a candidate for the best.
 
     Raises:
       InputError: this step or a later one is saved already.
-      StorageError: this save or the one before failed (`wait` and `close` raise
-        it too); earlier ones are kept.
+      StorageError: this save or the one before failed; earlier ones are kept.
       LostProcess: other processes do not take part.
     """
-    latest = self.latest()
-    if latest is not None and latest >= step:
+    if (latest := self.latest()) is not None and latest >= step:
       raise errors.InputError(
         f"{self._directory} has step {latest}, and step {step} is to be saved: "
         "resume from it or write to another directory"
@@ -157,10 +140,9 @@ class Checkpoints:
   def restore(self, abstract_state: PyTree) -> tuple[PyTree, Any]:
     """Restores (state, data) of the newest step.
 
-    Args:
-      abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings, or of
-        arrays, whose structure, dtypes and shardings the state gets. A leaf
-        without a sharding goes to the default device.
+    The state gets the structure, dtypes and shardings of `abstract_state`, a
+    pytree of arrays or `jax.ShapeDtypeStruct`; a leaf without a sharding goes
+    to the default device.
 
     Raises:
       InputError: there is no step, or its leaves are not the same.
@@ -179,9 +161,9 @@ class Checkpoints:
 
   def __exit__(self, kind, *_) -> None:
     is_fault = kind is not None and not issubclass(kind, errors.Preempted)
-    if jax.process_count() > 1 and is_fault:
-      return  # The others may be gone, and a save ends with theirs only.
-    self.close()
+    # Other processes may be gone after a fault, and a save ends with theirs.
+    if jax.process_count() == 1 or not is_fault:
+      self.close()
 
   @contextlib.contextmanager
   def _storage_errors(self) -> Iterator[None]:
@@ -215,18 +197,12 @@ class Checkpoints:
 
 
 def restore_trainable(
-  directory: str | os.PathLike,
-  step: int | str | None = None,
-  *,
-  abstract: PyTree | None = None,
+  directory: str | Path, step: int | str | None = None, abstract: PyTree = None
 ) -> tuple[dict[str, Any], Any]:
   """Restores (trainable leaves, meta); a run may be writing to the directory.
 
-  Args:
-    directory: of `Checkpoints`.
-    step: a step, "best" for the lowest loss, or None for the newest intact one.
-    abstract: nested dict of leaves as `Checkpoints.restore` takes them; None
-      gives numpy arrays.
+  The step is a number, "best" for the lowest loss, or None for the newest
+  intact one; `abstract` is as for `Checkpoints.restore`, None for numpy arrays.
 
   Raises:
     InputError: there is no such step, or its leaves are not the same.
@@ -239,8 +215,7 @@ def restore_trainable(
   with contextlib.closing(_manager(path, create=False)) as manager:
     if step == "best":
       step = _best_step(manager)
-    steps = manager.all_steps()
-    step = checkpoint_integrity.intact_step(path, steps, step)
+    step = checkpoint_integrity.intact_step(path, manager.all_steps(), step)
     restored = _restore(manager, step, want, only="trainable")
   return restored.state["trainable"], restored.meta
 
@@ -254,47 +229,41 @@ def _manager(directory: Path, **options) -> ocp.CheckpointManager:
     handler = ocp.handlers.JsonCheckpointHandler()
     registry.add(item, ocp.args.JsonSave, handler)
     registry.add(item, ocp.args.JsonRestore, handler)
+  options = ocp.CheckpointManagerOptions(**options)
   return ocp.CheckpointManager(
-    directory,
-    options=ocp.CheckpointManagerOptions(**options),
-    handler_registry=registry,
+    directory, options=options, handler_registry=registry
   )
 
 
 def _restore(
   manager: ocp.CheckpointManager, step: int, want: PyTree, only: str = ""
 ) -> ocp.args.Composite:
-  """Reads a step into the leaves `want`, or as numpy arrays if it is None.
-
-  Of the state only the part `only` is read, if it is not empty.
-  """
+  """Reads a step, or one part of its state, into `want` or numpy arrays."""
   saved = manager.item_metadata(step).state.tree
   if only:
     saved = {only: saved.get(only, {})}
   want = saved if want is None else want
   path = manager.directory / str(step)
   trees.check_same_structure(saved, want, f"the checkpoint {path}")
-  return manager.restore(
-    step,
-    args=ocp.args.Composite(
-      state=ocp.args.PyTreeRestore(
-        want,
-        restore_args=jax.tree.map(_restore_args, want),
-        partial_restore=bool(only),
-      ),
-      data=ocp.args.JsonRestore(),
-      meta=ocp.args.JsonRestore(),
+  args = ocp.args.Composite(
+    state=ocp.args.PyTreeRestore(
+      want,
+      restore_args=jax.tree.map(_restore_args, want),
+      partial_restore=bool(only),
     ),
+    data=ocp.args.JsonRestore(),
+    meta=ocp.args.JsonRestore(),
   )
+  return manager.restore(step, args=args)
 
 
 def _restore_args(leaf: Any) -> ocp.RestoreArgs:
   if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
     return ocp.RestoreArgs(restore_type=np.ndarray)
-  sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(
-    jax.local_devices()[0]
+  default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return ocp.ArrayRestoreArgs(
+    sharding=leaf.sharding or default, global_shape=leaf.shape
   )
-  return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape)
 
 
 def _best_step(manager: ocp.CheckpointManager) -> int:

@@ -4,13 +4,11 @@
 complete, so that each complete step has one. It holds a checksum of itself.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +28,12 @@ _UNCHECKED = ("_CHECKPOINT_METADATA", "commit_success.txt")
 def seal(step: Path) -> None:
   """Writes the checksums of all files of a step."""
   checksums = {
-    name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
-    for name, path in sorted(_files(step))
+    str(path.relative_to(step)): {
+      "bytes": path.stat().st_size,
+      "sha256": files.sha256(path),
+    }
+    for path in sorted(step.rglob("*"))
+    if path.is_file() and path.name not in _UNCHECKED
   }
   sealed = {"files": checksums, "sha256": _sha256_of_json(checksums)}
   (step / _NAME).write_text(json.dumps(sealed, indent=1) + "\n")
@@ -80,23 +82,27 @@ def intact_step(directory: Path, steps: Sequence[int], step: int | None) -> int:
   return intact
 
 
+def warn(text: str) -> None:
+  """Prints a warning to standard error."""
+  print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def _newest_intact(
   directory: Path, steps: Sequence[int]
 ) -> tuple[int | None, dict[int, str]]:
-  """The newest intact step, and what is damaged in each step after it.
+  """The newest intact step (None of none), and the damage of each after it.
 
-  A step without checksums, of an early version, counts as intact, with a
-  warning. Without steps the first is None.
+  A step without checksums, of an early version, counts as intact.
   """
   damage: dict[int, str] = {}
   for step in sorted(steps, reverse=True):
     path = directory / str(step)
-    found = _damage(path)
-    if found is None:
-      if not (path / _NAME).exists():
-        warn(f"{path} has no checksums: whether it is damaged is not known")
-      return step, damage
-    damage[step] = found
+    if what := _damage(path):
+      damage[step] = what
+      continue
+    if not (path / _NAME).exists():
+      warn(f"{path} has no checksums: whether it is damaged is not known")
+    return step, damage
   if not steps:
     return None, damage
   raise StorageError(
@@ -105,17 +111,12 @@ def _newest_intact(
   )
 
 
-def warn(text: str) -> None:
-  """Prints a warning to standard error."""
-  print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
 def _move_damaged(directory: Path) -> None:
   steps = ocp.utils.checkpoint_steps(directory)
   intact, damage = _newest_intact(directory, steps)
   for step in sorted(set(steps) - damage.keys()):
-    if found := _damage(directory / str(step), "metrics/"):
-      damage[step] = found
+    if what := _damage(directory / str(step), "metrics/"):
+      damage[step] = what
   for step, what in damage.items():
     moved = _move_aside(directory / str(step))
     used = f", and step {intact} is used" if step > intact else ""
@@ -123,11 +124,11 @@ def _move_damaged(directory: Path) -> None:
 
 
 def _move_aside(step: Path) -> Path:
-  for number in itertools.count(1):
-    suffix = ".corrupt" if number == 1 else f".corrupt-{number}"
-    aside = step.with_name(step.name + suffix)
+  aside = step.with_name(f"{step.name}.corrupt")
+  for number in itertools.count(2):
     if not aside.exists():
       return step.rename(aside)
+    aside = step.with_name(f"{step.name}.corrupt-{number}")
 
 
 def _damage(step: Path, prefix: str = "") -> str | None:
@@ -155,15 +156,6 @@ def _damage(step: Path, prefix: str = "") -> str | None:
     except OSError as error:
       return f"{file} cannot be read: {error}"
   return None
-
-
-def _files(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
-  for path in folder.iterdir():
-    name = f"{prefix}{path.name}"
-    if path.is_dir():
-      yield from _files(path, f"{name}/")
-    elif path.name not in _UNCHECKED:
-      yield name, path
 
 
 def _sha256_of_json(value: Any) -> str:

@@ -3,8 +3,6 @@
 B batch, L length, D width, V vocabulary.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable
@@ -20,10 +18,7 @@ Head = Callable[[Any, Array], Array]
 def cross_entropy(logits_BLV: Array, targets_BL: Array, weights_BL: Array):
   """Weighted cross-entropy in nats, and the weights, summed over each row [B].
 
-  Args:
-    logits_BLV: float32.
-    targets_BL: int32 token ids.
-    weights_BL: float32; 0 where a position has no target or is a prompt's.
+  A weight is 0 where a position has no target or is a prompt's.
   """
   loss_BL = _token_losses(logits_BLV, targets_BL)
   return jnp.sum(loss_BL * weights_BL, axis=-1), jnp.sum(weights_BL, axis=-1)
@@ -63,9 +58,7 @@ def chunked_rows(
 
   Args:
     head: (params, hidden states [B, l, D]) to logits, float32 [B, l, V].
-    params: of the head.
     x_BLD: hidden states after the last layer.
-    targets_BL, weights_BL: as for `cross_entropy`.
     limit: logits that may exist at a time, but at least one position of each
       row does; 0 for all of them.
   """
@@ -92,12 +85,10 @@ def chunked_sum(
 ) -> Array:
   """The sum of `chunked_rows`, with gradients at no further matmul.
 
-  A chunk's gradients are computed while its logits exist, in the forward pass.
-  Kept are the gradients of the hidden states and, of the leaves of `params`
-  that are differentiated, the sum over chunks. The result is one number, so
-  that its gradients are known up to a factor.
-
-  Gradients go to `params` and `x_BLD`; the weights are constants.
+  A chunk's gradients are computed while its logits exist, in the forward pass,
+  up to the factor of the sum. Kept are those of the hidden states and, summed
+  over chunks, of the leaves of `params` that are differentiated. The weights
+  are constants.
   """
   args = head, params, x_BLD, targets_BL, weights_BL, limit
   return chunked_rows(*args)[0].sum()
@@ -149,8 +140,7 @@ chunked_sum.defvjp(
 def _split(head, params, limit, x_BLD, *others_BL) -> tuple[Array, ...]:
   """Chunks [n, B, l, ...] of arrays [B, L, ...], filled up with zeros.
 
-  A chunk is every n-th position, so that it is spread over devices as evenly
-  as the whole, whichever axes they share.
+  A chunk is every n-th position, so that all devices have a share of it.
   """
   B, L = x_BLD.shape[:2]
   V = jax.eval_shape(head, params, x_BLD).shape[-1]

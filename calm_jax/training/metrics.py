@@ -1,9 +1,6 @@
 """Metrics on disk: JSON lines and TensorBoard. Reading them needs no JAX."""
 
-from __future__ import annotations
-
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -19,46 +16,32 @@ class MetricWriter:
   """Appends scalars to metrics.jsonl and to TensorBoard event files."""
 
   def __init__(
-    self,
-    directory: str | os.PathLike,
-    *,
-    resume_step: int | None = None,
-    active: bool = True,
+    self, directory: Path, *, resume_step: int = -1, active: bool = True
   ):
     """Opens the files, and drops the lines that a resumed run writes again.
 
-    Args:
-      directory: made if absent.
-      resume_step: the step of the restored checkpoint, after which lines are
-        dropped. None means a run that starts anew: all are dropped.
-      active: False makes every call a no-op, for all processes but the first.
-
-    Raises:
-      InputError: see `read_metrics`.
+    They are those after `resume_step`, the step of the restored checkpoint: all
+    of them if there is none. All processes but the first are not `active`:
+    their calls do nothing. Raises as `read_metrics`.
     """
     self._active = active
     if not active:
       return
-    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    last = -1 if resume_step is None else resume_step
     path = directory / FILE_NAME
     if path.exists():
-      kept = [record for record in _records(path) if record["step"] <= last]
+      kept = [
+        record for record in _records(path) if record["step"] <= resume_step
+      ]
       files.write_json_lines(path, kept)
     self._file = path.open("a", encoding="utf-8")
-    # A purge step tells TensorBoard to ignore the events of the earlier
-    # process from there on.
-    self._board = SummaryWriter(str(directory), purge_step=last + 1)
+    # TensorBoard ignores an earlier process's events from the purge step on.
+    self._board = SummaryWriter(str(directory), purge_step=resume_step + 1)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Writes one line and one TensorBoard scalar per value; flushes both.
 
-    A value is a number or an array of one element; for one that is not finite
-    see `files.to_json`.
-
-    Raises:
-      ValueError: a value is called "step".
+    A value is a number or an array of one element; none is called "step".
     """
     if not self._active:
       return
@@ -82,7 +65,7 @@ class MetricWriter:
       self._board.close()
 
 
-def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:
+def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
   """Reads metrics.jsonl: one dict per line, non-finite values as floats.
 
   Raises:

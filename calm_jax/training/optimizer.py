@@ -1,7 +1,5 @@
 """The optimizer: AdamW for the trainable leaves of a tree of parameters."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from typing import Any
@@ -20,15 +18,9 @@ Tree = dict[str, Any]
 class Optimizer:
   """Updates the trainable leaves of a tree; knows the others by name only.
 
-  `optax.masked` builds the transformation over the whole tree, so that state
-  exists for trainable leaves only. Gradients exist for these only, too: in the
-  trees that the transformation is given, optax's `MaskedNode` stands for each
-  frozen leaf.
-
-  Attributes:
-    transformation: from `optax.masked`.
-    learning_rate: by step.
-    mask: bool at every leaf of the whole tree, True for the trainable ones.
+  `optax.masked` builds the transformation over the whole tree, in which the
+  mask is True at trainable leaves. State and gradients exist for these only:
+  optax's `MaskedNode` stands for each frozen leaf.
   """
 
   transformation: optax.GradientTransformation
@@ -50,18 +42,14 @@ class Optimizer:
     return optax.apply_updates(trainable, updates), state
 
   def _masked_tree(self, trainable: Tree) -> Tree:
-    leaves = trees.flatten(trainable)
-    names = trees.flatten(self.mask)
-    return trees.unflatten(
-      {name: leaves.get(name, optax.MaskedNode()) for name in names}
-    )
+    frozen = dict.fromkeys(trees.flatten(self.mask), optax.MaskedNode())
+    return trees.unflatten(frozen | trees.flatten(trainable))
 
 
 def make_optimizer(stage: Stage, mask: Tree) -> Optimizer:
   """AdamW with a clip of the global norm, masked to the trainable leaves.
 
-  The settings are the fields of a stage from `learning_rate` to `clip`; the
-  mask is that of `trees.mask`. Raises as `schedule`.
+  `mask` is that of `trees.mask`. Raises as `schedule`.
   """
   learning_rate = schedule(stage)
 
@@ -94,10 +82,8 @@ def schedule(stage: Stage) -> optax.Schedule:
   if not 0 <= warmup < stage.steps:
     raise InputError(f"warmup={warmup} does not lie within steps={stage.steps}")
   rise = optax.linear_schedule(0.0, peak, warmup)
+  rest = optax.constant_schedule(peak)
   if kind == "cosine":
-    rest = optax.cosine_decay_schedule(
-      peak, stage.steps - warmup, alpha=stage.final
-    )
-  else:
-    rest = optax.constant_schedule(peak)
+    steps = stage.steps - warmup
+    rest = optax.cosine_decay_schedule(peak, steps, alpha=stage.final)
   return optax.join_schedules([rise, rest], [warmup])

@@ -1,7 +1,5 @@
 """A live progress bar, or occasional lines where there is no terminal."""
 
-from __future__ import annotations
-
 import math
 import time
 from typing import Self
@@ -9,9 +7,11 @@ from typing import Self
 from rich import progress as rich_progress
 from rich.console import Console
 
+_PLAIN_SECONDS = 30
+
 
 class Progress:
-  """A progress bar on a terminal, or else a line every `plain_seconds`."""
+  """A progress bar on a terminal, or else a line every 30 seconds."""
 
   def __init__(
     self,
@@ -21,21 +21,15 @@ class Progress:
     *,
     active: bool = True,
     console: Console | None = None,
-    plain_seconds: float = 30.0,
   ):
     """Makes a bar; nothing is shown before `with`.
 
-    Args:
-      total_steps: the step at which the run ends.
-      start_step: the step it starts from; time left is estimated from there.
-      description: shown at the left.
-      active: False shows nothing, for all processes but the first.
-      console: standard output if None.
-      plain_seconds: the least time between two lines.
+    The time left is estimated from what passed since `start_step`. All
+    processes but the first are not `active`, and show nothing.
     """
     self._total, self._start = total_steps, start_step
     self._description, self._active = description, active
-    self._console, self._plain_seconds = console or Console(), plain_seconds
+    self._console = console or Console()
     self._bar: rich_progress.Progress | None = None
     self._pending: str | None = None
 
@@ -58,25 +52,16 @@ class Progress:
       self._bar.start()
     return self
 
-  def update(
-    self,
-    step: int,
-    *,
-    loss: float | None = None,
-    tokens_per_second: float | None = None,
-  ) -> None:
+  def update(self, step: int, loss: float, tokens_per_second: float) -> None:
     """Shows a step and its metrics."""
     if not self._active:
       return
-    parts = [] if loss is None else [f"loss {float(loss):.4f}"]
-    if tokens_per_second is not None:
-      parts.append(f"{float(tokens_per_second):,.0f} tokens/s")
-    values = "  ".join(parts)
+    values = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
     if self._bar is not None:
       self._bar.update(self._task, completed=step, values=values)
       return
     self._pending = self._plain_line(step, values)
-    if time.monotonic() - self._printed >= self._plain_seconds:
+    if time.monotonic() - self._printed >= _PLAIN_SECONDS:
       self._print_pending()
 
   def __exit__(self, *exc_info) -> None:
@@ -86,12 +71,14 @@ class Progress:
 
   def _plain_line(self, step: int, values: str) -> str:
     elapsed = time.monotonic() - self._began
-    parts = [f"{self._description}: step {step}/{self._total}"]
-    parts += [values, f"elapsed {_clock(elapsed)}"]
-    if step > self._start:
-      left = elapsed / (step - self._start) * (self._total - step)
-      parts.append(f"left {_clock(left)}")
-    return "  ".join(part for part in parts if part)
+    line = (
+      f"{self._description}: step {step}/{self._total}  {values}  "
+      f"elapsed {_clock(elapsed)}"
+    )
+    if step == self._start:
+      return line
+    left = elapsed / (step - self._start) * (self._total - step)
+    return f"{line}  left {_clock(left)}"
 
   def _print_pending(self) -> None:
     if self._pending is not None:

@@ -1,10 +1,7 @@
 """Run identity: refuses to resume a run of other settings, data or models.
 
-It is saved with each checkpoint and in `complete.json`, the mark of a finished
-stage.
+It is saved with each checkpoint, and in `complete.json` of a finished stage.
 """
-
-from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
@@ -40,23 +37,17 @@ def describe(
 ) -> dict[str, Any]:
   """Everything that the trained leaves depend on, as JSON.
 
-  Args:
-    params: the whole tree.
-    frozen: its leaves that are not trained; each model's are hashed.
-    origins: where each model came from, by "anchor" or "augmenting/<name>".
-    fingerprint: of the data.
+  Each model's leaves in `frozen`, those of `params` that are not trained, are
+  hashed; `origins` says where a model came from, by "anchor" or
+  "augmenting/<name>". The fingerprint is the data's.
   """
   settings = dataclasses.asdict(stage)
   for name in _NOT_IDENTITY:
     del settings[name]
   part, _ = forward.submodel(spec, params, stage.model)
-  models = {}
+  all_leaves, models = trees.flatten(frozen).items(), {}
   for name in ["anchor", *(f"augmenting/{n}" for n in params["augmenting"])]:
-    leaves = {
-      leaf: x
-      for leaf, x in trees.flatten(frozen).items()
-      if leaf.startswith(f"{name}/")
-    }
+    leaves = {n: x for n, x in all_leaves if n.startswith(f"{name}/")}
     if leaves and stage.model in ("composed", name):
       models[name] = {
         "origin": origins.get(name, "trained by this run"),
@@ -77,13 +68,15 @@ def check(saved: dict, current: dict, directory: Path) -> None:
       "folder, or end the run with the version that began it"
     )
   old, new = (trees.flatten(identity, ".") for identity in (saved, current))
-  differ = sorted(k for k in old | new if old.get(k) != new.get(k))
-  if differ:
-    lines = [f"  {k}: was {old.get(k)}, is {new.get(k)}" for k in differ]
+  lines = [
+    f"\n  {key}: was {old.get(key)}, is {new.get(key)}"
+    for key in sorted(old | new)
+    if old.get(key) != new.get(key)
+  ]
+  if lines:
     raise InputError(
-      f"{directory} holds a run that differs in\n"
-      + "\n".join(lines)
-      + "\nchoose another --config.workdir, or remove that folder"
+      f"{directory} holds a run that differs in{''.join(lines)}\nchoose "
+      "another --config.workdir, or remove that folder"
     )
 
 
@@ -121,10 +114,7 @@ def _architecture(spec: Composition) -> dict[str, Any]:
   # `asdict` would copy a mesh.
   spec = spec.with_compute(lambda part: {"place": None})
   fields = dataclasses.asdict(spec)
-  fields["augmenting"] = dict(fields["augmenting"])
-  for config in (
-    fields["anchor"],
-    *(joined["config"] for joined in fields["augmenting"].values()),
-  ):
+  joined = fields["augmenting"] = dict(fields["augmenting"])
+  for config in (fields["anchor"], *(x["config"] for x in joined.values())):
     config["compute"] = {"dtype": config["compute"]["dtype"]}
   return fields

@@ -62,9 +62,9 @@ def deferred() -> Iterator[Request]:
 def raised(grace: float, kept: Callable[[], str]) -> Iterator[None]:
   """Raises signals as errors, and ends the process `grace` seconds after one.
 
-  Python runs a signal's handler only once the main thread comes back from,
-  say, the compiler; a thread of its own ends a process that is still there when
-  the machine is about to go. `kept` says what is on disk, for the message.
+  Python runs a handler only once the main thread comes back from, say, the
+  compiler; so a thread ends a process that is still there when the machine is
+  about to go. `kept` says what is on disk, for the message.
   """
 
   def stop(number, frame):
@@ -76,9 +76,8 @@ def raised(grace: float, kept: Callable[[], str]) -> Iterator[None]:
   os.set_blocking(writer, False)
   before = {number: signal.signal(number, stop) for number in SIGNALS}
   wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-  thread = threading.Thread(
-    target=_end_after, args=(reader, grace, kept), daemon=True
-  )
+  args = reader, grace, kept
+  thread = threading.Thread(target=_end_after, args=args, daemon=True)
   thread.start()
   try:
     yield
@@ -93,12 +92,10 @@ def raised(grace: float, kept: Callable[[], str]) -> Iterator[None]:
 
 def _end_after(reader: int, grace: float, kept: Callable[[], str]) -> None:
   """Ends the process `grace` seconds after a signal; returns at end of file."""
-  while True:
-    received = os.read(reader, 1)
-    if not received:
-      return
-    if received[0] in SIGNALS:
-      break
+  while (received := os.read(reader, 1)) and received[0] not in SIGNALS:
+    pass
+  if not received:
+    return
   deadline = time.monotonic() + grace
   known = kept()
   while (left := deadline - time.monotonic()) > 0:

@@ -1,7 +1,5 @@
 """The settings of one run of the training loop, and their defaults."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -24,18 +22,15 @@ class Stage:
     schedule: "cosine" or "constant", after the warm-up.
     warmup: steps in which the learning rate rises from 0.
     final: the last learning rate as a fraction of the highest, for "cosine".
-    b1: decay of Adam's first moment.
-    b2: decay of Adam's second moment.
+    b1, b2: decay of Adam's first and second moment.
     eps: added to the root of Adam's second moment.
     weight_decay: decoupled decay, of the leaves that `decay` matches.
     decay: regex over the last part of a leaf's name.
     clip: largest global norm of the gradients.
-    log_every: steps between two lines of metrics.
-    eval_every: steps between two measurements of the held-out loss.
-    checkpoint_every: steps between two checkpoints.
+    log_every, eval_every, checkpoint_every: steps between two lines of
+      metrics, two measurements of the held-out loss, two checkpoints.
     keep_last: how many of the newest checkpoints are kept.
-    keep_best: how many are kept besides, of those with the lowest held-out
-      loss.
+    keep_best: how many are kept besides, of the lowest held-out loss.
   """
 
   model: str = "composed"

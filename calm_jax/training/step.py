@@ -1,7 +1,5 @@
 """The programs of training: the loss of a batch, and the jitted update."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -24,13 +22,7 @@ Array = jax.Array
 
 
 def row_losses(params: dict, spec: Composition, batch: Batch):
-  """Cross-entropy in nats and weights of each row of a batch, [B] each.
-
-  Args:
-    params: whole tree of the composition or model.
-    spec: what they are.
-    batch: with targets and weights.
-  """
+  """Cross-entropy in nats and weights of each row of a batch, [B] each."""
   return loss_lib.chunked_rows(*_loss_arguments(params, spec, batch))
 
 
@@ -41,10 +33,9 @@ def summed_loss(params: dict, spec: Composition, batch: Batch):
 
 def _loss_arguments(params: dict, spec: Composition, batch: Batch) -> tuple:
   """The head, its parameters, the states it reads, and what they predict."""
-  config = spec.anchor
-  limit, place = config.compute.loss_chunk, config.compute.place
-  if place is not None:
-    limit *= place.layout.mesh.size
+  config, place = spec.anchor, spec.anchor.compute.place
+  devices = 1 if place is None else place.layout.mesh.size
+  limit = config.compute.loss_chunk * devices
 
   def head(weights, x_BLD):
     return decoder.logits(weights, config, x_BLD)
@@ -89,7 +80,7 @@ def make_step(
       lambda x: x.reshape(stage.accumulate, -1, *x.shape[1:]), batch
     )
     if layout is not None:
-      pieces = layout.pieces(pieces)
+      pieces = layout.constrain_all("batch", pieces)
 
     def add(carry, piece):
       new = value_and_grad(trainable, frozen, piece, total)

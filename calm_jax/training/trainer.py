@@ -4,8 +4,6 @@ A stage is one run of it. It resumes from its newest checkpoint, ends
 bit-equal to a run that was never interrupted, and is skipped once complete.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
@@ -57,10 +55,8 @@ def run_stage(
 
   Args:
     name: of the stage, for messages.
-    spec, params: the whole composition and its whole tree.
     source: random access to batches, with `describe(index)` and `fingerprint`:
       all of their rows, or this process's `layout.share`.
-    eval_batches: held-out batches, measured every `eval_every` steps.
     directory: where checkpoints and metrics go.
     origins: where each frozen model came from; see `run_identity.describe`.
     layout: of all arrays; None for one device.
@@ -93,104 +89,11 @@ def run_stage(
   run = _Run(name, stage, source, eval_batches, directory, identity, layout)
   result = run.finished(trainable)
   if result is None:
-    result = _train(run, spec, mask, trainable, frozen, watchdog)
+    with run.open_checkpoints():
+      result = _train(run, spec, mask, trainable, frozen, watchdog)
     run_identity.mark_complete(directory, stage.steps, result[1], identity)
   trained, seconds = result
   return trees.merge(trained, frozen), seconds
-
-
-def _initial_state(
-  optimizer: Optimizer, trainable: Tree, layout: Layout | None
-) -> Tree:
-  """The state before the first step, laid out as its parameters are."""
-  make = functools.partial(step_lib.initial_state, optimizer)
-  if layout is None:
-    return make(trainable)
-  shardings = layout.following(jax.eval_shape(make, trainable))
-  del shardings["trainable"]
-
-  def rest(trainable):
-    state = make(trainable)
-    del state["trainable"]
-    return state
-
-  made = jax.jit(rest, out_shardings=shardings)(trainable)
-  return made | {"trainable": trainable}
-
-
-def _train(
-  run: _Run,
-  spec: Composition,
-  mask: Tree,
-  trainable: Tree,
-  frozen: Tree,
-  watchdog: float,
-) -> tuple[Tree, float]:
-  """Trains from the newest checkpoint on: (trained leaves, seconds)."""
-  stage, layout = run.stage, run.layout
-  optimizer = make_optimizer(stage, mask)
-  with run.open_checkpoints():
-    state = _initial_state(optimizer, trainable, layout)
-    state, iterator, seconds = run.resume(state)
-    step = step_lib.make_step(spec, stage, optimizer, layout)
-    evaluate = step_lib.make_eval(spec, stage.model)
-    return _run_steps(
-      run, step, evaluate, state, frozen, iterator, seconds, watchdog
-    )
-
-
-def _run_steps(
-  run: _Run,
-  step: Callable,
-  evaluate: Callable,
-  state: Tree,
-  frozen: Tree,
-  iterator: Iterator[Batch],
-  seconds: float,
-  watchdog: float,
-) -> tuple[Tree, float]:
-  """The loop over the steps that are left."""
-  stage, first = run.stage, int(state["step"])
-  began = time.monotonic() - seconds
-  writes = jax.process_index() == 0
-  with (
-    MetricWriter(run.directory, resume_step=first, active=writes) as writer,
-    Progress(stage.steps, first, run.name, active=writes) as progress,
-    signals.deferred() as request,
-    Watchdog(watchdog) as watch,
-  ):
-    log, poll = _StepLog(run, writer, progress), processes.Poll()
-    for number in range(first + 1, stage.steps + 1):
-      watch.expect(f"step {number}", compiles=number == first + 1)
-      batch = run.next_batch(iterator, number)
-      state, metrics = step(state, frozen, batch)
-      log.add(number, metrics)
-      run.checkpoints.check()
-      is_last, stops = number == stage.steps, poll(request.signal is not None)
-      evaluates = bool(run.eval_batches) and (
-        is_last or number % stage.eval_every == 0
-      )
-      saves = is_last or stops or number % stage.checkpoint_every == 0
-      if not (evaluates or saves):
-        continue
-      # Nothing may be saved before its loss is known to be finite.
-      log.flush()
-      loss = None
-      if evaluates:
-        watch.expect(f"the evaluation after step {number}", compiles=True)
-        loss = run.held_out_loss(evaluate, state["trainable"], frozen)
-        writer.write(number, {"eval_loss": loss})
-      if saves:
-        watch.expect(f"the save of step {number}")
-        seconds = time.monotonic() - began
-        data = {"iterator": iterator.get_state(), "seconds": seconds}
-        run.checkpoints.save(number, state, data, run.identity, loss)
-      if stops:
-        run.checkpoints.wait()
-        raise request.error(f"{run.position(number)} is saved")
-    watch.expect("the last save")
-    run.checkpoints.wait()
-  return state["trainable"], time.monotonic() - began
 
 
 @dataclasses.dataclass
@@ -208,8 +111,7 @@ class _Run:
 
   def finished(self, abstract: Tree) -> tuple[Tree, float] | None:
     """Reads (trained leaves, seconds) of a finished stage, if this is one."""
-    mark = run_identity.completion(self.directory)
-    if mark is None:
+    if (mark := run_identity.completion(self.directory)) is None:
       return None
     saved = mark.get("identity", {})
     run_identity.check(saved, self.identity, self.directory)
@@ -238,8 +140,7 @@ class _Run:
   def resume(self, state: Tree) -> tuple[Tree, Iterator[Batch], float]:
     """The newest state, the batches that follow, and the seconds spent."""
     iterator = pipeline.make_iterator(self.source)
-    saved = self.checkpoints.restore_meta()
-    if saved is None:
+    if (saved := self.checkpoints.restore_meta()) is None:
       return state, iterator, 0.0
     run_identity.check(saved, self.identity, self.directory)
     state, data = self.checkpoints.restore(state)
@@ -263,14 +164,9 @@ class _Run:
       return batch
     return self.layout.batch(batch, self.stage.batch_size)
 
-  def held_out_loss(
-    self, evaluate: Callable, trainable: Tree, frozen: Tree
-  ) -> float:
+  def held_out_loss(self, evaluate: Callable, *params: Tree) -> float:
     """The mean loss of the targets of all held-out batches."""
-    sums = [
-      evaluate(trainable, frozen, self.placed(batch))
-      for batch in self.eval_batches
-    ]
+    sums = [evaluate(*params, self.placed(x)) for x in self.eval_batches]
     loss, weight = map(sum, zip(*processes.fetch(sums), strict=True))
     return float(loss / weight)
 
@@ -323,3 +219,77 @@ class _StepLog:
     self._last_written, self._tokens = now, 0
     self._writer.write(number, values | {"tokens_per_second": speed})
     self._progress.update(number, loss=values["loss"], tokens_per_second=speed)
+
+
+def _initial_state(
+  optimizer: Optimizer, trainable: Tree, layout: Layout | None
+) -> Tree:
+  """The state before the first step, laid out as its parameters are."""
+  make = functools.partial(step_lib.initial_state, optimizer)
+  if layout is None:
+    return make(trainable)
+  shardings = layout.following(jax.eval_shape(make, trainable))
+  del shardings["trainable"]
+
+  def rest(trainable):
+    state = make(trainable)
+    return {name: state[name] for name in shardings}
+
+  made = jax.jit(rest, out_shardings=shardings)(trainable)
+  return made | {"trainable": trainable}
+
+
+def _train(
+  run: _Run,
+  spec: Composition,
+  mask: Tree,
+  trainable: Tree,
+  frozen: Tree,
+  watchdog: float,
+) -> tuple[Tree, float]:
+  """Trains from the newest checkpoint on: (trained leaves, seconds)."""
+  stage, writes = run.stage, jax.process_index() == 0
+  optimizer = make_optimizer(stage, mask)
+  state = _initial_state(optimizer, trainable, run.layout)
+  state, iterator, seconds = run.resume(state)
+  step = step_lib.make_step(spec, stage, optimizer, run.layout)
+  evaluate = step_lib.make_eval(spec, stage.model)
+  first, began = int(state["step"]), time.monotonic() - seconds
+  with (
+    MetricWriter(run.directory, resume_step=first, active=writes) as writer,
+    Progress(stage.steps, first, run.name, active=writes) as progress,
+    signals.deferred() as request,
+    Watchdog(watchdog) as watch,
+  ):
+    log, poll = _StepLog(run, writer, progress), processes.Poll()
+    for number in range(first + 1, stage.steps + 1):
+      watch.expect(f"step {number}", compiles=number == first + 1)
+      batch = run.next_batch(iterator, number)
+      state, metrics = step(state, frozen, batch)
+      log.add(number, metrics)
+      run.checkpoints.check()
+      is_last, stops = number == stage.steps, poll(request.signal is not None)
+      evaluates = bool(run.eval_batches) and (
+        is_last or number % stage.eval_every == 0
+      )
+      saves = is_last or stops or number % stage.checkpoint_every == 0
+      if not (evaluates or saves):
+        continue
+      # Nothing may be saved before its loss is known to be finite.
+      log.flush()
+      loss = None
+      if evaluates:
+        watch.expect(f"the evaluation after step {number}", compiles=True)
+        loss = run.held_out_loss(evaluate, state["trainable"], frozen)
+        writer.write(number, {"eval_loss": loss})
+      if saves:
+        watch.expect(f"the save of step {number}")
+        seconds = time.monotonic() - began
+        data = {"iterator": iterator.get_state(), "seconds": seconds}
+        run.checkpoints.save(number, state, data, run.identity, loss)
+      if stops:
+        run.checkpoints.wait()
+        raise request.error(f"{run.position(number)} is saved")
+    watch.expect("the last save")
+    run.checkpoints.wait()
+  return state["trainable"], time.monotonic() - began

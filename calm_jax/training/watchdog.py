@@ -1,7 +1,5 @@
 """A watchdog that ends a hung process, so that it can be started again."""
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import sys
@@ -17,8 +15,8 @@ _COMPILING = 10  # Times the seconds, for work that includes compiling.
 class Watchdog:
   """Prints all stacks and ends the process with `HUNG` when nothing moves.
 
-  It is a thread of its own: a hung collective cannot be interrupted, and
-  `faulthandler` would end the process with the exit code of any fault.
+  It is a thread: a hung collective cannot be interrupted, and `faulthandler`
+  would end the process with the exit code of any fault.
   """
 
   def __init__(self, seconds: float):
@@ -42,12 +40,9 @@ class Watchdog:
     self._over.set()
 
   def _watch(self) -> None:
-    while not self._over.wait(min(1.0, self._seconds / 4)):
-      late = time.monotonic() - self._deadline
-      if late > 0:
-        break
-    else:
-      return
+    while time.monotonic() <= self._deadline:
+      if self._over.wait(min(1.0, self._seconds / 4)):
+        return
     print(
       f"error: watchdog: {self._what} did not come to its end in its "
       f"{self._seconds:g} s (--config.watchdog; {_COMPILING} times that where "

@@ -26,8 +26,8 @@ def test_plain_progress_shows_the_last_step_of_a_failed_run():
     pytest.raises(RuntimeError),
     Progress(9, console=Console(file=out)) as progress,
   ):
-    progress.update(1)
-    progress.update(2, loss=math.nan)
+    progress.update(1, loss=1.0, tokens_per_second=1)
+    progress.update(2, loss=math.nan, tokens_per_second=1)
     raise RuntimeError
   assert "step 2/9  loss nan" in out.getvalue()
 
@@ -45,5 +45,5 @@ def test_progress_on_a_terminal_is_a_bar():
 def test_inactive_progress_is_silent():
   out = io.StringIO()
   with Progress(9, console=Console(file=out), active=False) as progress:
-    progress.update(1, loss=1.0)
+    progress.update(1, loss=1.0, tokens_per_second=1)
   assert out.getvalue() == ""

@@ -106,8 +106,8 @@ def test_a_thread_hears_of_no_signal():
 # The main thread is in C, where Python hears of no signal.
 DEAF = """
 import hashlib, sys
-from calm_jax import stopping
-with stopping.raised(0.3, lambda: "step 4 is kept"):
+from calm_jax.training import signals
+with signals.raised(0.3, lambda: "step 4 is kept"):
   print("ready", flush=True)
   hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
 """
