@@ -1,15 +1,12 @@
 """Computes the fields of ModelConfig that are not copied from a config.json.
 
-Each function takes the config.json with its defaults and returns fields;
-`config_tables.py` names the function of each family.
+Each function takes a config.json with its family's defaults.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_choice
 from calm_jax.models.hf import rope_config
 
 Json = dict[str, Any]
@@ -20,30 +17,27 @@ def _head_dim(hf: Json, width="hidden_size", heads="num_attention_heads"):
   if hf.get("head_dim"):
     return hf["head_dim"]
   if hf[width] % hf[heads]:
-    raise InputError(
-      f"{width}={hf[width]} is not a multiple of {heads}={hf[heads]}"
-    )
+    multiple = f"{width}={hf[width]} is not a multiple of {heads}={hf[heads]}"
+    raise InputError(multiple)
   return hf[width] // hf[heads]
 
 
 def rotary(hf: Json, theta: float = 10_000.0, fraction: float | None = None):
   """Reads rotary positions and the width of a head."""
   head_dim = _head_dim(hf)
-  read = rope_config.read_rope(hf, head_dim, theta, fraction)
-  return {"rope": read, "head_dim": head_dim}
+  rope = rope_config.read_rope(hf, head_dim, theta, fraction)
+  return {"rope": rope, "head_dim": head_dim}
 
 
-def _windows(
-  hf: Json, sliding: Callable[[int], bool] = lambda layer: True
-) -> Json:
-  """The window of the layers to which layer_types, or `sliding`, gives it."""
+def _windows(hf: Json, slides: Callable[[int], bool] = lambda i: True) -> Json:
+  """The window of the layers to which layer_types, or `slides`, gives it."""
   layers = range(hf["num_hidden_layers"])
   window, types = hf["sliding_window"], hf.get("layer_types")
   if not hf.get("use_sliding_window", True):
     window = None
   if types is None:
     given = window is not None
-    types = [_KINDS[bool(given and sliding(i))] for i in layers]
+    types = [_KINDS[bool(given and slides(i))] for i in layers]
   if len(types) != len(layers) or not set(types) <= set(_KINDS):
     raise InputError(
       f"layer_types={types!r} are not num_hidden_layers={len(layers)} of "
@@ -54,8 +48,7 @@ def _windows(
     return {}
   if window is None:
     raise InputError(
-      "layer_types has sliding_attention, but sliding_window is not given or "
-      "use_sliding_window not set"
+      "layer_types has sliding_attention, without a sliding_window in use"
     )
   return {"window": window, "full_layers": full}
 
@@ -90,46 +83,41 @@ def smollm3(hf: Json) -> Json:
 
 
 def gemma(hf: Json) -> Json:
-  activation = hf["hidden_act"]
+  activation, newer = hf["hidden_act"], hf["hidden_activation"]
   if activation == "gelu":  # of the first releases; they meant the other one
     activation = "gelu_pytorch_tanh"
-  if hf["hidden_activation"] not in (None, activation):
+  if newer not in (None, activation):
     raise InputError(
-      f"hidden_activation={hf['hidden_activation']!r} contradicts "
-      f"hidden_act={hf['hidden_act']!r}"
+      f"hidden_activation={newer!r} contradicts hidden_act={hf['hidden_act']!r}"
     )
-  return rotary(hf) | {
+  scale = hf["hidden_size"] ** 0.5
+  return rotary(hf) | {"embedding_scale": scale, "activation": activation}
+
+
+def _gemma_scales(hf: Json) -> Json:
+  return {
     "embedding_scale": hf["hidden_size"] ** 0.5,
-    "activation": activation,
+    "attention_scale": hf["query_pre_attn_scalar"] ** -0.5,
   }
 
 
 def gemma2(hf: Json) -> Json:
-  return {
-    "embedding_scale": hf["hidden_size"] ** 0.5,
-    "attention_scale": hf["query_pre_attn_scalar"] ** -0.5,
-    **rotary(hf),
-    **_alternating(hf, 2),
-  }
+  return _gemma_scales(hf) | rotary(hf) | _alternating(hf, 2)
 
 
 def gemma3(hf: Json) -> Json:
   """Reads Gemma 3, whose windowed layers have other rotary positions."""
-  thetas = {"full_attention": 1e6, "sliding_attention": 1e4}
+  thetas = dict(zip(_KINDS, (1e6, 1e4), strict=True))
   for key in ("rope_theta", "rope_local_base_freq"):
     if hf.get("rope_parameters") and hf.get(key):
       raise InputError(f"rope_parameters and {key} are both given")
   head_dim = _head_dim(hf)
   ropes = rope_config.read_ropes(hf, head_dim, thetas)
   windows = _alternating(hf, hf["sliding_window_pattern"])
-  return {
-    "embedding_scale": hf["hidden_size"] ** 0.5,
-    "attention_scale": hf["query_pre_attn_scalar"] ** -0.5,
-    "head_dim": head_dim,
-    "rope": ropes["full_attention"],
-    "local_rope": ropes["sliding_attention"] if windows else None,
-    **windows,
-  }
+  rope, local_rope = ropes.values()
+  if windows:
+    windows["local_rope"] = local_rope
+  return _gemma_scales(hf) | windows | {"head_dim": head_dim, "rope": rope}
 
 
 def gpt2(hf: Json) -> Json:
@@ -143,10 +131,7 @@ def gpt2(hf: Json) -> Json:
 
 def phi3(hf: Json) -> Json:
   fields = rotary(hf, fraction=1.0) | _windows(hf)
-  if fields["rope"].kind not in ("default", "longrope"):
-    raise InputError(
-      f"rope_type={fields['rope'].kind!r} is none of transformers' for it"
-    )
+  check_choice("rope_type", fields["rope"].kind, ("default", "longrope"))
   return fields
 
 
@@ -159,35 +144,26 @@ def qwen3_moe(hf: Json) -> Json:
 
 
 def experts(hf: Json) -> Json:
-  """Reads a mixture of experts, Mixtral's or Qwen3-MoE's.
-
-  Raises:
-    InputError: some layers have an ordinary MLP, or the number of experts is
-      unclear or less than a token needs.
-  """
+  """Reads a mixture of experts in every layer, Mixtral's or Qwen3-MoE's."""
   # transformers 5 writes Qwen3-MoE's with Mixtral's name, 4 did not.
   names = ("num_experts", "num_local_experts")
   counts = {hf[n] for n in names if hf.get(n) is not None}
   per_token = hf["num_experts_per_tok"]
   if len(counts) != 1 or max(counts) < max(1, per_token):
     raise InputError(
-      f"config.json gives {' / '.join(names)} as {sorted(counts)}, and "
+      f"{' / '.join(names)} are {sorted(counts)} with "
       f"num_experts_per_tok={per_token}"
     )
   fields = {"experts_per_token": per_token, "num_experts": counts.pop()}
   if hf["model_type"] == "mixtral":
     return fields | {"normalise_experts": True}
   step, never = hf["decoder_sparse_step"], hf["mlp_only_layers"]
-  dense = [
-    i
-    for i in range(hf["num_hidden_layers"])
-    if (i + 1) % step or i in (never or ())
-  ]
+  layers = range(hf["num_hidden_layers"])
+  dense = [i for i in layers if (i + 1) % step or i in (never or ())]
   if dense:
     raise InputError(
-      "config.json asks for ordinary MLPs in the layers (from 0) "
-      f"{dense}, by decoder_sparse_step={step} and mlp_only_layers={never}; "
-      "only models with experts in every layer are computed here"
+      f"decoder_sparse_step={step} and mlp_only_layers={never} give ordinary "
+      f"MLPs to the layers {dense}, from 0; only experts are computed here"
     )
   return fields | {
     "mlp_width": hf["moe_intermediate_size"],
@@ -202,12 +178,9 @@ def granite(hf: Json) -> Json:
 def neox(hf: Json) -> Json:
   # Some versions of transformers write both spellings; all read their own.
   nested = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-  for general, own in (
-    ("rope_theta", "rotary_emb_base"),
-    ("partial_rotary_factor", "rotary_pct"),
-  ):
-    alone = hf.get(own) is None and nested.get(general) is None
+  for general, neox_key in (rope_config.THETA, rope_config.FRACTION):
+    alone = hf.get(neox_key) is None and nested.get(general) is None
     if alone and hf.get(general) is not None:
-      raise InputError(f"{general} is given without {own}, which counts here")
+      raise InputError(f"{general} is given without {neox_key}, the one read")
   heads = {"num_kv_heads": hf["num_attention_heads"]}
   return rotary(hf, fraction=0.25) | heads

@@ -1,7 +1,5 @@
 """Writes checkpoints in Hugging Face's format."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -31,22 +29,20 @@ def save_params(
 ) -> None:
   """Writes a checkpoint that transformers and `load_params` read.
 
-  Parameters keep their dtype and value, bit for bit, and one tensor at a time
-  is held besides them. config.json is written last, so that a folder that has
-  one is complete. Tokenizer files are not written.
+  Parameters keep their bits, and one tensor at a time is held besides them.
+  config.json is written last: a folder that has one is complete. Tokenizer
+  files and `config.compute` are not written.
 
   Args:
     folder: is created; must not hold a checkpoint yet.
-    config: the architecture; `compute` is not kept.
     params: the tree of `decoder.param_shapes(config)`, of one dtype.
-    config_json: the config.json to write, whose family says how the tensors
-      are called; a Llama's made from `config` if None.
-    max_shard_size: bytes of tensors in one file, unless a single one is
-      larger.
+    config_json: the config.json to write, whose family names the tensors; a
+      Llama's made from `config` if None.
+    max_shard_size: bytes of tensors in one file, unless one alone is larger.
 
   Raises:
-    InputError: the folder holds weights already, the tree is not that of
-      the config, or config_json describes another model.
+    InputError: the folder holds weights already, or the tree or config_json
+      does not fit the config.
   """
   folder = pathlib.Path(folder)
   for name in (hub.CONFIG, hub.WEIGHTS, hub.INDEX):
@@ -58,7 +54,12 @@ def save_params(
   if config_json is None:
     config_json = families.to_hf(config, dtype)
   else:
-    _check_same_config(config_json, config)
+    described = families.from_hf(dict(config_json))
+    if dataclasses.replace(described, compute=config.compute) != config:
+      raise InputError(
+        f"the {hub.CONFIG} to be written describes another model: {described}, "
+        f"but the parameters are those of {config}"
+      )
     key = "dtype" if "dtype" in config_json else "torch_dtype"
     config_json = {**config_json, key: dtype}
   table = tensors.tensor_table(config_json)
@@ -79,9 +80,9 @@ def save_params(
 def _check_tree(params: Mapping[str, Any], config: ModelConfig) -> str:
   """Returns the dtype of a tree that is one of the config, of one dtype."""
   leaves = trees.flatten(params)
-  expected = trees.flatten(decoder.param_shapes(config))
   ours = {name: tuple(np.shape(leaf)) for name, leaf in leaves.items()}
-  theirs = {name: leaf.shape for name, leaf in expected.items()}
+  shapes = trees.flatten(decoder.param_shapes(config))
+  theirs = {name: leaf.shape for name, leaf in shapes.items()}
   if ours != theirs:
     raise InputError(
       "the parameters are not those of the config; only in the parameters: "
@@ -92,19 +93,6 @@ def _check_tree(params: Mapping[str, Any], config: ModelConfig) -> str:
   if len(dtypes) != 1 or not dtypes <= set(DTYPES):
     raise InputError(f"parameters must be of one of {DTYPES}, got {dtypes}")
   return dtypes.pop()
-
-
-def _check_same_config(
-  config_json: Mapping[str, Any], config: ModelConfig
-) -> None:
-  says = dataclasses.replace(
-    families.from_hf(dict(config_json)), compute=config.compute
-  )
-  if says != config:
-    raise InputError(
-      f"the {hub.CONFIG} to be written describes another model: {says}, but "
-      f"the parameters are those of {config}"
-    )
 
 
 def _gather(entries: list[tensors.Entry], leaves, dtype: str) -> np.ndarray:

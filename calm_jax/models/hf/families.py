@@ -1,14 +1,11 @@
 """Reads and writes a Hugging Face config.json, strictly.
 
-A key that no table of the family has raises, and so does an option that is not
-computed here.
+A key that the family's table lacks raises, as does what is not computed here.
 """
-
-from __future__ import annotations
 
 import dataclasses
 
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_choice
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.hf.config_tables import FAMILIES, ConfigTable, Json
 
@@ -63,17 +60,13 @@ def from_hf(hf: Json) -> ModelConfig:
   """Returns the config that computes the same function as a config.json.
 
   Raises:
-    InputError: the family is unknown, a required key is missing, or an option
-      is set that this decoder does not compute. Never an approximation.
+    InputError: an unknown family, a missing key, an option that is not computed
+      here. Never an approximation.
   """
   name = hf.get("model_type")
-  if name not in FAMILIES:
-    raise InputError(
-      f"model_type={name!r} is not supported; known: {sorted(FAMILIES)}"
-    )
-  family = FAMILIES[name]
+  check_choice("model_type", name, sorted(FAMILIES))
   try:
-    return ModelConfig(**_fields(family, hf))
+    return ModelConfig(**_fields(FAMILIES[name], hf))
   except KeyError as error:
     raise InputError(f"config.json of a {name} lacks the key {error}") from None
   except InputError as error:
@@ -82,62 +75,39 @@ def from_hf(hf: Json) -> ModelConfig:
 
 def _fields(family: ConfigTable, hf: Json) -> Json:
   only = _NEVER | family.only
-  known = {*family.copied, *family.defaults, *only, *family.rope_keys}
-  unknown = set(hf) - known - family.ignored - _NO_ARITHMETIC
+  known = family.required | family.defaults.keys() | only.keys()
+  known |= family.rope_keys | family.ignored
+  unknown = set(hf) - known - _NO_ARITHMETIC
   if unknown:
-    raise InputError(
-      f"there are options that we do not know: {sorted(unknown)}"
-    )
+    raise InputError(f"there are unknown options: {sorted(unknown)}")
   for key, computed in only.items():
     if hf.get(key) not in computed:
       raise InputError(
         f"{key}={hf[key]!r} is not computed here (only {computed})"
       )
   hf = family.defaults | hf
-  fields = dict(family.fixed)
-  for key, ours in family.copied.items():
-    fields |= dict.fromkeys((ours,) if isinstance(ours, str) else ours, hf[key])
+  fields = family.fixed | {field: hf[key] for field, key in family.copied()}
   fields |= family.read(hf)
   if fields["num_kv_heads"] is None:
     fields["num_kv_heads"] = fields["num_heads"]
-  if fields["activation"] not in ACTIVATIONS:
-    raise InputError(
-      f"the activation {fields['activation']!r} is not computed here (only "
-      f"{sorted(ACTIVATIONS)})"
-    )
+  check_choice("activation", fields["activation"], sorted(ACTIVATIONS))
   return fields | {"activation": ACTIVATIONS[fields["activation"]]}
 
 
 def to_hf(config: ModelConfig, dtype: str) -> Json:
-  """Returns the config.json of a model trained from scratch, a llama.
+  """Returns the config.json of a model trained from scratch.
 
   Raises:
-    InputError: the config is not one that a llama can have.
+    InputError: the config is none of a llama.
   """
+  hf = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+  hf |= {k: getattr(config, field) for field, k in FAMILIES["llama"].copied()}
   names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-  hf = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": config.vocab_size,
-    "hidden_size": config.width,
-    "num_hidden_layers": config.num_layers,
-    "num_attention_heads": config.num_heads,
-    "num_key_value_heads": config.num_kv_heads,
-    "head_dim": config.head_dim,
-    "intermediate_size": config.mlp_width,
-    "max_position_embeddings": config.max_length,
-    "hidden_act": names[config.activation],
-    "rms_norm_eps": config.norm_eps,
-    "rope_theta": config.rope.theta if config.rope else None,
-    "tie_word_embeddings": config.tie_embeddings,
-    "attention_bias": config.attention_bias,
-    "mlp_bias": config.mlp_bias,
-    "torch_dtype": dtype,
-    # transformers' defaults are ids of Llama's own vocabulary.
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-  }
+  hf["hidden_act"] = names[config.activation]
+  hf["rope_theta"] = config.rope.theta if config.rope else None
+  # transformers' defaults are ids of Llama's own vocabulary.
+  ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+  hf |= {"torch_dtype": dtype, **ids}
   back = from_hf(hf)
   differ = [
     f"{field.name}={getattr(config, field.name)!r}"

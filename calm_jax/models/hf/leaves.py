@@ -1,7 +1,5 @@
 """Fills the leaves of a parameter tree from the tensors of a checkpoint."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,10 +20,8 @@ _AT_ONCE = 1 << 22  # weights that are quantised together
 class StoredModel(NamedTuple):
   """A checkpoint that was opened and checked; no tensor is read yet.
 
-  Attributes:
-    tensors: the tensors of its files, by name.
-    entries: for each leaf the tensors, or parts of tensors, that fill it.
-    shapes: the shape of each leaf.
+  `entries` has the tensors, or parts of tensors, that fill each leaf, and
+  `shapes` the shape of each leaf.
   """
 
   tensors: dict[str, Tensor]
@@ -42,26 +38,18 @@ def read(
   """Reads leaves by name, all pieces in the order of the files.
 
   Args:
-    stored: the checkpoint.
-    names: the leaves to read.
-    dtype: the dtype of the arrays.
     shardings: a `jax.sharding.Sharding` for each leaf, of which this process
       then reads what its devices hold. None for whole numpy arrays.
   """
-  blocks = {
-    name: _blocks(stored.shapes[name], dtype, shardings and shardings[name])
-    for name in names
-  }
+  places = dict.fromkeys(names) if shardings is None else shardings
+  blocks = {n: _blocks(stored.shapes[n], dtype, places[n]) for n in names}
   tensor_reader.read_all(
     read
     for name, parts in blocks.items()
     for start, block in parts.items()
     for read in reads(stored.tensors, stored.entries[name], block, start)
   )
-  return {
-    name: _assemble(parts, stored.shapes[name], shardings and shardings[name])
-    for name, parts in blocks.items()
-  }
+  return {n: _assemble(blocks[n], stored.shapes[n], places[n]) for n in names}
 
 
 def read_quantised(
@@ -70,13 +58,10 @@ def read_quantised(
   kind: str,
   shardings: Mapping[str, Any] | None = None,
 ) -> dict[str, Array]:
-  """Reads one leaf in float32 and quantises it.
+  """Reads one leaf in float32, and returns the arrays that stand for it.
 
-  Without shardings a part of a layer at a time is read and quantised, so that
-  the float32 weights of a whole leaf are never held.
-
-  Returns:
-    The arrays that stand for the leaf, by name: "layers/.../kernel/int8".
+  Their names are such as "layers/.../kernel/int8". Without shardings the
+  float32 weights of a part of a layer are held at a time.
   """
   if shardings is None:
     arrays = _quantise_in_parts(stored, name, kind)
@@ -90,8 +75,7 @@ def read_quantised(
     [values] = [s for part, s in places.items() if part != "scale"]
     whole = read(stored, [name], "float32", {name: values})[name]
     make = functools.partial(quantisation.quantise_leaf, name, kind=kind)
-    arrays = jax.jit(make, out_shardings=places)(whole)
-    arrays = jax.block_until_ready(arrays)
+    arrays = jax.block_until_ready(jax.jit(make, out_shardings=places)(whole))
   return {f"{name}/{part}": array for part, array in arrays.items()}
 
 
@@ -124,10 +108,9 @@ def reads(
 def _with_axes_of_view(
   entry: Entry, region: tuple[slice, ...], target: np.ndarray
 ) -> tuple[tuple[slice, ...], np.ndarray]:
-  """A region of leaf[at] and its array, with the axes of the entry's view.
+  """A region of leaf[at] and its array, the last axis cut as in the view.
 
-  If a file holds several leaves that take turns head by head, the view splits
-  the last axis into heads.
+  The view cuts it into heads if leaves take turns head by head.
   """
   *_, width = shape = view_shape(entry)
   if len(shape) == len(region):
@@ -135,8 +118,8 @@ def _with_axes_of_view(
   *outer, last = region
   if last.start % width or last.stop % width:
     raise InputError(
-      f"{entry} is sharded inside heads of {width}, which {entry.tensor} does "
-      "not allow; shard it between heads or along another axis"
+      f"{entry} ({entry.tensor}) is sharded inside heads of {width}; shard it "
+      "between heads or along another axis"
     )
   heads = slice(last.start // width, last.stop // width)
   target = target.reshape(*target.shape[:-1], -1, width)
@@ -144,10 +127,7 @@ def _with_axes_of_view(
 
 
 def _blocks(shape, dtype, sharding) -> dict[tuple[int, ...], np.ndarray]:
-  """Memory for what this process holds of a leaf, by each part's first index.
-
-  Devices that hold the same part share what is read for them.
-  """
+  """Memory for the parts of a leaf that this process holds, by first index."""
   if sharding is None:
     return {(0,) * len(shape): tensor_reader.empty(shape, dtype)}
   blocks: dict[tuple[int, ...], np.ndarray] = {}

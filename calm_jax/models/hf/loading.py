@@ -4,8 +4,6 @@ A tensor without a leaf, or a leaf without a tensor, is an error and never a
 model that is almost right.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import os
@@ -17,17 +15,11 @@ import jax
 import numpy as np
 
 from calm_jax.core import hub, trees
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_choice
 from calm_jax.models import decoder, quantisation
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.hf import (
-  families,
-  leaves,
-  tensor_reader,
-  tensor_tables,
-  tensors,
-)
-from calm_jax.models.hf.tensor_tables import TensorTable
+from calm_jax.models.hf import families, leaves, tensor_reader, tensors
+from calm_jax.models.hf.tensor_tables import EMBEDDING, HEAD, TensorTable
 from calm_jax.models.hf.weight_files import FLOATS, Tensor, open_tensors
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -61,8 +53,7 @@ def load_params(
   a few megabytes.
 
   Args:
-    folder: holds config.json and model.safetensors, or its shards and
-      model.safetensors.index.json.
+    folder: holds config.json and model.safetensors, or shards and their index.
     config: the result of `load_config`.
     dtype: of the arrays, one of DTYPES.
     shardings: a tree of `jax.sharding.Sharding`s, one for each leaf of the
@@ -76,26 +67,29 @@ def load_params(
     on a CPU; with shardings `jax.Array`s.
 
   Raises:
-    InputError: weights that are missing, pickled, corrupt or quantized; a
-      tensor that is unknown, missing, twice there or misshapen; the head of a
-      tied model that differs from its embedding; shardings of another tree;
-      float64 arrays while JAX has them disabled.
+    InputError: as `open_model`; or shardings of another tree, or float64 arrays
+      while JAX has them disabled.
   """
-  if dtype not in DTYPES:
-    raise InputError(f"dtype={dtype!r} is none of {DTYPES}")
+  check_choice("dtype", dtype, DTYPES)
   quantisation.check(quantise)
   stored = open_model(pathlib.Path(folder), config)
-  kept = trees.flatten(
-    quantisation.shapes(decoder.param_shapes(config), quantise)
-  )
-  places = None
+  shapes = quantisation.shapes(decoder.param_shapes(config), quantise)
+  kept = trees.flatten(shapes)
+  plain = [name for name in stored.shapes if name in kept]
+  places, groups = None, [plain]
   if shardings is not None:
     places = trees.flatten(shardings)
-    _check_shardings(places, kept, dtype)
+    if places.keys() != kept.keys():
+      raise InputError(
+        "shardings are not of the model's leaves; they differ in "
+        f"{sorted(places.keys() ^ kept.keys())[:_SHOWN]}"
+      )
+    if dtype == "float64" and not jax.config.jax_enable_x64:
+      raise InputError("dtype='float64' needs jax_enable_x64")
+    # Leaf after leaf, each of which is then released on the host.
+    groups = [[name] for name in plain]
   arrays: dict[str, leaves.Array] = {}
-  plain = [name for name in stored.shapes if name in kept]
-  # On devices leaf after leaf, each of which is then released on the host.
-  for names in [plain] if places is None else [[name] for name in plain]:
+  for names in groups:
     arrays |= leaves.read(stored, names, dtype, places)
   for name in stored.shapes:
     if name not in kept:
@@ -103,23 +97,12 @@ def load_params(
   return trees.unflatten({name: arrays[name] for name in kept})
 
 
-def _check_shardings(places, kept, dtype: str) -> None:
-  if places.keys() != kept.keys():
-    raise InputError(
-      "shardings are not of the model's leaves; they differ in "
-      f"{sorted(places.keys() ^ kept.keys())[:_SHOWN]}"
-    )
-  if dtype == "float64" and not jax.config.jax_enable_x64:
-    raise InputError("dtype='float64' needs jax_enable_x64")
-
-
 def changed_leaf(
   folder: str | os.PathLike, config: ModelConfig, params: Mapping[str, Any]
 ) -> str | None:
   """Returns the first leaf that differs from the folder's, None if none does.
 
-  One leaf at a time is held besides the parameters. Raises what `load_params`
-  raises.
+  One leaf at a time is held besides the parameters. Raises as `load_params`.
   """
   stored = open_model(pathlib.Path(folder), config)
   kind, rest = quantisation.kind_of(params), dict(trees.flatten(params))
@@ -141,8 +124,9 @@ def open_model(folder: pathlib.Path, config: ModelConfig) -> leaves.StoredModel:
   """Opens a checkpoint whose tensors and leaves are one to one.
 
   Raises:
-    InputError: a tensor is unknown, missing, misshapen, not of floats or twice
-      there; or the head of a tied model differs from its embedding.
+    InputError: weights are missing, pickled or corrupt; a tensor is unknown,
+      missing, misshapen, not of floats or twice there; or the head of a tied
+      model differs from its embedding.
   """
   table = tensors.tensor_table(hub.read_config(folder))
   entries = tensors.entries_by_tensor(table, config)
@@ -160,10 +144,9 @@ def open_model(folder: pathlib.Path, config: ModelConfig) -> leaves.StoredModel:
   by_leaf: dict[str, list[tensors.Entry]] = {}
   for entry in itertools.chain(*entries.values()):
     by_leaf.setdefault(entry.leaf, []).append(entry)
-  shapes = trees.flatten(decoder.param_shapes(config))
-  return leaves.StoredModel(
-    found, by_leaf, {name: leaf.shape for name, leaf in shapes.items()}
-  )
+  flat = trees.flatten(decoder.param_shapes(config))
+  shapes = {name: leaf.shape for name, leaf in flat.items()}
+  return leaves.StoredModel(found, by_leaf, shapes)
 
 
 def _problems(
@@ -175,7 +158,7 @@ def _problems(
   """Why tensors and leaves are not one to one, a line for each tensor."""
 
   def places(name):
-    parts = [f"{e} {list(leaves.view_shape(e))}" for e in entries[name]]
+    parts = (f"{e} {list(leaves.view_shape(e))}" for e in entries[name])
     return " and ".join(parts)
 
   problems = []
@@ -209,13 +192,13 @@ def _drop_tied_head(
   """Drops the head of a tied model, which may be written out once more."""
   untied = dataclasses.replace(config, tie_embeddings=False)
   names = {e.leaf: e.tensor for e in tensors.entries(table, untied)}
-  head = found.pop(names[tensor_tables.HEAD], None)
-  embedding = found.get(names[tensor_tables.EMBEDDING])
+  head = found.pop(names[HEAD], None)
+  embedding = found.get(names[EMBEDDING])
   if head is None or embedding is None:
     return
   if not tensor_reader.same(head, embedding):
     raise InputError(
-      f"{folder}: {hub.CONFIG} says that head and embedding are tied, but "
-      f"{head} differs from {embedding} ({tensor_tables.EMBEDDING}); set "
-      "tie_word_embeddings to false there if the head is a matrix of its own"
+      f"{folder}: {hub.CONFIG} ties the head, but {head} differs from "
+      f"{embedding}; if it is a matrix of its own, set tie_word_embeddings to "
+      "false there"
     )

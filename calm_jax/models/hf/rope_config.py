@@ -1,7 +1,5 @@
 """Reads rotary positions from a Hugging Face config.json."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -13,30 +11,31 @@ _LENGTH = "original_max_position_embeddings"
 _LONGEST = "max_position_embeddings"
 # Options with several names, among the rotary options or beside them.
 _KIND = ("rope_type", "type")
-_THETA = ("rope_theta", "rotary_emb_base")
-_FRACTION = ("partial_rotary_factor", "rotary_pct")
-_COMMON = {*_KIND, *_THETA, *_FRACTION}
-# The options that each kind needs, and those that it may have besides.
-_NEEDED = {
-  "default": (),
-  "linear": ("factor",),
-  "dynamic": ("factor",),
-  "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-  "yarn": ("factor",),
-  "longrope": ("short_factor", "long_factor"),
-}
+THETA = ("rope_theta", "rotary_emb_base")
+FRACTION = ("partial_rotary_factor", "rotary_pct")
+_COMMON = {*_KIND, *THETA, *FRACTION}
+_LISTS = ("short_factor", "long_factor")
+_FREQUENCIES = ("low_freq_factor", "high_freq_factor")
 _BETAS = ("beta_fast", "beta_slow")
 _MSCALES = ("mscale", "mscale_all_dim")
-_ALLOWED = {
-  "llama3": (_LENGTH,),
-  "yarn": (_LENGTH, "attention_factor", *_BETAS, "truncate", *_MSCALES),
-  "longrope": (_LENGTH, "factor", "attention_factor"),
+_NUMBERS = ("factor", "attention_factor", *_FREQUENCIES, *_BETAS)
+# The options that each kind needs, and those that it may have besides.
+_OPTIONS = {
+  "default": ((), ()),
+  "linear": (("factor",), ()),
+  "dynamic": (("factor",), ()),
+  "llama3": (("factor", *_FREQUENCIES), (_LENGTH,)),
+  "yarn": (
+    ("factor",),
+    (_LENGTH, "attention_factor", *_BETAS, "truncate", *_MSCALES),
+  ),
+  "longrope": (_LISTS, (_LENGTH, "factor", "attention_factor")),
 }
 
 # The keys of a config.json that are read here; two families have other names.
-_DICTS = {"rope_parameters", "rope_scaling"}
-KEYS = frozenset({*_DICTS, _THETA[0], _FRACTION[0], _LENGTH, _LONGEST})
-NEOX_KEYS = KEYS | {_THETA[1], _FRACTION[1]}
+_DICTS = ("rope_parameters", "rope_scaling")
+KEYS = frozenset({*_DICTS, THETA[0], FRACTION[0], _LENGTH, _LONGEST})
+NEOX_KEYS = KEYS | {THETA[1], FRACTION[1]}
 GEMMA3_KEYS = KEYS | {"rope_local_base_freq"}
 
 
@@ -62,20 +61,25 @@ def read_rope(
   options = _options(hf)
   kind = _value(hf, options, _KIND, "default")
   _check_options(kind, options)
-  share = _value(hf, options, _FRACTION, fraction or 1.0)
+  share = _value(hf, options, FRACTION, fraction or 1.0)
   if fraction is None and share != 1:
     raise InputError(
-      f"config.json asks for {' / '.join(_FRACTION)}={share}, but this family "
+      f"config.json asks for {' / '.join(FRACTION)}={share}, but this family "
       "rotates whole heads"
     )
   fields: dict[str, Any] = {
-    "rotary_dim": int(head_dim * _number(_FRACTION[0], share)),
-    "theta": _number(_THETA[0], _value(hf, options, _THETA, theta)),
+    "rotary_dim": int(head_dim * _number(FRACTION[0], share)),
+    "theta": _number(THETA[0], _value(hf, options, THETA, theta)),
     "kind": kind,
   }
-  for name, (field, read) in _FIELDS.items():
+  fields |= {n: _number(n, options[n]) for n in _NUMBERS if n in options}
+  for name in _LISTS:
     if name in options:
-      fields[field] = read(name, options[name])
+      fields[f"{name}s"] = _numbers(name, options[name])
+  if "truncate" in options:
+    fields["truncate"] = options["truncate"]
+    if not isinstance(fields["truncate"], bool):
+      raise _wrong("truncate", fields["truncate"], "bool")
   if kind not in ("default", "linear"):
     original = _original_length(kind, hf, options)
     fields["original_length"] = int(_number(_LENGTH, original))
@@ -100,23 +104,23 @@ def read_ropes(
     thetas: the family's default base of each layer type.
 
   Returns:
-    {layer type: Rope}, for the layer types of `thetas`.
+    {layer type: Rope}, in the order of `thetas`.
 
   Raises:
     InputError: as `read_rope`, and for layer types not in `thetas`.
   """
-  nested = hf.get("rope_parameters")
+  nested, scaling = hf.get("rope_parameters"), hf.get("rope_scaling")
   if nested is None:
     old = {key: hf.get(key) for key in KEYS}
     base = hf.get("rope_local_base_freq")
     local = old | {"rope_scaling": None, "rope_theta": base}
     each = {n: local if n == "sliding_attention" else old for n in thetas}
   else:
-    if set(nested) - set(thetas) or hf.get("rope_scaling"):
+    if set(nested) - set(thetas) or scaling:
       raise InputError(
         f"config.json has rope_parameters for {sorted(nested)} and "
-        f"rope_scaling={hf.get('rope_scaling')!r}; known are parameters for "
-        f"{sorted(thetas)} alone"
+        f"rope_scaling={scaling!r}, but only parameters for {sorted(thetas)} "
+        "are known"
       )
     lengths = {key: hf.get(key) for key in (_LENGTH, _LONGEST)}
     each = {n: lengths | {"rope_parameters": nested.get(n)} for n in thetas}
@@ -125,11 +129,12 @@ def read_ropes(
 
 def _options(hf: Json) -> Json:
   """Returns the mapping of rotary options, without those that are null."""
-  if hf.get("rope_parameters") and hf.get("rope_scaling"):
-    raise InputError("config.json has both rope_parameters and rope_scaling")
-  options = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+  given = [hf[key] for key in _DICTS if hf.get(key)]
+  if len(given) > 1:
+    raise InputError(f"config.json has both {' and '.join(_DICTS)}")
+  options = given[0] if given else {}
   if not isinstance(options, dict):
-    raise InputError(f"config.json has rotary options={options!r}, no mapping")
+    raise _wrong("rotary options", options, "mapping")
   options = {k: v for k, v in options.items() if v is not None}
   if options.get("type") == "su":  # longrope's name in older Phi-3
     options["type"] = "longrope"
@@ -148,22 +153,20 @@ def _value(hf: Json, options: Json, names: tuple[str, ...], default: Any):
 
 
 def _check_options(kind: str, options: Json) -> None:
-  """Raises InputError for an unknown kind, or options that it does not have."""
   check_kind(kind)
-  needed = set(_NEEDED[kind])
-  unknown = set(options) - _COMMON - needed - {*_ALLOWED.get(kind, ())}
-  missing = needed - set(options)
+  needed, allowed = _OPTIONS[kind]
+  unknown = set(options) - _COMMON - {*needed, *allowed}
+  missing = set(needed) - set(options)
   if unknown or missing:
     raise InputError(
       f"rope_type={kind!r} in config.json lacks {sorted(missing)}, and has "
-      f"options that we do not know: {sorted(unknown)}"
+      f"unknown options: {sorted(unknown)}"
     )
 
 
 def _original_length(kind: str, hf: Json, options: Json) -> int | None:
   """The length that the model was first trained for."""
-  # Beside the other options, where Phi-3 has it, it counts more than among
-  # them.
+  # Phi-3 has it beside the other options, where it counts more than among them.
   original = hf.get(_LENGTH) or options.get(_LENGTH)
   if kind == "dynamic" or (kind in ("llama3", "yarn") and not original):
     return hf.get(_LONGEST)
@@ -183,36 +186,18 @@ def _attention_factor(fields: Json, options: Json) -> float:
   return 1 + 0.1 * growth
 
 
+def _wrong(name: str, value: Any, kind: str) -> InputError:
+  return InputError(f"config.json has {name}={value!r}, which is no {kind}")
+
+
 def _number(name: str, value: Any) -> float:
-  real = isinstance(value, (int, float)) and not isinstance(value, bool)
+  real = isinstance(value, int | float) and not isinstance(value, bool)
   if not real or not 0 < value < math.inf:
-    raise InputError(
-      f"config.json has {name}={value!r}, which is no number above 0"
-    )
+    raise _wrong(name, value, "number above 0")
   return float(value)
 
 
 def _numbers(name: str, values: Any) -> tuple[float, ...]:
-  if not isinstance(values, (list, tuple)):
-    raise InputError(f"config.json has {name}={values!r}, which is no list")
+  if not isinstance(values, list | tuple):
+    raise _wrong(name, values, "list")
   return tuple(_number(name, v) for v in values)
-
-
-def _bool(name: str, value: Any) -> bool:
-  if not isinstance(value, bool):
-    raise InputError(f"config.json has {name}={value!r}, which is no bool")
-  return value
-
-
-# For each option the field of Rope that it becomes, and how it is read.
-_FIELDS = {
-  "factor": ("factor", _number),
-  "attention_factor": ("attention_factor", _number),
-  "low_freq_factor": ("low_freq_factor", _number),
-  "high_freq_factor": ("high_freq_factor", _number),
-  "beta_fast": ("beta_fast", _number),
-  "beta_slow": ("beta_slow", _number),
-  "short_factor": ("short_factors", _numbers),
-  "long_factor": ("long_factors", _numbers),
-  "truncate": ("truncate", _bool),
-}

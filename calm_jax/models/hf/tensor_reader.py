@@ -1,11 +1,7 @@
 """Reads tensors of safetensors files into arrays, piece by piece.
 
-No file is mapped, since touched pages of a mapping count as memory. A piece is
-read directly into its array, or through a small buffer if it must be cast or
-transposed on the way.
+No file is mapped, since touched pages of a mapping count as memory.
 """
-
-from __future__ import annotations
 
 import math
 import os
@@ -28,14 +24,7 @@ _ALIGNMENT = 64  # of memory that JAX uses as it is, on a CPU
 
 
 class Read(NamedTuple):
-  """A part of a tensor, and the array that it is read into.
-
-  Attributes:
-    tensor: the tensor.
-    view: the tensor's array -> a numpy view of it.
-    region: the part of that view, a tuple of slices.
-    target: an array of the region's shape.
-  """
+  """A region of a numpy view of a tensor, and the array to read it into."""
 
   tensor: Tensor
   view: Callable[[np.ndarray], np.ndarray]
@@ -78,9 +67,7 @@ def pieces(read: Read) -> Iterator[Piece]:
   if not source.size:
     return
   if not np.may_share_memory(source, probe):
-    raise ValueError(
-      f"the view of {read.tensor} is a copy, which reads nothing"
-    )
+    raise ValueError(f"the view of {read.tensor} is a copy: it reads nothing")
   dtype = FLOATS[read.tensor.dtype]
   for part, target in _split(source, read.target, _PIECE // dtype.itemsize):
     low, high = byte_bounds(part)
@@ -116,11 +103,7 @@ def _split(source, target, limit: int):
 
 
 def read_all(reads: Iterable[Read]) -> None:
-  """Performs all reads, in the order of the files.
-
-  Raises:
-    InputError: a file ends before a tensor does, or cannot be read.
-  """
+  """Performs all reads, in the order of the files; see `read_bytes`."""
   todo = [piece for read in reads for piece in pieces(read)]
   todo.sort(key=lambda piece: (piece.path, piece.start))
   if not todo:
@@ -171,8 +154,8 @@ def copy_strips(source: np.ndarray, target: np.ndarray) -> None:
       copy_strips(source_part, target_part)
   else:
     rows, columns = source.shape
-    # Rows a power of two apart share few lines of the cache, and would drive
-    # each other out of it: they are put a little further apart first.
+    # Rows a power of two apart would drive each other out of the cache: they
+    # are put a little further apart first.
     strip = np.empty((_STRIP, columns + _ALIGNMENT), target.dtype)[:, :columns]
     for at in range(0, rows, _STRIP):
       here = strip[: rows - at]
@@ -190,8 +173,8 @@ def read_bytes(path: pathlib.Path, start: int, into: np.ndarray) -> None:
     raise InputError(f"cannot read {path}: {error}") from error
   if count != into.size:
     raise InputError(
-      f"cannot read {path}: it ends at byte {start + count}, and "
-      f"{into.size - count} more are needed; download it again"
+      f"{path} ends at byte {start + count}, and {into.size - count} more are "
+      "needed; download it again"
     )
 
 

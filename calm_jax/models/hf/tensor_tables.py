@@ -1,26 +1,27 @@
-"""The names of Hugging Face's tensors: the only file that knows them.
+"""The names of each family's tensors, and the leaves that they hold.
 
-One table per family says which tensor holds which leaf of
-`decoder.param_shapes`, and how it lies there. `tensors.py` reads these tables.
+`tensors.py` reads these tables; no other file knows Hugging Face's names.
 """
-
-from __future__ import annotations
 
 from typing import NamedTuple
 
 
 class Fused(NamedTuple):
-  """A tensor that holds several leaves side by side.
+  """A tensor that holds leaves side by side, or in turns head by head.
 
-  Attributes:
-    leaves: in their order in the tensor.
-    transposed: whether it is [out, in], as in torch's Linear.
-    by_head: whether the leaves take turns head by head.
+  It is transposed if it is [out, in], as in torch's Linear.
   """
 
   leaves: tuple[str, ...]
   transposed: bool
   by_head: bool = False
+
+
+_LAYER = "model.layers.{}"
+_BUFFERS = (
+  f"{_LAYER}.self_attn.rotary_emb.inv_freq",
+  "model.rotary_emb.inv_freq",
+)
 
 
 class TensorTable(NamedTuple):
@@ -37,21 +38,23 @@ class TensorTable(NamedTuple):
 
   tensors: dict[str, tuple[str, bool]]
   fused: dict[str, Fused] = {}  # noqa: RUF012
-  ignored: tuple[str, ...] = ()
+  ignored: tuple[str, ...] = _BUFFERS
   renamed: tuple[tuple[str, str], ...] = ()
 
 
-def _linears(tensor: str, leaf: str, names: dict[str, str]) -> dict:
-  """Table entries of torch Linears, with the biases some of them have."""
+def _linears(
+  tensor: str, leaf: str, names: dict[str, str], transposed: bool = True
+) -> dict:
+  """Table entries of matrices, with the biases that some of them have."""
   entries = {}
   for theirs, ours in names.items():
-    entries[f"{tensor}.{theirs}.weight"] = (f"{leaf}/{ours}/kernel", True)
+    entries[f"{tensor}.{theirs}.weight"] = (f"{leaf}/{ours}/kernel", transposed)
     entries[f"{tensor}.{theirs}.bias"] = (f"{leaf}/{ours}/bias", False)
   return entries
 
 
 def _norms(names: dict[str, str]) -> dict:
-  """Table entries of norms, with the biases some of them have."""
+  """Table entries of norms, with the biases that some of them have."""
   entries = {}
   for theirs, ours in names.items():
     entries[f"{theirs}.weight"] = (f"{ours}/scale", False)
@@ -61,7 +64,6 @@ def _norms(names: dict[str, str]) -> dict:
 
 # fmt: off
 EMBEDDING, HEAD = "embed/embedding", "head/kernel"
-_LAYER = "model.layers.{}"
 _ATTENTION, _MLP = "layers/attention", "layers/mlp"
 _QKV = ("query", "key", "value")
 _Q_NORMS = {
@@ -72,9 +74,6 @@ _OUTER = {
   "model.embed_tokens.weight": (EMBEDDING, False),
   "lm_head.weight": (HEAD, True),
 }
-_BUFFERS = (
-  f"{_LAYER}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"
-)
 _SELF_ATTENTION = _linears(f"{_LAYER}.self_attn", _ATTENTION, {
   "q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output",
 })
@@ -86,23 +85,18 @@ _PRE_NORMS = _norms({
   f"{_LAYER}.post_attention_layernorm": "layers/mlp_norm",
   "model.norm": "final_norm",
 })
-# post_attention_layernorm is where it says where there are post-norms.
-_POST_NORMS = {
-  f"{_LAYER}.post_attention_layernorm": "layers/attention_post_norm",
-  f"{_LAYER}.post_feedforward_layernorm": "layers/mlp_post_norm",
-  "model.norm": "final_norm",
-}
-
 _LLAMA = TensorTable(
-  _OUTER | _SELF_ATTENTION | _GATED | _PRE_NORMS | _norms(_Q_NORMS),
-  ignored=_BUFFERS,
+  _OUTER | _SELF_ATTENTION | _GATED | _PRE_NORMS | _norms(_Q_NORMS)
 )
 _SANDWICH = TensorTable(
-  _OUTER | _SELF_ATTENTION | _GATED | _norms(_POST_NORMS | _Q_NORMS | {
+  _OUTER | _SELF_ATTENTION | _GATED | _norms({
+    # Where there are post-norms, this one is where its name says.
+    f"{_LAYER}.post_attention_layernorm": "layers/attention_post_norm",
+    f"{_LAYER}.post_feedforward_layernorm": "layers/mlp_post_norm",
+    "model.norm": "final_norm", **_Q_NORMS,
     f"{_LAYER}.input_layernorm": "layers/attention_norm",
     f"{_LAYER}.pre_feedforward_layernorm": "layers/mlp_norm",
-  }),
-  ignored=_BUFFERS,
+  })
 )
 
 
@@ -124,12 +118,10 @@ _PHI3 = TensorTable(
       (f"{_MLP}/gate/kernel", f"{_MLP}/up/kernel"), True
     ),
   },
-  ignored=_BUFFERS,
 )
 _STARCODER2 = TensorTable(
   _OUTER | _SELF_ATTENTION | _PRE_NORMS
-  | _linears(f"{_LAYER}.mlp", _MLP, {"c_fc": "up", "c_proj": "down"}),
-  ignored=_BUFFERS,
+  | _linears(f"{_LAYER}.mlp", _MLP, {"c_fc": "up", "c_proj": "down"})
 )
 _NEOX_LAYER = "gpt_neox.layers.{}"
 _NEOX = TensorTable(
@@ -159,17 +151,10 @@ _GPT2 = TensorTable(
     "transformer.wpe.weight": ("embed/position_embedding", False),
     "lm_head.weight": (HEAD, True),
     # Its Conv1D is a Linear that holds [in, out].
-    **{
-      name: (leaf, False)
-      for theirs, ours in (
-        ("attn.c_proj", "attention/output"), ("mlp.c_fc", "mlp/up"),
-        ("mlp.c_proj", "mlp/down"),
-      )
-      for name, leaf in (
-        (f"{_GPT2_LAYER}.{theirs}.weight", f"layers/{ours}/kernel"),
-        (f"{_GPT2_LAYER}.{theirs}.bias", f"layers/{ours}/bias"),
-      )
-    },
+    **_linears(_GPT2_LAYER, "layers", {
+      "attn.c_proj": "attention/output", "mlp.c_fc": "mlp/up",
+      "mlp.c_proj": "mlp/down",
+    }, transposed=False),
     **_norms({
       f"{_GPT2_LAYER}.ln_1": "layers/attention_norm",
       f"{_GPT2_LAYER}.ln_2": "layers/mlp_norm",
@@ -177,9 +162,7 @@ _GPT2 = TensorTable(
     }),
   },
   fused=_fused_qkv(f"{_GPT2_LAYER}.attn.c_attn", False),
-  ignored=tuple(
-    f"{_GPT2_LAYER}.attn.{buffer}" for buffer in ("bias", "masked_bias")
-  ),
+  ignored=(f"{_GPT2_LAYER}.attn.bias", f"{_GPT2_LAYER}.attn.masked_bias"),
   # The first release has no prefix.
   renamed=((r"^(?=(wte|wpe|h|ln_f)\.)", "transformer."),),
 )
@@ -188,16 +171,14 @@ _GPT2 = TensorTable(
 def _mixture(layer: str, gate: str, up: str, down: str) -> TensorTable:
   """A Llama with norms of queries and keys, and experts."""
   names = {gate: "gate", up: "up", down: "down"}
-  experts = {
+  mlp = {f"{layer}.gate.weight": (f"{_MLP}/router/kernel", True)} | {
     f"{layer}.experts.{{}}.{theirs}.weight": (
       f"{_MLP}/experts/{ours}/kernel", True
     )
     for theirs, ours in names.items()
   }
-  router = {f"{layer}.gate.weight": (f"{_MLP}/router/kernel", True)}
   return TensorTable(
-    _OUTER | _SELF_ATTENTION | _PRE_NORMS | _norms(_Q_NORMS) | router | experts,
-    ignored=_BUFFERS,
+    _OUTER | _SELF_ATTENTION | _PRE_NORMS | _norms(_Q_NORMS) | mlp
   )
 
 

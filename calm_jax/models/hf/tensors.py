@@ -1,22 +1,18 @@
 """The tensors of a checkpoint as parts of the parameter tree."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from calm_jax.core import trees
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_choice
 from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.hf.tensor_tables import FAMILIES, Fused, TensorTable
-
-T = TypeVar("T")
 
 
 class Entry(NamedTuple):
@@ -27,9 +23,8 @@ class Entry(NamedTuple):
     shape: the shape of the whole tensor in the file.
     leaf: the leaf's name in the parameter tree.
     at: indices into the leaf's leading axes: (), (layer,) or (layer, expert).
-    view: the tensor's array -> a numpy view of the entry's part, in the
-      layout of leaf[at], of which it may split axes: read by
-      `leaf[at].reshape(view.shape)[...] = view`, write by the reverse.
+    view: the tensor's array -> a numpy view of the entry's part, laid out as
+      leaf[at], of which it may split axes.
   """
 
   tensor: str
@@ -43,24 +38,16 @@ class Entry(NamedTuple):
 
 
 def tensor_table(config_json: Mapping[str, Any]) -> TensorTable:
-  """Returns the table of a config.json's family.
-
-  Raises:
-    InputError: the family is unknown.
-  """
+  """Returns the table of a config.json's family; InputError if unknown."""
   name = config_json.get("model_type")
-  if name not in FAMILIES:
-    raise InputError(
-      f"model_type={name!r} is not supported; known: {sorted(FAMILIES)}"
-    )
+  check_choice("model_type", name, sorted(FAMILIES))
   return FAMILIES[name]
 
 
 def entries(table: TensorTable, config: ModelConfig) -> list[Entry]:
   """Lists every tensor that a checkpoint of this config has, and its leaf.
 
-  Raises:
-    InputError: the family has no tensor for a leaf of the config.
+  Raises InputError if the family has no tensor for a leaf of the config.
   """
   leaves = trees.flatten(decoder.param_shapes(config))
   tensors = table.fused | {
@@ -89,8 +76,7 @@ def entries(table: TensorTable, config: ModelConfig) -> list[Entry]:
   homeless = set(leaves) - {entry.leaf for entry in found}
   if homeless:
     raise InputError(
-      f"this family has no tensors for {sorted(homeless)}, which a model with "
-      "this config has"
+      f"this family has no tensors for {sorted(homeless)} of the config"
     )
   return found
 
@@ -105,13 +91,12 @@ def entries_by_tensor(
   return grouped
 
 
-def canonical(table: TensorTable, tensors: dict[str, T]) -> dict[str, T]:
+def canonical(table: TensorTable, tensors: dict[str, Any]) -> dict[str, Any]:
   """Renames tensors as the tables do, whatever version wrote the file.
 
-  Raises:
-    InputError: two of them then have the same name.
+  Raises InputError if two of them then have the same name.
   """
-  renamed: dict[str, T] = {}
+  renamed: dict[str, Any] = {}
   for name, tensor in tensors.items():
     for pattern, replacement in table.renamed:
       name = re.sub(pattern, replacement, name)
@@ -130,12 +115,11 @@ def ignored(table: TensorTable, name: str) -> bool:
 def absent(table: TensorTable, config: ModelConfig, name: str) -> str:
   """Says why a tensor has no leaf, for a message."""
   pattern = re.sub(r"\.\d+(?=\.)", ".{}", name)
-  if pattern in table.tensors:
-    leaf = table.tensors[pattern][0]
-  elif pattern in table.fused:
-    leaf = table.fused[pattern].leaves[0]
-  else:
+  leaves = {name: leaf for name, (leaf, _) in table.tensors.items()}
+  leaves |= {name: fused.leaves[0] for name, fused in table.fused.items()}
+  if pattern not in leaves:
     return "is a name that this family does not have"
+  leaf = leaves[pattern]
   layers = [e for e in entries(table, config) if e.leaf == leaf]
   if not layers:
     return f"would be {leaf}, which a model with this config does not have"

@@ -1,10 +1,4 @@
-"""Finds and writes the safetensors files of a checkpoint.
-
-No other format is read: a pickled checkpoint (*.bin, *.pt) runs any code it
-likes when it is read.
-"""
-
-from __future__ import annotations
+"""Finds and writes the safetensors files of a checkpoint, and no others."""
 
 import json
 import math
@@ -53,8 +47,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
   single, index = folder / WEIGHTS, folder / INDEX
   if single.exists() and index.exists():
     raise InputError(
-      f"{folder} has both {WEIGHTS} and {INDEX}: two sets of weights; move "
-      "one of them away"
+      f"{folder} has two sets of weights, {WEIGHTS} and {INDEX}: move one away"
     )
   if single.exists():
     return [single]
@@ -68,24 +61,22 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
         raise InputError(f"{index} names a file outside its folder: {name!r}")
       if not (folder / name).exists():
         raise InputError(
-          f"{index} names {name}, which is missing; the download may not have "
-          "finished"
+          f"{index} names {name}, which is missing: finish the download"
         )
     return [folder / name for name in names]
+  missing = f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}"
   others = sorted(p.name for p in folder.glob("*.safetensors"))
-  pickled = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLES)
   if others:
-    raise InputError(
-      f"{folder} has neither {WEIGHTS} nor {INDEX}, only {others[:_SHOWN]}"
-    )
+    raise InputError(f"{missing}, only {others[:_SHOWN]}")
+  pickled = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLES)
   if pickled:
     raise InputError(
-      f"{folder} has weights as {pickled[:_SHOWN]} only. These are pickles, "
-      "which run any code they hold when read, so they are never opened here: "
-      "convert them to safetensors, with transformers where you trust them: "
+      f"{missing}, only {pickled[:_SHOWN]}. These are pickles, which run any "
+      "code they hold when read, and are never opened here: where you trust "
+      "them, convert them to safetensors with transformers: "
       "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)"
     )
-  raise InputError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}")
+  raise InputError(missing)
 
 
 def _check_readable(path: pathlib.Path) -> None:
@@ -107,39 +98,32 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
   Raises:
     InputError: the file is missing, truncated or no safetensors.
   """
+  # The library checks the header, but does not say where a tensor starts.
   _check_readable(path)
-  # The library checks the header, and does not say where a tensor starts,
-  # which reading into place needs.
   with path.open("rb") as file:
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length))
   header.pop("__metadata__", None)
-  return {
-    name: Tensor(
-      name,
-      path,
-      entry["dtype"],
-      tuple(entry["shape"]),
-      8 + length + entry["data_offsets"][0],
-    )
-    for name, entry in header.items()
-  }
+  tensors = {}
+  for name, entry in header.items():
+    shape, start = tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+    tensors[name] = Tensor(name, path, entry["dtype"], shape, start)
+  return tensors
 
 
 def open_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
   """Lists all tensors of a checkpoint by name; none is read yet.
 
   Raises:
-    InputError: there are no weights, they are pickled, a file is missing or
-      corrupt, or two files hold the same tensor.
+    InputError: as `weight_files` and `read_header`, or two files hold the same
+      tensor.
   """
   tensors: dict[str, Tensor] = {}
   for path in weight_files(folder):
     for name, tensor in read_header(path).items():
       if name in tensors:
-        raise InputError(
-          f"two files hold one tensor: {tensors[name]}, {tensor}"
-        )
+        both = f"{tensors[name]}, {tensor}"
+        raise InputError(f"two files hold one tensor: {both}")
       tensors[name] = tensor
   return tensors
 
@@ -153,13 +137,9 @@ def write_tensors(
 ) -> None:
   """Writes tensors as model.safetensors, or as shards and their index.
 
-  Args:
-    folder: must exist.
-    shapes: the shape of each tensor, in the order in which they are written.
-    dtype: the dtype of all tensors.
-    value: makes a tensor, by its name, when its turn comes.
-    max_shard_size: bytes of tensors in one file, unless a single one is
-      larger.
+  They are written in the order of `shapes`, all of one dtype; `value` makes
+  each by its name when its turn comes. A file has at most `max_shard_size`
+  bytes of tensors, or a single one that is larger.
   """
   itemsize = np.dtype(dtype).itemsize
   shards: list[dict[str, tuple[int, ...]]] = [{}]
@@ -185,10 +165,7 @@ def write_tensors(
 
 
 def _write_file(path: pathlib.Path, shapes, dtype: str, value) -> None:
-  """Writes one safetensors file, a tensor at a time; see `write_tensors`.
-
-  The library's own writer wants all of a file's tensors in memory at once.
-  """
+  """Writes one safetensors file; the library would hold all its tensors."""
   codes = {dtype: code for code, dtype in FLOATS.items()}
   # transformers refuses a file that does not say who wrote it.
   header: dict = {"__metadata__": {"format": "pt"}}
