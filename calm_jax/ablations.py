@@ -3,9 +3,9 @@
   python -m calm_jax.ablations --config=configs/kv.py:ablations
 
 Trains m_A and m_B once, then the last stage as every kind of
-`experiments.variants`, on the same data and for as many steps, several
-times each: from other fresh parameters and in another order of the data.
-Started again by the same command, it goes on where it stopped.
+`experiments.variants`, on the same data and for as many steps, several times
+each: from other fresh parameters and in another order of the data. Started
+again by the same command, it goes on where it stopped.
 """
 
 import copy
@@ -33,7 +33,7 @@ from calm_jax.training.metrics import read_metrics
 FOLDER = "ablations"
 WIDTH = 200  # columns of the printed table
 Results = dict[str, Any]
-Runs = dict[str, list[Results]]
+Runs = dict[str, list[Results]]  # by kind
 
 
 class Trial(NamedTuple):
@@ -91,8 +91,7 @@ def _plan(config: ConfigDict) -> list[Trial]:
       "ablations are runs of one process: leave config.distributed, or start "
       "each run by calm_jax.train"
     )
-  unknown = [kind for kind in kinds if kind not in variants.KINDS]
-  if unknown or not kinds or trials < 1:
+  if not kinds or set(kinds) - set(variants.KINDS) or trials < 1:
     raise InputError(
       f"ablations of kinds={kinds}, trials={trials}: give one trial or more, "
       f"and some of {list(variants.KINDS)}"

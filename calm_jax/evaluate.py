@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from calm_jax import cli, report
@@ -24,6 +23,7 @@ from calm_jax.experiments import (
   run_models,
   sharded_models,
 )
+from calm_jax.experiments.base import measure
 from calm_jax.experiments.settings import Bits, Settings
 from calm_jax.language_model import LanguageModel
 from calm_jax.models import quantisation
@@ -91,14 +91,10 @@ def _evaluate(
       f"{options.model} reads other tokens than the experiment's: give the "
       "config that it was trained by, its seed and its task's settings too"
     )
-  data = settings.last.data
-  results = experiment.evaluate(columns, data)
+  results = measure(experiment, columns, settings.last.data, folder)
   counts = {side: m.num_params for side, m in frozen.items()}
   if model.is_composed:
     counts["composition"] = model.num_composition_params
-    if _has_attention_maps(model):
-      maps = experiment.attention_maps(model, data)
-      np.savez(folder / "attention.npz", **maps)
   origins = {side: m.origin for side, m in frozen.items()}
   return results | {
     "model": options.model,
@@ -107,13 +103,6 @@ def _evaluate(
     # The results are in a folder of their own, not in that of a kind of run.
     "config": config | origins | {"output": ""},
   }
-
-
-def _has_attention_maps(model: LanguageModel) -> bool:
-  """Checks that a row is not shuffled, and is one text for all models."""
-  joined = model.spec.augmenting
-  is_one_text = len(joined) == 1 or not model.tokenizers
-  return is_one_text and all(a.control != "shuffled" for _, a in joined)
 
 
 def _columns(model: LanguageModel) -> dict[str, LanguageModel]:

@@ -21,21 +21,14 @@ from calm_jax import cli
 from calm_jax.core.errors import InputError
 from calm_jax.data.examples import read_prompts
 from calm_jax.experiments import sharded_models
+from calm_jax.generation.sampling import Sampler
 from calm_jax.models import quantisation
 from calm_jax.parallel import mesh
 from calm_jax.parallel.rules import SHARDING
 from calm_jax.parallel.sharding import Layout
 
 # Flags that are arguments of `LanguageModel.generate`, with their defaults.
-_OPTIONS = {
-  "max_new_tokens": 128,
-  "temperature": 0.0,
-  "top_k": 0,
-  "top_p": 1.0,
-  "min_p": 0.0,
-  "repetition_penalty": 1.0,
-  "seed": 0,
-}
+_OPTIONS = {"max_new_tokens": 128, "seed": 0} | vars(Sampler())
 
 
 def _arguments() -> argparse.Namespace:

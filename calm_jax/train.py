@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from calm_jax import cli, report
 from calm_jax.core import hub, trees
 from calm_jax.experiments import config_files, quantisation_plan, recipe
+from calm_jax.experiments.base import measure
 from calm_jax.language_model import LanguageModel
 from calm_jax.models import lora
 from calm_jax.parallel import processes
@@ -44,21 +44,15 @@ def main(config: ConfigDict) -> dict[str, Any]:
 
 def _evaluate(run: recipe.TrainedRun) -> dict[str, Any]:
   """Evaluates what a run trained; draws where the composed model attends."""
-  settings, experiment, stage = run.settings, run.experiment, run.settings.last
-  models = run.models
-  model = models.pop(settings.recipe[-1])
-  columns = run.frozen_models | {"composed": model}
-  results = experiment.evaluate(columns, stage.data)
+  settings, models, stage = run.settings, run.models, run.settings.last
+  columns = run.frozen_models | {"composed": models.pop(settings.recipe[-1])}
+  results = measure(run.experiment, columns, stage.data, run.folder)
   results["other_runs"] = {
-    name: experiment.evaluate(
+    name: run.experiment.evaluate(
       {"composed": other}, settings.stages[name].data, prefix=f"{name}/"
     )
     for name, other in models.items()
   }
-  # The maps are of one row, which cannot be shuffled.
-  if model.is_composed and settings.composition.control != "shuffled":
-    maps = experiment.attention_maps(model, stage.data)
-    np.savez(run.folder / "attention.npz", **maps)
   flops = overhead.training_flops(
     run.untrained.spec, stage.batch_size, stage.length, stage.augmenting_length
   )

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
+
 from calm_jax.language_model import LanguageModel
 from calm_jax.text.tokenizer import Tokenizer
 from calm_jax.training.stage import Stage
 
-Models = dict[str, LanguageModel]
+Models = dict[str, LanguageModel]  # by the name of their column or side
 
 
 class Experiment(Protocol):
@@ -41,13 +43,28 @@ class Experiment(Protocol):
   def eval_batches(self, stage: Stage, model: LanguageModel) -> list:
     """Held-out batches of a stage, with the rows of all processes."""
 
-  def evaluate(
-    self, models: Models, data: Any, prefix: str = ""
-  ) -> dict[str, Any]:
+  def evaluate(self, models: Models, data: Any, prefix: str = "") -> dict:
     """Measures models, the columns of results.json, with a stage's `data`.
 
     `prefix` begins the names of the files of predictions.
     """
 
-  def attention_maps(self, model: LanguageModel, data: Any) -> dict[str, Any]:
+  def attention_maps(self, model: LanguageModel, data: Any) -> dict:
     """Arrays for the picture of cross-attention; see `cross_attention`."""
+
+
+def measure(
+  experiment: Experiment, models: Models, data: Any, folder: Path
+) -> dict:
+  """Evaluates models, and writes into a folder where "composed" attends."""
+  results = experiment.evaluate(models, data)
+  model = models.get("composed")
+  if model is None or not model.is_composed:
+    return results
+  # A row that is shuffled, or is not one text for all models, has no maps.
+  controls = [augmenting.control for _, augmenting in model.spec.augmenting]
+  is_one_text = len(controls) == 1 or not model.tokenizers
+  if is_one_text and "shuffled" not in controls:
+    maps = experiment.attention_maps(model, data)
+    np.savez(folder / "attention.npz", **maps)
+  return results

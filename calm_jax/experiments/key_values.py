@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -10,6 +9,7 @@ from calm_jax.core import files
 from calm_jax.data import key_value_text, key_values
 from calm_jax.data.key_value_source import KeyValueSource
 from calm_jax.evals.exact_match import exact_match
+from calm_jax.experiments.base import Models
 from calm_jax.language_model import LanguageModel
 from calm_jax.training.stage import Stage
 
@@ -67,7 +67,7 @@ class KeyValueExperiment:
   task_type, data_type = KeyValueTask, KeyValueData
 
   def __init__(
-    self, task: KeyValueTask, seed: int, workdir: Path, loaded: dict[str, Any]
+    self, task: KeyValueTask, seed: int, workdir: Path, loaded: Models
   ):
     del loaded
     self.task, self.seed, self.workdir = task, seed, workdir
@@ -102,16 +102,15 @@ class KeyValueExperiment:
 
   def eval_batches(self, stage: Stage, model: LanguageModel) -> list:
     """Two batches of expressions that no stage trains on."""
-    data = dataclasses.replace(
-      stage.data, part="eval", min_terms=self.task.min_terms
-    )
-    stage = dataclasses.replace(stage, data=data)
-    source = self.source(stage, model, _WATCH_SEED)
+    least = self.task.min_terms
+    data = dataclasses.replace(stage.data, part="eval", min_terms=least)
+    watched = dataclasses.replace(stage, data=data)
+    source = self.source(watched, model, _WATCH_SEED)
     return [source[0], source[1]]
 
   def evaluate(
-    self, models: dict[str, LanguageModel], data: KeyValueData, prefix: str = ""
-  ) -> dict[str, Any]:
+    self, models: Models, data: KeyValueData, prefix: str = ""
+  ) -> dict:
     """Measures Table 1, in percent, and writes the models' predictions.
 
     The models are by column: "augmenting", "anchor", "composed". KV-MATH is
@@ -162,24 +161,20 @@ class KeyValueExperiment:
   ) -> float:
     expressions = self._expressions(split)
     examples = key_value_text.make_examples(self.kv, expressions, task)
+    length = self._longest_answer()
     accuracy, rows = exact_match(
       [example.prompt for example in examples],
       [example.completion for example in examples],
-      lambda prompts: model.generate(
-        prompts, self._longest_answer(), batch_size=_EVAL_ROWS
-      ),
+      lambda prompts: model.generate(prompts, length, batch_size=_EVAL_ROWS),
       num_terms=expressions.num_terms.tolist(),
     )
     files.write_json_lines(self.workdir / "predictions" / file, rows)
     return round(accuracy, 2)
 
-  def attention_maps(
-    self, model: LanguageModel, data: KeyValueData
-  ) -> dict[str, np.ndarray]:
+  def attention_maps(self, model: LanguageModel, data: KeyValueData) -> dict:
     """Cross-attention over one KV-MATH example with all keys held out."""
-    example = key_value_text.make_examples(
-      self.kv, self._expressions("held_out"), _kv_math(data)
-    )[0]
+    drawn = self._expressions("held_out")
+    example = key_value_text.make_examples(self.kv, drawn, _kv_math(data))[0]
     return model.attention(example.prompt, example.completion)
 
 

@@ -1,12 +1,13 @@
 """Runs the stages of an experiment, from settings to trained models."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from calm_jax.composition.connections import paper_count
+from calm_jax.composition.connections import Composition, paper_count
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError, check_choice
 from calm_jax.experiments import quantisation_plan, run_models, sharded_models
@@ -33,7 +34,7 @@ class TrainedRun:
     folder: of the results; in a process that is not the first, thrown away.
     untrained: the frozen models and a fresh composition, before the last stage.
     trees: all parameters after the last stage and each alternative, by stage.
-    parameters: counts, for results.json.
+    lora_rank: of the matrices on the anchor in the last stage; 0 for none.
     seconds: of each stage.
     exact_leaves: by name, leaves as they were before quantising.
   """
@@ -43,7 +44,7 @@ class TrainedRun:
   folder: Path
   untrained: LanguageModel
   trees: dict[str, dict]
-  parameters: dict[str, int]
+  lora_rank: int
   seconds: dict[str, float]
   exact_leaves: dict[str, Any]
 
@@ -64,6 +65,24 @@ class TrainedRun:
     parts = self.settings.parts
     return {side: self.untrained.part(parts[side]) for side in sides}
 
+  @property
+  def parameters(self) -> dict[str, int]:
+    """Counts of parameters, for results.json."""
+    settings, model = self.settings, self.untrained
+    params = self.trees[settings.recipe[-1]]
+    is_trained = trees.mask(params, settings.last.trainable)
+    trained = trees.count(trees.partition(params, is_trained)[0])
+    composition = model.num_composition_params
+    return {
+      "anchor": model.part("anchor").num_params,
+      "augmenting": model.part(settings.parts["augmenting"]).num_params,
+      "composition": composition,
+      "composition_paper_count": paper_count(model.spec),
+      "trained": trained,
+      "lora_rank": self.lora_rank,
+      "trained_minus_composition": trained - composition,
+    }
+
 
 def run_recipe(settings: Settings) -> TrainedRun:
   """Runs all stages, from wherever an earlier process left them.
@@ -75,7 +94,7 @@ def run_recipe(settings: Settings) -> TrainedRun:
   check(settings)
   _check_models(settings)
   layout = make_layout(settings)
-  folder = processes.own_folder(Path(settings.workdir) / settings.output)
+  folder = processes.own_folder(Path(settings.workdir, settings.output))
   experiment, model = _compose(settings, folder, layout)
   quantisation_plan.check(settings, model.params)
   # Faults in the data of the last stage are found before the first one runs.
@@ -83,12 +102,11 @@ def run_recipe(settings: Settings) -> TrainedRun:
     name: _make_batches(settings, name, experiment, model, layout)
     for name in (*settings.recipe, *settings.alternatives)
   }
+  run_stage = functools.partial(_run_stage, settings, layout, model.spec)
   seconds: dict[str, float] = {}
   params = model.params
   for name in settings.recipe[:-1]:
-    params, seconds[name] = _run_stage(
-      settings, name, model, params, batches[name], layout
-    )
+    params, seconds[name] = run_stage(name, params, batches[name])
   exact_params, params = params, quantisation_plan.quantise(settings, params)
   exact = quantisation_plan.exact_leaves(exact_params, params)
   if layout is not None:
@@ -98,12 +116,9 @@ def run_recipe(settings: Settings) -> TrainedRun:
   params, rank = run_models.add_lora(settings, params)
   trained = {}
   for name in settings.ends:
-    trained[name], seconds[name] = _run_stage(
-      settings, name, untrained, params, batches[name], layout
-    )
-  counts = _count(settings, untrained, params, rank)
+    trained[name], seconds[name] = run_stage(name, params, batches[name])
   return TrainedRun(
-    settings, experiment, folder, untrained, trained, counts, seconds, exact
+    settings, experiment, folder, untrained, trained, rank, seconds, exact
   )
 
 
@@ -147,10 +162,8 @@ def make_layout(settings: Settings) -> Layout | None:
     settings.mesh, settings.sharding, settings.replicated
   )
   if layout is None and jax.device_count() > 1:
-    print(
-      f"one of {jax.device_count()} devices is used; --config.mesh.fsdp=-1 "
-      "takes all"
-    )
+    count = jax.device_count()
+    print(f"one of {count} devices is used; --config.mesh.fsdp=-1 takes all")
   return layout
 
 
@@ -187,22 +200,22 @@ def _make_batches(
 
 def _run_stage(
   settings: Settings,
+  layout: Layout | None,
+  spec: Composition,
   name: str,
-  model: LanguageModel,
   params: dict,
   batches: tuple[Any, list],
-  layout: Layout | None,
 ) -> tuple[dict, float]:
   """Runs one stage; returns the whole tree after it, and its seconds."""
   output = settings.output if name in settings.ends else ""
-  parts, checkpoints = settings.parts, settings.checkpoints
-  origins = {parts[side]: path for side, path in checkpoints.items()}
+  parts, paths = settings.parts, settings.checkpoints
+  origins = {parts[side]: path for side, path in paths.items()}
   if settings.random_augmenting:
     origins[parts["augmenting"]] = "random weights"
   return trainer.run_stage(
     name,
     settings.stages[name],
-    model.spec,
+    spec,
     params,
     *batches,
     Path(settings.workdir, output, name),
@@ -216,21 +229,3 @@ def _run_stage(
 def _seed(settings: Settings, name: str) -> int:
   """The seed of a stage; trials share the stages before the last."""
   return settings.trial_seed if name in settings.ends else settings.seed
-
-
-def _count(
-  settings: Settings, model: LanguageModel, params: dict, lora_rank: int
-) -> dict[str, int]:
-  """Counts parameters; `params` are those of the last stage, with LoRA."""
-  is_trained = trees.mask(params, settings.last.trainable)
-  trained = trees.count(trees.partition(params, is_trained)[0])
-  composition = trees.count(params["composition"])
-  return {
-    "anchor": model.part("anchor").num_params,
-    "augmenting": model.part(settings.parts["augmenting"]).num_params,
-    "composition": composition,
-    "composition_paper_count": paper_count(model.spec),
-    "trained": trained,
-    "lora_rank": lora_rank,
-    "trained_minus_composition": trained - composition,
-  }

@@ -29,13 +29,11 @@ def load(settings: Settings, layout: Layout | None) -> dict[str, LanguageModel]:
   loaded = {}
   for side, name in settings.checkpoints.items():
     config = loading.load_config(hub.locate(name).folder)
+    shapes = decoder.param_shapes(config)
+    bits = quantisation_plan.bits_when_loaded(settings, side, shapes)
+    shardings = sharded_models.shardings(layout, settings.parts[side])
     loaded[side] = load_model(
-      name,
-      settings.dtype,
-      shardings=sharded_models.shardings(layout, settings.parts[side]),
-      quantise=quantisation_plan.bits_when_loaded(
-        settings, side, decoder.param_shapes(config)
-      ),
+      name, settings.dtype, shardings=shardings, quantise=bits
     )
   return loaded
 

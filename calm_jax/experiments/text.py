@@ -7,7 +7,6 @@ on held-out text, in bits per byte, and by the evaluations of the config.
 import fnmatch
 import functools
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +18,7 @@ from calm_jax.data.examples import TextExample
 from calm_jax.evals import suite, tasks
 from calm_jax.evals.base import Evaluation
 from calm_jax.evals.perplexity import perplexity
+from calm_jax.experiments.base import Models
 from calm_jax.experiments.languages import expand
 from calm_jax.experiments.text_data import TextCorpus, TextData, TextTask
 from calm_jax.generation.text import with_bos
@@ -36,9 +36,7 @@ class TextExperiment:
 
   task_type, data_type = TextTask, TextData
 
-  def __init__(
-    self, task: TextTask, seed: int, workdir: Path, loaded: dict[str, Any]
-  ):
+  def __init__(self, task: TextTask, seed: int, workdir: Path, loaded: Models):
     if not loaded:
       raise InputError(
         "no model: give --config.anchor= and --config.augmenting= a folder or "
@@ -68,9 +66,7 @@ class TextExperiment:
         "(--config.anchor_eval_data=), or num_samples=0"
       )
 
-  def evaluate(
-    self, models: dict[str, LanguageModel], data: TextData, prefix: str = ""
-  ) -> dict[str, Any]:
+  def evaluate(self, models: Models, data: TextData, prefix: str = "") -> dict:
     """Bits per byte and perplexity of each set, and the config's evaluations.
 
     Only bits per byte if the models read different tokens: perplexities are
@@ -91,9 +87,7 @@ class TextExperiment:
       results |= {"evals": entries, "groups": suite.groups(entries)}
     return results
 
-  def _held_out_scores(
-    self, models: dict[str, LanguageModel], prefix: str
-  ) -> dict[str, Any]:
+  def _held_out_scores(self, models: Models, prefix: str) -> dict:
     """{"perplexity" and "bits_per_byte": {set: {column: value}}}."""
     held_out = self.corpus.held_out
     if self._sampled is not None:
@@ -114,19 +108,15 @@ class TextExperiment:
     return table
 
   def _sample(self, anchor: LanguageModel) -> list[TextExample]:
-    texts = anchor.generate(
-      [""] * self._task.num_samples,
-      self._task.sample_tokens,
-      temperature=1.0,
-      seed=self._seed,
-    )
-    named = [
-      (f"sample {i} of the anchor", text) for i, text in enumerate(texts)
+    prompts, length = [""] * self._task.num_samples, self._task.sample_tokens
+    texts = anchor.generate(prompts, length, temperature=1.0, seed=self._seed)
+    return [
+      TextExample("", text, f"sample {i} of the anchor")
+      for i, text in enumerate(texts)
+      if text
     ]
-    return [TextExample("", text, origin) for origin, text in named if text]
 
-  def _fits(self, prompt: str) -> bool:
-    # BOS comes before it.
+  def _fits(self, prompt: str) -> bool:  # with BOS before it
     return len(self.tokenizer.encode(prompt)) < self._task.prompt_tokens
 
   def _score(
@@ -157,9 +147,7 @@ class TextExperiment:
       for e in examples
     ]
 
-  def attention_maps(
-    self, model: LanguageModel, data: TextData
-  ) -> dict[str, np.ndarray]:
+  def attention_maps(self, model: LanguageModel, data: TextData) -> dict:
     """Cross-attention over the start of the first held-out example."""
     del data
     example = next(iter(self.corpus.held_out.values()))[0]
