@@ -1,8 +1,4 @@
-"""Types that all evaluations share.
-
-An evaluation asks prompts and judges the answers; it knows neither the model
-that answers nor how it was trained.
-"""
+"""Types that all evaluations share: they ask prompts and judge the answers."""
 
 import dataclasses
 from collections.abc import Callable
@@ -32,12 +28,12 @@ class Judgement:
   """A metric of a model's answers, and the rows that it can be traced to.
 
   Attributes:
-    value: the metric, in percent.
+    value: in percent.
     rows: one for each answer, with its "prompt", "prediction" and "score".
-    parts_NS: the summands of each example; `metric` of their sum is `value`.
-    metric: the metric as a function of sums [..., S], for `statistics`.
+    parts_NS, metric: the summands of each example, and the function of their
+      sum that is `value`, see `statistics`.
     note: text to print beside the value, such as sacrebleu's signature.
-    measures: further numbers by name, for results.json.
+    measures: further numbers for results.json.
   """
 
   value: float
@@ -54,12 +50,10 @@ class Evaluation:
 
   Attributes:
     task: the kind, one of `tasks.KINDS`.
-    group: the benchmark; a table is made of a group.
-    subset: the language, empty where there are none.
+    group, subset: the benchmark, and the language in it, if any.
     metric: the name of the metric.
-    examples: the number of examples.
+    examples: their number.
     shots: exemplars asked for; a prompt has fewer where they do not fit.
-    max_new_tokens: length of an answer at most.
     stop: texts that end an answer.
     prompts: makes the prompts, with as many exemplars as fit.
     judge: judges the answers to these prompts, in the same order.

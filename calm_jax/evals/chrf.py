@@ -12,13 +12,9 @@ ORDERS = 6  # lengths of the character n-grams, from 1
 
 
 class Chrf(NamedTuple):
-  """chrF1 of a corpus, in percent.
+  """chrF1 in percent, of a corpus (not the mean of its sentences) and each.
 
-  Attributes:
-    corpus: chrF1 of all sentences together, which is not the sentences' mean.
-    sentences: chrF1 of each sentence.
-    counts: int64 [N, 3 * ORDERS], from which `from_counts` computes both.
-    signature: sacrebleu's, for reports.
+  `from_counts` computes both from the int64 counts [N, 3 * ORDERS].
   """
 
   corpus: float
@@ -30,31 +26,23 @@ class Chrf(NamedTuple):
 def chrf1(predictions: Sequence[str], references: Sequence[str]) -> Chrf:
   """Computes the chrF1 of N predictions, with one reference each."""
   metric = CHRF(beta=1)
-  corpus = metric.corpus_score(list(predictions), [list(references)])
+  texts = list(predictions), [list(references)]
+  corpus = metric.corpus_score(*texts)
   # sacrebleu's public functions give scores without their counts. setup.cfg
   # therefore bounds its version, and tests hold `from_counts` against
   # `corpus_score` and `sentence_score`.
-  counts = np.array(
-    metric._extract_corpus_statistics(list(predictions), [list(references)]),
-    np.int64,
-  )
-  return Chrf(
-    corpus.score,
-    from_counts(counts).tolist(),
-    counts,
-    f"{corpus.name}|{metric.get_signature()}",
-  )
+  counts = np.array(metric._extract_corpus_statistics(*texts), np.int64)
+  signature = f"{corpus.name}|{metric.get_signature()}"
+  return Chrf(corpus.score, from_counts(counts).tolist(), counts, signature)
 
 
 def from_counts(counts: np.ndarray) -> np.ndarray:
-  """Computes chrF1 in percent from counts of n-grams, or sums of them.
+  """Computes chrF1 in percent, float64 [...], from counts or sums of them.
 
   Args:
     counts: [..., 3 * ORDERS]; for each order the numbers of n-grams in the
-      prediction, in the reference, and in both.
-
-  Returns:
-    float64 [...]. Orders longer than a text are left out, as sacrebleu does.
+      prediction, in the reference, and in both. Orders longer than a text are
+      left out, as sacrebleu does.
   """
   predicted, wanted, both = np.moveaxis(
     counts.reshape(*counts.shape[:-1], ORDERS, 3).astype(np.float64), -1, 0
@@ -70,13 +58,10 @@ def from_counts(counts: np.ndarray) -> np.ndarray:
 
 def judge(rows: list[Row]) -> Judgement:
   """chrF1 of the rows' "prediction" against their "completion"."""
-  score = chrf1(
-    [row["prediction"] for row in rows], [row["completion"] for row in rows]
-  )
+  texts = ([row[k] for row in rows] for k in ("prediction", "completion"))
+  value, sentences, counts, signature = chrf1(*texts)
   rows = [
     row | {"chrf1": sentence, "score": sentence}
-    for row, sentence in zip(rows, score.sentences, strict=True)
+    for row, sentence in zip(rows, sentences, strict=True)
   ]
-  return Judgement(
-    score.corpus, rows, score.counts, from_counts, score.signature
-  )
+  return Judgement(value, rows, counts, from_counts, signature)

@@ -1,8 +1,7 @@
 """Code that a model writes, judged by running its tests (§4.3, Table 4).
 
-HumanEval is code completion (zero-shot) and MBPP is text to code (3-shot). Both
-report pass@1 of one greedy completion per problem: the share of problems whose
-program passes all its tests, in percent.
+HumanEval (zero-shot) and MBPP (3-shot) report pass@1 of a greedy completion:
+the share of problems whose program passes all its tests, in percent.
 """
 
 import dataclasses
@@ -29,12 +28,7 @@ HUMANEVAL_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
 class Programming:
   """Options of the evaluations that run what a model writes.
 
-  Attributes:
-    group: the benchmark; a table is made of a group.
-    path: the file of problems.
-    max_new_tokens: length of an answer at most.
-    allow_code_execution: whether programs of a model may be run.
-    limit: problems at most, from the first; 0 for all.
+  Of the file `path` the first `limit` problems are asked; 0 stands for all.
   """
 
   group: str
@@ -52,17 +46,12 @@ class Programming:
     stop: tuple[str, ...],
     shots: int = 0,
   ) -> Evaluation:
-    """Makes the evaluation of rows of the file.
-
-    `program` makes a program with its tests of a problem and an answer; for the
-    other arguments see `Evaluation`.
-    """
+    """Makes an evaluation; `program` takes a problem and an answer."""
 
     def judge(asked: list[Prompt], outputs: list[str]) -> Judgement:
       programs = list(map(program, problems, outputs))
-      verdicts = runner.run(
-        programs, allow_code_execution=self.allow_code_execution
-      )
+      allowed = self.allow_code_execution
+      verdicts = runner.run(programs, allow_code_execution=allowed)
       rows = [
         {
           "task_id": problem["task_id"],
@@ -97,11 +86,7 @@ class Mbpp(Programming):
   """MBPP's test split, with task_ids 2, 3 and 4 as the three shots."""
 
   def evaluation(self) -> Evaluation:
-    """Reads the problems.
-
-    Raises:
-      InputError: see `runner.require`; or a problem is missing or wrong.
-    """
+    """Reads the problems; InputError if one is missing or wrong."""
     runner.require(self.allow_code_execution)
     problems = {
       task_id: problem | {"tests": "\n".join(problem["test_list"])}
@@ -133,38 +118,27 @@ class HumanEval(Programming):
   """HumanEval: each problem's prompt is continued as it stands."""
 
   def evaluation(self) -> Evaluation:
-    """Reads the problems.
-
-    Raises:
-      InputError: see `runner.require`; or a line is wrong.
-    """
+    """Reads the problems; InputError if a line is wrong."""
     runner.require(self.allow_code_execution)
-    problems = read_humaneval(Path(self.path))[: self.limit or None]
+    fields = ("task_id", "prompt", "test", "entry_point")
+    problems = _read_problems(Path(self.path), fields)[: self.limit or None]
 
     def prompts(_: Fits) -> list[Prompt]:
       return [Prompt(problem["prompt"], []) for problem in problems]
 
     def program(problem: Row, output: str) -> runner.ProgramWithTests:
       body = stop_strings.cut(output, HUMANEVAL_STOP)
-      check = f"\ncheck({problem['entry_point']})\n"
-      return runner.ProgramWithTests(
-        problem["prompt"] + body, problem["test"] + check
-      )
+      tests = f"{problem['test']}\ncheck({problem['entry_point']})\n"
+      return runner.ProgramWithTests(problem["prompt"] + body, tests)
 
-    return self.pass_at_1(
-      "humaneval", problems, prompts, program, HUMANEVAL_STOP
-    )
+    stop = HUMANEVAL_STOP
+    return self.pass_at_1("humaneval", problems, prompts, program, stop)
 
 
 def read_mbpp(path: Path) -> dict[int, Row]:
   """Problems of `mbpp.jsonl` by their task_id."""
   fields = ("task_id", "text", "code", "test_setup_code", "test_list")
   return {row["task_id"]: row for row in _read_problems(path, fields)}
-
-
-def read_humaneval(path: Path) -> list[Row]:
-  """Problems of `HumanEval.jsonl`."""
-  return _read_problems(path, ("task_id", "prompt", "test", "entry_point"))
 
 
 def extract_code(completion: str) -> str:
@@ -180,17 +154,12 @@ def extract_code(completion: str) -> str:
 
 
 def _read_problems(path: Path, fields: Sequence[str]) -> list[Row]:
-  """Rows of a file of JSON lines, with line ends as "\\n" in their texts.
-
-  Raises:
-    InputError: see `files.read_json_lines`; or the file is empty.
-  """
-  problems = []
-  for _, problem in files.read_json_lines(path, fields):
+  """Rows of a file of JSON lines, with line ends as "\\n" in their texts."""
+  problems = [row for _, row in files.read_json_lines(path, fields)]
+  for problem in problems:
     for name, value in problem.items():
       if isinstance(value, str):
         problem[name] = value.replace("\r\n", "\n")
-    problems.append(problem)
   if not problems:
     raise InputError(f"{path}: it is empty")
   return problems

@@ -13,9 +13,7 @@ from calm_jax.evals.base import Evaluation
 class CodeToText(fewshot.FewShot):
   """CodeXGLUE code-to-text; exemplars are drawn from the file `pool`.
 
-  Attributes:
-    path, pool: files of the benchmark, see `read_codexglue`.
-    rows, pool_rows: the slices of both that are used, such as ":100".
+  `rows` and `pool_rows` are the slices of both files to use, such as ":100".
   """
 
   pool: str
@@ -30,16 +28,11 @@ class CodeToText(fewshot.FewShot):
 
 
 def read_codexglue(path: str | Path) -> list[dict[str, Any]]:
-  """Reads a file of CodeXGLUE's code-to-text, of any of its languages.
+  """Reads rows of "id" (the line, from 1), "language", "code" and "docstring".
 
   As in the benchmark, code is its tokens joined by spaces: the raw code may
-  contain the description that is asked for.
-
-  Returns:
-    {"id", "language", "code", "docstring"}; id is the line, from 1.
-
-  Raises:
-    InputError: no such file, or a line that lacks a field.
+  contain the description that is asked for. InputError if there is no such
+  file, or a line lacks a field.
   """
   fields = ("language", "code_tokens", "docstring_tokens")
   return [

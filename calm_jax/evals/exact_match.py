@@ -13,26 +13,15 @@ def exact_match(
 ) -> tuple[float, list[Row]]:
   """Counts the prompts that are continued exactly as asked.
 
-  Args:
-    prompts: N texts.
-    completions: the right continuations.
-    generate: the model.
-    **columns: N further values each, copied into the rows.
-
-  Returns:
-    The accuracy in percent, and a row for each prompt.
+  Returns the accuracy in percent, and a row for each prompt, with its value of
+  each of the `columns`.
   """
   predictions = generate(list(prompts))
+  answers = zip(prompts, completions, predictions, strict=True)
   rows = []
-  for i, (prompt, right, prediction) in enumerate(
-    zip(prompts, completions, predictions, strict=True)
-  ):
-    row = {
-      "prompt": prompt,
-      "completion": right,
-      "prediction": prediction,
-      "correct": prediction == right,
-    }
+  for i, (prompt, right, prediction) in enumerate(answers):
+    row = {"prompt": prompt, "completion": right, "prediction": prediction}
+    row["correct"] = prediction == right
     rows.append(row | {name: values[i] for name, values in columns.items()})
   accuracy = 100 * sum(row["correct"] for row in rows) / len(rows)
   return accuracy, rows

@@ -21,11 +21,9 @@ class Template:
   """The text of one exemplar, with {fields}; the last one is the answer.
 
   Attributes:
-    question: the text before the answer.
-    answer: the field that the model is asked for.
-    ending: the text after the answer.
-    stop: where an answer ends: the line that begins the next question. A model
-      need not write further.
+    question, answer, ending: the text before the answer, the field that the
+      model is asked for, and the text after it.
+    stop: where an answer ends: the line that begins the next question.
     origin: the file.
   """
 
@@ -36,16 +34,16 @@ class Template:
   origin: str
 
   def ask(self, item: Mapping) -> str:
-    """An item up to its answer; InputError if a field is missing."""
+    """Writes an item up to its answer."""
     # Most tokenizers put the space before a word into the word's token.
     return self._fill(self.question.rstrip(" "), item)
 
   def show(self, item: Mapping) -> str:
-    """An exemplar with its answer; InputError if a field is missing."""
+    """Writes an exemplar with its answer."""
     return self._fill(f"{self.question}{{{self.answer}}}{self.ending}", item)
 
   def cut(self, output: str) -> str:
-    """The answer in what a model wrote."""
+    """Returns the answer in what a model wrote."""
     return stop_strings.cut(output, [self.stop]).strip()
 
   def _fill(self, text: str, item: Mapping) -> str:
@@ -62,10 +60,7 @@ def load_template(name_or_path: str | Path, ending: str = "") -> Template:
   """Reads a template: one of `prompts/` by name, else a file of your own.
 
   A template is the text of one exemplar, with {named fields}; {{ and }} stand
-  for braces. It must end with the field that is the answer, and `ending`.
-
-  Raises:
-    InputError: no such file, a bad field, or it does not end with a field.
+  for braces. InputError unless it ends with the answer's field, and `ending`.
   """
   path = Path(name_or_path)
   if not path.suffix:
@@ -105,13 +100,10 @@ def draw(
   shots: int,
   seed: int,
 ) -> list[list[int]]:
-  """Draws exemplars for each item.
+  """Draws exemplars for each item: their places in the pool.
 
   Those of item i follow from (seed, i) and the pool, not from the number of
   items. An exemplar that asks what the item asks is never drawn.
-
-  Returns:
-    For each item the places of its exemplars in the pool.
   """
   asked = [template.ask(item) for item in pool]
   drawn = []
@@ -135,14 +127,10 @@ def prompt(
   exemplars: list[int],
   fits: Fits,
 ) -> Prompt:
-  """Writes an item's question after exemplars of the pool.
-
-  While the prompt does not fit, its first exemplar is left out.
-  """
-  question = template.ask(item)
+  """Writes an item's question after the last exemplars that fit."""
   while True:
     shown = [template.show(pool[i]) for i in exemplars]
-    text = SEPARATOR.join([*shown, question])
+    text = SEPARATOR.join([*shown, template.ask(item)])
     if not exemplars or fits(text):
       return Prompt(text, exemplars)
     exemplars = exemplars[1:]
@@ -153,13 +141,10 @@ class FewShot:
   """Options of every evaluation whose exemplars are drawn from a pool.
 
   Attributes:
-    group: the benchmark; a table is made of a group.
+    group, language: the benchmark, and the subset of it.
     path: the file or folder of the test set.
-    shots: exemplars of a prompt.
-    max_new_tokens: length of an answer at most.
-    language: the subset of the group.
+    shots, seed: exemplars of a prompt, and the seed that they are drawn with.
     limit: examples at most, from the first; 0 for all.
-    seed: seed of drawing the exemplars.
     prompt: a template, see `load_template`; by default the kind's own.
   """
 
@@ -184,7 +169,7 @@ class FewShot:
 
     Args:
       task: the kind of evaluation, and the name of its own template.
-      metric: the name of the metric.
+      metric: its name.
       items, pool: examples with the template's fields.
       judge: judges rows of "prompt", "exemplars" (places in the pool),
         "completion" (the right answer) and "prediction".
@@ -207,8 +192,7 @@ class FewShot:
       for item, asked, output in zip(items, prompts, outputs, strict=True):
         row = {"prompt": asked.text, "exemplars": asked.exemplars}
         row["completion"] = item[template.answer]
-        row["prediction"] = template.cut(output)
-        rows.append(row)
+        rows.append(row | {"prediction": template.cut(output)})
       return judge(rows)
 
     return Evaluation(
@@ -226,11 +210,7 @@ class FewShot:
 
 
 def take(items: list, rows: str = "", limit: int = 0) -> list:
-  """Takes a slice of items (":100", "6000:" or ""), at most `limit` of it.
-
-  Raises:
-    InputError: it is no slice, or nothing is in it.
-  """
+  """Takes a slice of items (":100", "6000:" or ""), at most `limit` of it."""
   part = items[row_slice(rows)]
   if not part:
     raise InputError(f"rows {rows!r} of {len(items)} items are none")

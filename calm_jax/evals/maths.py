@@ -28,11 +28,7 @@ _STATED = re.compile(r"answer\s*(?:is|:|=)", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Maths(fewshot.FewShot):
-  """Grade-school problems; exemplars are drawn from the file `pool`.
-
-  Attributes:
-    path, pool: files of GSM8K or MGSM, see `read_gsm`.
-  """
+  """Grade-school problems; exemplars are drawn from the file `pool`."""
 
   pool: str
 
@@ -47,15 +43,11 @@ class Maths(fewshot.FewShot):
     def judge(rows: list[Row]) -> Judgement:
       judged = []
       for row, problem in zip(rows, problems, strict=True):
-        number = final_number(row["prediction"])
-        judged.append(
-          row
-          | {
-            "wanted": problem["number"],
-            "found": None if number is None else str(number),
-            "correct": number == Decimal(problem["number"]),
-          }
-        )
+        number, wanted = final_number(row["prediction"]), problem["number"]
+        row = row | {"wanted": wanted, "found": None}
+        if number is not None:
+          row["found"] = str(number)
+        judged.append(row | {"correct": number == Decimal(wanted)})
       return judge_correct(judged)
 
     pool = read_gsm(self.pool)
@@ -63,7 +55,7 @@ class Maths(fewshot.FewShot):
 
 
 def final_number(text: str) -> Decimal | None:
-  """The number that a solution ends in; None if it has none.
+  """Returns the number that a solution ends in; None if it has none.
 
   It is the first after GSM8K's mark ####, else the first after the last "answer
   is" (after the = of a calculation), else the last. Commas between groups of
@@ -102,11 +94,8 @@ def read_gsm(path: str | Path) -> list[dict[str, Any]]:
 
   Calculator annotations (<<1+1=2>>) are taken out of worked solutions.
 
-  Returns:
-    {"id", "question", "answer", "number"}; id is the line, from 1.
-
-  Raises:
-    InputError: no such file, or a line without a question and a number.
+  Returns rows of "id" (the line, from 1), "question", "answer" and "number";
+  raises InputError if there is no such file, or a line lacks one.
   """
   path = Path(path)
   if not path.is_file() or path.suffix not in (".jsonl", ".tsv"):
@@ -131,7 +120,6 @@ def read_gsm(path: str | Path) -> list[dict[str, Any]]:
         f"{path}, line {number}: needs a question and an answer that ends in "
         f"{MARK} and a number ({type(error).__name__}: {error})"
       ) from error
-    items.append(
-      {"id": number, "question": question, "answer": answer, "number": gold}
-    )
+    row = {"id": number, "question": question, "answer": answer}
+    items.append(row | {"number": gold})
   return items

@@ -12,27 +12,20 @@ Score = Callable[[Sequence], list[tuple[float, float, int]]]
 def perplexity(
   examples: Sequence, score: Score
 ) -> tuple[dict[str, float], list[Row]]:
-  """Measures the completions given their prompts.
+  """Measures the completions of `TextExample`s given their prompts.
 
-  Args:
-    examples: with `prompt`, `completion` and `origin`.
-    score: gives (nats, tokens, bytes that the tokens spell) of completions.
-
-  Returns:
-    "perplexity" per target token (EOS included) and "bits_per_byte" of the
-    completions' UTF-8, which compares models of different tokenizers; and a
-    row for each example. Bytes of unknown characters, which no token spells,
-    are not counted, while the loss of an unknown token is: a model never gains
-    by not knowing a character.
+  Returns "perplexity" per target token (EOS included) and "bits_per_byte" of
+  the completions' UTF-8, which compares models of different tokenizers; and a
+  row for each example. Bytes of unknown characters, which no token spells, are
+  not counted, while the loss of an unknown token is: a model never gains by not
+  knowing a character.
   """
   rows = []
-  for example, (nats, tokens, size) in zip(
-    examples, score(examples), strict=True
-  ):
+  scores = score(examples)
+  for example, (nats, tokens, size) in zip(examples, scores, strict=True):
     row = {"origin": example.origin, "nats": nats, "tokens": tokens}
-    row["bytes"] = size
-    row["unknown_bytes"] = len(example.completion.encode()) - size
-    rows.append(row)
+    unknown = len(example.completion.encode()) - size
+    rows.append(row | {"bytes": size, "unknown_bytes": unknown})
   nats, tokens, size = (
     sum(row[key] for row in rows) for key in ("nats", "tokens", "bytes")
   )

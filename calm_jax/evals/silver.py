@@ -18,16 +18,11 @@ from calm_jax.evals.base import Evaluation, Fits, Judgement, Prompt
 class Silver(maths.Maths):
   """Problems of a file, and the same after translation there and back.
 
-  The accuracy is that on the returned problems. In results.json "measures"
-  holds the rest of Table 7: "overlap", the corpus BLEU of the returned
-  questions against the originals; "delta", the accuracy on the originals less
-  that on the returned problems (positive: translation has cost something), its
-  95% interval "delta_low" to "delta_high", and its paired significance
-  "delta_p".
-
-  Attributes:
-    path: the originals, see `maths.read_gsm`.
-    returned: the file of the same problems, line by line, after translation.
+  The accuracy is that on the problems in the file `returned`, which are those
+  of `path`, line by line. In results.json "measures" holds the rest of Table 7:
+  "overlap", the corpus BLEU of the returned questions against the originals;
+  "delta", the accuracy on the originals less that on the returned problems, its
+  95% interval "delta_low" to "delta_high", and its paired p-value "delta_p".
   """
 
   returned: str
@@ -38,15 +33,11 @@ class Silver(maths.Maths):
       fewshot.take(maths.read_gsm(path), limit=self.limit)
       for path in (self.path, self.returned)
     )
-    answers = [
-      [problem["number"] for problem in problems]
-      for problems in (originals, returned)
-    ]
-    if answers[0] != answers[1]:
+    if [p["number"] for p in originals] != [p["number"] for p in returned]:
       raise InputError(
         f"{self.returned} must hold the problems of {self.path} in the same "
-        f"order, with the same answers: got {len(answers[1])} problems for "
-        f"{len(answers[0])}, or other numbers"
+        f"order, with the same answers: got {len(returned)} problems for "
+        f"{len(originals)}, or other numbers"
       )
     before, after = self.solve(originals), self.solve(returned)
     references = [problem["question"] for problem in originals]
@@ -66,27 +57,17 @@ class Silver(maths.Maths):
       count = len(originals)
       original = before.judge(prompts[:count], outputs[:count])
       back = after.judge(prompts[count:], outputs[count:])
-      delta = statistics.compare(
-        original.parts_NS, back.parts_NS, original.metric
-      )
+      parts = original.parts_NS, back.parts_NS
+      delta, low, high, p_value = statistics.compare(*parts, original.metric)
       rows = [row | {"text": "original"} for row in original.rows]
       rows += [
         row | {"text": "returned", "overlap": score}
         for row, score in zip(back.rows, overlaps, strict=True)
       ]
-      measures = {
-        "overlap": overlap.score,
-        "delta": delta.delta,
-        "delta_low": delta.low,
-        "delta_high": delta.high,
-        "delta_p": delta.p_value,
-      }
-      return dataclasses.replace(
-        back,
-        rows=rows,
-        note=f"overlap: {overlap.name}|{bleu.get_signature()}",
-        measures=measures,
-      )
+      measures = {"overlap": overlap.score, "delta": delta}
+      measures |= {"delta_low": low, "delta_high": high, "delta_p": p_value}
+      note = f"overlap: {overlap.name}|{bleu.get_signature()}"
+      return dataclasses.replace(back, rows=rows, note=note, measures=measures)
 
     return dataclasses.replace(
       after, task="silver", prompts=prompts, judge=judge

@@ -5,8 +5,8 @@ a mean, 18 counts for chrF1. A metric is a function of sums [..., S], so that
 thousands of resamples are one matrix product.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,15 +16,11 @@ Metric = Callable[[np.ndarray], np.ndarray]
 _AT_ONCE = 2**22  # numbers of a block of resamples
 
 
-@dataclasses.dataclass(frozen=True)
-class Difference:
-  """The difference of a model and a baseline over the same examples.
+class Difference(NamedTuple):
+  """A model's metric less a baseline's, its bootstrap interval, and p-value.
 
-  Attributes:
-    delta: the model's metric less the baseline's.
-    low, high: its bootstrap interval.
-    p_value: two-sided, of a paired permutation test (null hypothesis: the two
-      models are exchangeable).
+  The p-value is two-sided, of a paired permutation test (null hypothesis: the
+  two models are exchangeable).
   """
 
   delta: float
@@ -50,13 +46,7 @@ def interval(
 
   Where all examples are alike, such as 0 of n right, it has no width: a
   bootstrap cannot say more, which does not mean that there is no doubt.
-
-  Args:
-    parts_NS: the summands of each example.
-    metric: a function of sums [..., S].
-    seed: seed of the resampling.
-    resamples: the error of the ends shrinks with the square root of it.
-    level: the share of the resamples inside.
+  `level` is the share of the resamples inside.
   """
   (sums_RS,) = _resampled([_two_axes(parts_NS)], seed, resamples)
   return _quantiles(metric(sums_RS), level)
@@ -73,15 +63,8 @@ def compare(
 ) -> Difference:
   """Compares two models: bootstrap interval and permutation test, paired.
 
-  Both draw examples rather than answers, so that the difficulty that an example
-  has for both models cancels.
-
-  Args:
-    parts_NS, baseline_NS: the same examples in the same order.
-    metric, seed, resamples, level: as for `interval`.
-
-  Raises:
-    InputError: not the same number of examples, or none.
+  Both draw examples, which must be the same in the same order, rather than
+  answers, so that the difficulty that an example has for both models cancels.
   """
   a_NS, b_NS = _two_axes(parts_NS), _two_axes(baseline_NS)
   if a_NS.shape != b_NS.shape:
@@ -103,11 +86,7 @@ def compare(
 def count_better(
   scores: Mapping[str, float], baseline: Mapping[str, float]
 ) -> tuple[int, int, int]:
-  """Counts Table 5's #(> m_B): (strictly better, better or equal, languages).
-
-  Raises:
-    InputError: not the same languages.
-  """
+  """Counts Table 5's #(> m_B): (better, better or equal, languages)."""
   if scores.keys() != baseline.keys():
     raise InputError(
       "#(> m_B) compares the same languages; only one side has "
@@ -151,9 +130,8 @@ def _swapped(a_NS, b_NS, metric, seed: int, resamples: int) -> np.ndarray:
   for rows in _blocks(len(a_NS), resamples):
     swap_RN = random.integers(0, 2, (rows, len(a_NS))).astype(np.float64)
     moved_RS = swap_RN @ (a_NS - b_NS)
-    deltas.append(
-      metric(a_NS.sum(0) - moved_RS) - metric(b_NS.sum(0) + moved_RS)
-    )
+    a_RS, b_RS = a_NS.sum(0) - moved_RS, b_NS.sum(0) + moved_RS
+    deltas.append(metric(a_RS) - metric(b_RS))
   return np.concatenate(deltas)
 
 

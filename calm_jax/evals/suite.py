@@ -1,6 +1,5 @@
 """The evaluations that a config names, each run over several models (§4)."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -33,11 +32,10 @@ def run(
     models: by column of the results; the others are compared to "anchor".
     fits: whether a prompt is short enough. Where it is not, exemplars are left
       out, and then the beginning of the prompt.
-    batch_size: rows that are generated together.
+    batch_size: prompts to continue together.
 
   Returns:
-    The evaluation's entry in results.json, and the rows of predictions by
-    column.
+    The evaluation's entry in results.json, and the predictions by column.
   """
   fits = functools.cache(fits)
   prompts = evaluation.prompts(fits)
@@ -51,12 +49,8 @@ def run(
       batch_size=batch_size,
     )
     judged[column] = evaluation.judge(shown, outputs)
-  entry = {
-    "task": evaluation.task,
-    "group": evaluation.group,
-    "subset": evaluation.subset,
-    "metric": evaluation.metric,
-    "examples": evaluation.examples,
+  names = ("task", "group", "subset", "metric", "examples")
+  entry = {name: getattr(evaluation, name) for name in names} | {
     "asked_shots": evaluation.shots,
     "shots": sum(len(p.exemplars) for p in prompts) / len(prompts),
     "prompts_cut": sum(a != b for a, b in zip(shown, prompts, strict=True)),
@@ -68,21 +62,17 @@ def run(
       if column != "anchor" and "anchor" in judged
     },
   }
-  measures = {c: one.measures for c, one in judged.items() if one.measures}
-  if measures:
+  if measures := {c: j.measures for c, j in judged.items() if j.measures}:
     entry["measures"] = measures
   return entry, {column: one.rows for column, one in judged.items()}
 
 
 def groups(evals: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-  """Averages over the subsets of a group, and Table 5's #(> m_B).
+  """Averages entries of `run`, by name, over the subsets of each group.
 
-  Args:
-    evals: entries of results.json by name, see `run`.
-
-  Returns:
-    By group the number of "subsets", the "average" by column, and "better" by
-    column: on how many subsets it is strictly better than m_B, and with ties.
+  Returns by group the number of "subsets", the "average" by column, and
+  "better" by column, Table 5's #(> m_B): on how many subsets it is strictly
+  better than m_B, and with ties.
   """
   by_group: dict[str, dict[str, Mapping[str, Any]]] = {}
   for name, entry in evals.items():
@@ -123,7 +113,5 @@ def _score(judged: Judgement) -> dict[str, float]:
 
 
 def _against(judged: Judgement, anchor: Judgement) -> dict[str, float]:
-  difference = statistics.compare(
-    judged.parts_NS, anchor.parts_NS, judged.metric
-  )
-  return dataclasses.asdict(difference)
+  parts = judged.parts_NS, anchor.parts_NS
+  return statistics.compare(*parts, judged.metric)._asdict()

@@ -27,12 +27,8 @@ RUN_CODE = ("mbpp", "humaneval")
 def make(settings: Mapping[str, Any]) -> Evaluation:
   """Reads the files of a config's evaluation, before any model is run.
 
-  Args:
-    settings: "kind", one of KINDS, and the fields of its class.
-
-  Raises:
-    InputError: an unknown kind, a wrong option, or a file that is not as it
-      must be.
+  `settings` are "kind", one of KINDS, and the fields of its class. Raises
+  InputError if one is wrong, or a file is not as it must be.
   """
   options = dict(settings)
   kind = options.pop("kind", None)

@@ -19,8 +19,8 @@ class Translation(fewshot.FewShot):
   Attributes:
     path: FLORES (see `read_flores`), or text in the language.
     target: the English of `path`, line by line; empty for FLORES.
-    rows: the slice of aligned files that is the test set, such as "6000:".
-    pool_rows: the slice of aligned files that exemplars are drawn from.
+    rows, pool_rows: the slices of aligned files, such as "6000:", that are the
+      test set, and that exemplars are drawn from.
   """
 
   target: str = ""
@@ -34,9 +34,10 @@ class Translation(fewshot.FewShot):
       items = fewshot.take(pairs, self.rows, self.limit)
       pool = fewshot.take(pairs, self.pool_rows)
     else:
-      items = read_flores(self.path, self.language, "devtest")
+      items, pool = (
+        read_flores(self.path, self.language, s) for s in ("devtest", "dev")
+      )
       items = fewshot.take(items, limit=self.limit)
-      pool = read_flores(self.path, self.language, "dev")
     return self.few_shot("translation", "chrf1", items, pool, chrf.judge)
 
 
@@ -51,11 +52,8 @@ def read_flores(
     language: FLORES' code, such as lij_Latn.
     split: dev or devtest.
 
-  Returns:
-    {"id", "language", "source", "target"}; id is the line, from 1.
-
-  Raises:
-    InputError: nothing there, no such language, or lines that do not pair.
+  Returns rows of "id" (the line, from 1), "language", "source" and "target";
+  raises InputError if the language or its pairs are not there.
   """
   sources, targets = (
     _flores_lines(Path(path), code, split) for code in (language, TARGET)
@@ -71,18 +69,7 @@ def read_flores(
 def read_pairs(
   path: str | Path, target: str | Path, language: str
 ) -> list[dict[str, Any]]:
-  """Reads lines of one file and the English ones of another.
-
-  Args:
-    path, target: text files; line i of one translates line i of the other.
-    language: FLORES' code of the first, such as lij_Latn.
-
-  Returns:
-    As `read_flores`.
-
-  Raises:
-    InputError: no such file, or not as many lines.
-  """
+  """Reads lines of `path` and their English in `target`, as `read_flores`."""
   sources, targets = (_file_lines(Path(file)) for file in (path, target))
   if len(sources) != len(targets):
     raise InputError(
@@ -96,11 +83,10 @@ def _pairs(
   language: str, sources: list[str], targets: list[str]
 ) -> list[dict[str, Any]]:
   name = language_name(language)
+  pairs = enumerate(zip(sources, targets, strict=True), start=1)
   return [
     {"id": i, "language": name, "source": source, "target": target}
-    for i, (source, target) in enumerate(
-      zip(sources, targets, strict=True), start=1
-    )
+    for i, (source, target) in pairs
   ]
 
 

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from calm_jax.core.errors import InputError
-from calm_jax.reporting.predictions import RIGHT, is_right, read_rows
+from calm_jax.reporting.predictions import RIGHT, SETS, is_right, read_rows
 from calm_jax.reporting.runs import MODELS, Run
 
 _LOST = "Lost: m_A or m_B is right, the composed is not"
@@ -53,14 +53,10 @@ class Chosen(NamedTuple):
 def choose(run: Run) -> list[Chosen]:
   """Chooses examples of each benchmark that all three models answered.
 
-  Raises:
-    InputError: the models' files are not of the same examples.
+  Raises InputError if the models' files are not of the same examples.
   """
-  sets = {
-    "KV-MATH, all keys held-out": ["kv_math_held_out"],
-    "NUM-MATH": ["num_math"],
-    "KV-SUBS": ["kv_subs"],
-  }
+  order = ("kv_math_held_out", "num_math", "kv_subs")
+  sets = {SETS[name]: [name] for name in order}
   for name, entry in run.evaluations.items():
     sets.setdefault(entry["group"], []).append(name)
   chosen = []

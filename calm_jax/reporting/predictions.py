@@ -8,6 +8,15 @@ from calm_jax.core import files
 from calm_jax.core.errors import InputError
 from calm_jax.reporting.runs import MODELS, Run
 
+# Titles of the sets of predictions of the key-value task (§4.1), in Table 1.
+SETS = {
+  "kv_subs": "KV-SUBS",
+  "num_math": "NUM-MATH",
+  "kv_math_held_out": "KV-MATH, all keys held-out",
+  "kv_math_mixed": "KV-MATH, mixed",
+  "kv_math_held_in": "KV-MATH, all keys held-in",
+}
+HEADLINE = "kv_math_held_out"
 # A prediction counts as right from this chrF1 of its sentence on.
 RIGHT = 50.0
 _Z = 1.96  # of a 95% interval
@@ -18,9 +27,8 @@ Rows = list[dict[str, Any]]
 def read_rows(path: Path) -> Rows:
   """Reads a file of predictions; no rows if there is no such file.
 
-  Raises:
-    InputError: a line is not JSON, or lacks "prompt", "prediction", or both
-      "correct" and "score".
+  Raises InputError if a line is not JSON, or lacks "prompt", "prediction", or
+  both "correct" and "score".
   """
   if not path.exists():
     return []
@@ -34,9 +42,7 @@ def read_rows(path: Path) -> Rows:
 
 def is_right(row: dict[str, Any]) -> bool:
   """Exact, its tests passed, or a chrF1 of at least RIGHT."""
-  if "correct" in row:
-    return bool(row["correct"])
-  return row["score"] >= RIGHT
+  return bool(row["correct"]) if "correct" in row else row["score"] >= RIGHT
 
 
 def count_by_terms(
@@ -44,51 +50,35 @@ def count_by_terms(
 ) -> dict[str, dict[str, dict[int, tuple[int, int]]]]:
   """Counts right answers by number of terms, on KV-MATH and NUM-MATH.
 
-  Of KV-MATH only the expressions whose keys are all held-out. Rows without
-  "num_terms" are left out.
-
   Returns:
-    Name of the data set -> model -> number of terms -> (correct, total).
+    Name of the data set -> model -> number of terms -> (correct, total). Rows
+    without "num_terms" are left out.
   """
-  titles = {
-    "kv_math_held_out": "KV-MATH, all keys held-out",
-    "num_math": "NUM-MATH",
-  }
   counts: dict[str, dict[str, dict[int, tuple[int, int]]]] = {}
-  for name, title in titles.items():
+  for name in ("kv_math_held_out", "num_math"):
     for model in MODELS:
       for row in read_rows(run.path(name, model)):
-        if row.get("num_terms") is None:
-          continue
-        by_model = counts.setdefault(title, {})
-        by_terms = by_model.setdefault(model, {})
-        correct, total = by_terms.get(int(row["num_terms"]), (0, 0))
-        by_terms[int(row["num_terms"])] = (
-          correct + bool(row["correct"]),
-          total + 1,
-        )
+        if row.get("num_terms") is not None:
+          by_model = counts.setdefault(SETS[name], {})
+          by_terms = by_model.setdefault(model, {})
+          terms = int(row["num_terms"])
+          correct, total = by_terms.get(terms, (0, 0))
+          by_terms[terms] = correct + bool(row["correct"]), total + 1
   return counts
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-  """Computes the 95% Wilson score interval of a proportion.
+  """Computes the 95% Wilson score interval, in [0, 1], of a proportion.
 
   Unlike the normal approximation it has a width at 0 of n and at n of n, where
   the models that lack a skill are.
-
-  Returns:
-    (low, high), both in [0, 1].
-
-  Raises:
-    ValueError: total is not positive, or correct is not in [0, total].
   """
   if total <= 0 or not 0 <= correct <= total:
     raise ValueError(f"{correct} correct of {total} is not a proportion")
   share = correct / total
   centre = share + _Z * _Z / (2 * total)
-  spread = _Z * math.sqrt(
-    share * (1 - share) / total + _Z * _Z / (4 * total * total)
-  )
+  variance = share * (1 - share) / total + _Z * _Z / (4 * total * total)
+  spread = _Z * math.sqrt(variance)
   scale = 1 + _Z * _Z / total
   # Rounding can leave a bound a hair outside of the estimate.
   low = min((centre - spread) / scale, share)

@@ -1,5 +1,6 @@
 """Finding runs in folders, and grouping those that belong together."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -29,12 +30,9 @@ _SECTIONS = ("table1", "perplexity", "bits_per_byte", "evals")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """The results of one run, or of an alternative last stage of it.
+  """The results.json of a run, or of an alternative last stage of it.
 
-  Attributes:
-    folder: holds results.json and predictions/.
-    results: as in results.json.
-    prefix: begins the names of files of predictions: "<alternative>/" or "".
+  `prefix` begins the names of files of predictions: "<alternative>/" or "".
   """
 
   folder: Path
@@ -55,7 +53,7 @@ class Run:
 
   @property
   def benchmarks(self) -> list[str]:
-    """The benchmarks that were evaluated, each once."""
+    """The benchmarks that were evaluated."""
     return list(dict.fromkeys(e["group"] for e in self.evaluations.values()))
 
   @property
@@ -79,13 +77,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """A model of a group of runs: a column of its tables.
-
-  Attributes:
-    label: the heading.
-    model: the model of the runs whose numbers these are, one of MODELS.
-    runs: its trials; most have one.
-  """
+  """A column of tables: one of MODELS, in one run or several trials."""
 
   label: str
   model: str
@@ -94,11 +86,10 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class RunGroup:
-  """Runs that were asked the same questions, shown in the same tables.
+  """Runs of the same questions, and so of the same tables.
 
   Attributes:
-    name: the name of the folder.
-    root: the folder.
+    name, root: the folder's.
     runs: all of them, the one to describe first.
     trials: ablations.json, where there is one.
   """
@@ -140,10 +131,8 @@ class RunGroup:
 
   def first(self, section: str) -> Mapping[str, Any]:
     """A section of the first run that has it; else empty."""
-    for run in self.runs:
-      if section in run.results:
-        return run.results[section]
-    return {}
+    sections = (run.results.get(section) for run in self.runs)
+    return next((found for found in sections if found is not None), {})
 
 
 NO_RUNS = RunGroup("", Path(), (), {})
@@ -155,10 +144,8 @@ def find_groups(folders: Iterable[str | os.PathLike]) -> list[RunGroup]:
   A folder is a run's own or an ablations' one. Runs below it are found too:
   of other kinds in FOLDER/<kind>, of ablations in
   FOLDER/ablations/<kind>/<trial>. Runs of the same experiment and task whose
-  work folders lie side by side are one group if their kinds differ.
-
-  Raises:
-    InputError: no run is there, or results.json is not what a run writes.
+  work folders lie side by side are one group if their kinds differ. InputError
+  if no run is there, or results.json is not what a run writes.
   """
   by_questions: list[tuple[Any, RunGroup]] = []
   seen: set[Path] = set()
@@ -180,23 +167,15 @@ def find_groups(folders: Iterable[str | os.PathLike]) -> list[RunGroup]:
         _add(by_questions, read(path.parent))
     if trials and ablations.resolve() not in seen:
       seen.add(ablations.resolve())
-      summary = ablations / "ablations.json"
-      group = RunGroup(
-        "",
-        ablations,
-        tuple(read(path.parent) for path in trials),
-        files.read_json(summary) if summary.exists() else {},
-      )
-      by_questions.append((None, group))
+      path = ablations / "ablations.json"
+      summary = files.read_json(path) if path.exists() else {}
+      runs = tuple(read(path.parent) for path in trials)
+      by_questions.append((None, RunGroup("", ablations, runs, summary)))
   return _name([group for _, group in by_questions])
 
 
 def read(folder: Path) -> Run:
-  """Reads a run's results.
-
-  Raises:
-    InputError: results.json is not a JSON object of some results.
-  """
+  """Reads a run; InputError if results.json holds no results."""
   path = folder / RESULTS
   results = files.read_json(path)
   if not results.keys() & set(_SECTIONS):
@@ -209,33 +188,32 @@ def _add(groups: list[tuple[Any, RunGroup]], run: Run) -> None:
   task = json.dumps(run.config.get("task"), sort_keys=True)
   questions = (run.config.get("experiment"), task, run.root.parent)
   fitting = [
-    at
+    (group.root != run.root, at)
     for at, (other, group) in enumerate(groups)
     if other == questions and run.kind not in {r.kind for r in group.runs}
   ]
-  # A group that shares its stages comes before one whose folder is beside it.
-  fitting.sort(key=lambda at: groups[at][1].root != run.root)
   if not fitting:
     groups.append((questions, RunGroup("", run.root, (run,), {})))
     return
-  group = groups[fitting[0]][1]
+  # A group that shares its stages comes before one whose folder is beside it.
+  _, at = min(fitting)
+  group = groups[at][1]
   runs = sorted([*group.runs, run], key=lambda run: _order(run.kind))
-  groups[fitting[0]] = questions, dataclasses.replace(group, runs=tuple(runs))
+  groups[at] = questions, dataclasses.replace(group, runs=tuple(runs))
 
 
 def _name(groups: list[RunGroup]) -> list[RunGroup]:
   """Names groups by their folders; those of the same name are numbered."""
-  counts: dict[str, int] = {}
+  counts = collections.Counter()
   named = []
   for group in groups:
     folder = group.root.resolve()
     name = folder.name
     if name == ABLATIONS:
       name = f"{folder.parent.name} {ABLATIONS}"
-    counts[name] = counts.get(name, 0) + 1
-    if counts[name] > 1:
-      name = f"{name} ({counts[name]})"
-    named.append(dataclasses.replace(group, name=name))
+    counts[name] += 1
+    number = f" ({counts[name]})" if counts[name] > 1 else ""
+    named.append(dataclasses.replace(group, name=f"{name}{number}"))
   return named
 
 

@@ -21,9 +21,9 @@ class Cell:
   Attributes:
     ours, paper: None where there is none.
     paper_column: the paper has numbers in this column, if not this one.
-    low, high: the interval of ours, or the range of several trials.
+    low, high: the interval of ours, or the range of `trials`.
     p_value: of ours being no better or worse than m_B's.
-    digits: digits after the point.
+    digits: after the point.
     trials: the number of trials that ours is the mean of.
   """
 
@@ -67,12 +67,10 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """The first column names the row; the other cells are text or numbers.
+  """Rows as long as the header, whose first column names the row.
 
   Attributes:
     name: names its files.
-    title: the heading.
-    header, rows: each row as long as the header.
     notes: full sentences that say what the numbers mean.
     bold: (row, column) of cells to stress.
     caption: what the numbers of a cell are.
@@ -99,12 +97,9 @@ class Table:
 
 def as_markdown(table: Table) -> str:
   """Writes a table with its title as a heading and its notes as a list."""
-  lines = [
-    f"## {_escape(table.full_title)}",
-    "",
-    _row(map(_escape, table.header)),
-    _row([":--", *["--:"] * (len(table.header) - 1)]),
-  ]
+  lines = [f"## {_escape(table.full_title)}", ""]
+  lines.append(_row(map(_escape, table.header)))
+  lines.append(_row([":--", *["--:"] * (len(table.header) - 1)]))
   for row, cells in enumerate(table.rows):
     texts = [_escape(str(cell)) for cell in cells]
     for column, text in enumerate(texts):
@@ -118,18 +113,15 @@ def as_markdown(table: Table) -> str:
 
 def as_csv(table: Table) -> str:
   """Writes a column for each number of a cell: paper, ours, interval, p."""
-  fields = ("paper", "ours", "low", "high", "p_value", "trials")
   columns: list[list[str]] = []
   for at, head in enumerate(table.header):
     cells = [row[at] for row in table.rows]
     if not any(isinstance(cell, Cell) for cell in cells):
       columns.append([head, *map(str, cells)])
       continue
-    for field in fields:
-      values = [
-        getattr(cell, field) if isinstance(cell, Cell) else None
-        for cell in cells
-      ]
+    for field in ("paper", "ours", "low", "high", "p_value", "trials"):
+      # Of a text among numbers: none.
+      values = [getattr(cell, field, None) for cell in cells]
       if field == "trials":
         values = [v if v and v > 1 else None for v in values]
       if field == "ours" or any(value is not None for value in values):

@@ -9,19 +9,14 @@ import numpy as np
 from calm_jax.evals import statistics
 from calm_jax.reporting import paper
 from calm_jax.reporting.grid import TableRow, grid, percent
-from calm_jax.reporting.predictions import read_rows, wilson_interval
+from calm_jax.reporting.predictions import (
+  HEADLINE,
+  SETS,
+  read_rows,
+  wilson_interval,
+)
 from calm_jax.reporting.runs import Run, RunGroup
 from calm_jax.reporting.table import Cell, Table
-
-# The rows' labels by their sets of predictions.
-KEY_VALUES = {
-  "kv_subs": "KV-SUBS",
-  "num_math": "NUM-MATH",
-  "kv_math_held_out": "KV-MATH, all keys held-out",
-  "kv_math_mixed": "KV-MATH, mixed",
-  "kv_math_held_in": "KV-MATH, all keys held-in",
-}
-HEADLINE = "kv_math_held_out"
 
 _ANSWERS = {
   "steps": "the composition is trained to write the expression in numbers, "
@@ -35,23 +30,27 @@ def accuracies(
   results: Mapping[str, Any], model: str
 ) -> dict[str, float | None]:
   """Returns accuracies of Table 1 by the rows' labels, the headline first."""
-  rows = sorted(KEY_VALUES, key=lambda row: not row.startswith("kv_math"))
-  return {KEY_VALUES[row]: _accuracy(results, model, row) for row in rows}
+  rows = sorted(SETS, key=lambda row: not row.startswith("kv_math"))
+  return {SETS[row]: _accuracy(results, model, row) for row in rows}
 
 
 def table1(group: RunGroup) -> Table:
   """Makes Table 1; of `NO_RUNS`, the paper's numbers alone.
 
-  Raises:
-    InputError: an accuracy is not from 0 to 100, or a file of predictions is
-      not what a run writes.
+  Raises InputError if an accuracy is not from 0 to 100, or a file of
+  predictions is not what a run writes.
   """
   rows = []
-  for row, label in KEY_VALUES.items():
+  for row, label in SETS.items():
     # The paper does not say which keys; its number goes to the strictest.
     of_paper = "kv_math" if row == HEADLINE else row
     numbers = paper.TABLES["table-1"].get(of_paper, {})
-    if numbers or _is_measured(group, row):
+    is_measured = any(
+      _accuracy(run.results, column.model, row) is not None
+      for column in group.columns.values()
+      for run in column.runs
+    )
+    if numbers or is_measured:
       measure = functools.partial(accuracy_cell, row)
       rows.append(TableRow(label, numbers, group.columns, measure))
   notes = [
@@ -90,14 +89,6 @@ def accuracy_cell(row: str, run: Run, model: str) -> Cell | None:
     mean = statistics.mean_of(len(right))
     p_value = statistics.compare(*parts, mean).p_value
   return Cell(value, low=100 * low, high=100 * high, p_value=p_value)
-
-
-def _is_measured(group: RunGroup, row: str) -> bool:
-  return any(
-    _accuracy(run.results, column.model, row) is not None
-    for column in group.columns.values()
-    for run in column.runs
-  )
 
 
 def _accuracy(results: Mapping[str, Any], model: str, row: str) -> float | None:

@@ -8,9 +8,10 @@ from calm_jax.core import files
 from calm_jax.reporting import evaluations, paper
 from calm_jax.reporting.costs import overhead
 from calm_jax.reporting.grid import TableRow, grid, measure_trials
+from calm_jax.reporting.predictions import HEADLINE
 from calm_jax.reporting.runs import NO_RUNS, Run, RunGroup
 from calm_jax.reporting.table import Cell, Table
-from calm_jax.reporting.table1 import HEADLINE, accuracy_cell, table1
+from calm_jax.reporting.table1 import accuracy_cell, table1
 from calm_jax.reporting.trials import trials_table
 
 _SCORES = {
