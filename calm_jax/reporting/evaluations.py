@@ -134,13 +134,9 @@ def score_cell(name: str | None, run: Run, model: str) -> Cell | None:
   score = entry.get("scores", {}).get(model)
   if score is None:
     return None
-  against = entry.get("against_anchor", {}).get(model, {})
-  return Cell(
-    percent(score["value"]),
-    low=score.get("low"),
-    high=score.get("high"),
-    p_value=against.get("p_value"),
-  )
+  p_value = entry.get("against_anchor", {}).get(model, {}).get("p_value")
+  low, high = score.get("low"), score.get("high")
+  return Cell(percent(score["value"]), low, high, p_value)
 
 
 def average_cell(names: Sequence[str], run: Run, model: str) -> Cell | None:

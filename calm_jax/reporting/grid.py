@@ -36,11 +36,8 @@ class TableRow(NamedTuple):
   def cell(self, key: str, paper_column: bool) -> Cell:
     column = self.columns.get(key)
     ours = measure_trials(column, self.measure) if column else None
-    return dataclasses.replace(
-      ours or Cell(digits=self.digits),
-      paper=self.paper.get(key),
-      paper_column=paper_column,
-    )
+    ours, of_paper = ours or Cell(digits=self.digits), self.paper.get(key)
+    return dataclasses.replace(ours, paper=of_paper, paper_column=paper_column)
 
 
 def grid(
@@ -103,14 +100,9 @@ def measure_trials(column: Column, measure: Measure) -> Cell | None:
   cells = [cell for cell in cells if cell is not None]
   if len(cells) < 2:
     return cells[0] if cells else None
-  values = [cell.ours for cell in cells]
-  return Cell(
-    sum(values) / len(values),
-    low=min(values),
-    high=max(values),
-    digits=cells[0].digits,
-    trials=len(values),
-  )
+  values, digits = [cell.ours for cell in cells], cells[0].digits
+  mean, trials = sum(values) / len(values), len(values)
+  return Cell(mean, min(values), max(values), digits=digits, trials=trials)
 
 
 def percent(value: Any) -> float | None:

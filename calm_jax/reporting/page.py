@@ -17,17 +17,6 @@ from calm_jax.reporting.runs import LABELS, MODELS, Run, RunGroup
 from calm_jax.reporting.table import Cell, Table
 from calm_jax.reporting.tables import headlines
 
-_TITLE = "Composed language models: the paper and ours"
-_INTRODUCTION = (
-  "Beside the numbers of the paper (Bansal et al. 2024, LLM Augmented LLMs, "
-  "arXiv 2401.02412) stand those of the runs below. Ours are other models, "
-  "most of them far smaller, trained on other data: what can be compared is "
-  "how the columns of one side relate, not a cell with its neighbour."
-)
-_FILES_RULE = (
-  "Every number of a table is worked out from the file of that row and model "
-  "in its run's folder, predictions/<row>.<model>.jsonl, an example a line."
-)
 # Characters of an example that are shown; a model may write without an end.
 _LONGEST = 2000
 
@@ -44,13 +33,8 @@ class Section(NamedTuple):
   folded: Sequence[Table] = ()
 
 
-def page(groups: Sequence[RunGroup], tables: Iterable[Table]) -> str:
-  """Writes the page of all groups and their tables.
-
-  Raises:
-    InputError: a file of a run is not what a run writes.
-  """
-  tables = list(tables)
+def page(groups: Sequence[RunGroup], tables: Sequence[Table]) -> str:
+  """Writes the page of all groups and their tables."""
   sections = [
     Section(table.name, table.title, tables=[table])
     for table in tables
@@ -61,15 +45,10 @@ def page(groups: Sequence[RunGroup], tables: Iterable[Table]) -> str:
   if empty := [table for table in tables if table.empty]:
     title = "The paper's tables that no run has numbers for"
     sections.append(Section("others", title, folded=empty))
-  environment = jinja2.Environment(
-    autoescape=True, undefined=jinja2.StrictUndefined
-  )
   source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-  return environment.from_string(source).render(
-    title=_TITLE,
-    introduction=_INTRODUCTION,
+  strict = jinja2.StrictUndefined
+  return jinja2.Template(source, autoescape=True, undefined=strict).render(
     how_to_read=HOW_TO_READ,
-    rule=_FILES_RULE,
     labels=LABELS,
     groups=groups,
     sections=sections,
@@ -91,9 +70,7 @@ def _group_sections(group: RunGroup, named: bool) -> list[Section]:
   if chosen := examples.choose(group.runs[0]):
     title = f"Examples of Table 8's kinds{name}"
     counts = [_counts(chosen)]
-    sections.append(
-      Section(f"examples-{slug}", title, tables=counts, chosen=chosen)
-    )
+    sections.append(Section(f"examples-{slug}", title, counts, chosen=chosen))
   title = f"Runs, files and settings{name}"
   return [*sections, Section(f"files-{slug}", title, runs=group.runs)]
 

@@ -143,21 +143,13 @@ def _attention(group: RunGroup) -> Picture | None:
   if path is None:
     return None
   with np.load(path, allow_pickle=False) as arrays:
-    needed = {"weights", "tokens", "connections", "prompt_length"}
-    if not needed <= set(arrays.files):
-      raise InputError(f"{path} needs {sorted(needed)}, has {arrays.files}")
-    augmenting_tokens = None
-    if "augmenting_tokens" in arrays.files:
-      augmenting_tokens = arrays["augmenting_tokens"].tolist()
-    figure = attention_figure(
-      arrays["weights"],
-      arrays["tokens"].tolist(),
-      arrays["connections"].tolist(),
-      int(arrays["prompt_length"]),
-      augmenting_tokens,
-    )
+    maps = dict(arrays)
+  names = ["weights", "tokens", "connections", "prompt_length"]
+  if not set(names) <= maps.keys():
+    raise InputError(f"{path} needs {sorted(names)}, has {[*maps]}")
+  names.append("augmenting_tokens")  # where they are others than the anchor's
   return Picture(
-    figure,
+    attention_figure(*(maps.get(name) for name in names)),
     "Where the composed model looks",
     "Cross-attention of one example, mean of the heads. A row is a token of "
     "the answer, a column a token that the augmenting model has read; the "

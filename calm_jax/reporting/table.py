@@ -19,43 +19,40 @@ class Cell:
   """A number of ours, and the paper's where its table has the column.
 
   Attributes:
-    ours, paper: None where there is none.
-    paper_column: the paper has numbers in this column, if not this one.
-    low, high: the interval of ours, or the range of `trials`.
+    ours, low, high: our number and its interval, or, of several trials, their
+      mean and range.
     p_value: of ours being no better or worse than m_B's.
     digits: after the point.
-    trials: the number of trials that ours is the mean of.
+    paper: the paper's number; `paper_column` if it has others in this column.
   """
 
   ours: float | None = None
-  paper: float | None = None
-  paper_column: bool = False
   low: float | None = None
   high: float | None = None
   p_value: float | None = None
   digits: int = 1
   trials: int = 1
+  paper: float | None = None
+  paper_column: bool = False
 
   @property
   def number(self) -> str:
     """As "paper / ours", or ours alone."""
-    if self.ours is None and self.paper is None:
+    both = [self.paper, self.ours] if self.paper_column else [self.ours]
+    if both == [None] * len(both):
       return NOTHING
-    ours, paper = (
-      NOTHING if x is None else f"{x:.{self.digits}f}"
-      for x in (self.ours, self.paper)
+    return " / ".join(
+      NOTHING if x is None else f"{x:.{self.digits}f}" for x in both
     )
-    return f"{paper} / {ours}" if self.paper_column else ours
 
   @property
   def uncertainty(self) -> list[str]:
     """The interval and p, as far as they are known."""
     parts = []
     if self.low is not None and self.high is not None:
-      interval = f"{self.low:.{self.digits}f} to {self.high:.{self.digits}f}"
-      if self.trials > 1:
-        interval += f", {self.trials} trials"
-      parts.append(f"[{interval}]")
+      trials = f", {self.trials} trials" if self.trials > 1 else ""
+      low, high = (f"{x:.{self.digits}f}" for x in (self.low, self.high))
+      parts.append(f"[{low} to {high}{trials}]")
     if self.p_value is not None:
       small = self.p_value < 0.001
       parts.append("p<0.001" if small else f"p={self.p_value:.3f}")

@@ -88,7 +88,7 @@ def accuracy_cell(row: str, run: Run, model: str) -> Cell | None:
     parts = (np.array(x, float)[:, None] for x in (right, anchor))
     mean = statistics.mean_of(len(right))
     p_value = statistics.compare(*parts, mean).p_value
-  return Cell(value, low=100 * low, high=100 * high, p_value=p_value)
+  return Cell(value, 100 * low, 100 * high, p_value)
 
 
 def _accuracy(results: Mapping[str, Any], model: str, row: str) -> float | None:

@@ -29,11 +29,7 @@ _SCORES = {
 
 
 def tables(groups: Sequence[RunGroup]) -> list[Table]:
-  """Makes Tables 1 to 6, even without numbers of ours, then all others.
-
-  Raises:
-    InputError: an accuracy or a chrF1 is not from 0 to 100.
-  """
+  """Makes Tables 1 to 6, even without numbers of ours, then all others."""
   made = [evaluations.table5(groups)]
   makers = [
     functools.partial(evaluations.paper_table, name)
@@ -66,8 +62,7 @@ def headlines(group: RunGroup) -> list[str]:
   if cell:
     of_paper = paper.TABLES["table-1"]["kv_math"]["composed"]
     uncertainty = " ".join(cell.uncertainty)
-    if uncertainty:
-      uncertainty = f", {uncertainty}"
+    uncertainty = f", {uncertainty}" if uncertainty else ""
     sentences.append(
       "KV-MATH over keys never seen in training the composition: "
       f"{cell.number}% right{uncertainty} (the paper: {of_paper:.1f}%)."
@@ -89,22 +84,17 @@ def headlines(group: RunGroup) -> list[str]:
 
 def _scores(group: RunGroup, section: str) -> Table:
   """Scores of text by set and model, the lower the better."""
-  rows = [
-    TableRow(
-      name, {}, group.columns, functools.partial(_text_cell, section, name)
-    )
-    for name in group.first(section)
-  ]
+  rows = []
+  for name in group.first(section):
+    measure = functools.partial(_text_cell, section, name)
+    rows.append(TableRow(name, {}, group.columns, measure))
   title, note = _SCORES[section]
-  return grid(
+  name, notes = (
     section.replace("_", "-"),
-    title,
-    rows,
     [f"{note} Bold is the best of the row."],
-    group,
-    best=min,
-    caption="lower is better",
   )
+  caption = "lower is better"
+  return grid(name, title, rows, notes, group, best=min, caption=caption)
 
 
 def _text_cell(section: str, name: str, run: Run, model: str) -> Cell | None:
@@ -138,18 +128,13 @@ def _delta_cell(name: str, run: Run, model: str) -> Cell | None:
   measures = run.evaluations.get(name, {}).get("measures", {}).get(model)
   if measures is None:
     return None
-  return Cell(
-    measures["delta"],
-    low=measures["delta_low"],
-    high=measures["delta_high"],
-    p_value=measures["delta_p"],
-  )
+  names = ("delta", "delta_low", "delta_high", "delta_p")
+  return Cell(*(measures[name] for name in names))
 
 
 def _name(table: Table, group: RunGroup, count: int) -> Table:
   """Tells a table apart from the same one of another group."""
   if count < 2:
     return table
-  title = f"{table.title}, {group.name}"
-  name = f"{table.name}-{group.slug}"
+  name, title = f"{table.name}-{group.slug}", f"{table.title}, {group.name}"
   return dataclasses.replace(table, name=name, title=title)

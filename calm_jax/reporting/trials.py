@@ -9,22 +9,15 @@ LOSS = "held-out loss"
 
 
 def trials_table(summary: Mapping[str, Any]) -> Table:
-  """Makes a row for each kind, and a column for each number.
-
-  Args:
-    summary: by kind the "runs", and the "mean", "lowest" and "highest" of
-      their "scores"; see `calm_jax.ablations.summarise`.
-  """
+  """Makes a row for each kind of `calm_jax.ablations.summarise`."""
   # From the last row, a kind that has all scores; m_B, the first, lacks some.
   scores = [row["scores"] for row in reversed(summary.values())]
   labels = list(dict.fromkeys(label for row in scores for label in row))
   rows = []
   for name, row in summary.items():
-    run = row["runs"][0]
-    trained = f"{run['parameters']:,}"
-    if run["difference"]:
-      trained += f" ({run['difference']:+,})"
-    count = len(row["runs"])
+    run, count = row["runs"][0], len(row["runs"])
+    difference = f" ({run['difference']:+,})" if run["difference"] else ""
+    trained = f"{run['parameters']:,}{difference}"
     cells = [_cell(row["scores"].get(label), label, count) for label in labels]
     rows.append((name, trained, *cells))
   return Table(
@@ -52,5 +45,5 @@ def _cell(spread: Mapping[str, float] | None, label: str, trials: int) -> Cell:
     return Cell(digits=digits)
   if trials == 1:
     return Cell(spread["mean"], digits=digits)
-  low, high = spread["lowest"], spread["highest"]
-  return Cell(spread["mean"], low=low, high=high, digits=digits, trials=trials)
+  ends = spread["lowest"], spread["highest"]
+  return Cell(spread["mean"], *ends, digits=digits, trials=trials)

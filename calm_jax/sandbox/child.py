@@ -1,7 +1,7 @@
 """The inside of the sandbox: builds the walls, then runs one program.
 
-A script that `calm_jax.sandbox.runner` starts, for one program each. Three
-processes:
+`calm_jax.sandbox.runner` starts this script for each program. Of three
+processes,
 
 - the first reads the job, makes the namespaces and a root folder of its own,
   drops all privileges, and waits;
@@ -9,8 +9,8 @@ processes:
   it ends, the kernel ends everything in that namespace;
 - the third limits itself further and runs the program and its tests.
 
-A step that fails ends the whole before the program is started. It uses the
-standard library only, for a quick start.
+A step that fails ends the whole before the program is started. Only the
+standard library is used, for a quick start.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ def read_exactly(fd: int, size: int) -> bytes:
 
 
 def give_up(error: OSError) -> None:
-  """Says what the machine lacks; no program is run."""
+  """Says what the machine lacks, instead of running a program."""
   os.write(2, json.dumps({"lacks": str(error)}).encode() + b"\n")
   os._exit(1)
 
@@ -103,10 +103,9 @@ def change_root(job: dict) -> None:
   call("mount", b"tmpfs", b"/tmp", b"tmpfs", 0, size.encode())
   for target, source in job["visible"].items():
     source = "/old" + source
-    if os.path.isdir(source):
-      os.makedirs(target, exist_ok=True)
-    else:
-      os.makedirs(os.path.dirname(target), exist_ok=True)
+    is_file = not os.path.isdir(source)
+    os.makedirs(os.path.dirname(target) if is_file else target, exist_ok=True)
+    if is_file:
       write(target, "")
     both = source.encode(), target.encode()
     call("mount", *both, None, BIND | RECURSIVE, None)
@@ -216,10 +215,8 @@ def run_program(job: dict, token: int, report: int) -> None:
   module = types.ModuleType("program")
   sys.modules["program"] = module
   try:
-    codes = [
-      compile(job[part], f"<{part}>", "exec", dont_inherit=True)
-      for part in ("program", "tests")
-    ]
+    parts = ("program", "tests")
+    codes = [compile(job[p], f"<{p}>", "exec", 0, True) for p in parts]
     for code in codes:
       run(code, module.__dict__)
   except BaseException as error:
@@ -273,11 +270,10 @@ def watch(job: dict, report: int) -> None:
       break
     signal.sigtimedwait({signal.SIGCHLD}, left)
     ended, status, usage = os.wait4(program, os.WNOHANG)
-  result = {
-    "status": status if ended else None,
-    "seconds": time.monotonic() - start,
-    "cpu_seconds": usage.ru_utime + usage.ru_stime if ended else None,
-  }
+  result = {"status": None, "seconds": time.monotonic() - start}
+  if ended:
+    cpu_seconds = usage.ru_utime + usage.ru_stime
+    result |= {"status": status, "cpu_seconds": cpu_seconds}
   os.write(2, json.dumps(result).encode() + b"\n")
   os._exit(0)
 

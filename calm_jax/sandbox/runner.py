@@ -3,16 +3,15 @@
 Each program gets a process of its own that sees an empty folder (/tmp, in
 memory), the standard library of Python, and nothing else: no other file, no
 environment, no network, no other process. It cannot start processes, and its
-wall and CPU time, memory, threads, files and output are limited. The walls are
-Linux namespaces, a filter of system calls and resource limits; an ordinary user
-can build them, and root gives up being root. Where one of them cannot be built,
-nothing is run. What they do not hold against is a hole in the kernel.
+time, memory, threads, files and output are limited. The walls are Linux
+namespaces, a filter of system calls and resource limits; an ordinary user can
+build them, and root gives up being root. Where one cannot be built, nothing is
+run. They do not hold against a hole in the kernel.
 
 A program passes only when its tests have run to their end: the process is then
-given a secret that it sends back; its exit code counts for nothing. The tests
-run in the program's own interpreter, so this is proof against programs that
-are wrong, that leave early or that hide their errors, not against one that
-sets out to cheat: an object that equals everything passes any test.
+given a secret that it sends back. The tests run in the program's interpreter,
+so this is proof against programs that are wrong, leave early or hide their
+errors, not against one that sets out to cheat.
 """
 
 import contextlib
@@ -46,8 +45,8 @@ MACHINES = {
   "x86_64": {"machine": 0xC000003E, "clone": 56, "pivot_root": 155},
   "aarch64": {"machine": 0xC00000B7, "clone": 220, "pivot_root": 41},
 }
-_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache")
-VISIBLE = (*_LIBRARIES, "/usr/share/zoneinfo", "/dev/null", "/dev/urandom")
+VISIBLE = ["/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache"]
+VISIBLE += ["/usr/share/zoneinfo", "/dev/null", "/dev/urandom"]
 # The kernel and the interpreter need a while around the program's own time.
 GRACE_SECONDS = 30.0
 OUTPUT_TAIL = 2000
@@ -55,15 +54,10 @@ OUTPUT_TAIL = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """Limits of one program.
+  """Limits of one program and its tests, all threads and files together.
 
-  Attributes:
-    wall_seconds: time from its start to the end of its tests.
-    cpu_seconds: time of all its threads together.
-    memory_bytes: address space, the interpreter's own included.
-    disk_bytes: size of all its files together; they are in memory.
-    output_bytes: standard output and error together.
-    threads: threads at once, about.
+  `memory_bytes` is address space, the interpreter's included; files, of
+  `disk_bytes`, are in memory too.
   """
 
   wall_seconds: float = 10.0
@@ -90,7 +84,7 @@ class Verdict:
     name: one of the constants of this module, such as PASSED.
     detail: the exception's last line and the test it came from, or the signal.
     output: the end of what it printed.
-    seconds: from its start to its end.
+    seconds: that it ran.
   """
 
   name: str
@@ -104,11 +98,7 @@ class Verdict:
 
 
 def require(allow_code_execution: bool) -> None:
-  """Returns if programs may be run and can be; call it before generating.
-
-  Raises:
-    InputError: the user did not allow it, or this machine cannot sandbox.
-  """
+  """Raises InputError unless programs may be run, and the sandbox works."""
   if not allow_code_execution:
     raise InputError(
       "this evaluation runs programs that a model wrote: allow it with "
@@ -129,14 +119,10 @@ def run(
   """Runs programs, several at a time, and judges each.
 
   Args:
-    programs: N of them; each must have tests.
+    programs: each must have tests.
     allow_code_execution: the user's word that programs of a model may be run.
     limits: of each program.
-    workers: how many run at once; by default as many as this process may use
-      CPUs.
-
-  Returns:
-    N verdicts in the same order.
+    workers: how many run at once; by default one for each CPU.
 
   Raises:
     InputError: not allowed; a program without tests; or this machine cannot
@@ -208,19 +194,14 @@ def _job(program: ProgramWithTests, limits: Limits) -> bytes:
   job["syscalls"] = [int(row[column]) for row in rows if row[column] != "-"]
   job["visible"] = {
     path: os.path.realpath(path)
-    for path in dict.fromkeys((*VISIBLE, library))
+    for path in dict.fromkeys([*VISIBLE, library])
     if os.path.exists(path)
   }
   return json.dumps(job).encode()
 
 
 def _read(most: dict, seconds: float) -> tuple[bytes, bytes, bytes, str]:
-  """Reads pipes until all end, and names the limit that was passed, if any.
-
-  Args:
-    most: the bytes at most that each file may give.
-    seconds: the time at most.
-  """
+  """Reads files, each of `most` bytes, and names the limit passed, if any."""
   deadline = time.monotonic() + seconds
   data = {file: bytearray() for file in most}
   over = ""
@@ -254,23 +235,22 @@ def _judge(
   if "lacks" in end:
     raise InputError(_cannot(end["lacks"]))
   code, seconds = end["status"], end["seconds"]
+  kinds = {b"f": FAILED, b"m": OUT_OF_MEMORY, b"x": NOT_RUN}
+  name, detail = kinds.get(report[:1]), report[1:].decode(errors="replace")
   if code is None:
-    return Verdict(TIMED_OUT, "", output, seconds)
-  if code == 0 and secrets.compare_digest(report, token):
-    return Verdict(PASSED, "", output, seconds)
-  if os.WIFSIGNALED(code):
+    name, detail = TIMED_OUT, ""
+  elif code == 0 and secrets.compare_digest(report, token):
+    name, detail = PASSED, ""
+  elif os.WIFSIGNALED(code):
     number = os.WTERMSIG(code)
+    name, detail = KILLED, signal.strsignal(number) or f"signal {number}"
     late = end["cpu_seconds"] >= limits.cpu_seconds
     if late or number == signal.SIGXCPU:
-      return Verdict(TIMED_OUT, "CPU time", output, seconds)
-    name = signal.strsignal(number) or f"signal {number}"
-    return Verdict(KILLED, name, output, seconds)
-  kinds = {b"f": FAILED, b"m": OUT_OF_MEMORY, b"x": NOT_RUN}
-  if report[:1] in kinds:
-    detail = report[1:].decode(errors="replace")
-    return Verdict(kinds[report[:1]], detail, output, seconds)
-  detail = f"ended with exit code {os.waitstatus_to_exitcode(code)}"
-  return Verdict(NOT_RUN, detail, output, seconds)
+      name, detail = TIMED_OUT, "CPU time"
+  elif name is None:
+    code = os.waitstatus_to_exitcode(code)
+    name, detail = NOT_RUN, f"ended with exit code {code}"
+  return Verdict(name, detail, output, seconds)
 
 
 def _cannot(why: str) -> str:

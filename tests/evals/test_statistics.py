@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 
@@ -62,9 +61,9 @@ def test_a_seed_decides():
 
 def test_blocks_make_no_difference(monkeypatch):
   parts = column(VALUES), column(VALUES[::-1])
-  whole = dataclasses.astuple(compare(*parts, mean_of(500)))
+  whole = compare(*parts, mean_of(500))
   monkeypatch.setattr(statistics, "_AT_ONCE", 500 * 7)
-  blocks = dataclasses.astuple(compare(*parts, mean_of(500)))
+  blocks = compare(*parts, mean_of(500))
   assert blocks == pytest.approx(whole)
 
 
