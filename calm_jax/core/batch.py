@@ -12,42 +12,31 @@ Array = Any  # of NumPy or JAX
 
 
 class Sequence(NamedTuple):
-  """Rows of tokens, each array int32 [B, L].
+  """Rows of tokens, each array int32 [B, L]."""
 
-  Attributes:
-    tokens: token ids, 0 at padding.
-    segments: the number of the example within its row, from 1; 0 at padding.
-    positions: the place of the token within its segment, from 0.
-  """
-
-  tokens: Array
-  segments: Array
-  positions: Array
+  tokens: Array  # token ids, 0 at padding
+  segments: Array  # number of the example in its row, from 1; 0 at padding
+  positions: Array  # place of the token within its segment, from 0
 
 
 class Batch(NamedTuple):
-  """Rows of tokens for all models, and what is to be predicted.
+  """Rows of tokens for all models, and what is to be predicted."""
 
-  Attributes:
-    anchor: the anchor's rows, [B, L].
-    augmenting: by name the rows [B, M] of each augmenting model whose tokens
-      are not the anchor's; the others read `anchor`.
-    visible: by the same names int32 [B, L], how many slots of the augmenting
-      row each slot of the anchor's may see by causality alone, 0 at padding.
-    prompt_ends: int32 [B, L], the slot one past the last prompt token of the
-      segment (one past the BOS for plain text), 0 at padding; None if there
-      is no prompt.
-    targets: int32 [B, L], the next token of the segment, 0 where there is
-      none; None if nothing is predicted.
-    weights: float32 [B, L], 1 where a target counts, else 0; or None.
-  """
-
-  anchor: Sequence
+  anchor: Sequence  # the anchor's rows, [B, L]
+  # By name the rows [B, M] of each augmenting model whose tokens are not the
+  # anchor's; the others read `anchor`.
   augmenting: dict[str, Sequence]
+  # By the same names int32 [B, L]: how many slots of the augmenting row each
+  # slot of the anchor's may see by causality alone, 0 at padding.
   visible: dict[str, Array]
+  # Int32 [B, L]: the slot one past the last prompt token of the segment (one
+  # past the BOS for plain text), 0 at padding; None if there is no prompt.
   prompt_ends: Array | None = None
+  # Int32 [B, L]: the next token of the segment, 0 where there is none.
   targets: Array | None = None
-  weights: Array | None = None
+  weights: Array | None = (
+    None  # float32 [B, L], 1 where a target counts, else 0
+  )
 
 
 def plain_batch(tokens_BL: Array) -> Batch:

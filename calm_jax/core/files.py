@@ -33,10 +33,6 @@ def sha256(path: Path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# JSON has no number for these; `float` reads all three.
-_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
-
-
 def to_json(value: Any) -> Any:
   """Returns arrays, tuples and paths as values of JSON's types.
 
@@ -59,8 +55,9 @@ def to_json(value: Any) -> Any:
 
 def number_from_json(value: Any) -> Any:
   """Returns a number that `to_json` wrote; any other value as it is."""
-  is_number = isinstance(value, str) and value in _NOT_FINITE
-  return float(value) if is_number else value
+  if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):
+    return float(value)
+  return value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -46,12 +46,10 @@ def locate(
   revision: str | None = None,
   files: Sequence[str] = HUB_FILES,
 ) -> CheckpointRef:
-  """Finds a checkpoint's folder, downloaded first if need be.
+  """Finds a checkpoint's folder; downloads the `files` that match if need be.
 
-  Args:
-    path_or_hub_id: a folder, or an id on the Hugging Face hub, `org/name`.
-    revision: a branch, tag or commit on the hub; its main branch if None.
-    files: patterns of what is downloaded.
+  It is a folder, or `org/name` on the Hugging Face hub with a branch, tag or
+  commit as its revision, by default its main branch.
 
   Raises:
     InputError: no such folder, a revision of a folder, or the hub does not

@@ -1,8 +1,7 @@
 """Trees of arrays: names of leaves, masks, partition, merge, fingerprints.
 
-A tree is a plain nested dict with string keys whose leaves are arrays, or
-anything else with a shape and a dtype. A leaf's name is its path joined by
-"/". Empty dicts carry no leaf and are dropped by every function here.
+A tree is a nested dict of arrays or anything else with a shape and a dtype. A
+leaf's name is its path joined by "/". Empty dicts are dropped.
 """
 
 import hashlib
@@ -62,8 +61,8 @@ def mask(tree: Tree, patterns: Sequence[str]) -> dict[str, Any]:
       raise InputError(f"bad pattern {pattern!r}: {error}") from error
     matched = {name for name in names if compiled.fullmatch(name)}
     if not matched:
-      text = f"pattern {pattern!r} matches no leaf; the leaves are\n"
-      raise InputError(text + _listing(names))
+      listing = _listing(names)
+      raise InputError(f"pattern {pattern!r} matches no leaf of\n{listing}")
     chosen |= matched
   return unflatten({name: name in chosen for name in names})
 

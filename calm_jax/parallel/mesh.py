@@ -27,9 +27,7 @@ def make_mesh(
     raise InputError(f"mesh={dict(axes)} does not have the axes {AXES}")
   sizes = {name: axes[name] for name in AXES}
   if any(n < 1 and n != -1 for n in sizes.values()):
-    raise InputError(
-      f"mesh={sizes}: give each axis 1 or more, or one of them -1"
-    )
+    raise InputError(f"mesh={sizes}: an axis is 1 or more, or one of them -1")
   given = math.prod(n for n in sizes.values() if n != -1)
   rest = [name for name, n in sizes.items() if n == -1]
   if len(rest) > 1:

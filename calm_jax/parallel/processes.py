@@ -20,10 +20,6 @@ from calm_jax.core.errors import InputError, LostProcess
 PyTree = Any
 
 _COORDINATOR = "JAX_COORDINATOR_ADDRESS"
-_NUMBERS = {
-  "num_processes": "JAX_NUM_PROCESSES",
-  "process_id": "JAX_PROCESS_ID",
-}
 
 
 def start(heartbeat: int = 100) -> None:
@@ -42,12 +38,13 @@ def start(heartbeat: int = 100) -> None:
     return
   numbers: dict[str, int] = {}
   if _COORDINATOR in os.environ:
-    for argument, name in _NUMBERS.items():
+    for argument in ("num_processes", "process_id"):
+      name = f"JAX_{argument.upper()}"
       value = os.environ.get(name, "")
       if not value.isdigit():
         raise InputError(
           f"{_COORDINATOR} is set, and {name}={value!r} is no number: give "
-          f"both of {tuple(_NUMBERS.values())}"
+          "both JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         )
       numbers[argument] = int(value)
   # It would take SIGTERM for itself, from before the training to after it.

@@ -204,8 +204,7 @@ class Layout:
     return NamedSharding(self.mesh, partition(cut))
 
   def _cut_parameter(self, name: str, shape: tuple[int, ...]):
-    """The axes along each dimension, and ((axes, dimension), ...) of those
-    that another dimension than their rule's has got, or none (None)."""
+    """Axes along each dimension; (axes, dimension or None) of those moved."""
     first = 1 if _STACKED.fullmatch(name) else 0
     cut, undivided = self._cut(self.rule(name), shape, first)
     if self.rule(name) is None:
@@ -226,8 +225,7 @@ class Layout:
   def _cut(
     self, axes: tuple | None, shape: tuple[int, ...], first: int = 0
   ) -> tuple[list[Axes], list[tuple[Axes, int]]]:
-    """The axes of a rule along each dimension from `first` that they divide,
-    and ((axes, dimension), ...) of those that do not."""
+    """Axes along each dimension they divide; (axes, dimension) of the rest."""
     cut: list[Axes] = [()] * len(shape)
     undivided, axes = [], axes or ()
     for dim, entry in enumerate(axes, start=len(shape) - len(axes)):

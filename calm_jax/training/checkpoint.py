@@ -11,7 +11,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ _DELETED = ".deleted"
 _LOSS = "loss"  # The name under which a step's loss is on disk.
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
   """The checkpoints of one run; leaving the context waits for the last save.
 
   All processes of the run make the same calls together.
@@ -75,16 +75,11 @@ class Checkpoints:
     self._remove_deleted()
 
   def save(
-    self,
-    step: int,
-    state: PyTree,
-    data: Any,
-    meta: Any,
-    loss: float | None = None,
+    self, step: int, state: PyTree, data, meta, loss: float | None = None
   ) -> None:
     """Starts a save; the arrays may be donated as soon as this returns.
 
-    `data` and `meta` are JSON, the same on all processes. A loss makes the step
+    `data` and `meta` are JSON, the same on all processes; a loss makes the step
     a candidate for the best.
 
     Raises:
@@ -155,9 +150,6 @@ class Checkpoints:
       lambda path, _: leaves[_leaf_name(path)], abstract_state
     )
     return state, restored.data
-
-  def __enter__(self) -> Self:
-    return self
 
   def __exit__(self, kind, *_) -> None:
     is_fault = kind is not None and not issubclass(kind, errors.Preempted)
@@ -286,7 +278,7 @@ def _rank(metrics: Mapping[str, float]) -> float:
 
 
 def _nested(state: PyTree) -> dict[str, Any]:
-  """The leaves of any pytree as nested dicts, by their names."""
+  """The leaves of any pytree, which must be arrays, as nested dicts."""
   leaves: dict[str, Any] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
     name = _leaf_name(path)

@@ -40,13 +40,10 @@ def seal(step: Path) -> None:
 
 
 def recover(directory: Path) -> None:
-  """Renames damaged steps to `<step>.corrupt` if an earlier one is intact.
+  """Renames damaged steps to `<step>.corrupt`; StorageError if none is intact.
 
   All processes call this together, and the first one does it. Of steps before
   the newest intact one only the metrics are verified, which Orbax reads.
-
-  Raises:
-    StorageError: there are steps and none is intact.
   """
   error = None
   if jax.process_index() == 0 and directory.exists():
@@ -54,12 +51,11 @@ def recover(directory: Path) -> None:
       _move_damaged(directory)
     except StorageError as no_good_step:
       error = no_good_step
+  good = np.int32(error is None)
   if jax.process_count() > 1:
-    good = multihost_utils.broadcast_one_to_all(np.int32(error is None))
-    if not int(good) and error is None:
-      error = StorageError(f"no good checkpoint in {directory}")
-  if error:
-    raise error
+    good = multihost_utils.broadcast_one_to_all(good)
+  if not good:
+    raise error or StorageError(f"no good checkpoint in {directory}")
 
 
 def intact_step(directory: Path, steps: Sequence[int], step: int | None) -> int:
@@ -73,8 +69,7 @@ def intact_step(directory: Path, steps: Sequence[int], step: int | None) -> int:
     raise InputError(f"no complete checkpoint in {directory}")
   if step is not None and step not in steps:
     raise InputError(
-      f"no complete checkpoint of step {step} in {directory}; there are "
-      f"{sorted(steps)}"
+      f"no checkpoint of step {step} in {directory}; there are {sorted(steps)}"
     )
   intact, damage = _newest_intact(directory, steps if step is None else [step])
   for what in damage.values():
@@ -138,18 +133,16 @@ def _damage(step: Path, prefix: str = "") -> str | None:
     return None
   try:
     sealed = json.loads(path.read_text())
-    is_intact = sealed["sha256"] == _sha256_of_json(sealed["files"])
+    if sealed["sha256"] != _sha256_of_json(sealed["files"]):
+      return f"{path} is damaged"
   except (ValueError, KeyError, TypeError):
-    is_intact = False
-  if not is_intact:
     return f"{path} is damaged"
   for name, want in sealed["files"].items():
     if not name.startswith(prefix):
       continue
     file = step / name
     try:
-      size = file.stat().st_size
-      if size != want["bytes"]:
+      if (size := file.stat().st_size) != want["bytes"]:
         return f"{file} has {size} bytes, not {want['bytes']}"
       if files.sha256(file) != want["sha256"]:
         return f"{file} is not as it was written"

@@ -46,14 +46,7 @@ def _token_losses_backward(saved, factor_BL):
 _token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 
 
-def chunked_rows(
-  head: Head,
-  params: Any,
-  x_BLD: Array,
-  targets_BL: Array,
-  weights_BL: Array,
-  limit: int,
-):
+def chunked_rows(head: Head, params, x_BLD, targets_BL, weights_BL, limit: int):
   """`cross_entropy` of the logits that a head makes, few of them at a time.
 
   Args:
@@ -75,14 +68,7 @@ def chunked_rows(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))
-def chunked_sum(
-  head: Head,
-  params: Any,
-  x_BLD: Array,
-  targets_BL: Array,
-  weights_BL: Array,
-  limit: int,
-) -> Array:
+def chunked_sum(head: Head, params, x_BLD, targets_BL, weights_BL, limit: int):
   """The sum of `chunked_rows`, with gradients at no further matmul.
 
   A chunk's gradients are computed while its logits exist, in the forward pass,
@@ -98,16 +84,13 @@ def _chunked_sum_forward(head, params, x, targets, weights, limit):
   """`chunked_sum`, and its gradients (None for leaves that need none)."""
   leaves, treedef = jax.tree.flatten(params)
   values = [leaf.value for leaf in leaves]
-  perturbed = [i for i, leaf in enumerate(leaves) if leaf.perturbed]
+  trained = {i: x.value for i, x in enumerate(leaves) if x.perturbed}
 
   def loss(trained, x, targets, weights):
-    merged = list(values)
-    for i, leaf in zip(perturbed, trained, strict=True):
-      merged[i] = leaf
+    merged = [trained.get(i, value) for i, value in enumerate(values)]
     logits = head(treedef.unflatten(merged), x)
     return cross_entropy(logits, targets, weights)[0].sum()
 
-  trained = [values[i] for i in perturbed]
   gradient = jax.value_and_grad(loss, argnums=(0, 1) if x.perturbed else (0,))
 
   def add(carry, chunk):
@@ -120,9 +103,7 @@ def _chunked_sum_forward(head, params, x, targets, weights, limit):
   zeros = jnp.zeros((), value.dtype), jax.tree.map(jnp.zeros_like, trained)
   (total, trained_grads), x_grads = jax.lax.scan(add, zeros, chunks)
   x_grad = _join(x_grads[0], x.value.shape) if x_grads else None
-  grads = [None] * len(leaves)
-  for i, grad in zip(perturbed, trained_grads, strict=True):
-    grads[i] = grad
+  grads = [trained_grads.get(i) for i in range(len(leaves))]
   return total, (treedef.unflatten(grads), x_grad)
 
 
@@ -158,6 +139,5 @@ def _split(head, params, limit, x_BLD, *others_BL) -> tuple[Array, ...]:
 
 def _join(chunks: Array, shape: tuple[int, ...]) -> Array:
   """The inverse of `_split`."""
-  n, B, length = chunks.shape[:3]
-  x = jnp.moveaxis(chunks, 0, 2).reshape(B, length * n, *chunks.shape[3:])
+  x = jnp.moveaxis(chunks, 0, 2).reshape(shape[0], -1, *shape[2:])
   return x[:, : shape[1]]

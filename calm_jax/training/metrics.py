@@ -1,10 +1,12 @@
 """Metrics on disk: JSON lines and TensorBoard. Reading them needs no JAX."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
+import numpy as np
 from tensorboardX import SummaryWriter
 
 from calm_jax.core import files
@@ -12,7 +14,7 @@ from calm_jax.core import files
 FILE_NAME = "metrics.jsonl"
 
 
-class MetricWriter:
+class MetricWriter(contextlib.AbstractContextManager):
   """Appends scalars to metrics.jsonl and to TensorBoard event files."""
 
   def __init__(
@@ -30,9 +32,7 @@ class MetricWriter:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / FILE_NAME
     if path.exists():
-      kept = [
-        record for record in _records(path) if record["step"] <= resume_step
-      ]
+      kept = [line for line in _records(path) if line["step"] <= resume_step]
       files.write_json_lines(path, kept)
     self._file = path.open("a", encoding="utf-8")
     # TensorBoard ignores an earlier process's events from the purge step on.
@@ -47,7 +47,7 @@ class MetricWriter:
       return
     if "step" in values:
       raise ValueError('a metric may not be called "step"')
-    scalars = {name: _scalar(value) for name, value in values.items()}
+    scalars = {name: np.asarray(value).item() for name, value in values.items()}
     line = files.to_json({"step": int(step), **scalars})
     # A single write, so that a kill can cut the line but not interleave it.
     self._file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -55,9 +55,6 @@ class MetricWriter:
     for name, value in scalars.items():
       self._board.add_scalar(name, value, int(step))
     self._board.flush()
-
-  def __enter__(self) -> Self:
-    return self
 
   def __exit__(self, *exc_info) -> None:
     if self._active:
@@ -68,9 +65,8 @@ class MetricWriter:
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
   """Reads metrics.jsonl: one dict per line, non-finite values as floats.
 
-  Raises:
-    InputError: the directory has no metrics.jsonl, or a line other than a last
-      one cut short is not what `MetricWriter` writes.
+  Raises InputError if there is none or a line, but for a last one that was cut
+  short, is not what `MetricWriter` writes.
   """
   return [
     {name: files.number_from_json(value) for name, value in record.items()}
@@ -81,8 +77,3 @@ def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
 def _records(path: Path) -> list[dict[str, Any]]:
   lines = files.read_json_lines(path, ["step"], drop_unfinished=True)
   return [record for _, record in lines]
-
-
-def _scalar(value: Any) -> int | float:
-  value = value.item() if hasattr(value, "item") else value
-  return value if isinstance(value, int) else float(value)

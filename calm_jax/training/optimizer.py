@@ -47,10 +47,7 @@ class Optimizer:
 
 
 def make_optimizer(stage: Stage, mask: Tree) -> Optimizer:
-  """AdamW with a clip of the global norm, masked to the trainable leaves.
-
-  `mask` is that of `trees.mask`. Raises as `schedule`.
-  """
+  """AdamW with a clip of the global norm, for the leaves of a `trees.mask`."""
   learning_rate = schedule(stage)
 
   def decayed(tree: Tree) -> Tree:
@@ -73,9 +70,7 @@ def make_optimizer(stage: Stage, mask: Tree) -> Optimizer:
 def schedule(stage: Stage) -> optax.Schedule:
   """Learning rate by step: linear warm-up, then "cosine" or "constant".
 
-  Raises:
-    InputError: there is no such schedule, or the warm-up is not within the
-      steps of the stage.
+  Raises InputError if it is neither, or the warm-up takes all steps.
   """
   kind, peak, warmup = stage.schedule, stage.learning_rate, stage.warmup
   check_choice("schedule", kind, ("cosine", "constant"))

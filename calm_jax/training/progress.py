@@ -60,7 +60,14 @@ class Progress:
     if self._bar is not None:
       self._bar.update(self._task, completed=step, values=values)
       return
-    self._pending = self._plain_line(step, values)
+    elapsed = time.monotonic() - self._began
+    self._pending = (
+      f"{self._description}: step {step}/{self._total}  {values}  "
+      f"elapsed {_clock(elapsed)}"
+    )
+    if step > self._start:
+      left = elapsed / (step - self._start) * (self._total - step)
+      self._pending += f"  left {_clock(left)}"
     if time.monotonic() - self._printed >= _PLAIN_SECONDS:
       self._print_pending()
 
@@ -68,17 +75,6 @@ class Progress:
     if self._bar is not None:
       self._bar.stop()
     self._print_pending()
-
-  def _plain_line(self, step: int, values: str) -> str:
-    elapsed = time.monotonic() - self._began
-    line = (
-      f"{self._description}: step {step}/{self._total}  {values}  "
-      f"elapsed {_clock(elapsed)}"
-    )
-    if step == self._start:
-      return line
-    left = elapsed / (step - self._start) * (self._total - step)
-    return f"{line}  left {_clock(left)}"
 
   def _print_pending(self) -> None:
     if self._pending is not None:

@@ -32,7 +32,7 @@ def summed_loss(params: dict, spec: Composition, batch: Batch):
 
 
 def _loss_arguments(params: dict, spec: Composition, batch: Batch) -> tuple:
-  """The head, its parameters, the states it reads, and what they predict."""
+  """The arguments of `chunked_rows` and `chunked_sum` for a batch."""
   config, place = spec.anchor, spec.anchor.compute.place
   devices = 1 if place is None else place.layout.mesh.size
   limit = config.compute.loss_chunk * devices
@@ -45,13 +45,20 @@ def _loss_arguments(params: dict, spec: Composition, batch: Batch) -> tuple:
   return head, weights, x_BLD, batch.targets, batch.weights, limit
 
 
-def initial_state(optimizer: Optimizer, trainable: dict) -> dict[str, Any]:
-  """The training state before the first step."""
-  return {
-    "trainable": trainable,
-    "opt_state": optimizer.init(trainable),
-    "step": jnp.int32(0),
-  }
+def initial_state(
+  optimizer: Optimizer, trainable: dict, layout: Layout | None = None
+) -> dict[str, Any]:
+  """The training state before the first step, laid out as its parameters."""
+
+  def rest(trainable):
+    return {"opt_state": optimizer.init(trainable), "step": jnp.int32(0)}
+
+  state = {"trainable": trainable}
+  if layout is None:
+    return state | rest(trainable)
+  shardings = layout.following(state | jax.eval_shape(rest, trainable))
+  del shardings["trainable"]
+  return state | jax.jit(rest, out_shardings=shardings)(trainable)
 
 
 def make_step(
@@ -62,20 +69,19 @@ def make_step(
 ) -> Callable:
   """The jitted update: (state, frozen, batch) -> (state, metrics).
 
-  `state` is that of `initial_state` and is donated; gradients are taken of the
-  trainable leaves only.
+  The state is donated; gradients are taken of its trainable leaves only.
   """
 
-  def piece_loss(trainable, frozen, piece, total):
+  @jax.value_and_grad
+  def loss_and_gradient(trainable, frozen, piece, total):
     params = trees.merge(trainable, frozen)
     part, params = forward.submodel(spec, params, stage.model)
     return summed_loss(params, part, piece) / total
 
   def gradients(trainable, frozen, batch):
     total = jnp.maximum(batch.weights.sum(), 1)
-    value_and_grad = jax.value_and_grad(piece_loss)
     if stage.accumulate == 1:
-      return value_and_grad(trainable, frozen, batch, total)
+      return loss_and_gradient(trainable, frozen, batch, total)
     pieces = jax.tree.map(
       lambda x: x.reshape(stage.accumulate, -1, *x.shape[1:]), batch
     )
@@ -83,7 +89,7 @@ def make_step(
       pieces = layout.constrain_all("batch", pieces)
 
     def add(carry, piece):
-      new = value_and_grad(trainable, frozen, piece, total)
+      new = loss_and_gradient(trainable, frozen, piece, total)
       return jax.tree.map(jnp.add, carry, new), None
 
     zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable)

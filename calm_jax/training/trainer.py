@@ -5,7 +5,6 @@ bit-equal to a run that was never interrupted, and is skipped once complete.
 """
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from calm_jax.training import checkpoint_integrity, run_identity, signals
 from calm_jax.training import step as step_lib
 from calm_jax.training.checkpoint import Checkpoints, restore_trainable
 from calm_jax.training.metrics import MetricWriter
-from calm_jax.training.optimizer import Optimizer, make_optimizer
+from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.progress import Progress
 from calm_jax.training.stage import Stage
 from calm_jax.training.watchdog import Watchdog
@@ -50,23 +49,19 @@ def run_stage(
 ) -> tuple[Tree, float]:
   """Runs a stage to its end, from wherever an earlier process left it.
 
-  All processes call this together, and the first one writes. Returns the whole
-  tree with the trained leaves, and the seconds of training.
+  All processes call this together, and the first one writes to the directory.
+  Returns the whole tree with the trained leaves, and the seconds of training.
 
   Args:
-    name: of the stage, for messages.
     source: random access to batches, with `describe(index)` and `fingerprint`:
       all of their rows, or this process's `layout.share`.
-    directory: where checkpoints and metrics go.
     origins: where each frozen model came from; see `run_identity.describe`.
-    layout: of all arrays; None for one device.
     watchdog: seconds after which a step counts as hung; 0 for never.
 
   Raises:
     InputError: the directory holds a run of other settings or other models.
     TrainingDiverged: the loss is not finite.
-    StorageError: a batch cannot be read, or a checkpoint not be written or,
-      where no other is left, read.
+    StorageError: a batch cannot be read, or no checkpoint written or read.
     Preempted: a signal came, and what was done is saved.
   """
   if stage.batch_size % stage.accumulate:
@@ -86,11 +81,13 @@ def run_stage(
   identity = run_identity.describe(
     stage, spec, params, frozen, origins, seed, source.fingerprint
   )
-  run = _Run(name, stage, source, eval_batches, directory, identity, layout)
+  run = _Run(
+    name, stage, source, eval_batches, directory, identity, layout, watchdog
+  )
   result = run.finished(trainable)
   if result is None:
     with run.open_checkpoints():
-      result = _train(run, spec, mask, trainable, frozen, watchdog)
+      result = _train(run, spec, mask, trainable, frozen)
     run_identity.mark_complete(directory, stage.steps, result[1], identity)
   trained, seconds = result
   return trees.merge(trained, frozen), seconds
@@ -107,6 +104,7 @@ class _Run:
   directory: Path
   identity: dict
   layout: Layout | None
+  watchdog: float
   checkpoints: Checkpoints | None = None
 
   def finished(self, abstract: Tree) -> tuple[Tree, float] | None:
@@ -115,10 +113,9 @@ class _Run:
       return None
     saved = mark.get("identity", {})
     run_identity.check(saved, self.identity, self.directory)
+    folder = self.directory / "checkpoints"
     try:
-      trained, _ = restore_trainable(
-        self.directory / "checkpoints", mark["step"], abstract=abstract
-      )
+      trained, _ = restore_trainable(folder, mark["step"], abstract)
     except StorageError as error:
       checkpoint_integrity.warn(
         f"stage {self.name!r} was complete: {error}\nit goes on from an "
@@ -221,36 +218,13 @@ class _StepLog:
     self._progress.update(number, loss=values["loss"], tokens_per_second=speed)
 
 
-def _initial_state(
-  optimizer: Optimizer, trainable: Tree, layout: Layout | None
-) -> Tree:
-  """The state before the first step, laid out as its parameters are."""
-  make = functools.partial(step_lib.initial_state, optimizer)
-  if layout is None:
-    return make(trainable)
-  shardings = layout.following(jax.eval_shape(make, trainable))
-  del shardings["trainable"]
-
-  def rest(trainable):
-    state = make(trainable)
-    return {name: state[name] for name in shardings}
-
-  made = jax.jit(rest, out_shardings=shardings)(trainable)
-  return made | {"trainable": trainable}
-
-
 def _train(
-  run: _Run,
-  spec: Composition,
-  mask: Tree,
-  trainable: Tree,
-  frozen: Tree,
-  watchdog: float,
+  run: _Run, spec: Composition, mask: Tree, trainable: Tree, frozen: Tree
 ) -> tuple[Tree, float]:
   """Trains from the newest checkpoint on: (trained leaves, seconds)."""
   stage, writes = run.stage, jax.process_index() == 0
   optimizer = make_optimizer(stage, mask)
-  state = _initial_state(optimizer, trainable, run.layout)
+  state = step_lib.initial_state(optimizer, trainable, run.layout)
   state, iterator, seconds = run.resume(state)
   step = step_lib.make_step(spec, stage, optimizer, run.layout)
   evaluate = step_lib.make_eval(spec, stage.model)
@@ -259,7 +233,7 @@ def _train(
     MetricWriter(run.directory, resume_step=first, active=writes) as writer,
     Progress(stage.steps, first, run.name, active=writes) as progress,
     signals.deferred() as request,
-    Watchdog(watchdog) as watch,
+    Watchdog(run.watchdog) as watch,
   ):
     log, poll = _StepLog(run, writer, progress), processes.Poll()
     for number in range(first + 1, stage.steps + 1):
