@@ -1,4 +1,4 @@
-"""The key-value task (§4.1) as text, and the tokenizer for it.
+"""The key-value task (§4.1) as words and as text, and a tokenizer for it.
 
 Tasks, for the expression ab+cd with ab = 10 and cd = 22:
 
@@ -15,6 +15,8 @@ whatever came before; a language model of some size can do that.
 
 The prompts are ours: the paper maps the same expression to two answers without
 saying how the models tell the tasks apart.
+
+Dimension letters: N examples, W words of each.
 """
 
 from pathlib import Path
@@ -56,51 +58,134 @@ TASKS = {
   "num_math_given": KeyValueFormat("show:", "names", True, False, True),
 }
 PROMPTS = tuple(dict.fromkeys(task.prompt for task in TASKS.values()))
+# Columns of TASKS, to be indexed by arrays of tasks.
+TASK_PROMPTS = np.array([PROMPTS.index(task.prompt) for task in TASKS.values()])
+TASK_ASKED, _GIVEN, _STEPS, _RESULT = (
+  np.array([getattr(task, field) for task in TASKS.values()])
+  for field in ("asked", "given", "steps", "result")
+)
+NO_WORD, BOS, EOS = range(3)
+
+
+class WordTable:
+  """The words of the task, and examples as rows of their numbers.
+
+  Attributes:
+    words: prompts, operators, "=", keys, values and the digits of results; ""
+      for `NO_WORD`, `BOS` and `EOS`, which are the first three.
+  """
+
+  def __init__(self, kv: KeyDictionary, group: int = 1):
+    """Results are cut from the left, into words of `group` digits."""
+    self.words, self._kv, self._group = ["", "", ""], kv, group
+
+    def add(words) -> int:
+      first = len(self.words)
+      self.words.extend(words)
+      return first
+
+    self._prompts, self._operators = add(PROMPTS), add(OPERATORS)
+    self._equals, self._keys = add("="), add(kv.keys)
+    self._values = add(map(str, kv.values))
+    # First word of the chunks of 0, 1, .. digits.
+    chunks = [
+      add(f"{value:0{n}d}" for value in range(10**n))
+      for n in range(1, group + 1)
+    ]
+    self._chunks = np.array([NO_WORD, *chunks])
+
+  def examples(
+    self,
+    expressions: Expressions,
+    tasks_N: np.ndarray,
+    prompts_N: np.ndarray,
+    names: Expressions,
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Words [N, W] of the prompts with BOS, and of the completions with EOS.
+
+    Tasks and prompts are indices into `TASKS` and `PROMPTS`; `names` are the
+    expressions over other keys, from `unrelated`.
+    """
+
+    def where(chosen_N, words, others=NO_WORD):
+      return np.where(chosen_N[:, None], words, others)
+
+    given_N, steps_N, result_N = (
+      column[tasks_N] for column in (_GIVEN, _STEPS, _RESULT)
+    )
+    asked_N, always_N = TASK_ASKED[tasks_N], np.full(len(tasks_N), True)
+    values_NW = self._terms(expressions, self._values)
+    names_NW = self._terms(names, self._keys)
+    asked_NW = where(asked_N == "names", names_NW, values_NW)
+    keys_NW = self._terms(expressions, self._keys)
+    prompt = (
+      where(always_N, BOS),
+      self._prompts + prompts_N[:, None],
+      where(asked_N == "keys", keys_NW, asked_NW),
+      where(always_N, self._equals),
+      where(given_N, values_NW),
+      where(given_N, self._equals),
+    )
+    completion = (
+      where(steps_N, values_NW),
+      where(steps_N & result_N, self._equals),
+      self._results(expressions, result_N),
+      where(always_N, EOS),
+    )
+    return np.concatenate(prompt, axis=1), np.concatenate(completion, axis=1)
+
+  def _terms(self, expressions: Expressions, first: int) -> np.ndarray:
+    """Words of expressions, whose terms are words from `first` on."""
+    ids, operators = expressions.key_ids, expressions.operators
+    words = np.empty((len(ids), 2 * ids.shape[1] - 1), np.int64)
+    words[:, ::2] = np.where(ids < 0, NO_WORD, first + ids)
+    words[:, 1::2] = np.where(
+      operators < 0, NO_WORD, self._operators + operators
+    )
+    return words
+
+  def _results(self, expressions: Expressions, wanted_N) -> np.ndarray:
+    """Sign and digits of the results, `NO_WORD` where not wanted."""
+    results = key_values.evaluate(self._kv, expressions[wanted_N])
+    digits = self._numbers(abs(results))
+    words = np.full((len(wanted_N), 1 + digits.shape[1]), NO_WORD)
+    minus = self._operators + OPERATORS.index("-")
+    words[wanted_N, 0] = np.where(results < 0, minus, NO_WORD)
+    words[wanted_N, 1:] = digits
+    return words
+
+  def _numbers(self, magnitudes_N: np.ndarray) -> np.ndarray:
+    """Words of numbers, chunks of `group` digits from the left."""
+    count, group = len(magnitudes_N), self._group
+    width = len(str(magnitudes_N.max(initial=0)))
+    width += -width % group
+    # The characters of a number, from the left, and then zeros.
+    codes = magnitudes_N.astype(f"U{width}").view(np.uint32).astype(np.int64)
+    codes = codes.reshape(count, width // group, group)
+    value = np.zeros(codes.shape[:2], np.int64)
+    for j in range(group):
+      digit = codes[..., j] - ord("0")
+      value = np.where(digit < 0, value, 10 * value + digit)
+    return self._chunks[(codes > 0).sum(axis=2)] + value
 
 
 def make_examples(
   kv: KeyDictionary, expressions: Expressions, task: str
 ) -> list[TextExample]:
-  """The expressions, drawn from a dictionary, as text of one of `TASKS`.
-
-  Raises:
-    InputError: an unknown task.
-  """
+  """The expressions, drawn from a dictionary, as text of one of `TASKS`."""
   check_choice("task", task, list(TASKS))
-  form = TASKS[task]
-  rng = np.random.default_rng(len(expressions))
-  names = key_values.unrelated(rng, kv, expressions)
-  values = _render(expressions, [str(value) for value in kv.values])
-  asked = {
-    "keys": _render(expressions, kv.keys),
-    "names": _render(names, kv.keys),
-    "values": values,
-  }[form.asked]
-  results = key_values.evaluate(kv, expressions)
-  examples = []
-  for text, steps, result in zip(asked, values, results, strict=True):
-    prompt = f"{form.prompt}{text}="
-    if form.given:
-      prompt += f"{steps}="
-    answer = [steps] * form.steps + [str(result)] * form.result
-    completion = "=".join(answer)
-    origin = f"the expression {prompt}{completion}"
-    examples.append(TextExample(prompt, completion, origin))
-  return examples
-
-
-def _render(expressions: Expressions, names) -> list[str]:
-  texts = []
-  columns = (
-    expressions.key_ids, expressions.operators, expressions.num_terms
-  )  # fmt: skip
-  rows = zip(*(column.tolist() for column in columns), strict=True)
-  for key_ids, operators, count in rows:
-    text = names[key_ids[0]]
-    for j in range(1, count):
-      text += OPERATORS[operators[j - 1]] + names[key_ids[j]]
-    texts.append(text)
-  return texts
+  table, count = WordTable(kv), len(expressions)
+  tasks_N = np.full(count, list(TASKS).index(task))
+  names = key_values.unrelated(np.random.default_rng(count), kv, expressions)
+  parts = table.examples(expressions, tasks_N, TASK_PROMPTS[tasks_N], names)
+  prompts, completions = (
+    ["".join(table.words[word] for word in row) for row in words_NW.tolist()]
+    for words_NW in parts
+  )
+  return [
+    TextExample(prompt, completion, f"the expression {prompt}{completion}")
+    for prompt, completion in zip(prompts, completions, strict=True)
+  ]
 
 
 def train_tokenizer(
@@ -118,8 +203,7 @@ def train_tokenizer(
   pieces, which lets `KeyValueSource` build batches from tables.
 
   Args:
-    kv: the dictionary.
-    path_prefix: where to write, without ".model".
+    kv, path_prefix: the dictionary, and where to write, without ".model".
     keys: "pieces": a key is one token (the paper takes keys from the
       vocabulary); "characters": a key is spelled, one token a letter.
     digits: "single", or "grouped": from the left, up to three at a time.
@@ -130,8 +214,7 @@ def train_tokenizer(
   """
   check_choice("keys", keys, ("pieces", "characters"))
   check_choice("digits", digits, ("single", "grouped"))
-  symbols = sorted(PROMPTS)
-  alphabet = set(OPERATORS) | {"="}
+  symbols, alphabet = sorted(PROMPTS), set(OPERATORS) | {"="}
   if keys == "pieces":
     symbols += kv.keys
   else:

@@ -3,8 +3,6 @@
 Dimension letters: N expressions, T terms of the longest one.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 
@@ -17,9 +15,7 @@ _PLUS, _MINUS, _TIMES = range(3)
 _CONSONANTS = np.array(list("bcdfghjklmnprstvwz"))
 _VOWELS = np.array(list("aeiou"))
 _MAX_KEYS = 1_000_000
-# Rounds without progress after which the sampler gives up.
-_PATIENCE = 20
-_INT64_SAFE = 2.0**62
+_PATIENCE = 20  # Rounds without progress after which sampling gives up.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,13 +57,12 @@ class Expressions:
   def __len__(self) -> int:
     return len(self.num_terms)
 
-  def __getitem__(self, rows) -> Expressions:
+  def __getitem__(self, rows) -> "Expressions":
     """The expressions at a slice, a mask or an array of indices."""
-    return Expressions(
-      self.key_ids[rows], self.operators[rows], self.num_terms[rows]
-    )
+    columns = self.key_ids, self.operators, self.num_terms
+    return Expressions(*(column[rows] for column in columns))
 
-  def replace(self, rows: np.ndarray, others: Expressions) -> None:
+  def replace(self, rows: np.ndarray, others: "Expressions") -> None:
     """Puts other expressions in the place of those at some indices."""
     self.key_ids[rows] = others.key_ids
     self.operators[rows] = others.operators
@@ -77,13 +72,7 @@ class Expressions:
 def make_dictionary(
   num_keys: int, held_in_fraction: float, seed: int
 ) -> KeyDictionary:
-  """Draws a dictionary of pronounceable keys; the same for the same seed.
-
-  `round(held_in_fraction * num_keys)` of the keys are held in.
-
-  Raises:
-    InputError: a size or a fraction that is not possible.
-  """
+  """Draws a dictionary of pronounceable keys; the same for the same seed."""
   if not 1 <= num_keys <= _MAX_KEYS:
     raise InputError(f"num_keys {num_keys} is not within 1..{_MAX_KEYS}")
   if not 0 <= held_in_fraction <= 1:
@@ -123,16 +112,13 @@ def sample_expressions(
 ) -> Expressions:
   """Draws `n` expressions D_KV-EXP (§4.1).
 
-  The number of terms, the operators and the keys are uniform. A hash of the
-  expression reserves 1/16 of all expressions for evaluation, so the parts are
-  disjoint whatever the seeds. An expression of one term is a line of the
-  dictionary D_KV rather than an expression: the augmenting model must see all
-  of them to know its keys, so they are never reserved and never evaluated.
+  Numbers of terms, operators and keys are uniform. A hash of the expression
+  reserves 1/16 of all for evaluation, so the parts are disjoint for any seeds.
+  An expression of one term is a line of the dictionary D_KV: the augmenting
+  model must see all of them to know its keys, so none is ever reserved.
 
   Args:
-    rng: the source of randomness.
-    kv: the dictionary.
-    n: how many.
+    rng, kv, n: the source of randomness, the dictionary, and how many.
     min_terms, max_terms: bounds of the number of keys in an expression.
     operators: characters out of "+-*".
     keys: "all"; "held_in"; "held_out"; or "mixed", where one held-in and one
@@ -146,7 +132,7 @@ def sample_expressions(
   pools = _pools(kv, keys)
   codes = np.array([OPERATORS.index(c) for c in operators])
   if part == "eval":
-    return _sample_distinct(rng, n, (min_terms, max_terms), codes, pools)
+    return _draw_distinct(rng, n, (min_terms, max_terms), codes, pools)
   num_terms = rng.integers(min_terms, max_terms + 1, size=n)
   drawn = _draw(rng, num_terms, max_terms, codes, pools)
   if part == "any":
@@ -166,35 +152,32 @@ def sample_expressions(
 
 
 def _check(min_terms, max_terms, operators, keys, part) -> None:
-  if not 1 <= min_terms <= max_terms:
-    raise InputError(
-      f"min_terms {min_terms} and max_terms {max_terms}: expected"
-      " 1 <= min_terms <= max_terms"
-    )
-  if not operators or set(operators) - set(OPERATORS):
-    raise InputError(f"operators {operators!r}: expected some of {OPERATORS!r}")
-  if len(set(operators)) < len(operators):
-    raise InputError(f"operators {operators!r}: one of them is repeated")
   check_choice("part", part, ("train", "eval", "any"))
-  if part == "eval" and min_terms < 2:
-    raise InputError(
-      "min_terms 1 with part eval: single keys are the dictionary and are"
-      " never held back; set min_terms to 2 or more, or part to any"
+  terms, found = f"min_terms {min_terms}", f"operators {operators!r}"
+  if not 1 <= min_terms <= max_terms:
+    problem = f"{terms} and max_terms {max_terms}: expected 1 <= min <= max"
+  elif not operators or set(operators) - set(OPERATORS):
+    problem = f"{found}: expected some of {OPERATORS!r}"
+  elif len(set(operators)) < len(operators):
+    problem = f"{found}: one of them is repeated"
+  elif part == "eval" and min_terms < 2:
+    problem = (
+      f"{terms} with part eval: single keys are the dictionary and are never"
+      " held back; set min_terms to 2 or more, or part to any"
     )
-  if keys == "mixed" and min_terms < 2:
-    raise InputError(f"min_terms {min_terms}: mixed keys need at least 2 terms")
+  elif keys == "mixed" and min_terms < 2:
+    problem = f"{terms}: mixed keys need at least 2 terms"
+  else:
+    return
+  raise InputError(problem)
 
 
 def _pools(kv: KeyDictionary, keys: str) -> tuple[np.ndarray, ...]:
   """Key ids that any place, one place and another place are drawn from."""
   everything = np.arange(len(kv.keys))
-  held_in, held_out = np.flatnonzero(kv.held_in), np.flatnonzero(~kv.held_in)
-  pools = {
-    "all": (everything,),
-    "held_in": (held_in,),
-    "held_out": (held_out,),
-    "mixed": (everything, held_in, held_out),
-  }
+  held_in, held_out = everything[kv.held_in], everything[~kv.held_in]
+  pools = {"all": (everything,), "held_in": (held_in,), "held_out": (held_out,)}
+  pools["mixed"] = (everything, held_in, held_out)
   check_choice("keys", keys, list(pools))
   if not all(len(pool) for pool in pools[keys]):
     raise InputError(
@@ -220,30 +203,28 @@ def _draw(rng, num_terms, max_terms, codes, pools) -> Expressions:
   return Expressions(key_ids, operators, num_terms)
 
 
-def _sample_distinct(rng, n, span, codes, pools) -> Expressions:
+def _draw_distinct(rng, n, span, codes, pools) -> Expressions:
+  """Draws `n` different expressions that are reserved for evaluation."""
   low, high = span
-  rows = np.zeros((0, 2 * high), np.int64)
-  idle = 0
+  rows, idle = np.zeros((0, 2 * high), np.int64), 0
   while len(rows) < n and idle < _PATIENCE:
     # 1 in 16 is kept; the floor lets small spaces be exhausted.
     draws = max(1 << 14, 20 * (n - len(rows)))
     num_terms = rng.integers(low, high + 1, size=draws)
     drawn = _draw(rng, num_terms, high, codes, pools)
     drawn = drawn[is_eval(drawn)]
-    columns = drawn.num_terms[:, None], drawn.key_ids, drawn.operators
-    before = len(rows)
-    rows = np.concatenate([rows, np.concatenate(columns, axis=1)])
-    _, first = np.unique(rows, axis=0, return_index=True)
-    rows = rows[np.sort(first)]
-    idle = idle + 1 if len(rows) == before else 0
+    columns = drawn.key_ids, drawn.operators, drawn.num_terms[:, None]
+    joined = np.concatenate([rows, np.concatenate(columns, axis=1)])
+    _, first = np.unique(joined, axis=0, return_index=True)
+    idle = idle + 1 if len(first) == len(rows) else 0
+    rows = joined[np.sort(first)]
   if len(rows) < n:
     raise InputError(
       f"only {len(rows)} expressions of {low} to {high} terms are reserved for"
       f" evaluation, {n} asked for: ask for fewer, or use more keys, terms or"
       " operators"
     )
-  rows = rows[:n]
-  return Expressions(rows[:, 1 : high + 1], rows[:, high + 1 :], rows[:, 0])
+  return Expressions(rows[:n, :high], rows[:n, high:-1], rows[:n, -1])
 
 
 def unrelated(
@@ -281,8 +262,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
 def evaluate(kv: KeyDictionary, expressions: Expressions) -> np.ndarray:
   """Exact results [N], × before + and −.
 
-  The array is int64 where all results and what they are summed from fit, else
-  of dtype object with Python integers (25,000^6 does not fit).
+  They are int64 where all that is summed fits, else Python integers in an array
+  of dtype object (25,000^6 does not fit).
   """
   # An absent term multiplies by 1, which changes nothing.
   present = expressions.key_ids >= 0
@@ -290,7 +271,7 @@ def evaluate(kv: KeyDictionary, expressions: Expressions) -> np.ndarray:
   codes = np.where(expressions.operators < 0, _TIMES, expressions.operators)
   all_plus = np.where(codes == _MINUS, _PLUS, codes)
   bounds = _sum_products(values_NT.astype(np.float64), all_plus)
-  big = np.flatnonzero(bounds >= _INT64_SAFE)
+  big = np.flatnonzero(bounds >= 2.0**62)  # Safely within int64.
   with np.errstate(over="ignore"):
     results = _sum_products(values_NT, codes)
   if len(big):
