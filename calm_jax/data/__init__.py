@@ -1,6 +1,6 @@
 """Examples to batches of NumPy arrays; nothing here needs JAX.
 
-The way of text, each file once:
+Text passes through each file once:
 
   examples    files, tfds and Hugging Face data sets to `TextExample`s, with
               `records` (one record of a file) and `templates` (its fields)
@@ -13,9 +13,6 @@ The way of text, each file once:
 `key_values`, `key_value_text` and `key_value_source` draw the examples of the
 paper's key-value task (§4.1) instead of reading them.
 
-A source of batches is a random-access sequence of global batches, of which
-number `i` depends on the arguments and on `i` alone, so that a run resumes at
-any step, and every host takes its rows of the same batch. From there the way
-goes on in `training.step`: a batch to hidden states (`composition.forward`),
-and these to the loss (`training.loss`).
+Batch `i` of a source depends on its arguments and on `i` alone, so that a run
+resumes at any step, and every host takes its rows of the same batch.
 """

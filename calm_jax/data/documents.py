@@ -28,8 +28,7 @@ class RowOptions:
 
   Attributes:
     tokenizer: of the model to train, or of a composition's anchor.
-    batch_size: B, rows of the global batch.
-    length: L, slots of a row.
+    batch_size, length: B, rows of the global batch, and L, slots of a row.
     seed: the rows come in an endless random order, another one each epoch,
       and the examples are shuffled before they are packed. None: one pass in
       order, the last batch filled up with empty rows.
@@ -86,18 +85,18 @@ class Truncation:
   dropped: tuple[int, int] = (0, 0)
 
   def __str__(self) -> str:
-    kinds = [
+    kinds = {
+      "go on in further windows": self.split,
+      "lost the end of their completion": self.cut,
+      "were dropped": self.dropped,
+    }
+    texts = [
       f"{count:,} {what} ({tokens:,} tokens)"
-      for (count, tokens), what in (
-        (self.split, "go on in further windows"),
-        (self.cut, "lost the end of their completion"),
-        (self.dropped, "were dropped"),
-      )
+      for what, (count, tokens) in kinds.items()
       if count
     ]
-    return f"{self.examples:,} examples of {self.tokens:,} tokens, " + (
-      ", ".join(kinds) or "none too long for a row"
-    )
+    which = ", ".join(texts) or "none too long for a row"
+    return f"{self.examples:,} examples of {self.tokens:,} tokens, {which}"
 
 
 class Segment(NamedTuple):
@@ -129,19 +128,11 @@ class _Document(NamedTuple):
 def make_segments(
   examples: Sequence[TextExample], options: RowOptions, seed: int | None
 ) -> tuple[list[Segment], Truncation]:
-  """Tokenises examples and makes them fit their rows.
+  """Tokenises examples, at least one, and makes them fit their rows.
 
-  Args:
-    examples: at least one.
-    options: the tokenizers, the lengths of rows and what is too long for them.
-    seed: of the order of the examples; None for theirs.
-
-  Returns:
-    Their segments, and what was too long.
-
-  Raises:
-    InputError: an example with a prompt is too long and `options` make that an
-      error, all were dropped, or an example has nothing to predict.
+  `seed` is that of their order; None keeps it. InputError is raised if an
+  example with a prompt is too long and `options` make that an error, if all
+  were dropped, or if an example has nothing to predict.
   """
   documents = [_tokenise(example, options) for example in examples]
   order = np.arange(len(documents))
@@ -150,31 +141,30 @@ def make_segments(
     order = np.random.default_rng(seed).permutation(len(documents))
   segments: list[Segment] = []
   lost: dict[str, list[int]] = {"split": [], "cut": [], "dropped": []}
-  refused: dict[int, str] = {}
+  refused: list[int] = []
   for i in order:
     document = documents[i]
     windows = _windows(document, options)
     total, kept = len(document.tokens), len(windows[0].tokens)
-    has_prompt = bool(document.example.prompt)
     if kept == total:
       segments += windows
-    elif not has_prompt:
+    elif not document.example.prompt:
       segments += windows
       lost["split"].append(total - kept)
     elif options.too_long == "error":
-      refused[int(i)] = _excess(
-        document, options.length, options.augmenting_length
-      )
+      refused.append(i)
     elif options.too_long == "cut" and kept > document.prompt_length:
       segments += windows
       lost["cut"].append(total - kept)
     else:
       lost["dropped"].append(total)
   if refused:
+    first = documents[min(refused)]
+    excess = _excess(first, options.length, options.augmenting_length)
     more = f" (and {len(refused) - 1:,} more)" if len(refused) > 1 else ""
     raise InputError(
-      f"{refused[min(refused)]}{more}; raise that length, have too_long cut or"
-      " drop such examples, or shorten or remove them"
+      f"{excess}{more}; raise that length, have too_long cut or drop such"
+      " examples, or shorten or remove them"
     )
   if not segments:
     raise InputError(
@@ -213,11 +203,9 @@ def _tokenise(example: TextExample, options: RowOptions) -> _Document:
 def _windows(document: _Document, options: RowOptions) -> list[Segment]:
   """All windows of plain text; of an example with a prompt, its beginning."""
   windows = [_window(document, 0, options)]
-  if document.example.prompt:
-    return windows
   # One token of overlap: the first of a window is nobody's target there.
   start = len(windows[0].tokens) - 1
-  while start < len(document.tokens) - 1:
+  while start < len(document.tokens) - 1 and not document.example.prompt:
     windows.append(_window(document, start, options))
     start += len(windows[-1].tokens) - 1
   return windows
@@ -254,10 +242,7 @@ def _window(document: _Document, start: int, options: RowOptions) -> Segment:
 def _align(
   document: _Document, start: int, stop: int, encoder: ChunkEncoder
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The augmenting token ids of a window, and how many each anchor token sees.
-
-  The augmenting model reads the text of the window alone, as the anchor does.
-  """
+  """Augmenting ids of a window's text, and how many each anchor token sees."""
   ends, example = document.ends[start:stop], document.example
   if start == 0:
     ids, closes = encoder.encode(example.prompt, example.completion)

@@ -12,7 +12,7 @@ import numpy as np
 from calm_jax.core import files
 from calm_jax.core.errors import InputError
 from calm_jax.data import records
-from calm_jax.data.templates import Texts, own_fields, templates
+from calm_jax.data.templates import Texts, own_fields, string_field, templates
 
 T = TypeVar("T")
 
@@ -46,16 +46,14 @@ class ExampleSource:
     target: of kind parallel, the second file: its line i belongs to line i of
       the first.
     split: of kinds tfds and hf.
-    columns: names of a tsv file's columns, which has no header, or of the two
-      parallel files.
+    columns: names for a tsv file, which has no header, or two parallel files.
     prompt, completion: templates over a record's fields (see `templates`), the
       prompt "" for plain text. Both "": the fields named below.
     text_field, prompt_field, completion_field: a record with both of the latter
-      is a prompt and its completion; another is plain text. A line of a text
-      file is a record with a text field.
+      is a prompt and its completion; another, such as a line of a text file, is
+      plain text.
     rows: a slice of the good examples, such as ":5000" or "5000:".
-    bad_lines: the share of lines that may be bad. They are skipped, each of
-      them named; more is an error.
+    bad_lines: the share of lines that may be bad; they are named and skipped.
     data_dir: of kind tfds, where prepared data sets are; "" for its own place.
   """
 
@@ -79,18 +77,13 @@ def read_examples(
 ) -> list[TextExample]:
   """Reads all examples of a source, in order; blank lines are skipped.
 
-  Args:
-    source: what to read.
-    report: gets one message if lines were bad and skipped: how many there are
-      and, each on its own line of the message, which and why.
-
-  Raises:
-    InputError: a bad choice, nothing there, no examples, or more bad lines than
-      `source.bad_lines`; the message names the first of them.
+  If lines were bad and skipped, `report` gets one message: their number and, a
+  line each, which and why. More than `bad_lines` raise InputError, which names
+  the first of them; so does a bad choice, and a source without examples.
   """
-  _check(source)
-  part, kind = row_slice(source.rows), _kind(source)
-  texts = _texts(source, kind)
+  kind = _kind(source)
+  _check(source, kind)
+  part, texts = row_slice(source.rows), _texts(source, kind)
   examples, bad = [], []
   for origin, read in _entries(source, kind):
     try:
@@ -102,8 +95,8 @@ def read_examples(
   if bad:
     _judge(source, bad, len(examples) + len(bad), report)
   if not examples:
-    what = "bad" if bad else "blank"
-    raise InputError(f"{source.path} holds no examples: every line is {what}")
+    why = "bad" if bad else "blank"
+    raise InputError(f"{source.path} holds no examples: every line is {why}")
   if not examples[part]:
     raise InputError(
       f"{source.path}: rows {source.rows!r} of {len(examples):,} good examples"
@@ -116,14 +109,12 @@ def _judge(
   source: ExampleSource, bad: list[str], total: int, report: Callable | None
 ) -> None:
   """Reports bad lines, or raises if there are more than the source allows."""
-  share = len(bad) / total
-  summary = (
-    f"{source.path}: {len(bad):,} of {total:,} lines are bad ({share:.2%})"
-  )
+  count, share = len(bad), len(bad) / total
+  summary = f"{source.path}: {count:,} of {total:,} lines are bad ({share:.2%})"
   if share > source.bad_lines:
     named = bad[:_NAMED]
-    if len(bad) > _NAMED:
-      named.append(f"and {len(bad) - _NAMED:,} more")
+    if count > _NAMED:
+      named.append(f"and {count - _NAMED:,} more")
     raise InputError(
       f"{summary}, more than bad_lines={source.bad_lines} allows; repair or"
       " remove them, or raise bad_lines to skip them:\n" + "\n".join(named)
@@ -132,20 +123,14 @@ def _judge(
     report("\n".join([f"{summary} and skipped:", *bad]))
 
 
-def read_prompts(path: str | Path) -> list[str]:
-  """The "prompt" of each line of a .jsonl file.
-
-  Raises:
-    InputError: no such file, or a line without a prompt; it is named.
-  """
+def read_prompts(path: Path) -> list[str]:
+  """The "prompt" of each line of a .jsonl file; InputError names a bad line."""
   prompts = []
   for number, record in files.read_json_lines(path, ["prompt"]):
-    if not isinstance(record["prompt"], str):
-      raise InputError(
-        f"{path}, line {number}: 'prompt' is a"
-        f" {type(record['prompt']).__name__}, where a string is expected"
-      )
-    prompts.append(record["prompt"])
+    try:
+      prompts.append(string_field(record, "prompt"))
+    except ValueError as error:
+      raise InputError(f"{path}, line {number}: {error}") from error
   return prompts
 
 
@@ -154,9 +139,6 @@ def take_fraction(examples: Sequence[T], fraction: float, seed: int) -> list[T]:
 
   For one seed the parts are nested: 5% lies inside 7% (the paper's D_C for
   languages, §4.2, and for code, §4.3).
-
-  Raises:
-    InputError: `fraction` is not in (0, 1], or leaves no example.
   """
   if not 0 < fraction <= 1:
     raise InputError(f"fraction {fraction} is not above 0 and at most 1")
@@ -170,46 +152,30 @@ def take_fraction(examples: Sequence[T], fraction: float, seed: int) -> list[T]:
 
 
 def row_slice(rows: str) -> slice:
-  """ ":100" or "6000:" as a slice; "" is all.
-
-  Raises:
-    InputError: it is no such slice.
-  """
+  """ ":100" or "6000:" as a slice; "" is all."""
   if rows and not re.fullmatch(r"-?\d*:-?\d*", rows):
     raise InputError(f"rows {rows!r}: expected a slice such as :5000 or 5000:")
-  ends = rows.split(":") if rows else ["", ""]
   try:
+    ends = (rows or ":").split(":")
     return slice(*(int(end) if end else None for end in ends))
   except ValueError as error:
     raise InputError(f"rows {rows!r}: {error}") from error
 
 
-def _check(source: ExampleSource) -> None:
-  kind, two = _kind(source), source.target and len(source.columns) == 2
-  for is_wrong, message in (
-    (
-      kind and kind not in KINDS,
-      f"unknown kind {kind!r}; one of {', '.join(KINDS)}",
-    ),
-    (
-      source.target and source.kind not in ("", "parallel"),
-      f"target is of kind parallel, not {kind}",
-    ),
-    (
-      kind == "parallel" and not two,
-      "kind parallel takes a second file, target, and the names of two columns",
-    ),
-    (
-      source.prompt and not source.completion,
-      "a template of the prompt and none of the completion; give both",
-    ),
-    (
-      not 0 <= source.bad_lines <= 1,
-      f"bad_lines {source.bad_lines} is a share, from 0 to 1",
-    ),
-  ):
-    if is_wrong:
-      raise InputError(f"{source.path}: {message}")
+def _check(source: ExampleSource, kind: str) -> None:
+  if kind and kind not in KINDS:
+    problem = f"unknown kind {kind!r}; one of {', '.join(KINDS)}"
+  elif source.target and source.kind not in ("", "parallel"):
+    problem = f"target is of kind parallel, not {kind}"
+  elif kind == "parallel" and not (source.target and len(source.columns) == 2):
+    problem = "kind parallel takes a second file, target, and two columns"
+  elif source.prompt and not source.completion:
+    problem = "a template of the prompt and none of the completion; give both"
+  elif not 0 <= source.bad_lines <= 1:
+    problem = f"bad_lines {source.bad_lines} is a share, from 0 to 1"
+  else:
+    return
+  raise InputError(f"{source.path}: {problem}")
 
 
 def _kind(source: ExampleSource) -> str:
@@ -225,11 +191,9 @@ def _kind(source: ExampleSource) -> str:
 def _texts(source: ExampleSource, kind: str) -> Texts:
   """The function that makes prompt and completion of the source's records."""
   kind = kind or _SUFFIXES.get(Path(source.path).suffix, "")
-  columns = ()
+  columns = (source.text_field,) if kind == "text" else ()
   if kind in ("tsv", "parallel"):
     columns = tuple(source.columns)
-  elif kind == "text":
-    columns = (source.text_field,)
   if len(set(columns)) != len(columns):
     raise InputError(f"{source.path}: columns {columns} repeat a name")
   if source.completion:
@@ -253,37 +217,36 @@ def _entries(source: ExampleSource, kind: str) -> Iterator[records.Entry]:
   if kind == "tfds":
     yield from records.tfds(name, source.split, source.data_dir)
   elif kind == "hf":
-    name, _, config = name.partition(":")
-    yield from records.hf(name, config, source.split)
+    yield from records.hf(name, source.split)
   elif kind == "parallel":
-    pair = _file(source.path), _file(source.target)
-    yield from records.parallel(*pair, columns)
+    yield from records.parallel(
+      _file(source.path), _file(source.target), columns
+    )
   else:
     for path in _files(source.path):
-      file_kind = kind or _SUFFIXES.get(path.suffix)
-      if file_kind == "jsonl":
-        yield from records.jsonl(path)
-      elif file_kind == "text":
-        yield from records.text(path, source.text_field)
-      elif file_kind == "tsv":
-        yield from records.tsv(path, columns)
-      else:
-        raise InputError(
-          f"cannot read examples from {path}: its name must end in .jsonl (one"
-          " JSON object a line), .txt (one document a line) or .tsv (columns"
-          " between tabs), or its kind must be given"
-        )
+      match kind or _SUFFIXES.get(path.suffix):
+        case "jsonl":
+          yield from records.jsonl(path)
+        case "text":
+          yield from records.table(path, (source.text_field,))
+        case "tsv":
+          yield from records.table(path, columns, "\t")
+        case _:
+          raise InputError(
+            f"cannot read examples from {path}: its name must end in .jsonl"
+            " (one JSON object a line), .txt (one document a line) or .tsv"
+            " (columns between tabs), or its kind must be given"
+          )
 
 
 def _files(path: str) -> list[Path]:
   """The file of this name, or all whose names fit it as a pattern."""
   if Path(path).is_file() or not glob.has_magic(path):
     return [_file(path)]
-  names = sorted(glob.glob(path, recursive=True))
-  paths = [Path(name) for name in names if Path(name).is_file()]
-  if not paths:
+  paths = map(Path, sorted(glob.glob(path, recursive=True)))
+  if not (found := [path for path in paths if path.is_file()]):
     raise InputError(f"no examples at {path}: no file's name is like it")
-  return paths
+  return found
 
 
 def _file(path: str) -> Path:

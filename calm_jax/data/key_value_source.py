@@ -108,10 +108,8 @@ class KeyValueSource:
     rng = np.random.default_rng(np.random.SeedSequence((self.seed, index)))
     tokens, lengths_N, prompts_N, rows_N = self._fill(rng)
     first, last = np.searchsorted(rows_N, (self._rows.start, self._rows.stop))
-    ends_N = np.cumsum(lengths_N)
-    own_tokens = tokens[ends_N[first] - lengths_N[first] : ends_N[last - 1]]
     return packing.make_batch(
-      packing.TokenLists(own_tokens, lengths_N[first:last]),
+      packing.TokenLists(tokens, lengths_N).take(np.arange(first, last)),
       prompts_N[first:last],
       rows_N[first:last] - self._rows.start,
       batch_size=self._rows.stop - self._rows.start,
@@ -177,12 +175,11 @@ class KeyValueSource:
     lengths_NW = self._tokens.lengths_N[words_NW]
     lengths_N = lengths_NW.sum(axis=1)
     tokens = self._tokens.tokens[self._tokens.places(words_NW.ravel())]
-    longest = int(lengths_N.argmax())
-    if lengths_N[longest] > self.length:
-      end = int(lengths_N[: longest + 1].sum())
-      text = self.tokenizer.decode(tokens[end - lengths_N[longest] : end])
+    if lengths_N.max() > self.length:
+      examples = np.split(tokens, np.cumsum(lengths_N)[:-1])
+      text = self.tokenizer.decode(examples[lengths_N.argmax()])
       raise InputError(
-        f"the example {text!r} takes {lengths_N[longest]} tokens and a row has"
+        f"the example {text!r} takes {lengths_N.max()} tokens and a row has"
         f" {self.length}: raise length, or lower max_terms"
       )
     return tokens, lengths_N, lengths_NW[:, : parts[0].shape[1]].sum(axis=1)
@@ -193,12 +190,11 @@ class KeyValueSource:
       np.random.default_rng(self.seed), _CHECKED, self._choice | {"part": "any"}
     )
     special = {self.tokenizer.bos_id, self.tokenizer.eos_id}
-    ends_N = np.cumsum(lengths_N)
-    for end, length, prompt in zip(ends_N, lengths_N, prompts_N, strict=True):
-      ids = tokens[end - length : end].tolist()
+    examples = np.split(tokens, np.cumsum(lengths_N)[:-1])
+    for ids, size in zip(examples, prompts_N, strict=True):
       given, learnt = (
-        [i for i in part if i not in special]
-        for part in (ids[:prompt], ids[prompt:])
+        [i for i in part.tolist() if i not in special]
+        for part in (ids[:size], ids[size:])
       )
       texts = self.tokenizer.decode(given), self.tokenizer.decode(learnt)
       text = "".join(texts)

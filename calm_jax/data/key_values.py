@@ -14,16 +14,14 @@ OPERATORS = "+-*"
 _PLUS, _MINUS, _TIMES = range(3)
 _CONSONANTS = np.array(list("bcdfghjklmnprstvwz"))
 _VOWELS = np.array(list("aeiou"))
-_MAX_KEYS = 1_000_000
 _PATIENCE = 20  # Rounds without progress after which sampling gives up.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KeyDictionary:
-  """The dictionary D_KV (§4.1).
+  """The dictionary D_KV (§4.1): distinct lower-case strings and their values.
 
   Attributes:
-    keys: distinct lower-case strings of 2 to 6 characters.
     values: int64 [num_keys], a permutation of 1..num_keys.
     held_in: bool [num_keys], the keys that composition may be trained on.
   """
@@ -73,8 +71,8 @@ def make_dictionary(
   num_keys: int, held_in_fraction: float, seed: int
 ) -> KeyDictionary:
   """Draws a dictionary of pronounceable keys; the same for the same seed."""
-  if not 1 <= num_keys <= _MAX_KEYS:
-    raise InputError(f"num_keys {num_keys} is not within 1..{_MAX_KEYS}")
+  if not 1 <= num_keys <= 1_000_000:
+    raise InputError(f"num_keys {num_keys} is not within 1..1000000")
   if not 0 <= held_in_fraction <= 1:
     raise InputError(f"held_in_fraction {held_in_fraction} is not within 0..1")
   rng = np.random.default_rng(seed)
@@ -94,8 +92,7 @@ def _draw_words(rng: np.random.Generator, count: int) -> list[str]:
   consonants = _CONSONANTS[rng.integers(len(_CONSONANTS), size=(count, 6))]
   vowels = _VOWELS[rng.integers(len(_VOWELS), size=(count, 6))]
   letters = np.where(is_vowel, vowels, consonants)
-  lengths = rng.integers(2, 7, size=count)
-  pairs = zip(letters, lengths, strict=True)
+  pairs = zip(letters, rng.integers(2, 7, size=count), strict=True)
   return ["".join(word[:length]) for word, length in pairs]
 
 
@@ -119,8 +116,7 @@ def sample_expressions(
 
   Args:
     rng, kv, n: the source of randomness, the dictionary, and how many.
-    min_terms, max_terms: bounds of the number of keys in an expression.
-    operators: characters out of "+-*".
+    min_terms, max_terms, operators: of each expression; characters of "+-*".
     keys: "all"; "held_in"; "held_out"; or "mixed", where one held-in and one
       held-out key are at random places and the others are any key.
     part: "train" and "any" repeat expressions; "eval" draws distinct ones.
@@ -238,7 +234,7 @@ def unrelated(
 
 
 def is_eval(expressions: Expressions) -> np.ndarray:
-  """Returns bool [N], True for expressions reserved for evaluation."""
+  """bool [N], True for expressions reserved for evaluation."""
   with np.errstate(over="ignore"):
     hash_N = _mix(expressions.num_terms.astype(np.uint64))
     for j in range(expressions.key_ids.shape[1]):

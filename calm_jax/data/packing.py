@@ -4,8 +4,6 @@ Dimension letters: N examples, B rows, L slots of a row of the anchor's, M of a
 row of an augmenting model's.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -18,31 +16,27 @@ from calm_jax.core.errors import InputError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenLists:
-  """Token ids of N examples, one example after the other in `tokens`.
-
-  Attributes:
-    tokens: integers [sum(lengths_N)].
-    lengths_N: number of tokens of each example.
-  """
+  """Token ids of N examples, one example after the other in `tokens`."""
 
   tokens: np.ndarray
   lengths_N: np.ndarray
 
   @classmethod
-  def join(cls, lists: Sequence[np.ndarray]) -> TokenLists:
+  def join(cls, lists: Sequence[np.ndarray]) -> "TokenLists":
     """Makes one of the token ids of each example."""
     return cls(np.concatenate(lists), np.array([len(ids) for ids in lists]))
 
   @functools.cached_property
-  def _starts_N(self) -> np.ndarray:
+  def starts_N(self) -> np.ndarray:
     return np.cumsum(self.lengths_N) - self.lengths_N
 
   def places(self, picked: np.ndarray) -> np.ndarray:
     """Indices in `tokens` of the tokens of the picked examples."""
-    lengths = self.lengths_N[picked]
-    return np.repeat(self._starts_N[picked], lengths) + ragged_range(lengths)
+    return ragged_range(self.starts_N[picked], self.lengths_N[picked])
 
-  def take(self, picked: np.ndarray, places: np.ndarray | None = None):
+  def take(
+    self, picked: np.ndarray, places: np.ndarray | None = None
+  ) -> "TokenLists":
     """The picked examples; `places` are theirs, if they are known."""
     places = self.places(picked) if places is None else places
     return TokenLists(self.tokens[places], self.lengths_N[picked])
@@ -54,12 +48,9 @@ def pack_rows(
   """Gives N examples, in order, to rows: the row of each, int64 [N].
 
   With `pack`, a row takes the next examples for as long as they fit whole;
-  otherwise each example has a row of its own.
-
-  Args:
-    models: for each model that reads the examples, their lengths_N in its
-      tokens and the length of its rows. No example may exceed a row.
-    pack: see above.
+  otherwise each example has a row of its own. `models` has for each model that
+  reads the examples their lengths_N in its tokens and the length of its rows,
+  which no example may exceed.
   """
   count = len(models[0][0])
   if not pack:
@@ -76,10 +67,11 @@ def pack_rows(
   return np.cumsum(is_first_N) - 1
 
 
-def ragged_range(lengths_N: np.ndarray) -> np.ndarray:
-  """0..n-1 for each n of `lengths_N`, one after the other."""
-  starts_N = np.cumsum(lengths_N) - lengths_N
-  return np.arange(int(lengths_N.sum())) - np.repeat(starts_N, lengths_N)
+def ragged_range(starts_N: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:
+  """The next n integers from each start on, for each n of `lengths_N`."""
+  before_N = np.cumsum(lengths_N) - lengths_N
+  count = np.arange(int(lengths_N.sum()))
+  return np.repeat(starts_N - before_N, lengths_N) + count
 
 
 def make_batch(
@@ -99,37 +91,36 @@ def make_batch(
     anchor: the examples in the anchor's tokens.
     prompt_lengths_N: how many of these are BOS and prompt (at least 1).
     rows_N: the row of each example, from `pack_rows`.
-    batch_size: B.
-    length: L.
-    augmenting: by name, for an augmenting model that has its own tokenizer: the
-      examples in its tokens; for each token of `anchor`, how many augmenting
-      tokens of its example it may see; and M.
+    batch_size, length: B and L.
+    augmenting: by name of each augmenting model with another tokenizer, the
+      examples in its tokens; how many of those each token of `anchor` may see;
+      and M.
   """
-  lengths_N, shape = anchor.lengths_N, (batch_size, length)
+  shape = batch_size, length
   first_of_row_N = np.searchsorted(rows_N, rows_N, side="left")
   numbers_N = np.arange(len(rows_N)) - first_of_row_N + 1
-  starts_N = np.cumsum(lengths_N) - lengths_N
-  offsets_N = starts_N - starts_N[first_of_row_N]
-  example = np.repeat(np.arange(len(rows_N)), lengths_N)
-  within = np.arange(len(example)) - starts_N[example]
-  slots = (rows_N * length + offsets_N)[example] + within
+
+  def layout(lists: TokenLists, row_length: int) -> tuple[np.ndarray, ...]:
+    """Each token's example, position and slot; each example's first slot."""
+    offsets_N = lists.starts_N - lists.starts_N[first_of_row_N]
+    example = np.repeat(np.arange(len(rows_N)), lists.lengths_N)
+    position = np.arange(len(example)) - lists.starts_N[example]
+    slot = (rows_N * row_length + offsets_N)[example] + position
+    return example, position, slot, offsets_N
+
+  example, position, slots, offsets_N = layout(anchor, length)
   sequences, visible = {}, {}
   for name, (other, seen, row_length) in (augmenting or {}).items():
-    starts_N = np.cumsum(other.lengths_N) - other.lengths_N
-    first_N = starts_N - starts_N[first_of_row_N]
+    owner, within, places, first_N = layout(other, row_length)
     visible[name] = _lay_out(first_N[example] + seen, slots, shape)
-    which = np.repeat(np.arange(len(rows_N)), other.lengths_N)
-    positions = np.arange(len(which)) - starts_N[which]
-    arrays = other.tokens, numbers_N[which], positions
-    places = (rows_N * row_length + first_N)[which] + positions
-    row_shape = batch_size, row_length
+    arrays = other.tokens, numbers_N[owner], within
     sequences[name] = batch_lib.Sequence(
-      *(_lay_out(x, places, row_shape) for x in arrays)
+      *(_lay_out(x, places, (batch_size, row_length)) for x in arrays)
     )
-  has_next = within < lengths_N[example] - 1
+  has_next = position < anchor.lengths_N[example] - 1
   targets = np.where(has_next, np.append(anchor.tokens[1:], 0), 0)
-  counts = has_next & (within + 1 >= prompt_lengths_N[example])
-  arrays = anchor.tokens, numbers_N[example], within
+  counts = has_next & (position + 1 >= prompt_lengths_N[example])
+  arrays = anchor.tokens, numbers_N[example], position
   return batch_lib.Batch(
     batch_lib.Sequence(*(_lay_out(x, slots, shape) for x in arrays)),
     sequences,
@@ -148,11 +139,7 @@ def _lay_out(values, slots, shape, dtype=np.int32) -> np.ndarray:
 
 
 def host_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-  """Rows of the global batch that a host takes.
-
-  Raises:
-    InputError: the hosts cannot share the rows evenly.
-  """
+  """Rows of the global batch that a host takes."""
   if not 0 <= process_index < process_count:
     raise InputError(
       f"process_index {process_index} is not below process_count"

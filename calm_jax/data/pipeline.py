@@ -42,13 +42,16 @@ def text_source(
     options: the tokenizers, the shape and the order of the rows.
 
   Raises:
-    InputError: no parts, a part without examples, a weight that is not above 0,
-      a mixture without a seed, an example that is too long or has nothing to
-      predict, hosts that cannot share the rows, or a tokenizer that has to tell
-      where its tokens end, and cannot.
+    InputError: parts that cannot be mixed, an example that is too long or has
+      nothing to predict, or a tokenizer that cannot tell where its tokens end.
   """
-  _check_parts(parts, options.seed)
   several = len(parts) > 1
+  if not parts:
+    raise InputError("a mixture without parts")
+  if several and options.seed is None:
+    raise InputError("a mixture has no end, so it takes a seed")
+  for name, part in parts.items():
+    _check_part(name, *part)
   segments, truncation, seeds = {}, {}, {}
   for name, (examples, _) in parts.items():
     seeds[name] = _part_seed(options.seed, name) if several else options.seed
@@ -56,37 +59,31 @@ def text_source(
       examples, options, seeds[name]
     )
   table = RowTable(segments, options)
-  order, weights = None, {}
-  if options.seed is not None:
-    orders = [Epochs(table.ranges[name], seeds[name]) for name in parts]
-    order = orders[0]
-  if several:
-    least = min(weight for _, weight in parts.values())
-    # grain scales the least to 100 and drops the rest; here, nothing is left.
-    weights = {n: round(100 * w / least) for n, (_, w) in parts.items()}
-    order = grain.MapDataset.mix(
-      [grain.MapDataset.source(rows) for rows in orders], list(weights.values())
-    )
+  if options.seed is None:
+    return TextSource(table, None, options, {}, truncation)
+  orders = [Epochs(table.ranges[name], seeds[name]) for name in parts]
+  if not several:
+    return TextSource(table, orders[0], options, {}, truncation)
+  least = min(weight for _, weight in parts.values())
+  # grain scales the least to 100 and drops the rest; here, nothing is left.
+  weights = {n: round(100 * w / least) for n, (_, w) in parts.items()}
+  mixed = map(grain.MapDataset.source, orders)
+  order = grain.MapDataset.mix(list(mixed), list(weights.values()))
   return TextSource(table, order, options, weights, truncation)
 
 
-def _check_parts(parts: Mapping, seed: int | None) -> None:
-  if not parts:
-    raise InputError("a mixture without parts")
-  for name, (examples, weight) in parts.items():
-    if not examples:
-      raise InputError(
-        f"the part {name!r} of the mixture has no examples"
-        if name
-        else "there are no examples to make batches of"
-      )
-    if not 0 < weight < float("inf"):
-      raise InputError(
-        f"the part {name!r} of the mixture has the weight {weight}; it must be"
-        " above 0: leave the part out to have none of it"
-      )
-  if len(parts) > 1 and seed is None:
-    raise InputError("a mixture has no end, so it takes a seed")
+def _check_part(name: str, examples: Sequence, weight: float) -> None:
+  if not examples:
+    raise InputError(
+      f"the part {name!r} of the mixture has no examples"
+      if name
+      else "there are no examples to make batches of"
+    )
+  if not 0 < weight < float("inf"):
+    raise InputError(
+      f"the part {name!r} of the mixture has the weight {weight}; it must be"
+      " above 0: leave the part out to have none of it"
+    )
 
 
 def _part_seed(seed: int, name: str) -> int:
@@ -115,11 +112,7 @@ class BatchIterator(Iterator[Batch]):
     return {"next_index": self.next_index, "source": self._source.fingerprint}
 
   def set_state(self, state: dict) -> None:
-    """Continues exactly from a state of `get_state`.
-
-    Raises:
-      InputError: the state is of another sequence of batches.
-    """
+    """Continues exactly from a state of `get_state` of the same batches."""
     if state["source"] != self._source.fingerprint:
       raise InputError(
         "the saved position belongs to other data: the examples, tokenizer,"
@@ -138,23 +131,14 @@ def make_iterator(
 ) -> BatchIterator:
   """Iterates over `source` from batch `start`, reading ahead in threads.
 
-  The order of the batches does not depend on `prefetch` or `threads`.
-
-  Args:
-    source: a `TextSource` or a `KeyValueSource`.
-    start: index of the first batch.
-    prefetch: how many batches to prepare ahead; 0 for none.
-    threads: how many threads prepare them.
-
-  Raises:
-    InputError: `start` is beyond the end of the source.
+  The order of the batches does not depend on `prefetch`, the number of batches
+  that are prepared ahead, or `threads`.
   """
   if not 0 <= start <= len(source):
     raise InputError(f"start {start}: the data has {len(source)} batches")
   options = grain.ReadOptions(
     num_threads=threads, prefetch_buffer_size=prefetch
   )
-  dataset = grain.MapDataset.source(source).to_iter_dataset(options)
-  iterator = iter(dataset)
+  iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
   iterator.set_state({"next_index": start})
   return BatchIterator(source, iterator)

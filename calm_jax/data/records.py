@@ -6,7 +6,6 @@ raises ValueError for a bad record, so that the next can be read.
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,24 +24,16 @@ def jsonl(path: Path) -> Iterator[Entry]:
   return _entries(path, files.parse_json_line)
 
 
-def text(path: Path, field: str) -> Iterator[Entry]:
-  """One document a line, as the record {field: line}."""
+def table(
+  path: Path, columns: tuple[str, ...], separator: str = ""
+) -> Iterator[Entry]:
+  """The values of a line, without header and quotes; one without separator."""
 
   def parse(line: bytes, number: int) -> Record | None:
-    document = files.decode_line(line, number)
-    return {field: document} if document.strip() else None
-
-  return _entries(path, parse)
-
-
-def tsv(path: Path, columns: tuple[str, ...]) -> Iterator[Entry]:
-  """Values between tabs, without a header and without quotes."""
-
-  def parse(line: bytes, number: int) -> Record | None:
-    joined = files.decode_line(line, number)
-    if not joined.strip():
+    text = files.decode_line(line, number)
+    if not text.strip():
       return None
-    values = joined.split("\t")
+    values = text.split(separator) if separator else [text]
     if len(values) != len(columns):
       raise ValueError(
         f"{len(values)} columns, where {len(columns)} are expected"
@@ -63,77 +54,60 @@ def _entries(
 def parallel(
   path: Path, target: Path, columns: tuple[str, ...]
 ) -> Iterator[Entry]:
-  """Line i of one file with line i of the other, as two columns.
+  """Line i of one file with line i of the other, as two columns."""
 
-  Raises:
-    InputError: at the end, the files have different numbers of lines.
-  """
-
-  def parse(lines, number):
+  def parse(lines: tuple[bytes, bytes], number: int) -> Record | None:
     values = [files.decode_line(line, number) for line in lines]
     empty = [not value.strip() for value in values]
     if all(empty):
       return None
-    for is_empty, file in zip(empty, (path, target), strict=True):
-      if is_empty:
-        raise ValueError(f"it is empty in {file}, and not in the other file")
+    if any(empty):
+      file = path if empty[0] else target
+      raise ValueError(f"it is empty in {file}, and not in the other file")
     return dict(zip(columns, values, strict=True))
 
-  counts = [0, 0]
-  both = itertools.zip_longest(files.read_lines(path), files.read_lines(target))
-  for number, pair in enumerate(both, start=1):
-    for i, line in enumerate(pair):
-      counts[i] += line is not None
-    if None not in pair:
-      lines = [line for _, line in pair]
-      yield (
-        f"{path} and {target} line {number}",
-        functools.partial(parse, lines, number),
-      )
-  if counts[0] != counts[1]:
+  ours, theirs = (
+    [line for _, line in files.read_lines(file)] for file in (path, target)
+  )
+  if len(ours) != len(theirs):
     raise InputError(
-      f"{path} has {counts[0]:,} lines and {target} has {counts[1]:,}: lines of"
-      " the same number belong together, so there must be as many"
+      f"{path} has {len(ours):,} lines and {target} has {len(theirs):,}: lines"
+      " of the same number belong together, so there must be as many"
     )
+  for number, lines in enumerate(zip(ours, theirs, strict=True), start=1):
+    origin = f"{path} and {target} line {number}"
+    yield origin, functools.partial(parse, lines, number)
 
 
 def tfds(name: str, split: str, data_dir: str) -> Iterator[Entry]:
-  """A split of a data set that tensorflow_datasets knows; no TensorFlow.
-
-  Raises:
-    InputError: it cannot be had.
-  """
+  """A split of a data set that tensorflow_datasets knows; no TensorFlow."""
   # It takes its time, and most runs read files.
   import tensorflow_datasets
 
   try:
-    # It raises many kinds of errors, of its own and of the data set.
     records = tensorflow_datasets.data_source(
       name, split=split, data_dir=data_dir or None
     )
-  except Exception as error:
+  except Exception as error:  # Of many kinds, of its own and of the data set.
     raise InputError(
       f"cannot read tfds:{name}, split {split!r}: {error}; where it cannot be"
       " prepared without TensorFlow, prepare it elsewhere with tfds build"
       " --file_format=array_record, and give data_dir"
     ) from error
   for i in range(len(records)):
-    # As records[i] shows it, so the first row is 0.
     yield f"tfds:{name} {split} row {i}", lambda i=i: _plain(records[i])
 
 
-def hf(name: str, config: str, split: str) -> Iterator[Entry]:
+def hf(path: str, split: str) -> Iterator[Entry]:
   """A split of a data set of the Hugging Face hub, or of a local folder.
 
   Args:
-    name: on the hub, or a folder: of save_to_disk, or of data files.
-    config: of several of one name; "" for its default.
+    path: NAME or NAME:CONFIG, where NAME is on the hub, or a folder: of
+      save_to_disk, or of data files.
     split: its name, with a slice such as "train[:10%]" if it is not of
       save_to_disk.
-
-  Raises:
-    InputError: `datasets` is not installed, or it cannot be had.
   """
+  name, _, config = path.partition(":")
   try:
     import datasets
   except ImportError as error:
@@ -150,9 +124,8 @@ def hf(name: str, config: str, split: str) -> Iterator[Entry]:
   except InputError:
     raise
   except Exception as error:  # Of many kinds, of its own and of its readers.
-    full = f"{name}:{config}" if config else name
     raise InputError(
-      f"cannot read hf:{full}, split {split!r}: {error}"
+      f"cannot read hf:{path}, split {split!r}: {error}"
     ) from error
   for i, record in enumerate(records):
     yield f"hf:{name} {split} row {i}", functools.partial(_plain, record)

@@ -1,7 +1,5 @@
 """Rows of packed text, and global batches of them in a given order."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib
@@ -13,13 +11,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from calm_jax.core.batch import Batch
+from calm_jax.data import packing
 from calm_jax.data.documents import RowOptions, Segment, Truncation
-from calm_jax.data.packing import (
-  TokenLists,
-  make_batch,
-  pack_rows,
-  ragged_range,
-)
 
 _NAMED = 8
 
@@ -38,38 +31,38 @@ class RowTable:
     self._length = options.length
     self._origins = [segment.origin for segment in segments]
     self._prompt_lengths_N = np.array([s.prompt_length for s in segments])
-    self._anchor = TokenLists.join([segment.tokens for segment in segments])
+    join = packing.TokenLists.join
+    self._anchor = join([segment.tokens for segment in segments])
     self._augmenting, self._visible = {}, {}
     for name in options.augmenting:
       ids, seen = zip(*(s.augmenting[name] for s in segments), strict=True)
-      self._augmenting[name] = TokenLists.join(ids)
+      self._augmenting[name] = join(ids)
       self._visible[name] = np.concatenate(seen)
-    lengths = {name: x.lengths_N for name, x in self._augmenting.items()}
     models = [(self._anchor.lengths_N, options.length)]
-    if options.augmenting_length:
-      models += [(x, options.augmenting_length) for x in lengths.values()]
+    if limit := options.augmenting_length:
+      models += [(x.lengths_N, limit) for x in self._augmenting.values()]
     self.ranges: dict[str, range] = {}
     rows, self.num_rows, first = [], 0, 0
     for name, part in parts.items():
-      own = slice(first, first + len(part))
-      first += len(part)
-      own_models = [(lengths_N[own], limit) for lengths_N, limit in models]
-      rows.append(self.num_rows + pack_rows(own_models, pack=options.pack))
+      last = first + len(part)
+      lengths = [(lengths_N[first:last], limit) for lengths_N, limit in models]
+      first = last
+      rows.append(self.num_rows + packing.pack_rows(lengths, pack=options.pack))
       self.ranges[name] = range(self.num_rows, int(rows[-1][-1]) + 1)
       self.num_rows = self.ranges[name].stop
     rows_N = np.concatenate(rows)
     # Segments of row r: _bounds[r] to _bounds[r + 1].
     self._bounds = np.searchsorted(rows_N, np.arange(self.num_rows + 1))
     self.augmenting_lengths = {
-      name: options.augmenting_length or _longest(lengths_N, rows_N)
-      for name, lengths_N in lengths.items()
+      name: options.augmenting_length or _longest(other.lengths_N, rows_N)
+      for name, other in self._augmenting.items()
     }
 
   def batch(self, rows_B: np.ndarray) -> Batch:
     """The rows of these numbers as a batch; empty where the number is -1."""
     firsts_B = self._bounds[rows_B]
     counts_B = np.where(rows_B < 0, 0, self._bounds[rows_B + 1] - firsts_B)
-    picked = np.repeat(firsts_B, counts_B) + ragged_range(counts_B)
+    picked = packing.ragged_range(firsts_B, counts_B)
     places = self._anchor.places(picked)
     augmenting = {
       name: (other.take(picked), self._visible[name][places], length)
@@ -77,7 +70,7 @@ class RowTable:
         self._augmenting.items(), self.augmenting_lengths.values(), strict=True
       )
     }
-    return make_batch(
+    return packing.make_batch(
       self._anchor.take(picked, places),
       self._prompt_lengths_N[picked],
       np.repeat(np.arange(len(rows_B)), counts_B),
@@ -137,12 +130,11 @@ class TextSource:
   """Random access to global batches of text. Made by `pipeline.text_source`.
 
   Attributes:
-    table: all rows.
+    table, options: all rows, and their shape.
     order: numbers of rows, the first `batch_size` of them are the first batch;
       None for one pass over all rows.
-    options: the table's.
     weights: of the parts of a mixture, as they went into `order`.
-    truncation: what was too long, by part; that of the only part is "".
+    truncation: counts of what was too long, by part.
   """
 
   table: RowTable
@@ -161,7 +153,7 @@ class TextSource:
 
   def describe(self, index: int) -> str:
     """Names the examples of the global batch at `index`, for messages."""
-    several = len(self.table.ranges) > 1
+    several, epoch = len(self.table.ranges) > 1, ""
     origins = dict.fromkeys(
       f"{self.table.part(row)}: {origin}" if several else origin
       for row in self._rows(index)
@@ -170,11 +162,10 @@ class TextSource:
     named = ", ".join(list(origins)[:_NAMED])
     if len(origins) > _NAMED:
       named += f" and {len(origins) - _NAMED} more"
-    if several:  # each part is in an epoch of its own
-      return f"batch {index}: {named}"
-    first_row = operator.index(index) * self.options.batch_size
-    epoch = first_row // self.table.num_rows
-    return f"batch {index} (epoch {epoch}): {named}"
+    if not several:  # Else each part is in an epoch of its own.
+      first_row = operator.index(index) * self.options.batch_size
+      epoch = f" (epoch {first_row // self.table.num_rows})"
+    return f"batch {index}{epoch}: {named}"
 
   def describe_truncation(self) -> str:
     """One line on what was too long for a row, and what became of it."""
@@ -185,20 +176,20 @@ class TextSource:
 
   def row_origins(self, index: int) -> list[list[str]]:
     """The origins of the examples in each of this process's rows."""
-    rows = self._rows(index)[self.options.share]
-    return [self.table.origins(row) for row in rows]
+    rows_B = self._rows(index)[self.options.share]
+    return [self.table.origins(row) for row in rows_B]
 
   @functools.cached_property
   def fingerprint(self) -> str:
     """Names the sequence of global batches, whatever the number of hosts."""
-    digest, options = hashlib.sha256(), self.options
-    self.table.update(digest)
-    shape = [options.batch_size, options.length, self.table.num_rows]
-    parts: list = [options.seed, *shape]
-    for name, length in self.table.augmenting_lengths.items():
+    digest, options, table = hashlib.sha256(), self.options, self.table
+    table.update(digest)
+    parts: list = [options.seed, options.batch_size, options.length]
+    parts.append(table.num_rows)
+    for name, length in table.augmenting_lengths.items():
       parts += [name, length]
     for name, weight in self.weights.items():
-      parts += [name, weight, len(self.table.ranges[name])]
+      parts += [name, weight, len(table.ranges[name])]
     digest.update(json.dumps(parts).encode())
     return digest.hexdigest()
 

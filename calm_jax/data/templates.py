@@ -15,21 +15,15 @@ Texts = Callable[[Record], tuple[str, str]]
 
 
 def templates(prompt: str, completion: str, columns: Sequence[str]) -> Texts:
-  """A function of a record to its prompt and completion.
+  """A function that fills two templates, of prompt and completion.
 
-  Args:
-    prompt: template of what is given; "" for plain text.
-    completion: template of what is learnt.
-    columns: all the fields that records have; none if it is not known.
-
-  Raises:
-    InputError: not a template, or it names a field that no record has.
+  `columns` are all the fields that records have, or () if it is not known; a
+  template that names another field, or is none, raises InputError.
   """
-  fill_prompt = _template(prompt, columns)
-  fill_completion = _template(completion, columns)
+  fills = _template(prompt, columns), _template(completion, columns)
 
   def texts(record: Record) -> tuple[str, str]:
-    given, learnt = fill_prompt(record), fill_completion(record)
+    given, learnt = (fill(record) for fill in fills)
     if prompt and not given:
       raise ValueError(f"its prompt is empty, of the template {prompt!r}")
     return _checked(given, learnt)
@@ -38,16 +32,15 @@ def templates(prompt: str, completion: str, columns: Sequence[str]) -> Texts:
 
 
 def own_fields(prompt: str, completion: str, text: str) -> Texts:
-  """A function of a record to its fields of these names.
-
-  `prompt` and `completion` where it has both, else `text`, as plain text.
-  """
+  """A function that takes `prompt` and `completion`, else `text` as plain."""
 
   def texts(record: Record) -> tuple[str, str]:
     if prompt in record and completion in record:
-      return _checked(_field(record, prompt), _field(record, completion))
+      return _checked(
+        string_field(record, prompt), string_field(record, completion)
+      )
     if text in record:
-      return _checked("", _field(record, text))
+      return _checked("", string_field(record, text))
     raise ValueError(
       f"expected {text!r}, or {prompt!r} and {completion!r}, but it has"
       f" {_names(record)}; name the fields in the data configuration"
@@ -59,13 +52,13 @@ def own_fields(prompt: str, completion: str, text: str) -> Texts:
 def _template(template: str, columns: Sequence[str]) -> Callable[[Record], str]:
   formatter = string.Formatter()
   try:
-    parts = list(formatter.parse(template))
+    names = [name for _, name, _, _ in formatter.parse(template)]
   except ValueError as error:
     raise InputError(
       f"the template {template!r} cannot be read: {error}; a brace that is"
       " meant as text is written twice"
     ) from error
-  fields = [name for _, name, _, _ in parts if name is not None]
+  fields = [name for name in names if name is not None]
   for name in fields:
     top = re.split(r"[.\[]", name)[0]
     if not top or top.isdigit():
@@ -74,9 +67,10 @@ def _template(template: str, columns: Sequence[str]) -> Callable[[Record], str]:
         " write {field}, or {{ for a brace that is meant as text"
       )
     if columns and top not in columns:
+      verb = "are" if len(columns) > 1 else "is"
       raise InputError(
-        f"the template {template!r} asks for {top!r}, but there"
-        f" {'are' if len(columns) > 1 else 'is'} {_names(columns)}"
+        f"the template {template!r} asks for {top!r}, but there {verb}"
+        f" {_names(columns)}"
       )
 
   def fill(record: Record) -> str:
@@ -106,14 +100,14 @@ def _checked(prompt: str, completion: str) -> tuple[str, str]:
   if not completion:
     raise ValueError("there is no text to learn; remove the line")
   try:
-    # JSON can write half of a pair of surrogates.
-    (prompt + completion).encode()
+    (prompt + completion).encode()  # JSON can write half a surrogate pair.
   except UnicodeEncodeError as error:
     raise ValueError(f"not text that UTF-8 can hold ({error})") from error
   return prompt, completion
 
 
-def _field(record: Record, name: str) -> str:
+def string_field(record: Record, name: str) -> str:
+  """Returns a field of a record; raises ValueError if it is no string."""
   value = record[name]
   if not isinstance(value, str):
     raise ValueError(
