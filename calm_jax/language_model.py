@@ -1,7 +1,5 @@
 """Models as a user holds them: loaded, composed, asked and saved."""
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from calm_jax.composition import checkpoint, forward, hf_checkpoint, parts
+from calm_jax.composition import checkpoint, forward, hf_checkpoint
+from calm_jax.composition.checkpoint import Location
 from calm_jax.composition.connections import Composition
 from calm_jax.composition.model import Model
 from calm_jax.core import hub
@@ -36,13 +35,7 @@ class LanguageModel(Model):
   """
 
   def logits(self, tokens_BL) -> Array:
-    """Next-token logits of full rows.
-
-    Args:
-      tokens_BL: integers [B, L].
-
-    Returns:
-      float32 [B, L, V].
+    """Next-token logits of full rows: integers [B, L] to float32 [B, L, V].
 
     Raises:
       InputError: tokens_BL is not that, has an id outside the vocabulary or
@@ -66,7 +59,7 @@ class LanguageModel(Model):
     """Continues texts, greedily unless a temperature is given.
 
     Args:
-      prompts: texts; a BOS token is put before each if the tokenizer has one.
+      prompts: texts; each gets a BOS token if the tokenizer has one.
       max_new_tokens: longest continuation, which ends early at EOS.
       stop: texts that end a continuation; they are not returned.
       seed: of the drawing: one for all, from which prompt i draws with
@@ -81,14 +74,9 @@ class LanguageModel(Model):
     Raises:
       InputError: the model has no tokenizer, or a prompt is too long.
     """
+    sampler = Sampler(**sampling)
     return text_lib.generate(
-      self,
-      prompts,
-      max_new_tokens,
-      Sampler(**sampling),
-      stop=stop,
-      seed=seed,
-      batch_size=batch_size,
+      self, prompts, max_new_tokens, sampler, stop, seed, batch_size
     )
 
   def stream(
@@ -101,9 +89,8 @@ class LanguageModel(Model):
     **sampling,
   ) -> Iterator[str]:
     """The continuation of one text in pieces; arguments of `generate`."""
-    return text_lib.stream(
-      self, prompt, max_new_tokens, Sampler(**sampling), stop=stop, seed=seed
-    )
+    sampler = Sampler(**sampling)
+    return text_lib.stream(self, prompt, max_new_tokens, sampler, stop, seed)
 
   def score(
     self, prompts: list[str], completions: list[str], *, batch_size: int = 16
@@ -111,7 +98,7 @@ class LanguageModel(Model):
     """Log-likelihoods of completions after prompts, in nats.
 
     Args:
-      prompts: texts; a BOS token is put before each if the tokenizer has one.
+      prompts: texts; each gets a BOS token if the tokenizer has one.
       completions: one a prompt.
       batch_size: rows that are computed together.
 
@@ -122,10 +109,7 @@ class LanguageModel(Model):
     return text_lib.score(self, prompts, completions, batch_size)
 
   def attention(self, prompt: str, completion: str) -> dict[str, np.ndarray]:
-    """`cross_attention` of a text, and "prompt_length" in tokens.
-
-    `figures.attention_figure` draws it.
-    """
+    """`cross_attention` of a text, and "prompt_length" in tokens."""
     ids, new = text_lib.token_ids(self, prompt, completion)
     found = self.cross_attention(ids + new, len(ids))
     return found | {"prompt_length": len(ids)}
@@ -135,10 +119,8 @@ class LanguageModel(Model):
   ) -> dict[str, np.ndarray]:
     """Attention weights of each connection, for one sequence of token ids.
 
-    Args:
-      ids: the sequence.
-      prompt_length: how many of them are the prompt; visibility="encoder"
-        shows no others.
+    Its first `prompt_length` are the prompt, all that visibility="encoder"
+    shows. `figures.attention_figure` draws them.
 
     Returns:
       "weights" float32 [C, N, L, M], "tokens" [L] their pieces (ids without a
@@ -159,9 +141,7 @@ class LanguageModel(Model):
     It has the config.json and tokenizer files that the model was loaded with;
     one that was not loaded from a checkpoint is written as a Llama.
 
-    Args:
-      folder: is created; must not hold a model yet.
-      max_shard_size: bytes of tensors in one file.
+    The folder is created; a file holds up to `max_shard_size` bytes.
 
     Raises:
       InputError: a composition, a quantised model, a folder that holds a
@@ -172,16 +152,12 @@ class LanguageModel(Model):
   def save(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
     """Saves a composition, to be read by `load_composed`.
 
-    Writes Θ_C, a model card, and of the frozen models only where they are and
-    their hashes.
-
-    Args:
-      folder: is created; must not hold a composition yet.
-      dtype: of Θ_C in the file; as it is if None.
+    Writes Θ_C (in `dtype` if given), a model card, and of the frozen models
+    only where they are and their hashes. The folder is created.
 
     Raises:
-      InputError: a single model; a model that was not loaded from a
-        checkpoint or is no longer what the checkpoint holds.
+      InputError: a single model; a folder that holds a composition; a model
+        that was not loaded from a checkpoint or is no longer what that holds.
     """
     checkpoint.save(self, folder, dtype)
 
@@ -209,43 +185,9 @@ class LanguageModel(Model):
     """
     return checkpoint.push(self, repo_id, private, token, dtype)
 
-  def part(self, name: str) -> LanguageModel:
-    """One model of a composition: "anchor" or "augmenting/<name>".
-
-    Raises:
-      InputError: there is no such part.
-    """
-    return parts.part(self, name)
-
-  def add(
-    self, name: str, model: LanguageModel, connections=None, **options
-  ) -> LanguageModel:
-    """The composition with one more augmenting model, freshly joined (§3.2).
-
-    What was there keeps its arrays; train the new connections with
-    `trainable=("composition/<name>/.*",)`.
-
-    Args:
-      name: of the new augmenting model.
-      model: a single model.
-      connections, **options: as in `compose`.
-
-    Raises:
-      InputError: the name is taken, or what `compose` raises.
-    """
-    return parts.add(self, name, model, connections, **options)
-
-  def drop(self, name: str) -> LanguageModel:
-    """The composition without one augmenting model; without any, the anchor.
-
-    Raises:
-      InputError: there is no such augmenting model.
-    """
-    return parts.drop(self, name)
-
 
 def load_model(
-  path_or_hub_id: str | os.PathLike,
+  path_or_hub_id: Location,
   dtype: str = "float32",
   *,
   revision: str | None = None,
@@ -272,9 +214,9 @@ def load_model(
 
 
 def load_composed(
-  path_or_hub_id: str | os.PathLike,
-  anchor: str | os.PathLike | None = None,
-  augmenting: str | os.PathLike | Mapping[str, str | os.PathLike] | None = None,
+  path_or_hub_id: Location,
+  anchor: Location | None = None,
+  augmenting: Location | Mapping[str, Location] | None = None,
   *,
   dtype: str | None = None,
   revision: str | None = None,
@@ -300,19 +242,13 @@ def load_composed(
       with, named.
   """
   loaded = checkpoint.load(
-    path_or_hub_id,
-    anchor,
-    augmenting,
-    dtype=dtype,
-    revision=revision,
-    quantise=quantise,
-    shardings=shardings,
+    path_or_hub_id, anchor, augmenting, dtype, revision, quantise, shardings
   )
   return LanguageModel(**vars(loaded))
 
 
 def load_any(
-  path_or_hub_id: str | os.PathLike,
+  path_or_hub_id: Location,
   dtype: str | None = None,
   quantise: str | None = None,
   *,

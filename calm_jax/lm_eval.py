@@ -8,8 +8,6 @@ is `lm_eval` with calm_jax among its models. Releases of the harness after
 Needs the extra `eval`.
 """
 
-from __future__ import annotations
-
 import json
 import pathlib
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 B batch, L length, M augmenting length, S slots of a cache.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

@@ -1,12 +1,9 @@
 """A composition as a folder to keep and share.
 
 composition.safetensors   Θ_C: the trained leaves, under their names
-calm_config.json          connections, options, the frozen models' origins
-                          and hashes
+calm_config.json          connections, options, origins and hashes of the models
 README.md                 a model card
 """
-
-from __future__ import annotations
 
 import dataclasses
 import json
@@ -23,12 +20,11 @@ import numpy as np
 import safetensors.numpy
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from calm_jax.composition import hf_checkpoint, parts
-from calm_jax.composition.connections import Augmenting
-from calm_jax.composition.model import Model, untrained
+from calm_jax.composition import hf_checkpoint
+from calm_jax.composition.model import Model, join_compositions, untrained
 from calm_jax.composition.model_card import model_card
 from calm_jax.core import files, hub, trees
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_choice
 from calm_jax.core.version import __version__
 from calm_jax.models import quantisation
 from calm_jax.models.hf import loading, weight_files
@@ -37,6 +33,8 @@ from calm_jax.text import tokenizer
 WEIGHTS = "composition.safetensors"
 CONFIG = "calm_config.json"
 CARD = "README.md"
+Location = str | os.PathLike  # a folder, or an id on the hub
+
 _FORMAT = 1
 _REMEDY = (
   "write it by part({!r}).export_hf(FOLDER), load_model(FOLDER) and compose "
@@ -50,29 +48,19 @@ def save(
   dtype: str | None = None,
   keep_paths: bool = True,
 ) -> None:
-  """Writes a composition; see `LanguageModel.save`.
-
-  `keep_paths` says whether local folders are named by their full path.
-  """
+  """See `LanguageModel.save`; `keep_paths` names local folders in full."""
   folder = pathlib.Path(folder)
   if not model.is_composed:
     raise InputError(
       "save() is for compositions; a single model is written by export_hf()"
     )
-  if dtype is not None and dtype not in loading.DTYPES:
-    raise InputError(f"dtype={dtype!r} is none of {loading.DTYPES}")
+  check_choice("dtype", dtype, (None, *loading.DTYPES))
   for name in (CONFIG, WEIGHTS):
     if (folder / name).exists():
       raise InputError(
         f"{folder} holds a composition already ({name}); give another folder"
       )
   names = ["anchor", *(f"augmenting/{n}" for n, _ in model.spec.augmenting)]
-  for part in names:
-    if part not in model.sources:
-      raise InputError(
-        f"the {part} was not loaded from a checkpoint, so there is nothing "
-        f"that the composition could name: {_REMEDY.format(part)}"
-      )
   described = {part: _describe(model, part, keep_paths) for part in names}
   theta = trees.flatten({"composition": model.params["composition"]})
   theta = {
@@ -88,7 +76,8 @@ def save(
     "sha256": files.sha256(folder / WEIGHTS),
     "models": described,
     "augmenting": [
-      {"name": n, **_options(joined)} for n, joined in model.spec.augmenting
+      {"name": n} | {k: v for k, v in vars(joined).items() if k != "config"}
+      for n, joined in model.spec.augmenting
     ],
   }
   (folder / CARD).write_text(model_card(config), encoding="utf-8")
@@ -96,19 +85,15 @@ def save(
   (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _options(joined: Augmenting) -> dict[str, Any]:
-  """The fields of an `Augmenting` but for the model's architecture."""
-  return {
-    field.name: getattr(joined, field.name)
-    for field in dataclasses.fields(joined)
-    if field.name != "config"
-  }
-
-
 def _describe(model: Model, part: str, keep_paths: bool) -> dict[str, Any]:
   """A frozen model's entry in calm_config.json: its origin and its hashes."""
-  source = model.sources[part]
-  single = parts.part(model, part)
+  source = model.sources.get(part)
+  if source is None:
+    raise InputError(
+      f"the {part} was not loaded from a checkpoint, so there is nothing "
+      f"that the composition could name: {_REMEDY.format(part)}"
+    )
+  single = model.part(part)
   config, params = single.spec.anchor, single.params["anchor"]
   changed = loading.changed_leaf(source.folder, config, params)
   if changed:
@@ -143,9 +128,9 @@ def _hashes(folder: pathlib.Path) -> dict[str, str]:
 def push(
   model: Model,
   repo_id: str,
-  private: bool | None,
-  token: str | None,
-  dtype: str | None,
+  private: bool | None = None,
+  token: str | None = None,
+  dtype: str | None = None,
 ) -> str:
   """Uploads a composition; see `LanguageModel.push_to_hub`."""
   with tempfile.TemporaryDirectory() as folder:
@@ -189,43 +174,36 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def load(
-  path_or_hub_id: str | os.PathLike,
-  anchor: str | os.PathLike | None = None,
-  augmenting: str | os.PathLike | Mapping[str, str | os.PathLike] | None = None,
-  *,
-  dtype: str | None = None,
-  revision: str | None = None,
-  quantise: str | None = None,
-  shardings: Callable[[str], Callable] | None = None,
+  path_or_hub_id: Location,
+  anchor: Location | None,
+  augmenting: Location | Mapping[str, Location] | None,
+  dtype: str | None,
+  revision: str | None,
+  quantise: str | None,
+  shardings: Callable[[str], Callable] | None,
 ) -> Model:
   """Reads what `save` wrote; see `language_model.load_composed`."""
   names = (WEIGHTS, CONFIG, CARD)
   folder = hub.locate(path_or_hub_id, revision, names).folder
   config = read_config(folder)
   locations = _locations(config, anchor, augmenting)
-  frozen = {
-    part: _load_frozen(
-      folder,
-      part,
-      saved,
-      locations.get(part),
+  frozen = {}
+  for part, saved in config["models"].items():
+    source = _find_frozen(folder, part, saved, locations.get(part))
+    frozen[part] = hf_checkpoint.load(
+      source,
       dtype or saved["dtype"],
+      shardings(part) if shardings else None,
       # Older compositions do not say.
       saved.get("quantise", "") if quantise is None else quantise,
-      shardings(part) if shardings else None,
     )
-    for part, saved in config["models"].items()
-  }
-  composed = parts.join_compositions(
-    [
-      untrained(
-        frozen["anchor"],
-        {joined["name"]: frozen[f"augmenting/{joined['name']}"]},
-        **{k: v for k, v in joined.items() if k != "name"},
-      )
-      for joined in config["augmenting"]
-    ]
-  )
+    _check_tokenizer(part, saved, source.folder, frozen[part])
+  compositions = []
+  for options in config["augmenting"]:
+    name = options.pop("name")
+    augmenting = {name: frozen[f"augmenting/{name}"]}
+    compositions.append(untrained(frozen["anchor"], augmenting, **options))
+  composed = join_compositions(compositions)
   theta = _read_theta(folder, config, composed.params["composition"])
   return dataclasses.replace(
     composed,
@@ -236,33 +214,29 @@ def load(
 
 def _locations(
   config: dict[str, Any],
-  anchor: str | os.PathLike | None,
-  augmenting: str | os.PathLike | Mapping[str, str | os.PathLike] | None,
-) -> dict[str, str | os.PathLike]:
+  anchor: Location | None,
+  augmenting: Location | Mapping[str, Location] | None,
+) -> dict[str, Location]:
   """The folders or hub ids that the caller gave, by part."""
   names = [joined["name"] for joined in config["augmenting"]]
-  if augmenting is None:
-    augmenting = {}
-  elif isinstance(augmenting, str | os.PathLike):
+  if isinstance(augmenting, Location):
     if len(names) != 1:
       raise InputError(f"say which of {names} is at {augmenting}: give a dict")
     augmenting = {names[0]: augmenting}
+  augmenting = augmenting or {}
   if unknown := sorted(augmenting.keys() - set(names)):
     raise InputError(f"no augmenting model {unknown}; there are {names}")
   locations = {f"augmenting/{name}": x for name, x in augmenting.items()}
   return locations if anchor is None else locations | {"anchor": anchor}
 
 
-def _load_frozen(
+def _find_frozen(
   folder: pathlib.Path,
   part: str,
   saved: dict[str, Any],
-  location: str | os.PathLike | None,
-  dtype: str,
-  quantise: str,
-  shardings: Callable | None,
-) -> Model:
-  """Loads a frozen model, if it is the one that the composition fits."""
+  location: Location | None,
+) -> hub.CheckpointRef:
+  """Finds a frozen model, and checks its files against the saved hashes."""
   try:
     if location is None:
       source = hub.locate(saved["name"], saved["revision"])
@@ -275,38 +249,34 @@ def _load_frozen(
       f"{folder}: the {part} is not found: {error}\nIf it is elsewhere, say "
       f"where: load_composed(..., {option})"
     ) from error
-  _check_hashes(part, saved, source.folder)
-  model = hf_checkpoint.load(source, dtype, shardings, quantise)
-  ours = model.tokenizer.fingerprint if model.tokenizer else None
-  theirs = saved["tokenizer"]["fingerprint"] if saved["tokenizer"] else None
-  if ours != theirs:
-    raise InputError(
-      f"{source.folder}: the tokenizer is not that of the {part} that the "
-      f"composition was trained with (fingerprint {ours}, then {theirs})"
-    )
-  return model
-
-
-def _check_hashes(
-  part: str, saved: dict[str, Any], folder: pathlib.Path
-) -> None:
-  """Raises InputError unless a folder holds the files of a frozen model."""
-  ours, theirs = _hashes(folder), saved["sha256"]
+  ours, theirs = _hashes(source.folder), saved["sha256"]
   for name in sorted(theirs.keys() | ours.keys()):
-    if ours.get(name) == theirs.get(name):
-      continue
     if name not in ours:
       problem = "is missing"
     elif name not in theirs:
       problem = "was not there when the composition was trained"
+    elif ours[name] != theirs[name]:
+      problem = f"has changed: its sha256 is {ours[name]}, not {theirs[name]}"
     else:
-      problem = (
-        f"has changed: its sha256 is {ours[name]}, it was {theirs[name]}"
-      )
+      continue
+    revision = f" at {saved['revision']}" if saved["revision"] else ""
     raise InputError(
-      f"{folder / name} {problem}. The {part} must be {saved['name']}"
-      + (f" at {saved['revision']}" if saved["revision"] else "")
-      + ", to the bit: a composition works with no other"
+      f"{source.folder / name} {problem}. The {part} must be {saved['name']}"
+      f"{revision}, to the bit: a composition works with no other"
+    )
+  return source
+
+
+def _check_tokenizer(
+  part: str, saved: dict[str, Any], folder: pathlib.Path, model: Model
+) -> None:
+  """Raises InputError unless a frozen model's tokenizer is as it was saved."""
+  ours = model.tokenizer.fingerprint if model.tokenizer else None
+  theirs = saved["tokenizer"]["fingerprint"] if saved["tokenizer"] else None
+  if ours != theirs:
+    raise InputError(
+      f"{folder}: the tokenizer is not that of the {part} that the "
+      f"composition was trained with (fingerprint {ours}, then {theirs})"
     )
 
 
@@ -324,9 +294,7 @@ def _read_theta(
     )
   leaves = safetensors.numpy.load_file(path)
   expected = {  # in the dtype that they were saved in
-    name: jax.ShapeDtypeStruct(
-      leaf.shape, leaves[name].dtype if name in leaves else leaf.dtype
-    )
+    name: jax.ShapeDtypeStruct(leaf.shape, leaves.get(name, leaf).dtype)
     for name, leaf in trees.flatten({"composition": shapes}).items()
   }
   theta = trees.unflatten(leaves)

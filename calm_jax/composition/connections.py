@@ -1,10 +1,8 @@
 """A composition as data: its models and the connections between them (§3.1)."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from calm_jax.core.errors import InputError, check_choice
 from calm_jax.models.config import ModelConfig
@@ -84,7 +82,7 @@ class Composition:
     pairs = [(n, c) for n, a in self.augmenting for c in a.connections]
     return sorted(pairs, key=lambda pair: pair[1].anchor)
 
-  def with_compute(self, changes: Callable[[str], dict]) -> Composition:
+  def with_compute(self, changes: Callable[[str], dict]) -> Self:
     """The composition with changed `Compute` fields in its models, which
     `changes` gives for "anchor" and "augmenting/<name>"."""
     augmenting = {

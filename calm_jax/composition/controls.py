@@ -5,8 +5,6 @@ Accuracy that survives these controls cannot come from m_A's knowledge.
 B batch, M augmenting length, E augmenting width.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

@@ -4,8 +4,6 @@ B batch, L anchor length, M augmenting length, D anchor width, E augmenting
 width, N heads, H head width.
 """
 
-from __future__ import annotations
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

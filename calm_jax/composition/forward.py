@@ -8,8 +8,6 @@ B batch, L anchor length, M augmenting length, D anchor width, V vocabulary,
 N heads, S slots of a cache.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

@@ -1,7 +1,5 @@
 """A single model from and to a Hugging Face checkpoint."""
 
-from __future__ import annotations
-
 import os
 import pathlib
 import shutil

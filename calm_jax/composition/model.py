@@ -1,14 +1,15 @@
-"""A model or composition as data, and how frozen models are composed (§3.1)."""
+"""Models as data: one decoder, or frozen models composed (§3.1) and joined.
 
-from __future__ import annotations
+All functions give new models with the same arrays and change none.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import jax
 
-from calm_jax.composition import cross_attention
+from calm_jax.composition import cross_attention, forward
 from calm_jax.composition.connections import Composition, connect
 from calm_jax.core import hub, trees
 from calm_jax.core.errors import InputError
@@ -59,17 +60,80 @@ class Model:
     return trees.count(self.params["composition"]) if self.is_composed else 0
 
   def text(self) -> Tokenizer:
-    """The anchor's tokenizer.
-
-    Raises:
-      InputError: there is none.
-    """
+    """The anchor's tokenizer; InputError if there is none."""
     if self.tokenizer is None:
       raise InputError(
         f"{self.origin or 'this model'} was loaded without a tokenizer; put "
         "its tokenizer.json or tokenizer.model into the folder to use text"
       )
     return self.tokenizer
+
+  def part(self, name: str) -> Self:
+    """One model of a composition: "anchor" or "augmenting/<name>".
+
+    Raises InputError if there is no such part.
+    """
+    if name == "composed":
+      return self
+    spec, params = forward.submodel(self.spec, self.params, name)
+    source, tokenizer = self.sources.get(name), self.tokenizer
+    if name != "anchor":
+      key = name.removeprefix("augmenting/")
+      tokenizer = self.tokenizers.get(key, tokenizer)
+    return dataclasses.replace(
+      self,
+      spec=spec,
+      params=params,
+      tokenizer=tokenizer,
+      origin=source.name if source else "",
+      tokenizers={},
+      sources={"anchor": source} if source else {},
+    )
+
+  def add(self, name: str, model: "Model", connections=None, **options) -> Self:
+    """The composition with one more augmenting model, freshly joined (§3.2).
+
+    What was there keeps its arrays; train the new connections with
+    `trainable=("composition/<name>/.*",)`.
+
+    Args:
+      name: of the new augmenting model.
+      model: a single model.
+      connections, **options: as in `compose`.
+
+    Raises:
+      InputError: the name is taken, or what `compose` raises.
+    """
+    new = compose(self.part("anchor"), {name: model}, connections, **options)
+    return join_compositions([self, new]) if self.is_composed else new
+
+  def drop(self, name: str) -> Self:
+    """The composition without one augmenting model; without any, the anchor.
+
+    Raises InputError if there is no such augmenting model.
+    """
+    names = [n for n, _ in self.spec.augmenting]
+    if name not in names:
+      raise InputError(
+        f"no augmenting model {name!r} to drop; there are {names}"
+      )
+    if names == [name]:
+      return self.part("anchor")
+
+    def without(by_name: dict, dropped: str = name) -> dict:
+      return {n: x for n, x in by_name.items() if n != dropped}
+
+    params = dict(self.params)
+    for kind in ("augmenting", "composition"):
+      params[kind] = without(params[kind])
+    kept = without(dict(self.spec.augmenting))
+    return dataclasses.replace(
+      self,
+      spec=Composition(self.spec.anchor, tuple(kept.items())),
+      params=params,
+      tokenizers=without(self.tokenizers),
+      sources=without(self.sources, f"augmenting/{name}"),
+    )
 
 
 AnyModel = TypeVar("AnyModel", bound=Model)  # functions keep the subclass
@@ -124,12 +188,10 @@ def untrained(
   for name, model in augmenting.items():
     if model.is_composed or anchor.is_composed:
       raise InputError("compose takes single models, not compositions")
-    if not has_same_tokens(name, model, anchor):
+    if not _has_same_tokens(name, model, anchor):
       tokenizers[name] = model.tokenizer
-    config = model.spec.anchor
-    joined.append(
-      (name, connect(config, anchor.spec.anchor, connections, **options))
-    )
+    configs = model.spec.anchor, anchor.spec.anchor
+    joined.append((name, connect(*configs, connections, **options)))
     sources |= {f"augmenting/{name}": s for s in model.sources.values()}
   spec = Composition(anchor.spec.anchor, tuple(joined))
   params = anchor.params | {
@@ -141,13 +203,9 @@ def untrained(
   )
 
 
-def has_same_tokens(name: str, augmenting: Model, anchor: Model) -> bool:
-  """Compares the tokens of two models; True if they read the same ids.
-
-  Raises:
-    InputError: they do not, and cannot be aligned by the text: a model has no
-      tokenizer, or the anchor's cannot tell where its tokens end.
-  """
+def _has_same_tokens(name: str, augmenting: Model, anchor: Model) -> bool:
+  """True if two models read the same ids; InputError if these can be aligned
+  neither by number nor by the text."""
   sizes = augmenting.spec.anchor.vocab_size, anchor.spec.anchor.vocab_size
   if augmenting.tokenizer is None or anchor.tokenizer is None:
     if sizes[0] == sizes[1]:
@@ -164,3 +222,67 @@ def has_same_tokens(name: str, augmenting: Model, anchor: Model) -> bool:
   anchor.tokenizer.byte_ends("a b")
   anchor.tokenizer.spell(anchor.tokenizer.encode("a b"))
   return False
+
+
+def join_compositions(models: Sequence[AnyModel]) -> AnyModel:
+  """One composition of several that were trained apart, on one anchor (§3.2).
+
+  The anchors must be equal to the bit. Where several connections reach one
+  layer, their contributions come from the same hidden state and are summed.
+
+  Raises:
+    InputError: not compositions, anchors that differ, or an augmenting name
+      that is there twice.
+  """
+  models = list(models)
+  if not models or not all(m.is_composed for m in models):
+    raise InputError("only compositions can be joined, and at least one")
+  first = models[0]
+  joined: dict[str, Any] = {}
+  tokenizers, sources = {}, {}
+  params = {**first.params, "augmenting": {}, "composition": {}}
+  for model in models:
+    _check_same_anchor(first, model)
+    new = dict(model.spec.augmenting)
+    if twice := sorted(joined.keys() & new.keys()):
+      raise InputError(
+        f"two of the compositions have augmenting models named {twice}; "
+        "compose them under different names"
+      )
+    joined |= new
+    for kind in ("augmenting", "composition"):
+      params[kind] |= model.params[kind]
+    tokenizers |= model.tokenizers
+    sources = model.sources | sources
+  return dataclasses.replace(
+    first,
+    spec=Composition(first.spec.anchor, tuple(joined.items())),
+    params=params,
+    tokenizers=tokenizers,
+    sources=sources,
+  )
+
+
+def _check_same_anchor(a: Model, b: Model) -> None:
+  """Raises InputError unless two compositions have equal anchors."""
+  if a.spec.anchor != b.spec.anchor:
+    raise InputError(
+      "the compositions have different anchors: "
+      f"{a.spec.anchor} and {b.spec.anchor}"
+    )
+  both = a.tokenizer, b.tokenizer
+  if None not in both and both[0].fingerprint != both[1].fingerprint:
+    raise InputError("the compositions have anchors with different tokenizers")
+  ours, theirs = (trees.flatten(m.params["anchor"]) for m in (a, b))
+  if ours.keys() == theirs.keys() and all(
+    leaf is theirs[name] for name, leaf in ours.items()
+  ):
+    return  # The very same arrays need no hashing.
+  prints = [trees.fingerprint(m.params["anchor"]) for m in (a, b)]
+  if prints[0] != prints[1]:
+    raise InputError(
+      "the compositions have anchors with different weights "
+      f"({a.origin or 'unknown'} and {b.origin or 'unknown'}, fingerprints "
+      f"{prints[0][:12]} and {prints[1][:12]}): a composition works with the "
+      "anchor that it was trained with only"
+    )

@@ -1,7 +1,5 @@
 """The model card of a saved composition."""
 
-from __future__ import annotations
-
 import pathlib
 from typing import Any
 

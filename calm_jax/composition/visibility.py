@@ -11,8 +11,6 @@ of the augmenting model's row that lie before its visible count.
 B batch, L anchor length, M augmenting length.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

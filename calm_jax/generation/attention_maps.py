@@ -1,7 +1,5 @@
 """Attention maps: the weights of a composition's cross-attentions on a text."""
 
-from __future__ import annotations
-
 import functools
 
 import jax

@@ -4,8 +4,6 @@ Prompts are padded on the left, so that all rows write the same cache slot at
 each step; lengths and numbers of rows are rounded up.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Rows

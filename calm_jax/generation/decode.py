@@ -8,8 +8,6 @@ augmenting model with a tokenizer of its own cannot read along on the device: a
 B rows, S stop tokens, T new tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 from typing import NamedTuple

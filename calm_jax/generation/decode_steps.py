@@ -6,8 +6,6 @@ a loop that stays on the device.
 B rows, S stop tokens, T new tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

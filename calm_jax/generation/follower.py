@@ -1,7 +1,5 @@
 """Augmenting models with tokenizers of their own, while texts are generated."""
 
-from __future__ import annotations
-
 import functools
 
 import jax

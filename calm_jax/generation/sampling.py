@@ -1,7 +1,5 @@
 """Picks the next token from its logits."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

@@ -1,7 +1,5 @@
 """Log-likelihood of completions, for one model or a composition."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence as Rows
 from typing import NamedTuple

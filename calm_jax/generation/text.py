@@ -1,7 +1,5 @@
 """Text in, text out: generation and scoring above token ids."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from calm_jax.composition.model import Model
@@ -36,7 +34,6 @@ def generate(
   prompts: str | Sequence[str],
   max_new_tokens: int,
   sampler: Sampler,
-  *,
   stop: str | Sequence[str],
   seed: int | Sequence[int],
   batch_size: int,
@@ -81,7 +78,6 @@ def stream(
   prompt: str,
   max_new_tokens: int,
   sampler: Sampler,
-  *,
   stop: str | Sequence[str],
   seed: int,
 ) -> Iterator[str]:
