@@ -1,7 +1,6 @@
 """Models as a user holds them: loaded, composed, asked and saved."""
 
 import functools
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
@@ -13,11 +12,8 @@ from calm_jax.composition.connections import Composition
 from calm_jax.composition.model import Model
 from calm_jax.core import hub
 from calm_jax.core.batch import Batch
-from calm_jax.generation import attention_maps, batching
-from calm_jax.generation import text as text_lib
+from calm_jax.generation import attention_maps, batching, text
 from calm_jax.generation.sampling import Sampler
-from calm_jax.generation.scoring import Score
-from calm_jax.models.hf.export import MAX_SHARD_SIZE
 
 Array = jax.Array
 
@@ -34,6 +30,14 @@ class LanguageModel(Model):
   `load_composed` and `compose`.
   """
 
+  # Functions that take the model first.
+  generate = text.generate
+  score = text.score
+  cross_attention = attention_maps.cross_attention
+  export_hf = hf_checkpoint.export_hf
+  save = checkpoint.save
+  push_to_hub = checkpoint.push_to_hub
+
   def logits(self, tokens_BL) -> Array:
     """Next-token logits of full rows: integers [B, L] to float32 [B, L, V].
 
@@ -46,39 +50,6 @@ class LanguageModel(Model):
     batch = batching.token_batch(self, tokens_BL)
     return _logits(self.params, self.spec, batch)
 
-  def generate(
-    self,
-    prompts: str | list[str],
-    max_new_tokens: int = 64,
-    *,
-    stop: str | Sequence[str] = (),
-    seed: int | Sequence[int] = 0,
-    batch_size: int = 64,
-    **sampling,
-  ) -> str | list[str]:
-    """Continues texts, greedily unless a temperature is given.
-
-    Args:
-      prompts: texts; each gets a BOS token if the tokenizer has one.
-      max_new_tokens: longest continuation, which ends early at EOS.
-      stop: texts that end a continuation; they are not returned.
-      seed: of the drawing: one for all, from which prompt i draws with
-        seed + i, or one a prompt. Neighbours in the batch make no difference.
-      batch_size: rows that decode together.
-      **sampling: temperature, top_k, top_p, min_p, repetition_penalty; see
-        `Sampler`.
-
-    Returns:
-      The continuations without their prompts: a list for a list.
-
-    Raises:
-      InputError: the model has no tokenizer, or a prompt is too long.
-    """
-    sampler = Sampler(**sampling)
-    return text_lib.generate(
-      self, prompts, max_new_tokens, sampler, stop, seed, batch_size
-    )
-
   def stream(
     self,
     prompt: str,
@@ -90,100 +61,13 @@ class LanguageModel(Model):
   ) -> Iterator[str]:
     """The continuation of one text in pieces; arguments of `generate`."""
     sampler = Sampler(**sampling)
-    return text_lib.stream(self, prompt, max_new_tokens, sampler, stop, seed)
-
-  def score(
-    self, prompts: list[str], completions: list[str], *, batch_size: int = 16
-  ) -> list[Score]:
-    """Log-likelihoods of completions after prompts, in nats.
-
-    Args:
-      prompts: texts; each gets a BOS token if the tokenizer has one.
-      completions: one a prompt.
-      batch_size: rows that are computed together.
-
-    Raises:
-      InputError: the model has no tokenizer, a prompt is too long, or has no
-        tokens while there is no BOS to begin with.
-    """
-    return text_lib.score(self, prompts, completions, batch_size)
+    return text.stream(self, prompt, max_new_tokens, sampler, stop, seed)
 
   def attention(self, prompt: str, completion: str) -> dict[str, np.ndarray]:
     """`cross_attention` of a text, and "prompt_length" in tokens."""
-    ids, new = text_lib.token_ids(self, prompt, completion)
-    found = self.cross_attention(ids + new, len(ids))
-    return found | {"prompt_length": len(ids)}
-
-  def cross_attention(
-    self, ids: list[int], prompt_length: int
-  ) -> dict[str, np.ndarray]:
-    """Attention weights of each connection, for one sequence of token ids.
-
-    Its first `prompt_length` are the prompt, all that visibility="encoder"
-    shows. `figures.attention_figure` draws them.
-
-    Returns:
-      "weights" float32 [C, N, L, M], "tokens" [L] their pieces (ids without a
-      tokenizer), "connections" [C] their names, and "augmenting_tokens" [M]
-      where the augmenting model's are others.
-
-    Raises:
-      InputError: this is not a composition, or one of several augmenting models
-        with different tokenizers.
-    """
-    return attention_maps.cross_attention(self, ids, prompt_length)
-
-  def export_hf(
-    self, folder: str | os.PathLike, max_shard_size: int = MAX_SHARD_SIZE
-  ) -> None:
-    """Writes a single model as a folder that transformers loads.
-
-    It has the config.json and tokenizer files that the model was loaded with;
-    one that was not loaded from a checkpoint is written as a Llama.
-
-    The folder is created; a file holds up to `max_shard_size` bytes.
-
-    Raises:
-      InputError: a composition, a quantised model, a folder that holds a
-        model, or parameters that are not those of the config.json.
-    """
-    hf_checkpoint.export(self, folder, max_shard_size)
-
-  def save(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
-    """Saves a composition, to be read by `load_composed`.
-
-    Writes Θ_C (in `dtype` if given), a model card, and of the frozen models
-    only where they are and their hashes. The folder is created.
-
-    Raises:
-      InputError: a single model; a folder that holds a composition; a model
-        that was not loaded from a checkpoint or is no longer what that holds.
-    """
-    checkpoint.save(self, folder, dtype)
-
-  def push_to_hub(
-    self,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-    dtype: str | None = None,
-  ) -> str:
-    """Saves a composition and uploads it to the Hugging Face hub.
-
-    Args:
-      repo_id: `org/name`; made if there is none.
-      private: whether a new repository is private; the hub's default if None.
-      token: of the hub; that of `hf auth login` if None.
-      dtype: see `save`.
-
-    Returns:
-      The repository's URL.
-
-    Raises:
-      InputError: what `save` raises, or the hub refuses.
-    """
-    return checkpoint.push(self, repo_id, private, token, dtype)
+    ids, new = text.token_ids(self, prompt, completion)
+    weights = self.cross_attention(ids + new, len(ids))
+    return weights | {"prompt_length": len(ids)}
 
 
 def load_model(

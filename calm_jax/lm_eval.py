@@ -36,12 +36,12 @@ class CalmJax(TemplateLM):
 
   So that numbers compare, texts become tokens as there: a BOS token is put
   first if the checkpoint's own tokenizer does so, what is too long loses its
-  beginning, and what was generated is decoded by itself.
+  beginning, and what was generated is decoded by itself. Raises InputError if
+  there is no such model or tokenizer, or for an impossible setting.
 
   Args:
     pretrained: a folder or hub id of a model, or of a composition.
-    dtype: of parameters and computation; as saved if None.
-    quantise: "int8" or "int4" for matrices in few bits; as saved if None.
+    dtype, quantise: see `load_composed`; as saved if None.
     batch_size: rows at once, or "auto".
     max_length: tokens that are read at most; the models' limit if None.
     max_gen_toks: tokens of an answer, where a task does not say.
@@ -50,9 +50,6 @@ class CalmJax(TemplateLM):
     seed: of sampling; request i draws with seed + i.
     device: not used, for the harness always names one: JAX_PLATFORMS does.
     max_batch_size: must be left out.
-
-  Raises:
-    InputError: no such model, no tokenizer, or an impossible setting.
   """
 
   def __init__(
@@ -172,14 +169,12 @@ class CalmJax(TemplateLM):
       groups.setdefault(key, []).append(number)
     texts = [""] * len(requests)
     for numbers in groups.values():
-      options = requests[numbers[0]].args[1]
-      contexts = [requests[number].args[0] for number in numbers]
-      written = self._generate(contexts, numbers, options)
-      for number, text in zip(numbers, written, strict=True):
+      arguments = [requests[number].args for number in numbers]
+      contexts = [context for context, _ in arguments]
+      written = self._generate(contexts, numbers, arguments[0][1])
+      for number, key, text in zip(numbers, arguments, written, strict=True):
         texts[number] = text
-        self.cache_hook.add_partial(
-          "generate_until", requests[number].args, text
-        )
+        self.cache_hook.add_partial("generate_until", key, text)
     return texts
 
   def _generate(
@@ -206,10 +201,8 @@ class CalmJax(TemplateLM):
     def stopped(_: int, new: list[int]) -> bool:
       return stop_strings.find(self._text.decode(new), until) >= 0
 
-    prompts = [
-      self.tok_encode(context)[-room:] or [self.prefix_token_id]
-      for context in contexts
-    ]
+    first = [self.prefix_token_id]
+    prompts = [self.tok_encode(text)[-room:] or first for text in contexts]
     out = decode.generate(
       self.model.params,
       self.model.spec,

@@ -47,26 +47,20 @@ def embed(
   index: Array | None,
   lengths_B: Array | None,
 ) -> tuple[ModelPass, Array, dict | None]:
-  """Embeds a sequence, whose keys go to slots index .. of a cache.
-
-  Returns:
-    (the pass, hidden states [B, L, width], the cache of the layers).
-  """
+  """The pass of a sequence, whose keys go to slots index .. of a cache, its
+  embedding [B, L, width], and the cache of the layers."""
   segments, layers = sequence.segments, None
   if cache is not None:
-    layers = cache["layers"]
-    segments = jax.lax.dynamic_update_slice(
-      cache["segments"], segments, (0, index)
-    )
+    layers, old = cache["layers"], cache["segments"]
+    segments = jax.lax.dynamic_update_slice(old, segments, (0, index))
   if cache is None and config.compute.attention == "splash":
     mask = SegmentMask(segments, segments, sequence.positions)
   else:
     first_slot = 0 if index is None else index
     mask = masks.self_attention_mask(sequence.segments, segments, first_slot)
-  context = masks.make_context(
-    config, sequence.positions, mask, index, lengths_B
-  )
-  x = decoder.embed(params, config, sequence.tokens, sequence.positions)
+  positions = sequence.positions
+  context = masks.make_context(config, positions, mask, index, lengths_B)
+  x = decoder.embed(params, config, sequence.tokens, positions)
   return ModelPass(params, config, context, segments), x, layers
 
 
@@ -83,24 +77,19 @@ def keys_values(
   connection's keys and values.
 
   Args:
-    params, spec, index: as for `forward.states`.
-    name: of the augmenting model.
-    sequence: its tokens, [B, M].
+    params, spec, index, lengths_B: as for `forward.states`.
+    name: of the augmenting model, which reads `sequence` [B, M].
     cache: {"augmenting", "cross"} of this model, or None.
-    lengths_B: how long its rows will have become.
 
   Returns:
     {"augmenting": {"segments": [B, S] of the keys, and with a cache
     "layers"}, "cross": {connection: {"key", "value"}}}.
   """
   joined = dict(spec.augmenting)[name]
+  model_params = params["augmenting"][name]
+  old = None if cache is None else cache["augmenting"]
   model, x, layers = embed(
-    params["augmenting"][name],
-    joined.config,
-    sequence,
-    None if cache is None else cache["augmenting"],
-    index,
-    lengths_B,
+    model_params, joined.config, sequence, old, index, lengths_B
   )
   tapped, done = {}, 0
   for layer in sorted({c.augmenting for c in joined.connections}):

@@ -48,7 +48,15 @@ def save(
   dtype: str | None = None,
   keep_paths: bool = True,
 ) -> None:
-  """See `LanguageModel.save`; `keep_paths` names local folders in full."""
+  """Saves a composition in a new folder, to be read by `load_composed`.
+
+  Writes Θ_C (in `dtype` if given), a model card, and of the frozen models
+  only where they are (local ones in full if `keep_paths`) and their hashes.
+
+  Raises:
+    InputError: a single model; a folder that holds a composition; a model
+      that was not loaded from a checkpoint or is no longer what that holds.
+  """
   folder = pathlib.Path(folder)
   if not model.is_composed:
     raise InputError(
@@ -125,14 +133,23 @@ def _hashes(folder: pathlib.Path) -> dict[str, str]:
   return {path.name: files.sha256(path) for path in paths}
 
 
-def push(
+def push_to_hub(
   model: Model,
   repo_id: str,
+  *,
   private: bool | None = None,
   token: str | None = None,
   dtype: str | None = None,
 ) -> str:
-  """Uploads a composition; see `LanguageModel.push_to_hub`."""
+  """Saves a composition and uploads it to the hub; returns the URL.
+
+  Args:
+    model: a composition.
+    repo_id: `org/name`; made if there is none.
+    private: whether a new repository is private; the hub's default if None.
+    token: of the hub; that of `hf auth login` if None.
+    dtype: of Θ_C, as for `save`, which raises InputError too.
+  """
   with tempfile.TemporaryDirectory() as folder:
     # Local paths are of no use to others, and none of their business.
     save(model, folder, dtype, keep_paths=False)

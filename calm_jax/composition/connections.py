@@ -47,7 +47,6 @@ class Augmenting:
       slot, whatever that row holds there (in generation its own continuation,
       even after its end); "noise" by noise of the same norm, which depends on
       control_seed, layer and position only.
-    control_seed: the seed of the noise.
   """
 
   config: ModelConfig
@@ -85,16 +84,12 @@ class Composition:
   def with_compute(self, changes: Callable[[str], dict]) -> Self:
     """The composition with changed `Compute` fields in its models, which
     `changes` gives for "anchor" and "augmenting/<name>"."""
-    augmenting = {
-      name: dataclasses.replace(
-        joined,
-        config=joined.config.with_compute(**changes(f"augmenting/{name}")),
-      )
-      for name, joined in self.augmenting
-    }
-    return Composition(
-      self.anchor.with_compute(**changes("anchor")), tuple(augmenting.items())
-    )
+    augmenting = []
+    for name, joined in self.augmenting:
+      config = joined.config.with_compute(**changes(f"augmenting/{name}"))
+      augmenting.append((name, dataclasses.replace(joined, config=config)))
+    anchor = self.anchor.with_compute(**changes("anchor"))
+    return Composition(anchor, tuple(augmenting))
 
 
 def default_connections(
@@ -103,10 +98,7 @@ def default_connections(
   """Evenly spaced connections (§3.1, §4): N_A/n = 4 unless n is given.
 
   The k-th joins layer round(k N_A / n) to layer round(k N_B / n), so that the
-  last joins the two last layers.
-
-  Raises:
-    InputError: more connections than one of the models has layers.
+  last joins the two last layers. Raises InputError without that many layers.
   """
   layers = num_augmenting_layers, num_anchor_layers
   n = max(1, num_augmenting_layers // 4) if n is None else n
@@ -134,7 +126,6 @@ def connect(
   """An `Augmenting` from two architectures.
 
   Args:
-    augmenting, anchor: the architectures.
     connections: their number (see `default_connections`), or (augmenting
       layer, anchor layer) pairs counted from 1.
     **options: other fields of `Augmenting`.

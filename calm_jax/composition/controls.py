@@ -20,9 +20,7 @@ def controlled(
   """Applies `Augmenting.control` to the states of a tapped layer.
 
   The result is the same in training, in one pass and while a cache grows.
-
-  Raises:
-    InputError: control="shuffled" and a batch of one row.
+  Raises InputError if control="shuffled" has a batch of one row.
   """
   if joined.control == "zeroed":
     return jnp.zeros_like(h_BME)

@@ -26,16 +26,14 @@ class CrossAttention(nn.Module):
   """
 
   anchor: ModelConfig
-  norm: bool
-  output_init: str
-  positions: str = "none"
+  joined: Augmenting
   folded: bool = False  # f_proj is in W_K and W_V already; see `fold`
 
   def setup(self):
     width, dtype = self.anchor.width, self.anchor.compute.dtype
     inner = self.anchor.num_heads * (width // self.anchor.num_heads)
     output_init = nn.initializers.zeros
-    if self.output_init == "normal":
+    if self.joined.output_init == "normal":
       output_init = nn.initializers.normal(0.02)
     if not self.folded:
       self.projection = Linear(width, dtype=dtype)
@@ -43,7 +41,7 @@ class CrossAttention(nn.Module):
     self.key = Linear(inner, dtype=dtype)
     self.value = Linear(inner, dtype=dtype)
     self.output = Linear(width, dtype=dtype, kernel_init=output_init)
-    if self.norm:
+    if self.joined.norm:
       self.projection_norm = RMSNorm(self.anchor.norm_eps)
       self.query_norm = RMSNorm(self.anchor.norm_eps)
 
@@ -52,16 +50,14 @@ class CrossAttention(nn.Module):
 
   def _rotate(self, x_BLNH: Array, positions_BL: Array) -> Array:
     """Queries or keys, rotated by their positions with positions="rope"."""
-    if self.positions == "none":
+    if self.joined.positions == "none":
       return x_BLNH
-    tables = rope.tables(
-      rope.Rope(x_BLNH.shape[-1]), positions_BL, x_BLNH.dtype
-    )
-    return rope.rotate(x_BLNH, tables)
+    rotary = rope.Rope(x_BLNH.shape[-1])
+    return rope.rotate(x_BLNH, rope.tables(rotary, positions_BL, x_BLNH.dtype))
 
   def keys_values(self, h_BME: Array, positions_BM: Array) -> dict[str, Array]:
     """Keys and values, each [B, N, M, H], as a `cache` holds them."""
-    if self.norm:
+    if self.joined.norm:
       h_BME = self.projection_norm(h_BME)
     if not self.folded:
       h_BME = self.projection(h_BME)
@@ -71,9 +67,9 @@ class CrossAttention(nn.Module):
     return {"key": key_BNMH, "value": value_BNMH}
 
   def _query(self, x_BLD: Array, mask_BLM: Array | SegmentMask) -> Array:
-    q_BLNH = self._heads(
-      self.query(self.query_norm(x_BLD) if self.norm else x_BLD)
-    )
+    if self.joined.norm:
+      x_BLD = self.query_norm(x_BLD)
+    q_BLNH = self._heads(self.query(x_BLD))
     # A query's position is that of the newest key it may attend to.
     if isinstance(mask_BLM, SegmentMask):
       return self._rotate(q_BLNH, mask_BLM.positions)
@@ -84,11 +80,8 @@ class CrossAttention(nn.Module):
   ) -> Array:
     """The contribution to the anchor's residual stream, [B, L, D].
 
-    Args:
-      x_BLD: the anchor's hidden states.
-      keys_values: of `keys_values`, or a cache of them.
-      mask_BLM: which keys each position may attend to; a `SegmentMask` for the
-        splash kernel, if both models read the same tokens.
+    `keys_values` may be a cache. The mask says which keys each position may
+    attend to: a `SegmentMask`, for the splash kernel, if tokens are the same.
     """
     by_segments = isinstance(mask_BLM, SegmentMask)
     mask = mask_BLM if by_segments else mask_BLM[:, None]
@@ -112,7 +105,7 @@ class CrossAttention(nn.Module):
     q_BLNH = self._query(x_BLD, mask_BLM)
     scores = jnp.einsum("blnh,bnmh->bnlm", q_BLNH, keys_values["key"])
     scores = scores.astype(at_least_float32(scores.dtype))
-    scores = scores / q_BLNH.shape[-1] ** 0.5
+    scores /= q_BLNH.shape[-1] ** 0.5
     lowest = jnp.finfo(scores.dtype).min
     return jax.nn.softmax(jnp.where(mask_BLM[:, None], scores, lowest))
 
@@ -122,26 +115,14 @@ class CrossAttention(nn.Module):
     return self.attend(x_BLD, self.keys_values(h_BME, positions_BM), mask_BLM)
 
 
-def _module(
-  spec: Composition, joined: Augmenting, folded: bool = False
-) -> CrossAttention:
-  return CrossAttention(
-    spec.anchor, joined.norm, joined.output_init, joined.positions, folded
-  )
-
-
 def init(rng: Array, spec: Composition) -> dict:
-  """Fresh parameters of the composition subtree, float32.
-
-  Returns:
-    {augmenting name: {connection: {...}}}.
-  """
+  """Fresh float32 parameters, {augmenting name: {connection: {...}}}."""
   params: dict = {}
   for name, joined in spec.augmenting:
     params[name] = {}
     for connection in joined.connections:
       rng, key = jax.random.split(rng)
-      variables = _module(spec, joined).init(
+      variables = CrossAttention(spec.anchor, joined).init(
         key,
         jnp.zeros((1, 1, spec.anchor.width)),
         jnp.zeros((1, 1, joined.config.width)),
@@ -162,7 +143,8 @@ def bound(
   """The cross-attention of a connection with its parameters."""
   weights = params["composition"][name][connection.name]
   joined = dict(spec.augmenting)[name]
-  cross = _module(spec, joined, folded="projection" not in weights)
+  folded = "projection" not in weights
+  cross = CrossAttention(spec.anchor, joined, folded)
   return cross.bind({"params": weights})
 
 
@@ -174,21 +156,20 @@ def fold(params: dict) -> dict:
   D_A D_B + 2 D_B^2. Training needs the factors apart.
   """
 
-  def folded(connection):
-    rest = {k: v for k, v in connection.items() if k != "projection"}
-    projection = connection["projection"]["kernel"]
-    for name in ("key", "value"):
-      product = jnp.matmul(
-        projection, connection[name]["kernel"], precision="highest"
-      )
-      rest[name] = {"kernel": product}
-    return rest
-
   if "composition" not in params:
     return params
-  return params | {
-    "composition": {
-      name: {c: folded(p) for c, p in connections.items()}
-      for name, connections in params["composition"].items()
-    }
+
+  def folded(connection):
+    new = {k: v for k, v in connection.items() if k != "projection"}
+    projection = connection["projection"]["kernel"]
+    for name in ("key", "value"):
+      kernel = connection[name]["kernel"]
+      product = jnp.matmul(projection, kernel, precision="highest")
+      new[name] = {"kernel": product}
+    return new
+
+  composition = {
+    name: {c: folded(p) for c, p in connections.items()}
+    for name, connections in params["composition"].items()
   }
+  return params | {"composition": composition}

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from calm_jax.composition import augmenting, cross_attention, visibility
 from calm_jax.composition.connections import Composition
-from calm_jax.composition.cross_attention import CrossAttention
 from calm_jax.core.batch import Batch
 from calm_jax.core.errors import InputError
 from calm_jax.models import cache as cache_lib
@@ -26,10 +25,7 @@ Array = jax.Array
 
 
 def empty_cache(
-  spec: Composition,
-  batch: int,
-  slots: int | dict[str, int],
-  stacked: bool = True,
+  spec: Composition, batch: int, slots: int | dict[str, int], stacked=True
 ) -> dict:
   """The decoding cache of all models, as a plain tree.
 
@@ -37,15 +33,13 @@ def empty_cache(
    "augmenting": {name: the same},
    "cross": {name: {connection: {"key", "value"}}}}
 
-  Args:
-    spec: what is composed.
-    batch: rows.
-    slots: of every model, or by "anchor" and the names of the augmenting ones.
-    stacked: False for parameters of `decoder.unstack`.
+  It has `batch` rows and, for all models or by "anchor" and augmenting names,
+  `slots`; it is not `stacked` for parameters of `decoder.unstack`.
   """
   if isinstance(slots, int):
-    slots = {"anchor": slots} | {name: slots for name, _ in spec.augmenting}
-  heads = spec.anchor.num_heads
+    slots = dict.fromkeys(["anchor", *dict(spec.augmenting)], slots)
+  heads, dtype = spec.anchor.num_heads, spec.anchor.compute.dtype
+  width = spec.anchor.width // heads
 
   def model(name, config):
     return {
@@ -54,10 +48,7 @@ def empty_cache(
     }
 
   def cross(name):
-    width = spec.anchor.width // heads
-    return cache_lib.empty(
-      1, batch, heads, slots[name], width, spec.anchor.compute.dtype
-    )
+    return cache_lib.empty(1, batch, heads, slots[name], width, dtype)
 
   cache = {
     "anchor": model("anchor", spec.anchor),
@@ -73,7 +64,7 @@ def empty_cache(
 class _Contribution(NamedTuple):
   """A connection's term in the anchor's residual stream, without its query."""
 
-  attention: CrossAttention
+  attention: cross_attention.CrossAttention
   keys_values: dict
   mask: Array | SegmentMask
 
@@ -92,28 +83,18 @@ def _read(params, spec, name, batch, cache, index, lengths) -> dict:
 
 def _mask(spec, name, batch, keys_BM, index, kernels) -> Array | SegmentMask:
   """The mask of one model's cross-attentions, for the kernel that takes it."""
-  joined, anchor = dict(spec.augmenting)[name], batch.anchor
+  kind, anchor = dict(spec.augmenting)[name].visibility, batch.anchor
   reads_anchor = name not in batch.augmenting and name not in batch.visible
-  if (
-    kernels
-    and spec.anchor.compute.attention == "splash"
-    and joined.visibility == "causal"
-    and reads_anchor
-  ):
+  if kernels and kind == "causal" and reads_anchor:
     return SegmentMask(anchor.segments, keys_BM, anchor.positions)
-  counts_BL = visibility.visible_counts(
-    joined.visibility, batch, name, 0 if index is None else index
-  )
+  first_slot = 0 if index is None else index
+  counts_BL = visibility.visible_counts(kind, batch, name, first_slot)
   return visibility.attention_mask(counts_BL, anchor.segments, keys_BM)
 
 
 def _run(params, spec, batch, cache, index, lengths, kernels):
-  """Runs all models.
-
-  Returns:
-    (hidden states [B, L, D], the updated cache, [(contribution, hidden states
-    that query it)] in the order of `spec.connections()`).
-  """
+  """Hidden states [B, L, D], the updated cache, and the contributions with the
+  states that query them, in the order of `spec.connections()`."""
   lengths = lengths or {}
   new: dict[str, dict] = {"augmenting": {}, "cross": {}}
   by_layer: dict[int, list[_Contribution]] = {}
@@ -177,24 +158,19 @@ def states(
       long each row will have become; see `masks.make_context`.
 
   Returns:
-    Hidden states after the last layer [B, L, D], and the updated cache (None
-    without one).
+    Hidden states after the last layer [B, L, D], and the updated cache or None.
 
   Raises:
     InputError: what `visibility.visible_counts` raises.
   """
-  kernels = cache is None
+  kernels = cache is None and spec.anchor.compute.attention == "splash"
   return _run(params, spec, batch, cache, index, lengths, kernels)[:2]
 
 
 def attention_weights(
   params: dict, spec: Composition, batch: Batch
 ) -> list[Array]:
-  """Attention weights of each connection, for pictures.
-
-  Returns:
-    float32 [B, N, L, M], in the order of `spec.connections()`.
-  """
+  """Attention weights of each connection for pictures, float32 [B, N, L, M]."""
   _, _, queried = _run(params, spec, batch, None, None, None, kernels=False)
   return [
     c.attention.probabilities(x_BLD, c.keys_values, c.mask)
@@ -218,14 +194,9 @@ def forward(
 def submodel(
   spec: Composition, params: dict, part: str
 ) -> tuple[Composition, dict]:
-  """The spec and the tree of one part of a composition.
+  """The spec and the tree of "composed", "anchor" or "augmenting/<name>".
 
-  Args:
-    spec, params: of the composition.
-    part: "composed", "anchor" or "augmenting/<name>".
-
-  Raises:
-    InputError: there is no such part.
+  Raises InputError if there is no such part.
   """
   if part == "composed":
     return spec, params

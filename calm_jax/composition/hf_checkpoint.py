@@ -12,8 +12,7 @@ from calm_jax.composition.model import Model
 from calm_jax.core import hub
 from calm_jax.core.errors import InputError
 from calm_jax.models import decoder, quantisation
-from calm_jax.models.hf import loading
-from calm_jax.models.hf.export import save_params
+from calm_jax.models.hf import export, loading
 from calm_jax.text.tokenizer import find_tokenizer
 
 
@@ -43,10 +42,21 @@ def load(
   )
 
 
-def export(
-  model: Model, folder: str | os.PathLike, max_shard_size: int
+def export_hf(
+  model: Model,
+  folder: str | os.PathLike,
+  max_shard_size: int = export.MAX_SHARD_SIZE,
 ) -> None:
-  """Writes a single model; see `LanguageModel.export_hf`."""
+  """Writes a single model as a new folder that transformers loads.
+
+  It has the config.json and tokenizer files that the model was loaded with;
+  one that was not loaded from a checkpoint is written as a Llama. No file
+  holds more than `max_shard_size` bytes of tensors.
+
+  Raises:
+    InputError: a composition, a quantised model, a folder that holds a
+      model, or parameters that are not those of the config.json.
+  """
   if model.is_composed:
     raise InputError(
       "a composition is no Hugging Face model: save() it, or export its parts "
@@ -59,13 +69,9 @@ def export(
     )
   source = model.sources.get("anchor")
   text_files = _text_files(model)
-  save_params(
-    folder,
-    model.spec.anchor,
-    model.params["anchor"],
-    source.config if source else None,
-    max_shard_size,
-  )
+  described = source.config if source else None
+  config, params = model.spec.anchor, model.params["anchor"]
+  export.save_params(folder, config, params, described, max_shard_size)
   for name, path in text_files.items():
     shutil.copyfile(path, pathlib.Path(folder) / name)
 

@@ -26,8 +26,7 @@ class Model:
     params: {"anchor": tree}, and for a composition "augmenting" and
       "composition" too, each a tree by the augmenting models' names. A single
       model is the anchor.
-    tokenizer: the anchor's; None if the checkpoint has none, and only calls
-      that need text raise then.
+    tokenizer: the anchor's; if None, calls that need text raise.
     origin: where it was loaded from.
     tokenizers: by name, of the augmenting models whose tokens are not the
       anchor's.
@@ -80,15 +79,9 @@ class Model:
     if name != "anchor":
       key = name.removeprefix("augmenting/")
       tokenizer = self.tokenizers.get(key, tokenizer)
-    return dataclasses.replace(
-      self,
-      spec=spec,
-      params=params,
-      tokenizer=tokenizer,
-      origin=source.name if source else "",
-      tokenizers={},
-      sources={"anchor": source} if source else {},
-    )
+    origin = source.name if source else ""
+    sources = {"anchor": source} if source else {}
+    return type(self)(spec, params, tokenizer, origin, {}, sources)
 
   def add(self, name: str, model: "Model", connections=None, **options) -> Self:
     """The composition with one more augmenting model, freshly joined (§3.2).
@@ -96,13 +89,8 @@ class Model:
     What was there keeps its arrays; train the new connections with
     `trainable=("composition/<name>/.*",)`.
 
-    Args:
-      name: of the new augmenting model.
-      model: a single model.
-      connections, **options: as in `compose`.
-
-    Raises:
-      InputError: the name is taken, or what `compose` raises.
+    Raises InputError if the name is taken, and as `compose` does, which has
+    the other arguments.
     """
     new = compose(self.part("anchor"), {name: model}, connections, **options)
     return join_compositions([self, new]) if self.is_composed else new
@@ -114,9 +102,7 @@ class Model:
     """
     names = [n for n, _ in self.spec.augmenting]
     if name not in names:
-      raise InputError(
-        f"no augmenting model {name!r} to drop; there are {names}"
-      )
+      raise InputError(f"no model {name!r} to drop; there are {names}")
     if names == [name]:
       return self.part("anchor")
 
@@ -149,6 +135,9 @@ def compose(
 ) -> AnyModel:
   """Composes frozen models (§3.1) with a fresh, untrained composition.
 
+  With output_init="zeros" the logits are the anchor's, bit for bit, until it is
+  trained.
+
   Args:
     anchor: the single model whose head predicts the tokens.
     augmenting: the single model that adds knowledge, or several by name.
@@ -157,10 +146,6 @@ def compose(
     seed: of the fresh parameters.
     **options: visibility, norm, positions, output_init, control and
       control_seed; see `connections.Augmenting`.
-
-  Returns:
-    A model whose logits are the anchor's, bit for bit, until it is trained
-    (with output_init="zeros").
 
   Raises:
     InputError: there is no augmenting model, vocabularies differ and a model
@@ -238,8 +223,7 @@ def join_compositions(models: Sequence[AnyModel]) -> AnyModel:
   if not models or not all(m.is_composed for m in models):
     raise InputError("only compositions can be joined, and at least one")
   first = models[0]
-  joined: dict[str, Any] = {}
-  tokenizers, sources = {}, {}
+  joined, tokenizers, sources = {}, {}, {}
   params = {**first.params, "augmenting": {}, "composition": {}}
   for model in models:
     _check_same_anchor(first, model)

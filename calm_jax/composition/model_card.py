@@ -30,11 +30,7 @@ have changed.
 
 
 def model_card(config: dict[str, Any]) -> str:
-  """The model card of a composition, as Markdown for the hub.
-
-  Args:
-    config: the content of its calm_config.json.
-  """
+  """The model card, in Markdown for the hub, from calm_config.json."""
   models = config["models"]
   on_hub = [m["name"] for m in models.values() if m["revision"] is not None]
   header = huggingface_hub.ModelCardData(

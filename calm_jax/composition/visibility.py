@@ -25,7 +25,7 @@ _EVERYTHING = jnp.iinfo(jnp.int32).max
 def visible_counts(
   visibility: str, batch: Batch, name: str, first_slot: Array | int = 0
 ) -> Array:
-  """Visible slots of an augmenting model's row for each anchor position.
+  """Visible slots of an augmenting model's row by position, int32 [B, L].
 
   Args:
     visibility: the model's; one of `connections.VISIBILITIES`.
@@ -34,9 +34,6 @@ def visible_counts(
       encoder has read its prompt only.
     name: the augmenting model's.
     first_slot: the slot of the first token; not 0 with a cache only.
-
-  Returns:
-    int32 [B, L].
 
   Raises:
     InputError: an encoder, and the batch does not say where prompts end.
@@ -69,10 +66,7 @@ def visible_counts(
 def attention_mask(
   visible_BL: Array, query_segments_BL: Array, key_segments_BM: Array
 ) -> Array:
-  """The mask of a cross-attention, bool [B, L, M].
-
-  A position attends to visible slots of its own segment.
-  """
+  """Cross-attention's mask, bool [B, L, M]: visible slots of one's segment."""
   slots_M = jnp.arange(key_segments_BM.shape[1])
   same_BLM = query_segments_BL[:, :, None] == key_segments_BM[:, None, :]
   return (slots_M < visible_BL[:, :, None]) & same_BLM

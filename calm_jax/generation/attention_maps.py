@@ -19,7 +19,20 @@ _attention_weights = functools.partial(jax.jit, static_argnames="spec")(
 def cross_attention(
   model: Model, ids: list[int], prompt_length: int
 ) -> dict[str, np.ndarray]:
-  """Attention weights for one text; see `LanguageModel.cross_attention`."""
+  """Attention weights of each connection, for one sequence of token ids.
+
+  Its first `prompt_length` are the prompt, all that visibility="encoder"
+  shows. `figures.attention_figure` draws them.
+
+  Returns:
+    "weights" float32 [C, N, L, M], "tokens" [L] their pieces (ids without a
+    tokenizer), "connections" [C] their names, and "augmenting_tokens" [M]
+    where the augmenting model's are others.
+
+  Raises:
+    InputError: this is not a composition, or one of several augmenting models
+      with different tokenizers.
+  """
   if not model.is_composed:
     raise InputError("a single model has no cross-attention to look at")
   if model.tokenizers and len(model.spec.augmenting) > 1:
@@ -30,7 +43,7 @@ def cross_attention(
   batch = batching.token_batch(model, [ids], prompt_length)
   weights = processes.fetch(_attention_weights(model.params, model.spec, batch))
   pieces = model.tokenizer.pieces if model.tokenizer else range(max(ids) + 1)
-  found = {
+  maps = {
     "weights": np.stack([weights_BNLM[0] for weights_BNLM in weights]),
     "tokens": np.array([str(pieces[i]) for i in ids]),
     "connections": np.array(
@@ -38,6 +51,6 @@ def cross_attention(
     ),
   }
   for name, tokenizer in model.tokenizers.items():
-    own = batch.augmenting[name].tokens[0]
-    found["augmenting_tokens"] = np.array([tokenizer.pieces[i] for i in own])
-  return found
+    ids_M = batch.augmenting[name].tokens[0]
+    maps["augmenting_tokens"] = np.array([tokenizer.pieces[i] for i in ids_M])
+  return maps

@@ -25,10 +25,8 @@ Readers = Mapping[str, Callable[[], AlignedReader]]
 def readers(model: Model) -> Readers:
   """Makers of readers for a model's augmenting models with other tokens."""
   return {
-    name: functools.partial(
-      AlignedReader, model.text(), ChunkEncoder(tokenizer)
-    )
-    for name, tokenizer in model.tokenizers.items()
+    name: functools.partial(AlignedReader, model.text(), ChunkEncoder(other))
+    for name, other in model.tokenizers.items()
   }
 
 
@@ -46,13 +44,18 @@ def pad(
   """
   out = Sequence(*(np.zeros((rows, length), np.int32) for _ in range(3)))
   for row, ids in enumerate(rows_of_ids):
-    start = length - len(ids) if left else 0
-    here = slice(start, start + len(ids))
-    out.tokens[row, here] = ids
-    out.segments[row, here] = 1
+    slots = _slots(len(ids), length, left)
+    out.tokens[row, slots] = ids
+    out.segments[row, slots] = 1
     begin = 0 if first is None else first[row]
-    out.positions[row, start:] = begin + np.arange(length - start)
+    out.positions[row, slots.start :] = begin + np.arange(length - slots.start)
   return out
+
+
+def _slots(count: int, length: int, left: bool) -> slice:
+  """The slots of `count` tokens in a row that is padded on one side."""
+  start = length - count if left else 0
+  return slice(start, start + count)
 
 
 def lay_out(
@@ -68,10 +71,8 @@ def lay_out(
   Args:
     spec: the models.
     rows_of_ids: the anchor's tokens of each row.
-    prompt_lengths: how many of them are the prompt, all that
-      visibility="encoder" shows.
-    row_readers: by name of the augmenting models with other tokens, one reader
-      a row.
+    prompt_lengths: how many of them visibility="encoder" shows.
+    row_readers: one reader a row, by name of the models with other tokens.
     rows: how many rows there are with the spare ones.
 
   Raises:
@@ -81,19 +82,15 @@ def lay_out(
   ends_B1 = np.full((rows, 1), length, np.int32)
   for row, ids in enumerate(rows_of_ids):
     ends_B1[row] += prompt_lengths[row] - len(ids)
-  batch = Batch(
-    pad(rows_of_ids, rows, length),
-    *augmenting_rows(
-      spec, rows_of_ids, prompt_lengths, row_readers, (rows, length), True
-    ),
-    prompt_ends=np.broadcast_to(ends_B1, (rows, length)),
+  shape = rows, length
+  augmenting, visible = _augmenting_rows(
+    spec, rows_of_ids, prompt_lengths, row_readers, shape, left=True
   )
   # Counts for all models, so that scoring masks as generation does.
-  slots_BL = np.broadcast_to(
-    np.arange(1, length + 1, dtype=np.int32), (rows, length)
-  )
-  visible = {n: batch.visible.get(n, slots_BL) for n, _ in spec.augmenting}
-  return batch._replace(visible=visible)
+  slots_BL = np.broadcast_to(np.arange(1, length + 1, dtype=np.int32), shape)
+  visible = {n: visible.get(n, slots_BL) for n, _ in spec.augmenting}
+  ends_BL = np.broadcast_to(ends_B1, shape)
+  return Batch(pad(rows_of_ids, *shape), augmenting, visible, ends_BL)
 
 
 def token_batch(
@@ -101,10 +98,7 @@ def token_batch(
 ) -> Batch:
   """A batch of full rows of the anchor's ids [B, L], without padding.
 
-  Args:
-    model: who reads it.
-    tokens_BL: integers.
-    prompt_length: how many ids of each row are its prompt, if known.
+  The first `prompt_length` ids of each row are its prompt, if that is known.
 
   Raises:
     InputError: the anchor's tokenizer cannot tell what its ids spell, or an
@@ -117,19 +111,15 @@ def token_batch(
     batch = batch._replace(prompt_ends=ends_BL)
   if not model.tokenizers:
     return batch
-  B = shape[0]
-  augmenting, visible = augmenting_rows(
-    model.spec,
-    batch.anchor.tokens.tolist(),
-    [prompt_length or 0] * B,
-    {n: [make() for _ in range(B)] for n, make in readers(model).items()},
-    shape,
-    left=False,
+  ids, given = batch.anchor.tokens.tolist(), [prompt_length or 0] * shape[0]
+  row_readers = {n: [make() for _ in ids] for n, make in readers(model).items()}
+  augmenting, visible = _augmenting_rows(
+    model.spec, ids, given, row_readers, shape, left=False
   )
   return batch._replace(augmenting=augmenting, visible=visible)
 
 
-def augmenting_rows(
+def _augmenting_rows(
   spec: Composition,
   rows_of_ids: Rows[Rows[int]],
   prompt_lengths: Rows[int],
@@ -137,19 +127,14 @@ def augmenting_rows(
   shape: tuple[int, int],
   left: bool,
 ) -> tuple[dict[str, Sequence], dict[str, np.ndarray]]:
-  """`augmenting` and `visible` of a `Batch`, for the anchor's ids.
-
-  Args:
-    spec, rows_of_ids, prompt_lengths, row_readers: as for `lay_out`.
-    shape: (B, L) of the anchor's rows.
-    left: whether rows are padded on the left, to lengths rounded up.
-  """
+  """`augmenting` and `visible` of a `Batch` whose anchor's rows have a shape;
+  rows padded on the left have lengths rounded up."""
   B, L = shape
   augmenting, visible = {}, {}
   for name, row_reader in row_readers.items():
     texts = [
-      reader.read(ids, prompt_length)
-      for reader, ids, prompt_length in zip(
+      reader.read(*row)
+      for reader, *row in zip(
         row_reader, rows_of_ids, prompt_lengths, strict=True
       )
     ]
@@ -159,10 +144,9 @@ def augmenting_rows(
     augmenting[name] = pad([ids for ids, _ in texts], B, M, left=left)
     visible[name] = np.zeros((B, L), np.int32)
     for row, (ids, counts) in enumerate(texts):
-      start = L - len(counts) if left else 0
-      offset = M - len(ids) if left else 0
-      here = slice(start, start + len(counts))
-      visible[name][row, here] = offset + np.array(counts)
+      offset = _slots(len(ids), M, left).start
+      slots = _slots(len(counts), L, left)
+      visible[name][row, slots] = offset + np.array(counts)
   return augmenting, visible
 
 
@@ -198,9 +182,8 @@ def check_length(name: str, joined: Augmenting, length: int) -> None:
 
 def max_length(spec: Composition, readers: Readers | None = None) -> int:
   """The longest sequence of the anchor's tokens that every model can read."""
-  configs = [
-    a.config for name, a in spec.augmenting if name not in (readers or {})
-  ]
+  readers = readers or {}
+  configs = [a.config for name, a in spec.augmenting if name not in readers]
   return min(c.max_length for c in [spec.anchor, *configs])
 
 

@@ -43,8 +43,7 @@ def stream(
   """Continues prompts, a few tokens at a time.
 
   Args:
-    params: tree of the composition, or {"anchor": ...} of one model.
-    spec: the models that `params` are of.
+    params, spec: of a composition or one model.
     prompts: non-empty lists of token ids, any lengths.
     max_new_tokens: longest continuation.
     stop_ids: token ids that end a continuation (not returned).
@@ -66,26 +65,19 @@ def stream(
   batching.check_prompts(prompts, max_new_tokens, limit)
   if not prompts or not max_new_tokens:
     return
+  params = decode_steps.prepare(params)
+  stop_S = np.array(list(stop_ids) or [-1], np.int32)
   longest = batching.round_up(max(map(len, prompts)))
+  # `advance` settles whole chunks, the last one too.
+  slots = batching.round_up(longest + max_new_tokens + CHUNK)
   request = _Request(
-    decode_steps.prepare(params),
-    spec,
-    np.array(list(stop_ids) or [-1], np.int32),
-    sampler,
-    max_new_tokens,
-    # `advance` settles whole chunks, the last one too.
-    batching.round_up(longest + max_new_tokens + CHUNK),
-    finished,
+    params, spec, stop_S, sampler, max_new_tokens, slots, finished
   )
   seeds = [0] * len(prompts) if seeds is None else seeds
   for chosen, rows in batching.batches(prompts, batch_size):
-    state, followers = _prefill(
-      request,
-      [prompts[i] for i in chosen],
-      [seeds[i] for i in chosen],
-      {n: [make() for _ in chosen] for n, make in readers.items()},
-      rows,
-    )
+    ids, row_seeds = [prompts[i] for i in chosen], [seeds[i] for i in chosen]
+    row_readers = {n: [make() for _ in ids] for n, make in readers.items()}
+    state, followers = _prefill(request, ids, row_seeds, row_readers, rows)
     yield from _continue(request, state, followers, chosen)
 
 
@@ -108,12 +100,10 @@ def _prefill(
   readers: dict[str, list[AlignedReader]],
   rows: int,
 ) -> tuple[DecodeState, list[Follower]]:
-  """Lays out a batch of prompts and reads it.
-
-  Returns:
-    The state, and followers of the models with other tokens that read on.
-  """
-  spec, lengths = request.spec, [len(ids) for ids in prompts]
+  """Lays out a batch and reads it; returns the state, and followers of the
+  models with other tokens that read on."""
+  params, spec, stop_S, sampler = request[:4]
+  lengths = [len(ids) for ids in prompts]
   batch = batching.lay_out(spec, prompts, lengths, readers, rows=rows)
   followers = [
     Follower(name, joined, readers[name], batch.augmenting[name])
@@ -125,16 +115,12 @@ def _prefill(
   slots |= {n: row.tokens.shape[1] for n, row in batch.augmenting.items()}
   slots |= {follower.name: follower.slots for follower in followers}
   spare = [0] * (rows - len(prompts))
+  seeds_B = np.asarray(jnp.array(seeds + spare))
   longest_B = np.array(lengths + spare, np.int32) + request.max_new_tokens
+  longest = {name: longest_B for name in names if name not in readers}
+  static = {"slots": tuple(slots.items()), "sampler": sampler}
   state = decode_steps.start(
-    request.params,
-    spec,
-    batch,
-    np.asarray(jnp.array(seeds + spare)),
-    request.stop_S,
-    {name: longest_B for name in names if name not in readers},
-    slots=tuple(slots.items()),
-    sampler=request.sampler,
+    params, spec, batch, seeds_B, stop_S, longest, **static
   )
   return state, followers
 
@@ -146,7 +132,7 @@ def _continue(
   indices: list[int],
 ) -> Iterator[tuple[int, list[int]]]:
   """Continues the rows of a batch, which are the prompts `indices`."""
-  params, spec = request.params, request.spec
+  params, spec, stop_S, sampler = request[:4]
   size = 1 if followers else min(CHUNK, request.max_new_tokens)
   fed = {follower.name for follower in followers}
   along = tuple(
@@ -154,6 +140,7 @@ def _continue(
     for name, joined in spec.augmenting
     if joined.visibility != "encoder" and name not in fed
   )
+  static = {"along": along, "sampler": sampler, "size": size}
   made: list[list[int]] = [[] for _ in indices]
   left = request.max_new_tokens - 1
   token_B, done_B = processes.fetch((state.token_B, state.done_B))
@@ -174,15 +161,9 @@ def _continue(
       newest_B = np.where(done_B, -1, new_BT[:, -1])
       cache = follower.follow(params, spec, cache, newest_B)
     steps = min(left, size)
+    state = state._replace(done_B=done_B, cache=cache)
     state, new_BT = decode_steps.advance(
-      params,
-      spec,
-      state._replace(done_B=done_B, cache=cache),
-      request.stop_S,
-      np.int32(steps),
-      along=along,
-      sampler=request.sampler,
-      size=size,
+      params, spec, state, stop_S, np.int32(steps), **static
     )
     new_BT, done_B = processes.fetch((new_BT, state.done_B))
     left -= steps

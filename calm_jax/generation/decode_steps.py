@@ -24,31 +24,20 @@ Array = jax.Array
 
 
 class DecodeState(NamedTuple):
-  """KV caches, last token and random key of each row of a batch.
+  """KV caches, last token and random key of each row of a batch."""
 
-  Attributes:
-    cache: see `forward.empty_cache`.
-    position_B: the position of the newest token.
-    slot: int32 [], the anchor's slot that the newest token will be written to.
-    lengths: by model [B], the longest that each row can become, prompt
-      included; rotary scalings that depend on the length take it for the
-      text's. Models with other tokenizers are not there.
-    logits_BV: float32, that `token_B` was picked from.
-    token_B: the newest token of each row, not read yet.
-    keys_B: the random key of each row.
-    seen_BV: tokens so far, for the repetition penalty; None without one.
-    done_B: whether a stop token was picked.
-  """
-
-  cache: dict
-  position_B: Array
-  slot: Array
+  cache: dict  # of `forward.empty_cache`
+  position_B: Array  # of the newest token
+  slot: Array  # int32 [], the anchor's that the newest token is written to
+  # By model [B], the longest that each row can become, prompt included; rotary
+  # scalings that depend on the length take it for the text's. Models with other
+  # tokenizers are not there.
   lengths: dict[str, Array]
-  logits_BV: Array
-  token_B: Array
-  keys_B: Array
-  seen_BV: Array | None
-  done_B: Array
+  logits_BV: Array  # float32, that `token_B` was picked from
+  token_B: Array  # the newest token of each row, not read yet
+  keys_B: Array  # the random key of each row
+  seen_BV: Array | None  # tokens so far; None without a repetition penalty
+  done_B: Array  # whether a stop token was picked
 
 
 def prepare(params: dict) -> dict:
@@ -105,8 +94,7 @@ def start(
   """Reads the prompts and picks the first token of each row.
 
   Args:
-    params: from `prepare`.
-    spec: the models that `params` are of.
+    params: from `prepare`; of the models in `spec`.
     batch: from `batching.lay_out`.
     seeds_B: int32, of the random key of each row.
     stop_S: token ids that end a row.
@@ -149,20 +137,15 @@ def _step(
 ) -> DecodeState:
   """Reads the newest token of each row and picks the next."""
   B = len(state.token_B)
+  segments_B1 = jnp.ones((B, 1), jnp.int32)
   token = Sequence(
-    state.token_B[:, None],
-    jnp.ones((B, 1), jnp.int32),
-    state.position_B[:, None],
+    state.token_B[:, None], segments_B1, state.position_B[:, None]
   )
   nothing = Sequence(*(jnp.zeros((B, 0), jnp.int32) for _ in token))
   others = [name for name, _ in spec.augmenting if name not in along]
+  batch = Batch(token, dict.fromkeys(others, nothing), {})
   x_BLD, cache = forward.states(
-    params,
-    spec,
-    Batch(token, dict.fromkeys(others, nothing), {}),
-    state.cache,
-    state.slot,
-    state.lengths,
+    params, spec, batch, state.cache, state.slot, state.lengths
   )
   logits_BV = forward.logits(params, spec, x_BLD)[:, 0]
   picked = _pick(

@@ -41,9 +41,7 @@ def feed(
 class Follower:
   """Feeds one augmenting model the tokens that growing texts complete.
 
-  Attributes:
-    name: the model's.
-    slots: of its cache, which grows if they do not suffice.
+  Its cache has `slots`, and grows if they do not suffice.
   """
 
   def __init__(
@@ -61,15 +59,10 @@ class Follower:
   def follow(
     self, params: dict, spec: Composition, cache: dict, new_B: np.ndarray
   ) -> dict:
-    """Reads what the anchor's newest tokens complete; returns the new cache.
+    """Reads what the newest token of each row (-1 for none) completes.
 
-    Args:
-      params, spec: as for `decode_steps.start`.
-      cache: of all models; is donated.
-      new_B: the newest token of each row, -1 for none.
-
-    Raises:
-      InputError: the model would read beyond its length limit.
+    The cache of all models is donated; returns the new one. Raises InputError
+    if the model would read beyond its length limit.
     """
     ids = [
       reader.push(int(token)) if token >= 0 else []

@@ -48,12 +48,9 @@ class Sampler:
         raise InputError(f"{name}={getattr(self, name)} must be {allowed}")
 
   def __call__(self, keys_B: Array, logits_BV: Array, seen_BV: Array) -> Array:
-    """The next token of each row, int32 [B].
+    """The next token of each row, int32 [B], drawn with a random key a row.
 
-    Args:
-      keys_B: random keys, one a row; rows draw independently of one another.
-      logits_BV: float32.
-      seen_BV: bool, the tokens that the repetition penalty is for.
+    `seen_BV` is true at the tokens that the repetition penalty is for.
     """
     if self.repetition_penalty != 1:
       penalty = self.repetition_penalty
@@ -74,9 +71,8 @@ class Sampler:
       p_BV = jax.nn.softmax(sorted_BV, axis=-1)
       # A token stays if the likelier ones do not make up top_p already.
       stays_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < self.top_p
-      least = jnp.min(
-        jnp.where(stays_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True
-      )
+      kept_BV = jnp.where(stays_BV, sorted_BV, jnp.inf)
+      least = jnp.min(kept_BV, axis=-1, keepdims=True)
       logits_BV = _at_least(logits_BV, least)
     if self.min_p > 0:
       most = logits_BV.max(axis=-1, keepdims=True)

@@ -17,17 +17,11 @@ from calm_jax.parallel import processes
 
 
 class Score(NamedTuple):
-  """The log-likelihood of a completion.
+  """The log-likelihood of a completion."""
 
-  Attributes:
-    logprob: the sum over its tokens, in nats.
-    num_tokens: how many there are.
-    is_greedy: whether each is the likeliest at its place.
-  """
-
-  logprob: float
+  logprob: float  # the sum over its tokens, in nats
   num_tokens: int
-  is_greedy: bool
+  is_greedy: bool  # whether each token is the likeliest at its place
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -56,13 +50,8 @@ def score(
 ) -> list[Score]:
   """Log-likelihood of completions after prompts.
 
-  Args:
-    params, spec, prompts, readers: as for `stream`.
-    completions: one a prompt; may be empty.
-    batch_size: rows that are computed together.
-
-  Raises:
-    InputError: a prompt is empty, or too long for the models.
+  Arguments are those of `decode.stream`; a completion may be empty. Raises
+  InputError if a prompt is empty, or too long for the models.
   """
   readers = readers or {}
   limit = batching.max_length(spec, readers)
@@ -86,9 +75,7 @@ def score(
     )
     for row, i in enumerate(chosen):
       here = slice(len(targets_BL[row]) - len(completions[i]), None)
-      scores[i] = Score(
-        float(logprob_BL[row, here].sum()),
-        len(completions[i]),
-        bool(likeliest_BL[row, here].all()),
-      )
+      logprob = float(logprob_BL[row, here].sum())
+      is_greedy = bool(likeliest_BL[row, here].all())
+      scores[i] = Score(logprob, len(completions[i]), is_greedy)
   return scores

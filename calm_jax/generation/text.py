@@ -19,11 +19,7 @@ def with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 def token_ids(
   model: Model, prompt: str, completion: str
 ) -> tuple[list[int], list[int]]:
-  """The anchor's ids of a prompt, with BOS, and of its completion.
-
-  Raises:
-    InputError: the model has no tokenizer.
-  """
+  """The anchor's ids of a prompt, with BOS, and of its completion."""
   tokenizer = model.text()
   ids = with_bos(tokenizer, tokenizer.encode(prompt))
   return ids, tokenizer.encode_continuation(prompt, completion)
@@ -32,13 +28,33 @@ def token_ids(
 def generate(
   model: Model,
   prompts: str | Sequence[str],
-  max_new_tokens: int,
-  sampler: Sampler,
-  stop: str | Sequence[str],
-  seed: int | Sequence[int],
-  batch_size: int,
+  max_new_tokens: int = 64,
+  *,
+  stop: str | Sequence[str] = (),
+  seed: int | Sequence[int] = 0,
+  batch_size: int = 64,
+  **sampling,
 ) -> str | list[str]:
-  """Continuations of prompts; see `LanguageModel.generate`."""
+  """Continues texts, greedily unless a temperature is given.
+
+  Args:
+    model: a model with a tokenizer.
+    prompts: texts; each gets a BOS token if the tokenizer has one.
+    max_new_tokens: longest continuation, which ends early at EOS.
+    stop: texts that end a continuation; they are not returned.
+    seed: of the drawing: one for all, from which prompt i draws with
+      seed + i, or one a prompt. Neighbours in the batch make no difference.
+    batch_size: rows that decode together.
+    **sampling: temperature, top_k, top_p, min_p, repetition_penalty; see
+      `Sampler`.
+
+  Returns:
+    The continuations without their prompts: a list for a list.
+
+  Raises:
+    InputError: the model has no tokenizer, or a prompt is too long.
+  """
+  sampler = Sampler(**sampling)
   is_one = isinstance(prompts, str)
   prompts = [prompts] if is_one else list(prompts)
   if isinstance(seed, int):
@@ -118,9 +134,18 @@ def score(
   model: Model,
   prompts: Sequence[str],
   completions: Sequence[str],
-  batch_size: int,
+  *,
+  batch_size: int = 16,
 ) -> list[Score]:
-  """Log-likelihoods of completions; see `LanguageModel.score`."""
+  """Log-likelihoods in nats of completions, one after each prompt.
+
+  Prompts get a BOS token if the tokenizer has one; `batch_size` rows are
+  computed together.
+
+  Raises:
+    InputError: the model has no tokenizer, a prompt is too long, or has no
+      tokens while there is no BOS to begin with.
+  """
   if len(prompts) != len(completions):
     raise InputError(
       f"{len(prompts)} prompts and {len(completions)} completions: give as "

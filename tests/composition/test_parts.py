@@ -88,9 +88,7 @@ def test_contributions_are_summed_from_one_hidden_state(parts):
 
   def given(part, model, name, pair, x):
     joined = dict(part.spec.augmenting)[name]
-    cross = cross_attention.CrossAttention(
-      config, joined.norm, joined.output_init
-    )
+    cross = cross_attention.CrossAttention(config, joined)
     theta = part.params["composition"][name]["layer_{}_to_{}".format(*pair)]
     return cross.apply({"params": theta}, x, hidden(model, pair[0])[0], causal)
 

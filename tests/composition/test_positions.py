@@ -19,7 +19,8 @@ TOKENS = np.random.default_rng(0).integers(0, 61, (2, 8)).astype(np.int32)
 
 def test_positions_turn_by_the_distance_to_the_newest_token_in_sight():
   config, _ = helpers.model(0)  # 4 heads of 8
-  cross = cross_attention.CrossAttention(config, True, "normal", "rope")
+  joined = Augmenting(config, (), positions="rope", output_init="normal")
+  cross = cross_attention.CrossAttention(config, joined)
   random = np.random.default_rng(0)
   x_LD, h_ME = (random.normal(size=s) for s in ((5, 32), (7, 24)))
   visible = np.array([1, 1, 3, 4, 7])
@@ -55,7 +56,9 @@ def test_positions_turn_by_the_distance_to_the_newest_token_in_sight():
   out = (weights @ v).swapaxes(0, 1).reshape(5, 32)
   want = out @ np.asarray(params["output"]["kernel"], np.float64)
   np.testing.assert_allclose(got[0], want, rtol=2e-5, atol=1e-6)
-  plain = cross_attention.CrossAttention(config, True, "normal")
+  plain = cross_attention.CrossAttention(
+    config, dataclasses.replace(joined, positions="none")
+  )
   other = plain.apply({"params": params}, *inputs, mask[None])
   assert np.abs(np.asarray(other[0]) - want).max() > 1e-3
 
