@@ -30,7 +30,7 @@ class LanguageModel(Model):
   `load_composed` and `compose`.
   """
 
-  # Functions that take the model first.
+  # These functions of the rooms below take the model as their first argument.
   generate = text.generate
   score = text.score
   cross_attention = attention_maps.cross_attention

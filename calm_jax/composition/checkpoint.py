@@ -144,7 +144,6 @@ def push_to_hub(
   """Saves a composition and uploads it to the hub; returns the URL.
 
   Args:
-    model: a composition.
     repo_id: `org/name`; made if there is none.
     private: whether a new repository is private; the hub's default if None.
     token: of the hub; that of `hf auth login` if None.

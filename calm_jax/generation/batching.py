@@ -5,7 +5,7 @@ each step; lengths and numbers of rows are rounded up.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from collections.abc import Sequence as Rows
 
 import numpy as np
@@ -18,6 +18,7 @@ from calm_jax.text.alignment import AlignedReader, ChunkEncoder
 
 SHORTEST, FINEST = 32, 1024  # of the lengths that rows are padded to
 
+Ids = Rows[Rows[int]]
 # By name, makers of readers for augmenting models with other tokens.
 Readers = Mapping[str, Callable[[], AlignedReader]]
 
@@ -31,7 +32,7 @@ def readers(model: Model) -> Readers:
 
 
 def pad(
-  rows_of_ids: Rows[Rows[int]],
+  rows_of_ids: Ids,
   rows: int,
   length: int,
   *,
@@ -60,7 +61,7 @@ def _slots(count: int, length: int, left: bool) -> slice:
 
 def lay_out(
   spec: Composition,
-  rows_of_ids: Rows[Rows[int]],
+  rows_of_ids: Ids,
   prompt_lengths: Rows[int],
   row_readers: Mapping[str, Rows[AlignedReader]],
   *,
@@ -121,7 +122,7 @@ def token_batch(
 
 def _augmenting_rows(
   spec: Composition,
-  rows_of_ids: Rows[Rows[int]],
+  rows_of_ids: Ids,
   prompt_lengths: Rows[int],
   row_readers: Mapping[str, Rows[AlignedReader]],
   shape: tuple[int, int],
@@ -156,17 +157,19 @@ def check_tokens(spec: Composition, tokens_BL) -> np.ndarray:
   if tokens_BL.ndim != 2 or tokens_BL.dtype.kind not in "iu":
     got = f"{tokens_BL.dtype} {list(tokens_BL.shape)}"
     raise InputError(f"tokens must be integers [B, L], got {got}")
-  V = spec.anchor.vocab_size
+  V, limit, length = (
+    spec.anchor.vocab_size,
+    max_length(spec),
+    tokens_BL.shape[1],
+  )
   if tokens_BL.size and not 0 <= tokens_BL.min() <= tokens_BL.max() < V:
     raise InputError(
       f"token ids run from {tokens_BL.min()} to {tokens_BL.max()}; the "
       f"vocabulary has ids 0 to {V - 1}"
     )
-  limit = max_length(spec)
-  if tokens_BL.shape[1] > limit:
+  if length > limit:
     raise InputError(
-      f"rows of {tokens_BL.shape[1]} tokens exceed the models' length "
-      f"limit of {limit}"
+      f"rows of {length} tokens exceed the models' length limit of {limit}"
     )
   return tokens_BL
 
@@ -180,9 +183,8 @@ def check_length(name: str, joined: Augmenting, length: int) -> None:
     )
 
 
-def max_length(spec: Composition, readers: Readers | None = None) -> int:
+def max_length(spec: Composition, readers: Collection[str] = ()) -> int:
   """The longest sequence of the anchor's tokens that every model can read."""
-  readers = readers or {}
   configs = [a.config for name, a in spec.augmenting if name not in readers]
   return min(c.max_length for c in [spec.anchor, *configs])
 
@@ -195,7 +197,7 @@ def round_up(n: int) -> int:
 
 
 def batches(
-  rows_of_ids: Rows[Rows[int]], batch_size: int
+  rows_of_ids: Ids, batch_size: int
 ) -> Iterator[tuple[list[int], int]]:
   """(indices, rows) of batches of like length, so that padding stays small."""
   order = sorted(range(len(rows_of_ids)), key=lambda i: len(rows_of_ids[i]))
@@ -204,9 +206,7 @@ def batches(
     yield order[at : at + rows], rows
 
 
-def check_prompts(
-  prompts: Rows[Rows[int]], max_new_tokens: int, limit: int
-) -> None:
+def check_prompts(prompts: Ids, max_new_tokens: int, limit: int) -> None:
   """Raises InputError for a prompt that is empty, or too long to continue."""
   for i, ids in enumerate(prompts):
     if not ids:

@@ -17,7 +17,7 @@ import numpy as np
 
 from calm_jax.composition.connections import Composition
 from calm_jax.generation import batching, decode_steps
-from calm_jax.generation.batching import Readers
+from calm_jax.generation.batching import Ids, Readers
 from calm_jax.generation.decode_steps import DecodeState
 from calm_jax.generation.follower import Follower
 from calm_jax.generation.sampling import GREEDY, Sampler
@@ -30,7 +30,7 @@ CHUNK = 16  # tokens that are generated before the host looks at them
 def stream(
   params: dict,
   spec: Composition,
-  prompts: Rows[Rows[int]],
+  prompts: Ids,
   *,
   max_new_tokens: int,
   stop_ids: Rows[int] = (),
@@ -170,7 +170,7 @@ def _continue(
 
 
 def generate(
-  params: dict, spec: Composition, prompts: Rows[Rows[int]], **options
+  params: dict, spec: Composition, prompts: Ids, **options
 ) -> list[list[int]]:
   """`stream`, all at once: the continuations in the order of the prompts."""
   out: list[list[int]] = [[] for _ in prompts]

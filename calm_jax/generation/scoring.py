@@ -1,7 +1,6 @@
 """Log-likelihood of completions, for one model or a composition."""
 
 import functools
-from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ from calm_jax.composition import forward
 from calm_jax.composition.connections import Composition
 from calm_jax.core.batch import Batch
 from calm_jax.generation import batching
-from calm_jax.generation.batching import Readers
+from calm_jax.generation.batching import Ids, Readers
 from calm_jax.parallel import processes
 
 
@@ -42,8 +41,8 @@ def _token_scores(params, spec, batch: Batch, targets_BL):
 def score(
   params: dict,
   spec: Composition,
-  prompts: Rows[Rows[int]],
-  completions: Rows[Rows[int]],
+  prompts: Ids,
+  completions: Ids,
   *,
   readers: Readers | None = None,
   batch_size: int = 16,
@@ -56,9 +55,8 @@ def score(
   readers = readers or {}
   limit = batching.max_length(spec, readers)
   # The last token is only predicted: the models need not read it.
-  rows_of_ids = [
-    [*p, *c[:-1]] for p, c in zip(prompts, completions, strict=True)
-  ]
+  pairs = zip(prompts, completions, strict=True)
+  rows_of_ids = [[*prompt, *completion[:-1]] for prompt, completion in pairs]
   batching.check_prompts(prompts, 0, limit)
   batching.check_prompts(rows_of_ids, 0, limit)
   scores: list[Score] = [Score(0.0, 0, True)] * len(prompts)

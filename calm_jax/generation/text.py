@@ -38,7 +38,6 @@ def generate(
   """Continues texts, greedily unless a temperature is given.
 
   Args:
-    model: a model with a tokenizer.
     prompts: texts; each gets a BOS token if the tokenizer has one.
     max_new_tokens: longest continuation, which ends early at EOS.
     stop: texts that end a continuation; they are not returned.
@@ -56,11 +55,10 @@ def generate(
   """
   sampler = Sampler(**sampling)
   is_one = isinstance(prompts, str)
-  prompts = [prompts] if is_one else list(prompts)
+  prompts = _several(prompts)
   if isinstance(seed, int):
-    seeds = [seed + i for i in range(len(prompts))]
-  else:
-    seeds = list(seed)
+    seed = range(seed, seed + len(prompts))
+  seeds = list(seed)
   if len(seeds) != len(prompts):
     raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts")
   stop = _several(stop)
@@ -126,8 +124,8 @@ def stream(
     yield text[sent:]
 
 
-def _several(stop: str | Sequence[str]) -> Sequence[str]:
-  return [stop] if isinstance(stop, str) else stop
+def _several(texts: str | Sequence[str]) -> Sequence[str]:
+  return [texts] if isinstance(texts, str) else texts
 
 
 def score(
