@@ -124,8 +124,8 @@ def stream(
     yield text[sent:]
 
 
-def _several(texts: str | Sequence[str]) -> Sequence[str]:
-  return [texts] if isinstance(texts, str) else texts
+def _several(texts: str | Sequence[str]) -> list[str]:
+  return [texts] if isinstance(texts, str) else list(texts)
 
 
 def score(
