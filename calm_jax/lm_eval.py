@@ -170,7 +170,7 @@ class CalmJax(TemplateLM):
     texts = [""] * len(requests)
     for numbers in groups.values():
       arguments = [requests[number].args for number in numbers]
-      contexts = [context for context, _ in arguments]
+      contexts = [pair[0] for pair in arguments]
       written = self._generate(contexts, numbers, arguments[0][1])
       for number, key, text in zip(numbers, arguments, written, strict=True):
         texts[number] = text
