@@ -1,12 +1,10 @@
 """Two tokenizers on one text: what an anchor token may see of the other's.
 
-The augmenting model does not read the tokens of the whole text: those of its
-beginning can depend on what follows. The text is cut into chunks by what has
-been read so far, and the augmenting model reads the tokens of one chunk after
-the other. All tokens of a chunk become visible together, when the chunk is
-closed: at the byte at which it is known where it ends. So what an anchor token
-sees follows from the text up to its own last byte, whatever the tokenizers,
-and is the same for a text that is being generated and for the finished one.
+The first tokens of a text can depend on what follows it. So the augmenting
+model reads the tokens of one chunk of the text after the other, and those of a
+chunk become visible together when it is closed: at the byte at which it is
+known where it ends. What an anchor token sees thus follows from the text up to
+its own last byte, whether that text is finished or still being generated.
 
 A chunk is a word with the whitespace before it, closed by the whitespace after
 it; an ideograph or kana by itself, closed at once; or MAX_CHUNK characters of
@@ -18,8 +16,6 @@ words longer than MAX_CHUNK get tokens that it would not have split them into.
     closes   the byte at which each token of the augmenting model is visible
     visible  how many of them have closes <= e_t (see `composition.visibility`)
 """
-
-from __future__ import annotations
 
 import codecs
 import functools
@@ -58,11 +54,9 @@ class Chunker:
     self._text, self._start, self._end = "", 0, 0  # of the open chunk
 
   def push(self, data: bytes) -> list[Chunk]:
-    """The chunks that more of the text closes.
+    """Returns the chunks that more of the text closes.
 
-    Args:
-      data: UTF-8, which may begin and end within a character. What is not
-        UTF-8 reads as U+FFFD.
+    `data` may begin and end within a character; what is no UTF-8 is U+FFFD.
     """
     closed: list[Chunk] = []
     rest, _ = self._decoder.getstate()
@@ -108,7 +102,7 @@ class Chunker:
 
 
 def chunks(text: str | bytes) -> list[Chunk]:
-  """The chunks of a text, without the one that is open at its end."""
+  """Returns a text's chunks, without the one that is open at its end."""
   return Chunker().push(_utf8(text))
 
 
@@ -124,17 +118,15 @@ class ChunkEncoder:
     self._remembered = functools.lru_cache(_CACHED)(self._tokens)
 
   def tokens(self, chunk: Chunk) -> tuple[int, ...]:
-    """Token ids of a chunk where it stands in its text."""
+    """Returns the token ids of a chunk where it stands in its text."""
     return self._remembered(chunk.text, chunk.start == 0)
 
   def encode(
     self, prompt: str | bytes, completion: str | bytes
   ) -> tuple[np.ndarray, np.ndarray]:
-    """All tokens that a text makes visible, BOS first if there is one.
+    """Returns the tokens that a text makes visible, BOS first if there is one.
 
-    Args:
-      prompt: text that is given, whose end closes a chunk; "" for plain text.
-      completion: the text after it.
+    The end of `prompt` closes a chunk; it is "" for plain text.
 
     Returns:
       (int64 [M] token ids, int64 [M] their closes), closes not decreasing.
@@ -151,24 +143,19 @@ class ChunkEncoder:
     return np.array(ids, np.int64), np.array(closes, np.int64)
 
   def first_ids(self) -> list[int]:
-    """The tokens that are visible before any text: BOS if there is one."""
+    """Returns the tokens visible before any text: BOS if there is one."""
     bos = self.tokenizer.bos_id
     return [] if bos is None else [bos]
 
   def _tokens(self, text: str, first: bool) -> tuple[int, ...]:
-    tokenizer = self.tokenizer
-    return tuple(
-      tokenizer.encode(text) if first else tokenizer.encode_within(text)
-    )
+    encode = self.tokenizer.encode if first else self.tokenizer.encode_within
+    return tuple(encode(text))
 
 
 class AlignedReader:
   """An augmenting model's tokens for one text of the anchor's that grows.
 
-  After the anchor's tokens up to t have been read, t may see all of `ids`.
-
-  Attributes:
-    ids: all visible token ids, BOS first if there is one.
+  `ids` are all that the last token read may see, BOS first if there is one.
   """
 
   def __init__(self, anchor: Tokenizer, encoder: ChunkEncoder):
@@ -179,18 +166,12 @@ class AlignedReader:
   def read(
     self, ids: Sequence[int], prompt_length: int
   ) -> tuple[list[int], list[int]]:
-    """Reads the first tokens of the anchor.
+    """Reads the anchor's first tokens, of which some may be a prompt.
 
-    Args:
-      ids: what there is of the text.
-      prompt_length: how many of them are its prompt, whose end closes a chunk;
-        0 if that is not known.
+    The end of the prompt closes a chunk. Raises as `Tokenizer.spell`.
 
     Returns:
       (the visible tokens, how many of them each anchor token may see).
-
-    Raises:
-      InputError: the anchor's tokenizer cannot tell what its ids spell.
     """
     counts = []
     for count, data in enumerate(self._anchor.spell(ids), start=1):
@@ -202,7 +183,7 @@ class AlignedReader:
     return list(self.ids), counts
 
   def push(self, token: int) -> list[int]:
-    """Reads one more token of the anchor; the tokens that become visible."""
+    """Reads one more token of the anchor; returns what becomes visible."""
     [data] = self._anchor.spell([token], previous=self._anchor_ids)
     self._anchor_ids.append(token)
     return self._add(self._chunker.push(data))
@@ -215,12 +196,10 @@ class AlignedReader:
 
 
 def prompt_ends(anchor: Tokenizer, prompt: str) -> tuple[list[int], np.ndarray]:
-  """An anchor's ids of a prompt, BOS first if there is one, and their ends.
+  """Returns an anchor's ids of a prompt, BOS first if any, and their ends.
 
   The last of them ends with the prompt, whatever its tokenizer drops there.
-
-  Raises:
-    InputError: the tokenizer cannot tell where its tokens end.
+  Raises as `Tokenizer.byte_ends`.
   """
   ids, ends = anchor.byte_ends(prompt)
   bos = [] if anchor.bos_id is None else [anchor.bos_id]
@@ -230,10 +209,9 @@ def prompt_ends(anchor: Tokenizer, prompt: str) -> tuple[list[int], np.ndarray]:
 
 
 def align(ends_L: np.ndarray, closes_M: np.ndarray) -> np.ndarray:
-  """The number of augmenting tokens that each anchor token may see, int64 [L].
+  """Returns how many augmenting tokens each anchor token may see, int64 [L].
 
-  Args:
-    ends_L: the byte at which each anchor token ends (a BOS: 0).
-    closes_M: of `ChunkEncoder.encode`.
+  `ends_L` are the bytes at which anchor tokens end (a BOS: 0), and `closes_M`
+  those of `ChunkEncoder.encode`.
   """
   return np.searchsorted(closes_M, ends_L, side="right")

@@ -13,18 +13,11 @@ from calm_jax.text.token_bytes import Spans, Spelling
 
 
 class Backend(Protocol):
-  """A library's tokenizer, without special tokens.
+  """A library's tokenizer, without special tokens."""
 
-  Attributes:
-    pieces: the vocabulary, piece by id; "" at ids that the vocabulary skips.
-    vocab: id by piece.
-    special_ids: ids of "bos", "eos" and "pad" that the model file itself gives.
-    spelling: the bytes of its tokens.
-  """
-
-  pieces: tuple[str, ...]
-  vocab: dict[str, int]
-  special_ids: dict[str, int]
+  pieces: tuple[str, ...]  # by id; "" at ids that the vocabulary skips
+  vocab: dict[str, int]  # id by piece
+  special_ids: dict[str, int]  # "bos", "eos", "pad" of the model file itself
   spelling: Spelling
 
   def encode(self, text: str) -> list[int]:
@@ -82,12 +75,9 @@ class SentencePieceBackend:
     ids = range(processor.vocab_size())
     self.pieces = tuple(map(processor.id_to_piece, ids))
     self.vocab = {piece: i for i, piece in enumerate(self.pieces)}
-    special = {
-      "bos": processor.bos_id(),
-      "eos": processor.eos_id(),
-      "pad": processor.pad_id(),
-    }
-    self.special_ids = {kind: i for kind, i in special.items() if i >= 0}
+    special = [processor.bos_id(), processor.eos_id(), processor.pad_id()]
+    named = zip(("bos", "eos", "pad"), special, strict=True)
+    self.special_ids = {kind: i for kind, i in named if i >= 0}
     self._skipped = {
       i for i in ids if processor.is_control(i) or processor.is_unknown(i)
     }
@@ -101,8 +91,8 @@ class SentencePieceBackend:
 
   def spans(self, text: str) -> Spans:
     pieces = self._processor.encode(text, return_type="proto").pieces
-    ends = [piece.end for piece in pieces]
-    data = text.encode()
+    ids, begins = [p.id for p in pieces], [p.begin for p in pieces]
+    ends, data = [p.end for p in pieces], text.encode()
     for i, piece in enumerate(pieces):
       # It counts characters that it drops to the piece before them, and spaces
       # that end a text to the last one.
@@ -111,8 +101,7 @@ class SentencePieceBackend:
         after = "a" if i < len(pieces) - 1 else ""
         kept = self._without_dropped(covered, after)
         ends[i] = piece.begin + len(kept.encode())
-    begins = [piece.begin for piece in pieces]
-    return Spans([piece.id for piece in pieces], begins, ends)
+    return Spans(ids, begins, ends)
 
   def _without_dropped(self, text: str, after: str) -> str:
     """A text without what normalisation takes from its end, before `after`."""

@@ -10,8 +10,7 @@ from calm_jax.core.errors import InputError
 
 def convert_slow(folder: Path) -> tokenizers.Tokenizer:
   """Makes a tokenizer.json of other files, such as vocab and merges."""
-  # Loaded here: slow to import, and few checkpoints lack tokenizer.json.
-  import transformers
+  import transformers  # slow, and few checkpoints lack tokenizer.json
 
   try:
     slow = transformers.AutoTokenizer.from_pretrained(
@@ -25,19 +24,15 @@ def convert_slow(folder: Path) -> tokenizers.Tokenizer:
 def special_ids(
   folder: Path | None, vocab: dict[str, int], own: dict[str, int]
 ) -> dict:
-  """Reads the special ids: by name in the tokenizer's files, else by number.
+  """Returns bos_id, eos_id, pad_id and stop_ids of `Tokenizer`.
 
-  Order: tokenizer_config.json, special_tokens_map.json, the model file itself
-  (`own`), generation_config.json, config.json. A null in the tokenizer's file
-  means that there is none, whatever the model's config says (Qwen's bos).
-
-  Returns:
-    bos_id, eos_id, pad_id and stop_ids of `Tokenizer`.
+  They are looked up by name in tokenizer_config.json, special_tokens_map.json,
+  the model file itself (`own`), then by number in generation_config.json and
+  config.json. A null in the tokenizer's files means that there is none,
+  whatever the model's config says (Qwen's bos).
   """
-  by_name = [
-    (name, _read_json(folder, name))
-    for name in ("tokenizer_config.json", "special_tokens_map.json")
-  ]
+  names = ("tokenizer_config.json", "special_tokens_map.json")
+  by_name = {name: _read_json(folder, name) for name in names}
   generation = _read_json(folder, "generation_config.json")
   by_number = [generation, _read_json(folder, "config.json")]
   ids: dict = {
@@ -50,7 +45,7 @@ def special_ids(
 
 
 def _special_id(kind, by_name, by_number, vocab, own) -> int | None:
-  for file, config in by_name:
+  for file, config in by_name.items():
     if f"{kind}_token" not in config:
       continue
     token = config[f"{kind}_token"]
@@ -59,12 +54,11 @@ def _special_id(kind, by_name, by_number, vocab, own) -> int | None:
     content = token["content"] if isinstance(token, dict) else token
     if content in vocab:
       return vocab[content]
-    if kind == "pad":
-      # Often added to the config alone; padding is masked, so none is needed.
+    if kind == "pad":  # often in the config alone; padding is masked anyway
       return None
     raise InputError(
-      f"{file} names the {kind} token {content!r}, which the vocabulary lacks;"
-      " the tokenizer files do not belong together"
+      f"{file} names the {kind} token {content!r}, which the vocabulary lacks: "
+      "the tokenizer files do not belong together"
     )
   if kind in own:
     return own[kind]

@@ -28,10 +28,9 @@ class Spelling(NamedTuple):
 
   Attributes:
     pieces: bytes by id, b"" where the decoder leaves the token out; None if
-      the decoder is none whose bytes are known.
+      it is a decoder whose bytes are not known.
     strips: whether the decoder takes away one space in front of the text.
-    skips: whether encoding passes over the characters that it has no piece
-      for, so that no token stands for them.
+    skips: whether characters without a piece are in no token.
   """
 
   pieces: tuple[bytes, ...] | None
@@ -66,19 +65,18 @@ def huggingface_spelling(
     )
   else:
     return Spelling(None, False, skips)
-  known = (b"" if i in left_out else b for i, b in enumerate(known))
-  return Spelling(tuple(known), strips, skips)
+  kept = tuple(b"" if i in left_out else b for i, b in enumerate(known))
+  return Spelling(kept, strips, skips)
 
 
 def sentencepiece_spelling(
   processor: sentencepiece.SentencePieceProcessor, left_out: set[int]
 ) -> Spelling:
   """Spells the tokens of a SentencePiece model."""
-  size = processor.vocab_size()
-  texts = _spaces([processor.id_to_piece(i) for i in range(size)], False)
-  pieces = [
-    _byte(x) if processor.is_byte(i) else x for i, x in enumerate(texts)
-  ]
+  ids = range(processor.vocab_size())
+  pieces = _spaces(map(processor.id_to_piece, ids), False)
+  for i in filter(processor.is_byte, ids):
+    pieces[i] = _byte(pieces[i])
   for i in left_out:
     pieces[i] = b""
   # The decoder takes away what the encoder puts in front.
@@ -95,7 +93,7 @@ def known_ends(spelled: list[bytes], text: str) -> np.ndarray | None:
 
 
 def searched_ends(spelled: list[bytes], text: str) -> np.ndarray | None:
-  """`known_ends` where some characters of the text are in no token.
+  """Returns the ends of tokens that leave out characters of a text.
 
   None if the tokens are not found in the text in their order.
   """
@@ -115,8 +113,7 @@ def searched_ends(spelled: list[bytes], text: str) -> np.ndarray | None:
 def covered_ends(spans: Spans) -> np.ndarray:
   """Returns ends by the bytes that tokens cover, never within a character.
 
-  A token ends where it can be known what it stands for: of several tokens that
-  share a character, all but the last end before it.
+  Of several tokens that share a character, all but the last end before it.
   """
   ends = np.array(spans.ends, np.int64)
   later = np.minimum.accumulate(np.array(spans.begins, np.int64)[::-1])[::-1]

@@ -13,16 +13,11 @@ import tokenizers
 
 from calm_jax.core import hub
 from calm_jax.core.errors import InputError
-from calm_jax.text import special_tokens, token_bytes
-from calm_jax.text.backends import (
-  Backend,
-  HuggingFaceBackend,
-  SentencePieceBackend,
-)
+from calm_jax.text import backends, special_tokens, token_bytes
 
-# Text after which a continuation is encoded alone: one of them does not merge
-# with the first character of the continuation.
+# Texts to encode a continuation behind, of which one does not merge with it.
 _JOINTS = ("\n", ".", "a", "0")
+_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -31,9 +26,8 @@ class Tokenizer:
 
   Attributes:
     pieces: the vocabulary, piece by id; "" at ids that the vocabulary skips.
-    bos_id, eos_id, pad_id: ids of the special tokens, None where there is none.
-    stop_ids: ids that end a generation: `eos_id` first, then the others that
-      generation_config.json names.
+    stop_ids: ids that end a generation: `eos_id`, then the others of
+      generation_config.json.
     source: the file or hub id that it was loaded from.
   """
 
@@ -43,7 +37,7 @@ class Tokenizer:
   pad_id: int | None
   stop_ids: tuple[int, ...]
   source: str
-  _backend: Backend
+  _backend: backends.Backend
 
   def __repr__(self) -> str:
     return f"Tokenizer({self.source!r}, vocab_size={self.vocab_size})"
@@ -65,32 +59,29 @@ class Tokenizer:
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of `ids` without special tokens and unknown ids.
 
-    A Llama-style tokenizer strips one leading space: text generated after a
-    prompt is decoded by `decode_continuation`.
+    One leading space may be lost: see `decode_continuation`.
     """
     size = self.vocab_size
     return self._backend.decode([int(i) for i in ids if 0 <= i < size])
 
   def encode_continuation(self, prompt: str, completion: str) -> list[int]:
-    """Returns the token ids of `completion` behind the tokens of `prompt`.
+    """Returns the ids with which a model answers `completion` to `prompt`.
 
-    `encode(prompt) + encode_continuation(prompt, completion)` is what a model
-    sees when it is prompted with `encode(prompt)` and answers `completion`.
+    They follow `encode(prompt)`, even if `encode(prompt + completion)` differs.
     """
     return self._continue(prompt, completion)[1]
 
   def encode_within(self, text: str) -> list[int]:
     """Returns the token ids of `text` where other text stands before it."""
-    return self._behind(_JOINTS, text)[1]
+    return self._behind_joint(text)[1]
 
   def byte_ends(self, text: str) -> tuple[list[int], np.ndarray]:
     """Returns `encode(text)` and the byte of its UTF-8 that each id ends at.
 
     Exact for byte-level BPE and SentencePiece; if they normalise the text, and
-    for other tokenizers, by the offsets that they give. A token that no text
-    stands behind ends where the one before it does, and one that ends within
-    a character that the offsets do not divide, before that character. The ends
-    never decrease.
+    for other tokenizers, by the offsets that they give. A token without text
+    ends where the one before it does, and one that ends within a character that
+    the offsets do not divide, before it. The ends never decrease.
 
     Raises:
       InputError: the tokenizer gives no offsets that can be relied upon.
@@ -105,12 +96,7 @@ class Tokenizer:
       if ends is not None:
         return spans.ids, ends
     if spelling.skips:
-      raise InputError(
-        f"the tokenizer of {self.source} passes over characters that it does"
-        " not know and changes others, so that nobody can tell where its"
-        " tokens end in a text; it cannot be the anchor's of models with"
-        " different tokenizers"
-      )
+      raise self._unfit("passes over characters and changes others")
     return spans.ids, token_bytes.covered_ends(spans)
 
   def continuation_ends(
@@ -118,10 +104,7 @@ class Tokenizer:
   ) -> tuple[list[int], np.ndarray]:
     """Returns `encode_continuation` and the byte that each id ends at.
 
-    Bytes are counted from the start of `prompt`.
-
-    Raises:
-      InputError: as `byte_ends`.
+    Bytes count from the start of `prompt`. Raises as `byte_ends`.
     """
     context, ids = self._continue(prompt, completion)
     ends = self.byte_ends(context + completion)[1]
@@ -131,14 +114,10 @@ class Tokenizer:
   def spell(
     self, ids: Sequence[int], previous: Sequence[int] = ()
   ) -> list[bytes]:
-    """Returns the bytes that each of `ids` adds to the text before it.
+    """Returns the bytes that each of `ids` adds to the text of `previous`.
 
-    A token may hold a part of a character. Special and unknown tokens add
-    nothing.
-
-    Args:
-      ids: token ids.
-      previous: the ids before them; what starts a text may lose a space.
+    A token may hold a part of a character, and lose a space where it starts a
+    text. Special and unknown tokens add nothing.
 
     Raises:
       InputError: the tokenizer's decoder changes text that it has written.
@@ -173,10 +152,10 @@ class Tokenizer:
       return prompt, joined[len(ids) :]
     # A token straddles the boundary. Encoding the completion alone would add
     # the space that Llama-style tokenizers put before a text.
-    return self._behind(_JOINTS, completion)
+    return self._behind_joint(completion)
 
-  def _behind(self, contexts: Sequence[str], text: str) -> tuple[str, list]:
-    for context in contexts:
+  def _behind_joint(self, text: str) -> tuple[str, list[int]]:
+    for context in _JOINTS:
       ids = self.encode(context)
       joined = self.encode(context + text)
       if ids and joined[: len(ids)] == ids:
@@ -190,15 +169,17 @@ class Tokenizer:
       before.append(int(index))
       longer = self.decode(before)
       if not longer.startswith(text):
-        raise InputError(
-          f"the tokenizer of {self.source} changes text that it has already"
-          " written when more tokens follow, so that nobody can tell where"
-          " they end; it cannot be the anchor's of models with different"
-          " tokenizers"
-        )
+        raise self._unfit("changes text that it has already written")
       parts.append(longer[len(text) :].encode())
       text = longer
     return parts
+
+  def _unfit(self, reason: str) -> InputError:
+    return InputError(
+      f"the tokenizer of {self.source} {reason}, so that nobody can tell where "
+      "its tokens end in a text; it cannot be the anchor's of models with "
+      "different tokenizers"
+    )
 
 
 def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
@@ -210,28 +191,34 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
   Raises:
     InputError: nothing there, no tokenizer in it, or a file cannot be read.
   """
-  path = Path(path_or_hub_id).expanduser()
-  if path.is_dir():
-    return _load_folder(path, str(path_or_hub_id))
+  name, path = str(path_or_hub_id), Path(path_or_hub_id).expanduser()
   if path.is_file():
-    named = path.name in ("tokenizer.json", "tokenizer.model")
-    return _load_file(path, path.parent if named else None, str(path))
-  name = str(path_or_hub_id)
-  if name.startswith(("/", ".", "~")) or name.count("/") != 1:
-    raise InputError(
-      f"no tokenizer at {name}: neither a file nor a folder; give a checkpoint"
-      " folder, a tokenizer file, or a hub id such as owner/name"
-    )
-  files = (*hub.TEXT_FILES, hub.CONFIG)
-  return _load_folder(hub.locate(name, files=files).folder, name)
+    parent = path.parent if path.name in _FILES else None
+    return _make(_read(path), parent, str(path))
+  if not path.is_dir():
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+      raise InputError(
+        f"no tokenizer at {name}: neither a file nor a folder; give one of "
+        "them, or a hub id such as owner/name"
+      )
+    path = hub.locate(name, files=(*hub.TEXT_FILES, hub.CONFIG)).folder
+  for file in _FILES:
+    if (path / file).is_file():
+      return _make(_read(path / file), path, name)
+  if all((path / file).is_file() for file in ("vocab.json", "merges.txt")):
+    slow = special_tokens.convert_slow(path)
+    return _make(backends.HuggingFaceBackend(slow), path, name)
+  raise InputError(
+    f"{name} has none of tokenizer.json, tokenizer.model, vocab.json with "
+    "merges.txt; copy one of them there"
+  )
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
   """Loads the tokenizer of a checkpoint's folder, None if it has none."""
-  names = "tokenizer.json", "tokenizer.model", "merges.txt"
-  if not any((folder / name).is_file() for name in names):
-    return None
-  return load_tokenizer(folder)
+  if any((folder / name).is_file() for name in (*_FILES, "merges.txt")):
+    return load_tokenizer(folder)
+  return None
 
 
 def train_sentencepiece(
@@ -250,8 +237,7 @@ def train_sentencepiece(
   are pad, bos, eos and unk. Two runs on the same texts write the same bytes.
 
   Raises:
-    InputError: SentencePiece refuses the settings, such as a `vocab_size` that
-      the texts cannot fill.
+    InputError: the texts cannot fill `vocab_size`, or another bad setting.
   """
   path = Path(f"{path_prefix}.model")
   written = io.BytesIO()
@@ -282,36 +268,23 @@ def train_sentencepiece(
   return load_tokenizer(path)
 
 
-def _load_folder(folder: Path, source: str) -> Tokenizer:
-  for name in ("tokenizer.json", "tokenizer.model"):
-    if (folder / name).is_file():
-      return _load_file(folder / name, folder, source)
-  if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-    slow = special_tokens.convert_slow(folder)
-    return _make(HuggingFaceBackend(slow), folder, source)
-  raise InputError(
-    f"no tokenizer in {source}: it has none of tokenizer.json, tokenizer.model,"
-    " vocab.json with merges.txt; copy one of them there"
-  )
-
-
-def _load_file(path: Path, folder: Path | None, source: str) -> Tokenizer:
+def _read(path: Path) -> backends.Backend:
   if path.suffix == ".json":
     try:
       tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # The library raises bare Exception.
       raise InputError(f"cannot read the tokenizer {path}: {error}") from error
-    return _make(HuggingFaceBackend(tokenizer), folder, source)
+    return backends.HuggingFaceBackend(tokenizer)
   try:
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
   except (RuntimeError, OSError) as error:
-    raise InputError(
-      f"cannot read {path} as a SentencePiece model: {error}"
-    ) from error
-  return _make(SentencePieceBackend(processor), folder, source)
+    raise InputError(f"cannot read {path} as SentencePiece: {error}") from error
+  return backends.SentencePieceBackend(model)
 
 
-def _make(backend: Backend, folder: Path | None, source: str) -> Tokenizer:
+def _make(
+  backend: backends.Backend, folder: Path | None, source: str
+) -> Tokenizer:
   ids = special_tokens.special_ids(folder, backend.vocab, backend.special_ids)
   return Tokenizer(
     pieces=backend.pieces, source=source, _backend=backend, **ids

@@ -17,8 +17,9 @@ def _head_dim(hf: Json, width="hidden_size", heads="num_attention_heads"):
   if hf.get("head_dim"):
     return hf["head_dim"]
   if hf[width] % hf[heads]:
-    multiple = f"{width}={hf[width]} is not a multiple of {heads}={hf[heads]}"
-    raise InputError(multiple)
+    raise InputError(
+      f"{width}={hf[width]} is not a multiple of {heads}={hf[heads]}"
+    )
   return hf[width] // hf[heads]
 
 
@@ -41,14 +42,14 @@ def _windows(hf: Json, slides: Callable[[int], bool] = lambda i: True) -> Json:
   if len(types) != len(layers) or not set(types) <= set(_KINDS):
     raise InputError(
       f"layer_types={types!r} are not num_hidden_layers={len(layers)} of "
-      f"{_KINDS}, the kinds that are computed here"
+      f"{_KINDS}"
     )
   full = tuple(i for i in layers if types[i] == _KINDS[0])
   if len(full) == len(layers):
     return {}
   if window is None:
     raise InputError(
-      "layer_types has sliding_attention, without a sliding_window in use"
+      f"layer_types has {_KINDS[1]}, but no sliding_window is on"
     )
   return {"window": window, "full_layers": full}
 

@@ -66,11 +66,9 @@ def read_quantised(
   if shardings is None:
     arrays = _quantise_in_parts(stored, name, kind)
   else:
-    places = {
-      leaf.removeprefix(f"{name}/"): sharding
-      for leaf, sharding in shardings.items()
-      if leaf.startswith(f"{name}/")
-    }
+    start = f"{name}/"
+    leaves = [leaf for leaf in shardings if leaf.startswith(start)]
+    places = {leaf.removeprefix(start): shardings[leaf] for leaf in leaves}
     # The float32 weights are sharded as the integers will be.
     [values] = [s for part, s in places.items() if part != "scale"]
     whole = read(stored, [name], "float32", {name: values})[name]
@@ -164,9 +162,7 @@ def _quantise_in_parts(
   made = jax.eval_shape(functools.partial(make, kind=kind), whole)
   if "int8" in made:
     kind = "int8"  # A part of an odd axis may be even.
-  arrays = {
-    part: tensor_reader.empty(x.shape, x.dtype) for part, x in made.items()
-  }
+  arrays = {n: tensor_reader.empty(x.shape, x.dtype) for n, x in made.items()}
   last = len(shape) - 1
   inputs = quantisation.input_axis(name, len(shape))
   cut = 2 * last - 1 - inputs  # the other one of the last two axes

@@ -1,8 +1,4 @@
-"""Loads checkpoints in Hugging Face's format, strictly.
-
-A tensor without a leaf, or a leaf without a tensor, is an error and never a
-model that is almost right.
-"""
+"""Loads checkpoints in Hugging Face's format: all of a tree, or an error."""
 
 import dataclasses
 import itertools
@@ -29,8 +25,7 @@ _SHOWN = 8
 def load_config(folder: str | os.PathLike) -> ModelConfig:
   """Reads config.json.
 
-  Raises:
-    InputError: it is missing, not JSON, or asks for what is not computed here.
+  Raises InputError if it is missing, no JSON, or no model computed here.
   """
   folder = pathlib.Path(folder)
   config_json = hub.read_config(folder)
@@ -55,9 +50,9 @@ def load_params(
   Args:
     folder: holds config.json and model.safetensors, or shards and their index.
     config: the result of `load_config`.
-    dtype: of the arrays, one of DTYPES.
-    shardings: a tree of `jax.sharding.Sharding`s, one for each leaf of the
-      result. Each process then reads only what its devices hold, leaf by leaf.
+    dtype: one of DTYPES.
+    shardings: a tree of `jax.sharding.Sharding`s like the result. Each process
+      then reads only what its devices hold, leaf by leaf.
     quantise: one of `quantisation.KINDS`. Matrices are quantised from float32,
       whatever the dtype, a few layers at a time.
 
@@ -173,10 +168,8 @@ def _problems(
         f"{list(entries[name][0].shape)} there"
       )
     elif tensor.dtype not in FLOATS:
-      problems.append(
-        f"not floats: {tensor} for {places(name)} is {tensor.dtype}; "
-        "quantized weights are not supported"
-      )
+      kind = f"{tensor.dtype}; quantized weights are not supported"
+      problems.append(f"not floats: {tensor} for {places(name)} is {kind}")
   for name in sorted(set(entries) - set(found)):
     shape = list(entries[name][0].shape)
     problems.append(f"missing: {name} {shape} for {places(name)}")

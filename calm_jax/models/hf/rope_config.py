@@ -47,12 +47,8 @@ def read_rope(
 ) -> Rope:
   """Reads the rotary positions of a config.json of transformers 4 or 5.
 
-  Args:
-    hf: the parsed config.json; only NEOX_KEYS are read.
-    head_dim: H.
-    theta: the family's default base.
-    fraction: the family's default share of H that is rotated; None if the
-      family rotates whole heads only.
+  Of `hf` only NEOX_KEYS are read. The family's defaults are the base `theta`
+  and the `fraction` of a head that is rotated, None if it must be all of it.
 
   Raises:
     InputError: the kind is unknown; an option of it is unknown, missing, of
@@ -96,18 +92,14 @@ def read_ropes(
   """Reads rotary positions that differ between layer types, as in Gemma 3.
 
   In the older form the layers of "sliding_attention" have rope_local_base_freq
-  and no scaling, the others what a config without layer types has.
-
-  Args:
-    hf: the parsed config.json; only GEMMA3_KEYS are read.
-    head_dim: H.
-    thetas: the family's default base of each layer type.
+  and no scaling, the others what a config without layer types has. Of `hf` only
+  GEMMA3_KEYS are read.
 
   Returns:
-    {layer type: Rope}, in the order of `thetas`.
+    {layer type: Rope} for the types of `thetas`, which are the default bases.
 
   Raises:
-    InputError: as `read_rope`, and for layer types not in `thetas`.
+    InputError: as `read_rope`, and for other layer types.
   """
   nested, scaling = hf.get("rope_parameters"), hf.get("rope_scaling")
   if nested is None:
@@ -118,9 +110,8 @@ def read_ropes(
   else:
     if set(nested) - set(thetas) or scaling:
       raise InputError(
-        f"config.json has rope_parameters for {sorted(nested)} and "
-        f"rope_scaling={scaling!r}, but only parameters for {sorted(thetas)} "
-        "are known"
+        f"config.json has rope_parameters for {sorted(nested)}, known are "
+        f"{sorted(thetas)}; and rope_scaling={scaling!r}, which must not be"
       )
     lengths = {key: hf.get(key) for key in (_LENGTH, _LONGEST)}
     each = {n: lengths | {"rope_parameters": nested.get(n)} for n in thetas}
@@ -179,10 +170,8 @@ def _attention_factor(fields: Json, options: Json) -> float:
   if fields["kind"] == "longrope":
     return math.sqrt(1 + growth / math.log(fields["original_length"]))
   if all(options.get(name) for name in _MSCALES):
-    above, below = (
-      1 + 0.1 * _number(name, options[name]) * growth for name in _MSCALES
-    )
-    return above / below
+    mscale, all_dim = (_number(name, options[name]) for name in _MSCALES)
+    return (1 + 0.1 * mscale * growth) / (1 + 0.1 * all_dim * growth)
   return 1 + 0.1 * growth
 
 

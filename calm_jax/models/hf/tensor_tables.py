@@ -6,14 +6,14 @@
 from typing import NamedTuple
 
 
-class Fused(NamedTuple):
-  """A tensor that holds leaves side by side, or in turns head by head.
+class Content(NamedTuple):
+  """The leaves that a tensor holds side by side, or in turns head by head.
 
   It is transposed if it is [out, in], as in torch's Linear.
   """
 
   leaves: tuple[str, ...]
-  transposed: bool
+  transposed: bool = False
   by_head: bool = False
 
 
@@ -30,14 +30,12 @@ class TensorTable(NamedTuple):
   {} stands for the layer, from 0, and a second one for the expert.
 
   Attributes:
-    tensors: {tensor: (leaf, transposed)}; torch's Linear holds [out, in].
-    fused: {tensor: the leaves in it}.
+    tensors: what each tensor holds.
     ignored: tensors that hold nothing learnt: buffers of older versions.
     renamed: (pattern, replacement) for names that other versions wrote.
   """
 
-  tensors: dict[str, tuple[str, bool]]
-  fused: dict[str, Fused] = {}  # noqa: RUF012
+  tensors: dict[str, Content]
   ignored: tuple[str, ...] = _BUFFERS
   renamed: tuple[tuple[str, str], ...] = ()
 
@@ -48,8 +46,9 @@ def _linears(
   """Table entries of matrices, with the biases that some of them have."""
   entries = {}
   for theirs, ours in names.items():
-    entries[f"{tensor}.{theirs}.weight"] = (f"{leaf}/{ours}/kernel", transposed)
-    entries[f"{tensor}.{theirs}.bias"] = (f"{leaf}/{ours}/bias", False)
+    kernel = Content((f"{leaf}/{ours}/kernel",), transposed)
+    entries[f"{tensor}.{theirs}.weight"] = kernel
+    entries[f"{tensor}.{theirs}.bias"] = Content((f"{leaf}/{ours}/bias",))
   return entries
 
 
@@ -57,22 +56,21 @@ def _norms(names: dict[str, str]) -> dict:
   """Table entries of norms, with the biases that some of them have."""
   entries = {}
   for theirs, ours in names.items():
-    entries[f"{theirs}.weight"] = (f"{ours}/scale", False)
-    entries[f"{theirs}.bias"] = (f"{ours}/bias", False)
+    entries[f"{theirs}.weight"] = Content((f"{ours}/scale",))
+    entries[f"{theirs}.bias"] = Content((f"{ours}/bias",))
   return entries
 
 
 # fmt: off
 EMBEDDING, HEAD = "embed/embedding", "head/kernel"
 _ATTENTION, _MLP = "layers/attention", "layers/mlp"
-_QKV = ("query", "key", "value")
 _Q_NORMS = {
   f"{_LAYER}.self_attn.q_norm": f"{_ATTENTION}/query_norm",
   f"{_LAYER}.self_attn.k_norm": f"{_ATTENTION}/key_norm",
 }
 _OUTER = {
-  "model.embed_tokens.weight": (EMBEDDING, False),
-  "lm_head.weight": (HEAD, True),
+  "model.embed_tokens.weight": Content((EMBEDDING,)),
+  "lm_head.weight": Content((HEAD,), transposed=True),
 }
 _SELF_ATTENTION = _linears(f"{_LAYER}.self_attn", _ATTENTION, {
   "q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output",
@@ -100,24 +98,22 @@ _SANDWICH = TensorTable(
 )
 
 
-def _fused_qkv(tensor: str, transposed: bool, by_head: bool = False) -> dict:
-  return {
-    f"{tensor}.{theirs}": Fused(
-      tuple(f"{_ATTENTION}/{n}/{ours}" for n in _QKV), transposed, by_head
-    )
-    for theirs, ours in (("weight", "kernel"), ("bias", "bias"))
-  }
+def _qkv(tensor: str, transposed: bool = True, by_head: bool = False) -> dict:
+  """Table entries of one matrix for queries, keys and values."""
+  entries = {}
+  for theirs, ours in (("weight", "kernel"), ("bias", "bias")):
+    qkv = tuple(f"{_ATTENTION}/{n}/{ours}" for n in ("query", "key", "value"))
+    entries[f"{tensor}.{theirs}"] = Content(qkv, transposed, by_head)
+  return entries
 
 
 _PHI3 = TensorTable(
-  _OUTER | _PRE_NORMS
+  _qkv(f"{_LAYER}.self_attn.qkv_proj")
+  | {f"{_LAYER}.mlp.gate_up_proj.weight": Content(
+    (f"{_MLP}/gate/kernel", f"{_MLP}/up/kernel"), transposed=True)}
+  | _OUTER | _PRE_NORMS
   | _linears(f"{_LAYER}.self_attn", _ATTENTION, {"o_proj": "output"})
-  | _linears(f"{_LAYER}.mlp", _MLP, {"down_proj": "down"}),
-  fused=_fused_qkv(f"{_LAYER}.self_attn.qkv_proj", True) | {
-    f"{_LAYER}.mlp.gate_up_proj.weight": Fused(
-      (f"{_MLP}/gate/kernel", f"{_MLP}/up/kernel"), True
-    ),
-  },
+  | _linears(f"{_LAYER}.mlp", _MLP, {"down_proj": "down"})
 )
 _STARCODER2 = TensorTable(
   _OUTER | _SELF_ATTENTION | _PRE_NORMS
@@ -126,8 +122,9 @@ _STARCODER2 = TensorTable(
 _NEOX_LAYER = "gpt_neox.layers.{}"
 _NEOX = TensorTable(
   {
-    "gpt_neox.embed_in.weight": (EMBEDDING, False),
-    "embed_out.weight": (HEAD, True),
+    **_qkv(f"{_NEOX_LAYER}.attention.query_key_value", by_head=True),
+    "gpt_neox.embed_in.weight": Content((EMBEDDING,)),
+    "embed_out.weight": Content((HEAD,), transposed=True),
     **_linears(f"{_NEOX_LAYER}.attention", _ATTENTION, {"dense": "output"}),
     **_linears(f"{_NEOX_LAYER}.mlp", _MLP, {
       "dense_h_to_4h": "up", "dense_4h_to_h": "down",
@@ -138,7 +135,6 @@ _NEOX = TensorTable(
       "gpt_neox.final_layer_norm": "final_norm",
     }),
   },
-  fused=_fused_qkv(f"{_NEOX_LAYER}.attention.query_key_value", True, True),
   ignored=tuple(f"{_NEOX_LAYER}.attention.{buffer}" for buffer in (
     "bias", "masked_bias", "rotary_emb.inv_freq",
   )),
@@ -147,10 +143,11 @@ _NEOX = TensorTable(
 _GPT2_LAYER = "transformer.h.{}"
 _GPT2 = TensorTable(
   {
-    "transformer.wte.weight": (EMBEDDING, False),
-    "transformer.wpe.weight": ("embed/position_embedding", False),
-    "lm_head.weight": (HEAD, True),
     # Its Conv1D is a Linear that holds [in, out].
+    **_qkv(f"{_GPT2_LAYER}.attn.c_attn", transposed=False),
+    "transformer.wte.weight": Content((EMBEDDING,)),
+    "transformer.wpe.weight": Content(("embed/position_embedding",)),
+    "lm_head.weight": Content((HEAD,), transposed=True),
     **_linears(_GPT2_LAYER, "layers", {
       "attn.c_proj": "attention/output", "mlp.c_fc": "mlp/up",
       "mlp.c_proj": "mlp/down",
@@ -161,7 +158,6 @@ _GPT2 = TensorTable(
       "transformer.ln_f": "final_norm",
     }),
   },
-  fused=_fused_qkv(f"{_GPT2_LAYER}.attn.c_attn", False),
   ignored=(f"{_GPT2_LAYER}.attn.bias", f"{_GPT2_LAYER}.attn.masked_bias"),
   # The first release has no prefix.
   renamed=((r"^(?=(wte|wpe|h|ln_f)\.)", "transformer."),),
@@ -170,15 +166,13 @@ _GPT2 = TensorTable(
 
 def _mixture(layer: str, gate: str, up: str, down: str) -> TensorTable:
   """A Llama with norms of queries and keys, and experts."""
-  names = {gate: "gate", up: "up", down: "down"}
-  mlp = {f"{layer}.gate.weight": (f"{_MLP}/router/kernel", True)} | {
-    f"{layer}.experts.{{}}.{theirs}.weight": (
-      f"{_MLP}/experts/{ours}/kernel", True
-    )
-    for theirs, ours in names.items()
+  names = {
+    "gate": "router", f"experts.{{}}.{gate}": "experts/gate",
+    f"experts.{{}}.{up}": "experts/up", f"experts.{{}}.{down}": "experts/down",
   }
   return TensorTable(
-    _OUTER | _SELF_ATTENTION | _PRE_NORMS | _norms(_Q_NORMS) | mlp
+    _OUTER | _SELF_ATTENTION | _PRE_NORMS | _norms(_Q_NORMS)
+    | _linears(layer, _MLP, names)
   )
 
 

@@ -12,16 +12,14 @@ from calm_jax.core import trees
 from calm_jax.core.errors import InputError, check_choice
 from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.hf.tensor_tables import FAMILIES, Fused, TensorTable
+from calm_jax.models.hf.tensor_tables import FAMILIES, TensorTable
 
 
 class Entry(NamedTuple):
   """A tensor, or a part of one, and the part of a leaf that it holds.
 
   Attributes:
-    tensor: the tensor's name in the file.
     shape: the shape of the whole tensor in the file.
-    leaf: the leaf's name in the parameter tree.
     at: indices into the leaf's leading axes: (), (layer,) or (layer, expert).
     view: the tensor's array -> a numpy view of the entry's part, laid out as
       leaf[at], of which it may split axes.
@@ -45,34 +43,28 @@ def tensor_table(config_json: Mapping[str, Any]) -> TensorTable:
 
 
 def entries(table: TensorTable, config: ModelConfig) -> list[Entry]:
-  """Lists every tensor that a checkpoint of this config has, and its leaf.
+  """Lists the tensors of a checkpoint of this config, with their leaves.
 
   Raises InputError if the family has no tensor for a leaf of the config.
   """
   leaves = trees.flatten(decoder.param_shapes(config))
-  tensors = table.fused | {
-    name: Fused((leaf,), transposed)
-    for name, (leaf, transposed) in table.tensors.items()
-  }
   found = []
-  for pattern, fused in tensors.items():
-    if not set(fused.leaves) <= set(leaves):  # no such bias or head here
+  for pattern, content in table.tensors.items():
+    if not set(content.leaves) <= set(leaves):  # no such bias or head here
       continue
     stacked = pattern.count("{}")
-    shapes = [leaves[leaf].shape for leaf in fused.leaves]
+    shapes = [leaves[leaf].shape for leaf in content.leaves]
     places = list(itertools.product(*map(range, shapes[0][:stacked])))
     shapes = [shape[stacked:] for shape in shapes]
     shape = (*shapes[0][:-1], sum(s[-1] for s in shapes))
-    heads = config.num_heads if fused.by_head else 0
+    whole = shape[::-1] if content.transposed else shape
+    heads = config.num_heads if content.by_head else 0
     start = 0
-    for leaf, part in zip(fused.leaves, shapes, strict=True):
-      stop = start + part[-1] // (heads or 1)
-      view = functools.partial(
-        _view, transposed=fused.transposed, heads=heads, start=start, stop=stop
-      )
-      whole = shape[::-1] if fused.transposed else shape
+    for leaf, part in zip(content.leaves, shapes, strict=True):
+      held = slice(start, start + part[-1] // (heads or 1))
+      view = functools.partial(_view, content.transposed, heads, held)
       found += [Entry(pattern.format(*p), whole, leaf, p, view) for p in places]
-      start = stop
+      start = held.stop
   homeless = set(leaves) - {entry.leaf for entry in found}
   if homeless:
     raise InputError(
@@ -115,22 +107,18 @@ def ignored(table: TensorTable, name: str) -> bool:
 def absent(table: TensorTable, config: ModelConfig, name: str) -> str:
   """Says why a tensor has no leaf, for a message."""
   pattern = re.sub(r"\.\d+(?=\.)", ".{}", name)
-  leaves = {name: leaf for name, (leaf, _) in table.tensors.items()}
-  leaves |= {name: fused.leaves[0] for name, fused in table.fused.items()}
-  if pattern not in leaves:
+  if pattern not in table.tensors:
     return "is a name that this family does not have"
-  leaf = leaves[pattern]
+  leaf = table.tensors[pattern].leaves[0]
   layers = [e for e in entries(table, config) if e.leaf == leaf]
   if not layers:
     return f"would be {leaf}, which a model with this config does not have"
   return f"would be another layer of {leaf}, which has {len(layers)} only"
 
 
-def _view(
-  x: np.ndarray, *, transposed: bool, heads: int, start: int, stop: int
-) -> np.ndarray:
-  """Part start .. stop of the last axis, or of each of several heads'."""
+def _view(transposed: bool, heads: int, part: slice, x: np.ndarray):
+  """A part of the last axis, or of each of several heads'."""
   x = x.T if transposed else x
   if heads:
     x = x.reshape(*x.shape[:-1], heads, -1)
-  return x[..., start:stop]
+  return x[..., part]

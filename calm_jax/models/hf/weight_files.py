@@ -41,8 +41,7 @@ class Tensor(NamedTuple):
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
   """Returns the safetensors files of a checkpoint.
 
-  Raises:
-    InputError: there are none, two sets of them, or one is missing.
+  Raises InputError if there are none, two sets of them, or one is missing.
   """
   single, index = folder / WEIGHTS, folder / INDEX
   if single.exists() and index.exists():
@@ -79,27 +78,21 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
   raise InputError(missing)
 
 
-def _check_readable(path: pathlib.Path) -> None:
-  try:
-    with safetensors.safe_open(path, framework="np"):
-      return
-  except (OSError, safetensors.SafetensorError) as error:
-    hint = "truncated or not safetensors; download it again"
-    if path.is_file():
-      with path.open("rb") as f:
-        if f.read(40).startswith(b"version https://git-lfs"):
-          hint = "only git-lfs's pointer to the file; run `git lfs pull`"
-    raise InputError(f"cannot read {path}: {hint} ({error})") from error
-
-
 def read_header(path: pathlib.Path) -> dict[str, Tensor]:
   """Lists the tensors of a safetensors file by name; none is read yet.
 
-  Raises:
-    InputError: the file is missing, truncated or no safetensors.
+  Raises InputError if the file is missing, truncated or no safetensors.
   """
-  # The library checks the header, but does not say where a tensor starts.
-  _check_readable(path)
+  try:
+    with safetensors.safe_open(path, framework="np"):
+      pass  # It checks the header, but does not say where a tensor starts.
+  except (OSError, safetensors.SafetensorError) as error:
+    hint = "truncated or not safetensors; download it again"
+    if path.is_file():
+      with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+          hint = "only git-lfs's pointer to the file; run `git lfs pull`"
+    raise InputError(f"cannot read {path}: {hint} ({error})") from error
   with path.open("rb") as file:
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length))
@@ -114,9 +107,7 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
 def open_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
   """Lists all tensors of a checkpoint by name; none is read yet.
 
-  Raises:
-    InputError: as `weight_files` and `read_header`, or two files hold the same
-      tensor.
+  Raises as `weight_files` and `read_header`, or if two files hold one tensor.
   """
   tensors: dict[str, Tensor] = {}
   for path in weight_files(folder):
@@ -142,24 +133,22 @@ def write_tensors(
   bytes of tensors, or a single one that is larger.
   """
   itemsize = np.dtype(dtype).itemsize
-  shards: list[dict[str, tuple[int, ...]]] = [{}]
-  size = 0
+  shards, size, total = [{}], 0, 0
   for name, shape in shapes.items():
     more = math.prod(shape) * itemsize
     if shards[-1] and size + more > max_shard_size:
       shards.append({})
       size = 0
     shards[-1][name] = shape
-    size += more
+    size, total = size + more, total + more
   if len(shards) == 1:
-    _write_file(folder / WEIGHTS, shards[0], dtype, value)
+    _write_file(folder / WEIGHTS, shapes, dtype, value)
     return
   weight_map = {}
   for i, shard in enumerate(shards):
     name = _SHARD.format(i + 1, len(shards))
     _write_file(folder / name, shard, dtype, value)
     weight_map |= dict.fromkeys(shard, name)
-  total = sum(math.prod(shape) * itemsize for shape in shapes.values())
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}
   files.write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
@@ -172,11 +161,8 @@ def _write_file(path: pathlib.Path, shapes, dtype: str, value) -> None:
   at = 0
   for name, shape in shapes.items():
     end = at + math.prod(shape) * np.dtype(dtype).itemsize
-    header[name] = {
-      "dtype": codes[np.dtype(dtype)],
-      "shape": list(shape),
-      "data_offsets": [at, end],
-    }
+    code, offsets = codes[np.dtype(dtype)], [at, end]
+    header[name] = {"dtype": code, "shape": shape, "data_offsets": offsets}
     at = end
   text = json.dumps(header).encode()
   text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
