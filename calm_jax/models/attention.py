@@ -4,15 +4,13 @@ B batch, L query length, S key length, N query heads, K key-value heads, H head
 width, G = N / K queries of a key-value head.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_choice
 from calm_jax.models.config import ATTENTIONS, ModelConfig, Placement
 from calm_jax.models.layers import at_least_float32
 
@@ -27,38 +25,27 @@ _TILE = 128
 
 
 class SegmentMask(NamedTuple):
-  """Stands for a causal mask within segments of contiguous tokens.
+  """Stands for a causal mask within segments of contiguous tokens."""
 
-  Attributes:
-    queries: int32 [B, L], the segment of each query.
-    keys: int32 [B, S], the segment of each key.
-    positions: int32 [B, L], of the queries within their segments.
-  """
-
-  queries: Array
-  keys: Array
-  positions: Array
+  queries: Array  # int32 [B, L], the segment of each query
+  keys: Array  # int32 [B, S], the segment of each key
+  positions: Array  # int32 [B, L], of the queries within their segments
 
 
 def choose(asked: str, device: jax.Device, config: ModelConfig) -> str:
-  """Chooses the kernel of one model, a value of `Compute.attention`.
+  """Chooses the kernel of a model on a device, one of config.ATTENTIONS.
 
-  Args:
-    asked: one of config.ATTENTIONS, or "auto" for splash on TPUs, cudnn on
-      GPUs, and xla elsewhere and for models that those do not take.
-    device: one of the devices that will compute.
-    config: the model.
+  "auto" asks for splash on TPUs, cudnn on GPUs, and xla elsewhere and for
+  models that those do not take.
 
   Raises:
-    InputError: the device or the model cannot have that kernel.
+    InputError: the device or the model cannot have the kernel asked for.
   """
+  check_choice("attention", asked, ("auto", *ATTENTIONS))
   if asked == "auto":
     fast = {"tpu": "splash", "gpu": "cudnn"}.get(device.platform, "xla")
     return "xla" if _why_not(fast, device, config) else fast
-  if asked not in ATTENTIONS:
-    raise InputError(f"attention={asked!r} is none of {('auto', *ATTENTIONS)}")
-  reason = _why_not(asked, device, config)
-  if reason:
+  if reason := _why_not(asked, device, config):
     raise InputError(
       f"attention={asked!r} {reason}; use 'xla', or 'auto', which takes the "
       "fastest that there is"
@@ -109,9 +96,8 @@ def attend(
   Args:
     q_BLNH: queries.
     blocks: (keys [B, K, S, H], values [B, K, S, H], mask) of each block of
-      keys; one softmax goes over all of them. The mask is bool [B, 1, L, S],
-      or a `SegmentMask`, which only the splash kernel reads. All kernels but
-      "xla" read a single block.
+      keys; one softmax goes over all of them. The mask is bool [B, 1, L, S], or
+      a `SegmentMask` for the splash kernel. Only "xla" reads several blocks.
     scale: scores are multiplied by it; H^-1/2 if None.
     cap: c, scores become c tanh(scores / c); None for none.
     kernel: "xla", or "cudnn" without a cap; a `SegmentMask` means "splash".
@@ -123,28 +109,22 @@ def attend(
     [block] = blocks
     return _splash(q_BLNH, *block, window, scale, cap, place)
   if kernel == "cudnn":
-    [(k_BKSH, v_BKSH, mask_B1LS)] = blocks
-    rows = functools.partial(_cudnn, scale)
-    arrays = q_BLNH.swapaxes(1, 2), k_BKSH, v_BKSH, mask_B1LS
-    if place is None:
-      return rows(None, *arrays).swapaxes(1, 2)
-    return place.attention(rows, None, *arrays).swapaxes(1, 2)
+    [block] = blocks
+    attend_rows = functools.partial(_cudnn, scale)
+    if place is not None:
+      attend_rows = functools.partial(place.attention, attend_rows)
+    return attend_rows(None, q_BLNH.swapaxes(1, 2), *block).swapaxes(1, 2)
   return _xla(q_BLNH, blocks, scale, cap)
 
 
-def _splash(
-  q_BLNH: Array,
-  k_BKSH: Array,
-  v_BKSH: Array,
-  segments: SegmentMask,
-  window: int | None,
-  scale: float | None,
-  cap: float | None,
-  place: Placement | None,
-) -> Array:
+def _splash(q_BLNH, k_BKSH, v_BKSH, segments, window, scale, cap, place):
   """`attend` by the TPU's kernel; lengths are padded to whole blocks of it."""
   # Imported here: only TPUs need it at the start of a program.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
+
+  def attend_rows(kernel, q_BNLH, k_BKSH, v_BKSH, *segments):
+    ids = splash_lib.SegmentIds(*segments)
+    return jax.vmap(kernel)(q_BNLH, k_BKSH, v_BKSH, ids)
 
   L, H = q_BLNH.shape[1], q_BLNH.shape[-1]
   pieces = 1 if place is None else place.sequence
@@ -158,7 +138,8 @@ def _splash(
     mask = splash_lib.CausalMask(shape)
   else:
     mask = splash_lib.LocalMask(shape, (window - 1, 0), 0)
-  block_q, block_kv = _block(shape[0] // pieces), _block(shape[1])
+  lengths = shape[0] // pieces, shape[1]
+  block_q, block_kv = (max(b for b in _BLOCKS if n % b == 0) for n in lengths)
   # The forward pass, the gradients of keys and values, those of queries.
   sizes = (block_q, block_kv, block_kv) * 2 + (block_q, block_kv)
   kernel = splash_lib.make_splash_mha(
@@ -170,34 +151,21 @@ def _splash(
     q_seq_shards=pieces,
   )
   ids = _padded(segments.queries, unit), _padded(segments.keys, unit)
-  arrays = q_BNLH, k_BKSH, v_BKSH, *ids
-  if place is None:
-    out_BNLH = _splash_rows(kernel, *arrays)
-  else:
-    out_BNLH = place.attention(_splash_rows, kernel, *arrays)
+  if place is not None:
+    attend_rows = functools.partial(place.attention, attend_rows)
+  out_BNLH = attend_rows(kernel, q_BNLH, k_BKSH, v_BKSH, *ids)
   return out_BNLH.swapaxes(1, 2)[:, :L]
 
 
-def _splash_rows(kernel, q_BNLH, k_BKSH, v_BKSH, q_segments_BL, k_segments_BS):
-  from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
-
-  ids = splash_lib.SegmentIds(q_segments_BL, k_segments_BS)
-  return jax.vmap(kernel)(q_BNLH, k_BKSH, v_BKSH, ids)
-
-
 def _padded(x: Array, unit: int, axis: int = 1) -> Array:
-  """Zeros at the end of an axis, which no real query sees."""
-  missing = -x.shape[axis] % unit
-  if not missing:
-    return x
-  return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
-
-
-def _block(length: int) -> int:
-  return max(size for size in _BLOCKS if length % size == 0)
+  """Adds zeros at the end of an axis, which no real query sees."""
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, -x.shape[axis] % unit)
+  return jnp.pad(x, widths) if any(widths[axis]) else x
 
 
 def _cudnn(scale, _, q_BNLH, k_BKSH, v_BKSH, mask_B1LS):
+  """`attend` by cuDNN's kernel; lengths are padded to whole tiles of it."""
   arrays = [x.swapaxes(1, 2) for x in (q_BNLH, k_BKSH, v_BKSH)]
   L, S = mask_B1LS.shape[2:]
   none, more_L, more_S = (0, 0), (0, -L % _TILE), (0, -S % _TILE)
@@ -212,12 +180,8 @@ def _cudnn(scale, _, q_BNLH, k_BKSH, v_BKSH, mask_B1LS):
   return out_BLNH[:, :L].swapaxes(1, 2)
 
 
-def _xla(
-  q_BLNH: Array,
-  blocks: list[tuple[Array, Array, Array]],
-  scale: float | None,
-  cap: float | None,
-) -> Array:
+def _xla(q_BLNH: Array, blocks, scale, cap) -> Array:
+  """`attend` by XLA, which keeps all scores."""
   B, L, N, H = q_BLNH.shape
   K = blocks[0][0].shape[1]
   dtype = at_least_float32(q_BLNH.dtype)

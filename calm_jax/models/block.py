@@ -4,8 +4,6 @@ B batch, L query length, S key length, D width, N query heads, K key-value
 heads, H head width, R features rotated, F MLP width.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 
@@ -28,12 +26,9 @@ def _attend(
   c: ModelConfig, q_BLNH: Array, blocks: list, layer: Array, kernel: str
 ) -> Array:
   """Attention of one layer; a `SegmentMask` does not tell its window."""
+  options = {"kernel": kernel, "place": c.compute.place}
   everywhere = functools.partial(
-    attend,
-    scale=c.attention_scale,
-    cap=c.attention_cap,
-    kernel=kernel,
-    place=c.compute.place,
+    attend, scale=c.attention_scale, cap=c.attention_cap, **options
   )
   mask = blocks[0][2]
   has_window = isinstance(mask, SegmentMask) and c.window is not None
@@ -58,9 +53,8 @@ class Attention(nn.Module):
     rope, mask = at_layer(c, context, layer)
 
     def project(name, heads, qk_norm=None):
-      y = Linear(
-        heads * c.head_dim, c.attention_bias, c.compute.dtype, name=name
-      )(x_BLD)
+      width = heads * c.head_dim
+      y = Linear(width, c.attention_bias, c.compute.dtype, name=name)(x_BLD)
       if qk_norm == "full":
         y = norm(c, f"{name}_norm")(y)
       y = y.reshape(B, L, heads, c.head_dim)
@@ -102,19 +96,18 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: Array) -> Array:
     c = self.config
-
-    act = activation(c.activation)
-
-    def widen(name):
-      return Linear(c.mlp_width, c.mlp_bias, c.compute.dtype, name=name)(x_BLD)
-
-    if c.gated_mlp:
-      hidden_BLF = act(widen("gate")) * widen("up")
-    else:
-      hidden_BLF = act(widen("up"))
-    return Linear(x_BLD.shape[-1], c.mlp_bias, c.compute.dtype, name="down")(
-      hidden_BLF
+    linear = functools.partial(
+      Linear, use_bias=c.mlp_bias, dtype=c.compute.dtype
     )
+    act, widen = (
+      activation(c.activation),
+      functools.partial(linear, c.mlp_width),
+    )
+    if c.gated_mlp:
+      hidden_BLF = act(widen(name="gate")(x_BLD)) * widen(name="up")(x_BLD)
+    else:
+      hidden_BLF = act(widen(name="up")(x_BLD))
+    return linear(x_BLD.shape[-1], name="down")(hidden_BLF)
 
 
 class Block(nn.Module):
@@ -136,22 +129,15 @@ class Block(nn.Module):
 
     normed = before("attention")(x_BLD)
     with jax.named_scope("attention"):
-      delta, cache = Attention(c, name="attention")(
-        normed, context, cache, layer
-      )
+      attention = Attention(c, name="attention")
+      delta, cache = attention(normed, context, cache, layer)
     attended_BLD = x_BLD + after("attention", delta)
     normed = before("mlp")(x_BLD if c.parallel_residual else attended_BLD)
     with jax.named_scope("mlp"):
       if c.num_experts:
-        delta = MoE(
-          c.num_experts,
-          c.experts_per_token,
-          c.mlp_width,
-          c.normalise_experts,
-          activation(c.activation),
-          c.compute.dtype,
-          name="mlp",
-        )(normed, layer)
+        sizes = c.num_experts, c.experts_per_token, c.mlp_width
+        how = c.normalise_experts, activation(c.activation), c.compute.dtype
+        delta = MoE(*sizes, *how, name="mlp")(normed, layer)
       else:
         delta = MLP(c, name="mlp")(normed)
     return attended_BLD + after("mlp", delta), cache

@@ -7,8 +7,6 @@ the cache alone: between `begin` and `settle`, new tokens go to a few slots
 beside it, "recent", the first of which stands for slot "first".
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

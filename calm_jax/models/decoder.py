@@ -13,8 +13,6 @@ Learned positions are {"embed": {"position_embedding": [max_length, D]}}.
 Matrices may be quantised: see `models.quantisation`.
 """
 
-from __future__ import annotations
-
 import functools
 import operator
 from collections.abc import Callable
@@ -60,29 +58,6 @@ def init(rng: Array, config: ModelConfig) -> dict:
   )
 
 
-def _zeros(config: ModelConfig) -> dict:
-  """Makes a parameter tree of zeros; for eval_shape."""
-  rng = jax.random.key(0)
-  x = jnp.zeros((1, 1, config.width))
-  context = make_context(
-    config, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool)
-  )
-  layer = Block(config).init(rng, x, context)["params"]
-  embed = {"embedding": jnp.zeros((config.vocab_size, config.width))}
-  if config.learned_positions:
-    embed["position_embedding"] = jnp.zeros((config.max_length, config.width))
-  params = {
-    "embed": embed,
-    "layers": jax.tree.map(
-      lambda p: jnp.zeros((config.num_layers, *p.shape)), layer
-    ),
-    "final_norm": norm(config).init(rng, x)["params"],
-  }
-  if not config.tie_embeddings:
-    params["head"] = Linear(config.vocab_size).init(rng, x)["params"]
-  return params
-
-
 def param_shapes(config: ModelConfig) -> dict:
   """Returns the parameter tree as ShapeDtypeStructs; nothing is allocated."""
   shapes = _traced_shapes(config, jax.config.jax_enable_x64)
@@ -91,8 +66,30 @@ def param_shapes(config: ModelConfig) -> dict:
 
 @functools.lru_cache
 def _traced_shapes(config: ModelConfig, x64: bool) -> dict:
-  del x64  # part of the cache's key, since the default dtype follows it
-  return jax.eval_shape(lambda: _zeros(config))
+  """`param_shapes`, once for each default dtype, which follows `x64`."""
+  del x64
+
+  def zeros():
+    rng, x = jax.random.key(0), jnp.zeros((1, 1, config.width))
+    positions, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool)
+    context = make_context(config, positions, mask)
+    layer = Block(config).init(rng, x, context)["params"]
+    embed = {"embedding": jnp.zeros((config.vocab_size, config.width))}
+    if config.learned_positions:
+      table = jnp.zeros((config.max_length, config.width))
+      embed["position_embedding"] = table
+    params = {
+      "embed": embed,
+      "layers": jax.tree.map(
+        lambda p: jnp.zeros((config.num_layers, *p.shape)), layer
+      ),
+      "final_norm": norm(config).init(rng, x)["params"],
+    }
+    if not config.tie_embeddings:
+      params["head"] = Linear(config.vocab_size).init(rng, x)["params"]
+    return params
+
+  return jax.eval_shape(zeros)
 
 
 def embed(
@@ -148,24 +145,18 @@ def run_layers(
     if sliced:
       weights = _placed(config, weights)
     else:
-      weights = _layer_weights(config, params["layers"], layer)
+      weights = _placed(config, params["layers"], layer=layer)
     x, cache = Block(config).apply(
       {"params": weights}, x, context, cache, layer
     )
-    if place is not None:
-      x = place.states(x)
-    return (x, cache), None
+    return (x if place is None else place.states(x), cache), None
 
   policy = _remat_policy(config.compute.remat, sliced)
   if policy is not None:
     run_layer = jax.checkpoint(run_layer, policy=policy, prevent_cse=False)
-  (x_BLD, cache), _ = jax.lax.scan(
-    run_layer,
-    (x_BLD, cache),
-    (jnp.arange(start, stop), params["layers"] if sliced else None),
-    unroll=min(config.compute.unroll, stop - start),
-  )
-  return x_BLD, cache
+  scanned = jnp.arange(start, stop), params["layers"] if sliced else None
+  unroll = min(config.compute.unroll, stop - start)
+  return jax.lax.scan(run_layer, (x_BLD, cache), scanned, unroll=unroll)[0]
 
 
 def _run_unstacked(params, config, x_BLD, context, start, stop, cache):
@@ -200,52 +191,49 @@ def _remat_policy(remat: str, sliced: bool) -> Callable | None:
   return lambda primitive, *_, **__: primitive.name not in cheap
 
 
-def _layer_weights(config: ModelConfig, layers: dict, layer: Array) -> dict:
-  """Picks a layer's weights; experts stay stacked for `MoE` to pick from."""
+def _placed(
+  config: ModelConfig,
+  weights: dict,
+  part: str = "layers",
+  layer: Array | None = None,
+) -> dict:
+  """Gathers weights for the computation if they are sharded.
 
-  def pick(path, leaf):
-    if any(key.key == "experts" for key in path):
-      return leaf
-    return _placed_weight(config, path, leaf[layer])
+  With `layer`, that layer's are picked from a stack first; experts stay stacked
+  for `MoE` to pick from.
+  """
 
-  return jax.tree_util.tree_map_with_path(pick, layers)
+  def gather(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if layer is not None:
+      if "experts" in name.split("/"):
+        return leaf
+      leaf = leaf[layer]
+    place = config.compute.place
+    return leaf if place is None else place.weight(f"{part}/{name}", leaf)
 
-
-def _placed(config: ModelConfig, weights: dict, part: str = "layers") -> dict:
-  return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: _placed_weight(config, path, leaf, part), weights
-  )
-
-
-def _placed_weight(config, path, weight: Array, part: str = "layers") -> Array:
-  if config.compute.place is None:
-    return weight
-  name = jax.tree_util.keystr(path, simple=True, separator="/")
-  return config.compute.place.weight(f"{part}/{name}", weight)
+  return jax.tree_util.tree_map_with_path(gather, weights)
 
 
 def head_weights(params: dict, config: ModelConfig) -> dict:
   """Returns the parameters that `logits` reads, gathered if sharded."""
-  owner, name = ("head", "kernel")
+  owner, name = "head", "kernel"
   if config.tie_embeddings:
-    owner, name = ("embed", "embedding")
+    owner, name = "embed", "embedding"
   weight = _placed(config, {name: params[owner][name]}, owner)
   return {"final_norm": params["final_norm"], owner: weight}
 
 
 def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:
-  """Computes logits after the last layer, float32 or more [B, L, V].
-
-  `head_weights` are enough for `params`.
-  """
+  """Computes float32 logits or wider [B, L, V]; reads `head_weights` only."""
   x = norm(config).apply({"params": params["final_norm"]}, x_BLD)
   flat = x.reshape(-1, x.shape[-1]).astype(config.compute.dtype)
   if config.tie_embeddings:
     flat = matmul(flat, params["embed"]["embedding"], transposed=True)
   else:
     flat = matmul(flat, params["head"]["kernel"])
-  logits_BLV = flat.reshape(*x.shape[:-1], -1)
-  logits_BLV = logits_BLV.astype(at_least_float32(config.compute.dtype))
+  dtype = at_least_float32(config.compute.dtype)
+  logits_BLV = flat.reshape(*x.shape[:-1], -1).astype(dtype)
   if config.logit_scale != 1:
     logits_BLV = logits_BLV * config.logit_scale
   if config.logit_cap is not None:
@@ -257,30 +245,22 @@ def empty_cache(
   config: ModelConfig, batch: int, slots: int, stacked: bool = True
 ) -> dict | tuple:
   """Makes an empty `cache` of all layers; one a layer for `unstack`."""
-
-  def zeros(layers):
-    return cache_lib.empty(
-      layers,
-      batch,
-      config.num_kv_heads,
-      slots,
-      config.head_dim,
-      config.compute.dtype,
-    )
-
+  shape = batch, config.num_kv_heads, slots, config.head_dim
+  dtype = config.compute.dtype
   if stacked:
-    return zeros(config.num_layers)
-  return tuple(zeros(1) for _ in range(config.num_layers))
+    return cache_lib.empty(config.num_layers, *shape, dtype)
+  return tuple(
+    cache_lib.empty(1, *shape, dtype) for _ in range(config.num_layers)
+  )
 
 
 def unstack(params: dict) -> dict:
   """Returns the parameters with "layers" as a tuple of trees, one a layer.
 
   XLA's CPU backend copies a layer's weights out of the stack at each step of
-  a scan. Training does not notice; a decoding step, which does little else
-  than read the weights, takes several times as long. Parameters on one CPU
-  come as views of the stack, without a copy of their own; others are
-  returned as they are.
+  a scan, and a decoding step, which does little else than read the weights,
+  takes several times as long. Parameters on one CPU come as views of the stack;
+  others are returned as they are.
   """
   leaves = jax.tree.leaves(params["layers"])
   devices = set().union(*(leaf.devices() for leaf in leaves))
@@ -297,7 +277,7 @@ def split_layers(
   """The parameters with "layers" as a tuple of trees, by `layer(stack, i)`."""
   layers = params["layers"]
   count = len(jax.tree.leaves(layers)[0])
-  split = [
+  split = (
     jax.tree.map(lambda p, i=i: layer(p, i), layers) for i in range(count)
-  ]
+  )
   return params | {"layers": tuple(split)}

@@ -3,8 +3,6 @@
 B batch, L length, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import flax.linen as nn

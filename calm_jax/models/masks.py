@@ -3,8 +3,6 @@
 B batch, L query length, S key length, R features rotated.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax
@@ -21,21 +19,14 @@ Array = jax.Array
 
 
 class Context(NamedTuple):
-  """Positions and masks of a sequence, which every layer reads.
+  """Positions and masks of a sequence, which every layer reads."""
 
-  Attributes:
-    rope: (cos, sin), each float32 or more [B, L, 1, R/2]; None without rope.
-    mask: bool [B, 1, L, S], True where query l may read key s; or a
-      `SegmentMask` for a kernel that reads those.
-    index: int32 [], the cache's slot of the first query; None without a cache.
-    local_rope: `rope` of layers with a window; None where it is the same.
-    window_mask: `mask` of layers with a window; None for a `SegmentMask` or
-      without such layers.
-  """
-
+  # (cos, sin), each float32 or more [B, L, 1, R/2]; None without rope.
   rope: tuple[Array, Array] | None
+  # bool [B, 1, L, S], True where query l may read key s.
   mask: Array | SegmentMask
-  index: Array | None = None
+  index: Array | None = None  # the cache's slot of the first query, int32 []
+  # The same of layers with a window, where they differ.
   local_rope: tuple[Array, Array] | None = None
   window_mask: Array | None = None
 
@@ -52,11 +43,10 @@ def make_context(
   Args:
     config: the model.
     positions_BL: the position of each token in its sequence, from 0.
-    mask_BLS: bool [B, L, S] from `self_attention_mask`, from which windows are
-      derived; or a `SegmentMask`, if the config's kernel reads those.
+    mask_BLS: from `self_attention_mask`, for windows to be derived from; or a
+      `SegmentMask`, if the config's kernel reads those.
     index: int32 [], the cache's slot of the first token; None without one.
-    lengths: [B] or [B, L], tokens in the whole sequence, for rotary scalings
-      that depend on it; see `rope.tables`. Without a cache the mask tells.
+    lengths: as for `rope.tables`. Without a cache the mask tells.
 
   Raises:
     InputError: such a scaling without lengths, for a cache of more slots than
@@ -64,12 +54,12 @@ def make_context(
   """
   segments = mask_BLS if isinstance(mask_BLS, SegmentMask) else None
   slots = mask_BLS.shape[2] if segments is None else segments.keys.shape[1]
-  ropes = [r for r in (config.rope, config.local_rope) if r is not None]
-  by_length = any(
-    r.kind in ("dynamic", "longrope") and slots > r.original_length
-    for r in ropes
-  )
-  if lengths is None and by_length:
+  by_length = [
+    rope
+    for rope in (config.rope, config.local_rope)
+    if rope is not None and rope.kind in ("dynamic", "longrope")
+  ]
+  if lengths is None and any(slots > r.original_length for r in by_length):
     if index is not None:
       raise InputError(
         "rotary positions that depend on the length of the whole sequence "
@@ -132,8 +122,7 @@ def is_among(
 def at_layer(config: ModelConfig, context: Context, layer: Array):
   """Returns the (cos, sin) or None, and the mask, of one layer.
 
-  Layers differ by `where` on a traced index, and not in their program, so that
-  one body is compiled whatever the depth.
+  Layers differ by `where` on a traced index, so that one body is compiled.
   """
 
   def choose(chosen, a, b):

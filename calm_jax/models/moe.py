@@ -4,9 +4,6 @@ T tokens, D width, F hidden width of one expert, X experts, k experts per
 token, R = T k rows of work: one for each token at each of its experts.
 """
 
-from __future__ import annotations
-
-import functools
 import math
 from collections.abc import Callable
 
@@ -23,33 +20,24 @@ class MoE(nn.Module):
   """Gated MLPs, of which each token goes through the k best.
 
   y = sum over the token's experts e of w_e down_e(act(gate_e(x)) * up_e(x)).
-  Every token is computed at all of its experts; there is no capacity, and no
-  token changes another.
-
-  Attributes:
-    num_experts: X.
-    experts_per_token: k.
-    mlp_width: F.
-    normalise: whether a token's k weights sum to one (Mixtral; Qwen3-MoE's
-      norm_topk_prob), or are shares among all X experts.
-    activation: the non-linearity of the experts.
-    dtype: of the experts' computation; the router's is float32 at least.
+  There is no capacity, and no token changes another.
   """
 
-  num_experts: int
-  experts_per_token: int
-  mlp_width: int
+  num_experts: int  # X
+  experts_per_token: int  # k
+  mlp_width: int  # F
+  # Whether a token's k weights sum to one (Mixtral; Qwen3-MoE's
+  # norm_topk_prob), or are shares among all X experts.
   normalise: bool = True
   activation: Callable[[Array], Array] = jax.nn.silu
-  dtype: str = "float32"
+  dtype: str = "float32"  # of the experts; the router's is float32 at least
 
   @nn.compact
   def __call__(self, x_BLD: Array, layer: Array | None = None) -> Array:
-    """[B, L, D] -> [B, L, D], in x's dtype.
+    """Computes the experts' weighted sum, [B, L, D] in x's dtype.
 
-    The experts' kernels may be those of all layers, stacked on one more leading
-    axis; then `layer` says which: to slice a layer's from the stack would copy
-    all of its experts, where a step of decoding needs few.
+    The experts may be those of all layers in one stack, and `layer` says which:
+    to slice a layer from it would copy all, where a step of decoding needs few.
     """
     x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
     wide = jnp.promote_types(self.dtype, jnp.float32)
@@ -100,35 +88,31 @@ class Experts(nn.Module):
     gate_XDF = Kernel((X, D, F), name="gate")()
     up_XDF = Kernel((X, D, F), name="up")()
     down_XFD = Kernel((X, F, D), name="down")()
-    stacked = jax.tree.leaves(gate_XDF)[0].ndim == 4
-    of_layer = (layer,) if stacked else ()
+    is_stacked = jax.tree.leaves(gate_XDF)[0].ndim == 4
+    index = (layer,) if is_stacked else ()
     size = block_size(expert_Tk.size, X)
     expert_N, token_NS, slot_Tk = blocks(expert_Tk, X, size)
 
-    # Without it each block's matrices are kept for the backward pass.
-    @functools.partial(
-      jax.checkpoint,
-      policy=jax.checkpoint_policies.dots_saveable,
-      prevent_cse=False,
-    )
     def run_block(block):
       expert, x_SD = block
       gate, up, down = jax.tree.map(
-        lambda p: p[*of_layer, expert], (gate_XDF, up_XDF, down_XFD)
+        lambda p: p[*index, expert], (gate_XDF, up_XDF, down_XFD)
       )
       hidden_SF = self.activation(matmul(x_SD, gate)) * matmul(x_SD, up)
       return matmul(hidden_SF, down)
 
+    # Or else each block's matrices are kept for the backward pass.
+    policy = jax.checkpoint_policies.dots_saveable
+    run_block = jax.checkpoint(run_block, policy=policy, prevent_cse=False)
     x_NSD = x_TD.astype(self.dtype).at[token_NS].get(mode="fill", fill_value=0)
     y_NSD = jax.lax.map(run_block, (expert_N, x_NSD))
     return y_NSD.reshape(-1, D)[slot_Tk]
 
 
 def block_size(rows: int, num_experts: int) -> int:
-  """Rows in a block: small enough that few are empty, or as many as do well.
+  """Chooses the slots of a block, so that few are empty, or as many as do well.
 
-  At most one block of an expert is not full, so that there are rows / size
-  blocks and one for each expert.
+  At most one block of each expert is not full.
   """
   return 2 ** min(9, max(0, math.floor(math.log2(rows / num_experts / 2))))
 
@@ -138,12 +122,10 @@ def blocks(
 ) -> tuple[Array, Array, Array]:
   """Sorts rows into N blocks of S = `size` slots, each of one expert.
 
-  Returns:
-    expert_N: the expert of each block.
-    token_NS: the token in each slot; T where the slot is empty.
-    slot_Tk: the slot of each row, counted through all blocks.
+  Returns expert_N, the expert of each block; token_NS, the token in each slot
+  (T if it is empty); slot_Tk, the slot of each row, through all blocks.
   """
-  T, R = expert_Tk.shape[0], expert_Tk.size
+  (T, k), R = expert_Tk.shape, expert_Tk.size
   busy = min(num_experts, R)
   N = busy + (R - busy) // size
   order_R = jnp.argsort(expert_Tk.reshape(-1))
@@ -153,12 +135,8 @@ def blocks(
   last_X = jnp.cumsum(blocks_X)
   skipped_X = size * (last_X - blocks_X) - (jnp.cumsum(rows_X) - rows_X)
   slot_R = jnp.arange(R) + skipped_X[expert_R]
-  k = expert_Tk.shape[1]
   token_NS = jnp.full(N * size, T).at[slot_R].set(order_R // k)
   slot_Tk = jnp.zeros(R, slot_R.dtype).at[order_R].set(slot_R)
   expert_N = jnp.searchsorted(last_X, jnp.arange(N), side="right")
-  return (
-    jnp.minimum(expert_N, num_experts - 1),
-    token_NS.reshape(N, size),
-    slot_Tk.reshape(expert_Tk.shape),
-  )
+  expert_N = jnp.minimum(expert_N, num_experts - 1)
+  return expert_N, token_NS.reshape(N, size), slot_Tk.reshape(T, k)

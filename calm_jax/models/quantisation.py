@@ -10,8 +10,6 @@ The weights of a block of inputs share a scale. Of an embedding [V, D], which
 may be the head too, D is the "in": its scales are [V, 1] or [V, blocks].
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re
@@ -45,17 +43,15 @@ def quantise(params: dict, kind: str) -> dict:
   """Quantises a decoder's matrices, leaf by leaf.
 
   These are linear layers, experts, head and embeddings; norms, biases, routers,
-  learned positions and LoRA stay as they are. The kind "" changes nothing.
-
-  Raises:
-    InputError: the kind is none of KINDS, or the tree is quantised already.
+  learned positions and LoRA stay as they are. The kind "" changes nothing. An
+  unknown kind, or a tree that is quantised already, raises InputError.
   """
   check(kind)
   if kind and (before := kind_of(params)):
     raise InputError(f"the model is in {before} already: load it anew")
-  leaves = trees.flatten(params)
+  leaves = trees.flatten(params).items()
   return trees.unflatten(
-    {name: quantise_leaf(name, leaf, kind) for name, leaf in leaves.items()}
+    {n: quantise_leaf(n, leaf, kind) for n, leaf in leaves}
   )
 
 
@@ -87,8 +83,8 @@ def _quantised(weight: Array, kind: str, axis: int) -> dict[str, Array]:
     size = math.ceil(inputs / math.ceil(inputs / BLOCK))
   gap = [(0, 0)] * weight.ndim
   gap[axis] = (0, -inputs % size)
-  wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
-  wide = jnp.pad(wide, gap)
+  dtype = jnp.promote_types(weight.dtype, jnp.float32)
+  wide = jnp.pad(weight.astype(dtype), gap)
   blocks = (*wide.shape[:axis], -1, size, *wide.shape[axis + 1 :])
   largest = jnp.abs(wide).reshape(blocks).max(axis + 1)
 
@@ -103,7 +99,7 @@ def _quantised(weight: Array, kind: str, axis: int) -> dict[str, Array]:
       scale_dtype=jnp.bfloat16,
     )
     steps = made.qvalue.astype(jnp.int8)
-    off = dense({"int8": steps, "scale": made.scale}, wide.dtype) - wide
+    off = dense({"int8": steps, "scale": made.scale}, dtype) - wide
     error = jnp.square(off).reshape(blocks).sum(axis + 1)
     better = error < least
     values = jnp.where(jnp.repeat(better, size, axis=axis), steps, values)
@@ -113,19 +109,16 @@ def _quantised(weight: Array, kind: str, axis: int) -> dict[str, Array]:
   start = (
     jnp.zeros(wide.shape, jnp.int8),
     jnp.zeros(largest.shape, jnp.bfloat16),
-    jnp.full(largest.shape, jnp.inf, wide.dtype),
+    jnp.full(largest.shape, jnp.inf, dtype),
   )
-  ends = jnp.array(_ENDS["int4" if packs else "int8"], wide.dtype)
+  ends = jnp.array(_ENDS["int4" if packs else "int8"], dtype)
   (values, scale, _), _ = jax.lax.scan(attempt, start, ends)
   values = jax.lax.slice_in_dim(values, 0, inputs, axis=axis)
   if not packs:
     return {"int8": values, "scale": scale}
   low, high = values[..., ::2], values[..., 1::2]
-  packed = (low & 15) | (high << 4)
-  return {
-    "int4": jax.lax.bitcast_convert_type(packed, jnp.uint8),
-    "scale": scale,
-  }
+  packed = jax.lax.bitcast_convert_type((low & 15) | (high << 4), jnp.uint8)
+  return {"int4": packed, "scale": scale}
 
 
 def _values(weight: Mapping[str, Array]) -> Array:

@@ -4,8 +4,6 @@ B batch, L length, N heads, H head width, R = rotary_dim features rotated, of
 which feature i < R/2 turns together with feature i + R/2.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
@@ -13,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_choice
 
 Array = jax.Array
 
@@ -24,40 +22,32 @@ KINDS = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
 class Rope:
   """The rotation of the first features of queries and keys by positions.
 
-  Attributes:
-    rotary_dim: R, features rotated; even, at most the head's width.
-    theta: base of the frequencies, theta^(-2i/R).
-    kind: "default", or a scaling of the frequencies: "linear", "dynamic"
-      (NTK), "llama3", "yarn" (arXiv 2309.00071), "longrope" (2402.13753).
-    factor: by which the length was extended.
-    original_length: what the model was first trained for, in tokens.
-    attention_factor: cosines and sines are multiplied by it.
-    low_freq_factor: llama3; longer waves than original_length / it are scaled.
-    high_freq_factor: llama3; shorter waves than original_length / it are not.
-    beta_fast: yarn; features that turn more often than this in
-      original_length are not scaled.
-    beta_slow: yarn; features that turn less often are scaled wholly.
-    truncate: yarn; whether that range ends at whole features.
-    short_factors: longrope; R/2 divisors up to original_length.
-    long_factors: longrope; R/2 divisors beyond it.
+  A kind other than "default" scales the frequencies: "linear", "dynamic" (NTK),
+  "llama3", "yarn" (arXiv 2309.00071), "longrope" (2402.13753).
   """
 
-  rotary_dim: int
-  theta: float = 10_000.0
+  rotary_dim: int  # R; even, at most the head's width
+  theta: float = 10_000.0  # base of the frequencies, theta^(-2i/R)
   kind: str = "default"
-  factor: float = 1.0
-  original_length: int = 0
-  attention_factor: float = 1.0
+  factor: float = 1.0  # by which the length was extended
+  original_length: int = 0  # tokens that the model was first trained for
+  attention_factor: float = 1.0  # multiplies cosines and sines
+  # llama3 scales waves longer than original_length / low_freq_factor, and keeps
+  # those shorter than original_length / high_freq_factor.
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
+  # yarn keeps features that turn more often than beta_fast in original_length,
+  # and scales wholly those that turn less often than beta_slow; with truncate
+  # that range ends at whole features.
   beta_fast: float = 32.0
   beta_slow: float = 1.0
   truncate: bool = True
+  # longrope has R/2 divisors up to original_length, and as many beyond it.
   short_factors: tuple[float, ...] = ()
   long_factors: tuple[float, ...] = ()
 
   def __post_init__(self):
-    check_kind(self.kind)
+    check_choice("rope_type", self.kind, KINDS)
     if self.rotary_dim < 2 or self.rotary_dim % 2:
       raise InputError(
         f"rotary positions need pairs of features, not {self.rotary_dim} of "
@@ -74,19 +64,12 @@ class Rope:
       )
     if self.kind == "longrope":
       for name in ("short_factors", "long_factors"):
-        if len(getattr(self, name)) != self.rotary_dim // 2:
+        count = len(getattr(self, name))
+        if count != self.rotary_dim // 2:
           raise InputError(
-            f"longrope has {len(getattr(self, name))} {name}, but "
+            f"longrope has {count} {name}, but "
             f"rotary_dim={self.rotary_dim} needs half as many"
           )
-
-
-def check_kind(kind: str) -> None:
-  """Raises InputError unless it is one of KINDS."""
-  if kind not in KINDS:
-    raise InputError(
-      f"rope_type={kind!r} is not computed here; known: {list(KINDS)}"
-    )
 
 
 def _frequencies(rope: Rope) -> np.ndarray:
@@ -128,14 +111,12 @@ def tables(
   agree with one forward pass over the whole.
 
   Args:
-    rope: the kind of rotary positions.
-    positions_BL: of each token in its sequence, from 0.
+    rope, positions_BL: the rotation, and each token's position from 0.
     dtype: of the angles and the result, but at least float32.
-    lengths: [B] or, for rows of several packed sequences, [B, L]: tokens in
-      the sequence as a whole. Default: each row's largest position + 1.
+    lengths: tokens in the whole sequence, [B], or [B, L] where rows are packed;
+      by default each row's largest position + 1.
 
-  Returns:
-    (cos, sin), each [B, L, 1, R/2], times the attention factor.
+  Returns (cos, sin), each [B, L, 1, R/2], times the attention factor.
   """
   dtype = jnp.promote_types(dtype, jnp.float32)
   frequencies = jnp.asarray(_frequencies(rope), dtype)
@@ -161,11 +142,9 @@ def tables(
 
 
 def rotate(x_BLNH: Array, rope: tuple[Array, Array]) -> Array:
-  """Rotates pairs (i, i + R/2) by the angle of their position.
+  """Rotates pairs (i, i + R/2) of queries or keys by (cos, sin) of `tables`.
 
-  Args:
-    x_BLNH: queries or keys.
-    rope: (cos, sin) from `tables`; features from R on pass through.
+  Features from R on pass through.
   """
   cos, sin = rope
   half = cos.shape[-1]

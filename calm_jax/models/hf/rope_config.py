@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from calm_jax.core.errors import InputError
-from calm_jax.models.rope import Rope, check_kind
+from calm_jax.core.errors import InputError, check_choice
+from calm_jax.models.rope import KINDS, Rope
 
 Json = dict[str, Any]
 _LENGTH = "original_max_position_embeddings"
@@ -144,7 +144,7 @@ def _value(hf: Json, options: Json, names: tuple[str, ...], default: Any):
 
 
 def _check_options(kind: str, options: Json) -> None:
-  check_kind(kind)
+  check_choice("rope_type", kind, KINDS)
   needed, allowed = _OPTIONS[kind]
   unknown = set(options) - _COMMON - {*needed, *allowed}
   missing = set(needed) - set(options)
