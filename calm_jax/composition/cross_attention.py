@@ -13,7 +13,7 @@ from calm_jax.models import rope
 from calm_jax.models.attention import SegmentMask, attend
 from calm_jax.models.cache import blocks
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.layers import Linear, RMSNorm, at_least_float32
+from calm_jax.models.layers import Linear, Norm, at_least_float32
 
 Array = jax.Array
 
@@ -42,8 +42,8 @@ class CrossAttention(nn.Module):
     self.value = Linear(inner, dtype=dtype)
     self.output = Linear(width, dtype=dtype, kernel_init=output_init)
     if self.joined.norm:
-      self.projection_norm = RMSNorm(self.anchor.norm_eps)
-      self.query_norm = RMSNorm(self.anchor.norm_eps)
+      self.projection_norm = Norm(self.anchor.norm_eps)
+      self.query_norm = Norm(self.anchor.norm_eps)
 
   def _heads(self, x: Array) -> Array:
     return x.reshape(*x.shape[:-1], self.anchor.num_heads, -1)

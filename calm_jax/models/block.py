@@ -26,9 +26,9 @@ def _attend(
   c: ModelConfig, q_BLNH: Array, blocks: list, layer: Array, kernel: str
 ) -> Array:
   """Attention of one layer; a `SegmentMask` does not tell its window."""
-  options = {"kernel": kernel, "place": c.compute.place}
+  options = {"scale": c.attention_scale, "cap": c.attention_cap}
   everywhere = functools.partial(
-    attend, scale=c.attention_scale, cap=c.attention_cap, **options
+    attend, kernel=kernel, place=c.compute.place, **options
   )
   mask = blocks[0][2]
   has_window = isinstance(mask, SegmentMask) and c.window is not None
@@ -96,18 +96,17 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: Array) -> Array:
     c = self.config
-    linear = functools.partial(
-      Linear, use_bias=c.mlp_bias, dtype=c.compute.dtype
-    )
-    act, widen = (
-      activation(c.activation),
-      functools.partial(linear, c.mlp_width),
-    )
+    act = activation(c.activation)
+
+    def linear(name, features, x):
+      return Linear(features, c.mlp_bias, c.compute.dtype, name=name)(x)
+
     if c.gated_mlp:
-      hidden_BLF = act(widen(name="gate")(x_BLD)) * widen(name="up")(x_BLD)
+      gate_BLF = act(linear("gate", c.mlp_width, x_BLD))
+      hidden_BLF = gate_BLF * linear("up", c.mlp_width, x_BLD)
     else:
-      hidden_BLF = act(widen(name="up")(x_BLD))
-    return linear(x_BLD.shape[-1], name="down")(hidden_BLF)
+      hidden_BLF = act(linear("up", c.mlp_width, x_BLD))
+    return linear("down", x_BLD.shape[-1], hidden_BLF)
 
 
 class Block(nn.Module):

@@ -43,9 +43,8 @@ def blocks(
     return [(key, value, mask_B1LS)]
   first, recent = cache["first"], cache["recent"]
   before_S = jnp.arange(mask_B1LS.shape[-1]) < first
-  new_mask = jax.lax.dynamic_slice_in_dim(
-    mask_B1LS, first, recent["key"].shape[3], axis=-1
-  )
+  size = recent["key"].shape[3]
+  new_mask = jax.lax.dynamic_slice_in_dim(mask_B1LS, first, size, axis=-1)
   return [
     (key, value, mask_B1LS & before_S),
     (recent["key"][row], recent["value"][row], new_mask),

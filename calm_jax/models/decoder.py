@@ -2,15 +2,12 @@
 
 The caller may stop after any layer and go on with another hidden state; that
 is all that composition needs, so there are no hooks. Parameters are a nested
-dict with the layers stacked on a leading axis:
+dict with the layers stacked, and matrices perhaps quantised (`quantisation`):
 
-  {"embed": {"embedding": [V, D]},
-   "layers": {"attention": {...}, "mlp": {...}, ...}  each [num_layers, ...],
+  {"embed": {"embedding": [V, D]}        and learned "position_embedding",
+   "layers": {"attention": {...}, ...}   each [num_layers, ...],
    "final_norm": {"scale": [D]},
-   "head": {"kernel": [D, V]}}                        unless tied
-
-Learned positions are {"embed": {"position_embedding": [max_length, D]}}.
-Matrices may be quantised: see `models.quantisation`.
+   "head": {"kernel": [D, V]}}           unless tied
 """
 
 import functools
@@ -35,11 +32,10 @@ def init(rng: Array, config: ModelConfig) -> dict:
   """Draws random float32 parameters: normal with variance 1 / fan-in.
 
   Embeddings have standard deviation 0.02, norms scale by one, biases are zero;
-  matrices that write into the residual stream are scaled down by
-  sqrt(2 num_layers).
+  matrices that write into the residual stream are divided by sqrt(2 layers).
   """
 
-  def draw(key, path, shape):
+  def draw(path, shape, key):
     owner, name = path[-2].key, path[-1].key
     if name == "scale":
       value = 0 if config.norm == "rms_plus_one" else 1
@@ -51,11 +47,10 @@ def init(rng: Array, config: ModelConfig) -> dict:
       variance /= 2 * config.num_layers
     return variance**0.5 * jax.random.normal(key, shape.shape, jnp.float32)
 
-  leaves, treedef = jax.tree_util.tree_flatten_with_path(param_shapes(config))
-  keys = jax.random.split(rng, len(leaves))
-  return jax.tree_util.tree_unflatten(
-    treedef, [draw(k, p, s) for k, (p, s) in zip(keys, leaves, strict=True)]
-  )
+  shapes = param_shapes(config)
+  tree = jax.tree.structure(shapes)
+  keys = tree.unflatten(jax.random.split(rng, tree.num_leaves))
+  return jax.tree_util.tree_map_with_path(draw, shapes, keys)
 
 
 def param_shapes(config: ModelConfig) -> dict:
@@ -74,17 +69,16 @@ def _traced_shapes(config: ModelConfig, x64: bool) -> dict:
     positions, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool)
     context = make_context(config, positions, mask)
     layer = Block(config).init(rng, x, context)["params"]
-    embed = {"embedding": jnp.zeros((config.vocab_size, config.width))}
-    if config.learned_positions:
-      table = jnp.zeros((config.max_length, config.width))
-      embed["position_embedding"] = table
     params = {
-      "embed": embed,
+      "embed": {"embedding": jnp.zeros((config.vocab_size, config.width))},
       "layers": jax.tree.map(
         lambda p: jnp.zeros((config.num_layers, *p.shape)), layer
       ),
       "final_norm": norm(config).init(rng, x)["params"],
     }
+    if config.learned_positions:
+      table_PD = jnp.zeros((config.max_length, config.width))
+      params["embed"]["position_embedding"] = table_PD
     if not config.tie_embeddings:
       params["head"] = Linear(config.vocab_size).init(rng, x)["params"]
     return params
@@ -124,12 +118,15 @@ def run_layers(
   """Runs layers start+1 .. stop (counting from 1) on the states after `start`.
 
   Returns the hidden states after layer `stop`, by default the last, and the
-  cache from `empty_cache`, if there is one, with the new keys and values at
-  slots index .. index + L - 1.
+  cache from `empty_cache` with the new keys and values from slot `index` on.
   """
   stop = config.num_layers if stop is None else stop
-  if isinstance(params["layers"], tuple):
-    return _run_unstacked(params, config, x_BLD, context, start, stop, cache)
+  if isinstance(params["layers"], tuple):  # of `unstack`, like the cache
+    caches = [None] * config.num_layers if cache is None else list(cache)
+    for i in range(start, stop):
+      weights = params["layers"][i]
+      x_BLD, caches[i] = _layer(config, weights, x_BLD, context, caches[i], i)
+    return x_BLD, None if cache is None else tuple(caches)
   # The gradient of indexing would add into the whole stack once per layer, so
   # a scan over all layers slices the stack itself. But slicing some layers
   # before the scan would copy them, so these are indexed inside; and so are
@@ -159,16 +156,6 @@ def run_layers(
   return jax.lax.scan(run_layer, (x_BLD, cache), scanned, unroll=unroll)[0]
 
 
-def _run_unstacked(params, config, x_BLD, context, start, stop, cache):
-  """`run_layers` of parameters and a cache from `unstack`, layer by layer."""
-  caches = [None] * config.num_layers if cache is None else list(cache)
-  for i in range(start, stop):
-    x_BLD, caches[i] = _layer(
-      config, params["layers"][i], x_BLD, context, caches[i], i
-    )
-  return x_BLD, None if cache is None else tuple(caches)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _layer(config: ModelConfig, weights, x_BLD, context, cache, layer):
   """Runs one layer under jit: layers of equal shapes are traced once."""
@@ -191,12 +178,7 @@ def _remat_policy(remat: str, sliced: bool) -> Callable | None:
   return lambda primitive, *_, **__: primitive.name not in cheap
 
 
-def _placed(
-  config: ModelConfig,
-  weights: dict,
-  part: str = "layers",
-  layer: Array | None = None,
-) -> dict:
+def _placed(config: ModelConfig, weights: dict, part="layers", layer=None):
   """Gathers weights for the computation if they are sharded.
 
   With `layer`, that layer's are picked from a stack first; experts stay stacked
@@ -257,10 +239,9 @@ def empty_cache(
 def unstack(params: dict) -> dict:
   """Returns the parameters with "layers" as a tuple of trees, one a layer.
 
-  XLA's CPU backend copies a layer's weights out of the stack at each step of
-  a scan, and a decoding step, which does little else than read the weights,
-  takes several times as long. Parameters on one CPU come as views of the stack;
-  others are returned as they are.
+  XLA's CPU backend copies a layer's weights out of the stack at each step of a
+  scan, which makes decoding several times slower. Parameters on one CPU come as
+  views of the stack; others are returned as they are.
   """
   leaves = jax.tree.leaves(params["layers"])
   devices = set().union(*(leaf.devices() for leaf in leaves))
@@ -276,8 +257,8 @@ def split_layers(
 ) -> dict:
   """The parameters with "layers" as a tuple of trees, by `layer(stack, i)`."""
   layers = params["layers"]
-  count = len(jax.tree.leaves(layers)[0])
   split = (
-    jax.tree.map(lambda p, i=i: layer(p, i), layers) for i in range(count)
+    jax.tree.map(lambda stack, i=i: layer(stack, i), layers)
+    for i in range(len(jax.tree.leaves(layers)[0]))
   )
   return params | {"layers": tuple(split)}

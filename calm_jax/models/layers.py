@@ -16,10 +16,9 @@ Array = jax.Array
 
 
 class Linear(nn.Module):
-  """y = x W + b, computed in `dtype` from parameters of any dtype.
+  """y = x W + b [+ (x A) B], computed in `dtype` from parameters of any dtype.
 
-  Adds (x A) B if the parameters hold A and B (`models.lora`). W may be
-  quantised (`models.quantisation`).
+  The parameters may hold A and B (`lora`), and a quantised W (`quantisation`).
   """
 
   features: int
@@ -51,44 +50,32 @@ def at_least_float32(dtype):
   return jnp.promote_types(dtype, jnp.float32)
 
 
-class RMSNorm(nn.Module):
+class Norm(nn.Module):
   """x / rms(x) * scale, in float32 or more; the result is of x's dtype.
 
-  With `plus_one` the scale is one plus the parameter.
+  Of config.NORMS: "rms_plus_one" scales by one plus the parameter; "layer"
+  subtracts the mean first, and adds a bias.
   """
 
   eps: float
-  plus_one: bool = False
+  kind: str = "rms"
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
     x32 = x.astype(at_least_float32(x.dtype))
+    if self.kind == "layer":
+      x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     y = x32 * jax.lax.rsqrt(mean_square + self.eps)
-    if self.plus_one:
+    if self.kind == "rms_plus_one":
       scale = 1 + scale.astype(x32.dtype)
-    return (y * scale).astype(x.dtype)
+    y = y * scale
+    if self.kind == "layer":
+      y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+    return y.astype(x.dtype)
 
 
-class LayerNorm(nn.Module):
-  """(x - mean) / std * scale + bias, in float32 or more, of x's dtype."""
-
-  eps: float
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-    x32 = x.astype(at_least_float32(x.dtype))
-    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    y = x32 * jax.lax.rsqrt(variance + self.eps)
-    return (y * scale + bias).astype(x.dtype)
-
-
-def norm(config: ModelConfig, name: str | None = None) -> nn.Module:
+def norm(config: ModelConfig, name: str | None = None) -> Norm:
   """Makes the norm of a model."""
-  if config.norm == "layer":
-    return LayerNorm(config.norm_eps, name=name)
-  return RMSNorm(config.norm_eps, config.norm == "rms_plus_one", name=name)
+  return Norm(config.norm_eps, config.norm, name=name)

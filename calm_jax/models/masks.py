@@ -43,8 +43,8 @@ def make_context(
   Args:
     config: the model.
     positions_BL: the position of each token in its sequence, from 0.
-    mask_BLS: from `self_attention_mask`, for windows to be derived from; or a
-      `SegmentMask`, if the config's kernel reads those.
+    mask_BLS: from `self_attention_mask`; or a `SegmentMask`, if the config's
+      kernel reads those.
     index: int32 [], the cache's slot of the first token; None without one.
     lengths: as for `rope.tables`. Without a cache the mask tells.
 
@@ -52,8 +52,8 @@ def make_context(
     InputError: such a scaling without lengths, for a cache of more slots than
       it leaves unscaled.
   """
-  segments = mask_BLS if isinstance(mask_BLS, SegmentMask) else None
-  slots = mask_BLS.shape[2] if segments is None else segments.keys.shape[1]
+  by_segments = isinstance(mask_BLS, SegmentMask)
+  slots = (mask_BLS.keys if by_segments else mask_BLS).shape[-1]
   by_length = [
     rope
     for rope in (config.rope, config.local_rope)
@@ -67,12 +67,12 @@ def make_context(
         f"{slots} slots"
       )
     pairs_BLS = mask_BLS
-    if segments is not None:
-      pairs_BLS = self_attention_mask(segments.queries, segments.keys)
+    if by_segments:
+      pairs_BLS = self_attention_mask(mask_BLS.queries, mask_BLS.keys)
     # A token sees those up to itself, and is seen by those from itself on.
     lengths = pairs_BLS.sum(axis=2) + pairs_BLS.sum(axis=1) - 1
   windowed = None
-  if segments is None and config.window is not None:
+  if not by_segments and config.window is not None:
     windowed = window_mask(mask_BLS, config.window)[:, None]
   dtype = at_least_float32(config.compute.dtype)
 
@@ -81,7 +81,7 @@ def make_context(
 
   return Context(
     turn(config.rope),
-    mask_BLS[:, None] if segments is None else segments,
+    mask_BLS if by_segments else mask_BLS[:, None],
     index,
     turn(config.local_rope),
     windowed,

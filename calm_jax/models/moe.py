@@ -72,9 +72,8 @@ class Kernel(nn.Module):
 class Experts(nn.Module):
   """The gated MLPs of all experts, each on the tokens sent to it.
 
-  `jax.lax.ragged_dot` is meant for this, but on a CPU it multiplies all rows
-  with all experts. So rows are sorted into blocks of one expert each, and the
-  blocks are computed one after the other.
+  `jax.lax.ragged_dot` on a CPU multiplies all rows with all experts; so rows
+  are sorted into blocks of one expert each, computed one after the other.
   """
 
   num_experts: int
@@ -88,8 +87,7 @@ class Experts(nn.Module):
     gate_XDF = Kernel((X, D, F), name="gate")()
     up_XDF = Kernel((X, D, F), name="up")()
     down_XFD = Kernel((X, F, D), name="down")()
-    is_stacked = jax.tree.leaves(gate_XDF)[0].ndim == 4
-    index = (layer,) if is_stacked else ()
+    index = (layer,) if jax.tree.leaves(gate_XDF)[0].ndim == 4 else ()
     size = block_size(expert_Tk.size, X)
     expert_N, token_NS, slot_Tk = blocks(expert_Tk, X, size)
 
@@ -110,10 +108,7 @@ class Experts(nn.Module):
 
 
 def block_size(rows: int, num_experts: int) -> int:
-  """Chooses the slots of a block, so that few are empty, or as many as do well.
-
-  At most one block of each expert is not full.
-  """
+  """Chooses the slots of a block: so that few are empty, but at most 512."""
   return 2 ** min(9, max(0, math.floor(math.log2(rows / num_experts / 2))))
 
 

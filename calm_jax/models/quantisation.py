@@ -1,7 +1,6 @@
 """Weights of few bits: int8, or int4 in blocks, each with scales (by qwix).
 
-In place of the array [..., in, out] of a kernel stands a dict of arrays, whose
-parts have names as all leaves do:
+In place of the array [..., in, out] of a kernel stands a dict of leaves:
 
   {"int8": int8 [..., in, out], "scale": bfloat16 [..., 1, out]}
   {"int4": uint8 [..., in, out / 2], "scale": bfloat16 [..., blocks, out]}
@@ -50,16 +49,15 @@ def quantise(params: dict, kind: str) -> dict:
   if kind and (before := kind_of(params)):
     raise InputError(f"the model is in {before} already: load it anew")
   leaves = trees.flatten(params).items()
-  return trees.unflatten(
-    {n: quantise_leaf(n, leaf, kind) for n, leaf in leaves}
-  )
+  quantised = {name: quantise_leaf(name, leaf, kind) for name, leaf in leaves}
+  return trees.unflatten(quantised)
 
 
 def quantise_leaf(name: str, leaf: Array, kind: str) -> Any:
   """Quantises one leaf to a dict, or returns a leaf that stays as it is."""
-  if not kind or not _QUANTISED.fullmatch(name):
-    return leaf
-  return _quantised(leaf, kind, input_axis(name, leaf.ndim))
+  if kind and _QUANTISED.fullmatch(name):
+    return _quantised(leaf, kind, input_axis(name, leaf.ndim))
+  return leaf
 
 
 def shapes(params: dict, kind: str) -> dict:
@@ -121,16 +119,6 @@ def _quantised(weight: Array, kind: str, axis: int) -> dict[str, Array]:
   return {"int4": packed, "scale": scale}
 
 
-def _values(weight: Mapping[str, Array]) -> Array:
-  """Unpacks the integers, int8 [..., in, out]."""
-  if "int8" in weight:
-    return weight["int8"]
-  packed = jax.lax.bitcast_convert_type(weight["int4"], jnp.int8)
-  # Shifts of int8 keep the sign.
-  pairs = jnp.stack([(packed << 4) >> 4, packed >> 4], axis=-1)
-  return pairs.reshape(*packed.shape[:-1], -1)
-
-
 def is_quantised(weight: Any) -> bool:
   """Returns whether a dict stands for an array."""
   return isinstance(weight, Mapping) and bool({"int8", "int4"} & {*weight})
@@ -146,7 +134,12 @@ def dense(weight: Array | Mapping[str, Array], dtype) -> Array:
   """Returns an array, or what stands for one, as an array of a dtype."""
   if not is_quantised(weight):
     return weight.astype(dtype)
-  values, scale = _values(weight), weight["scale"]
+  values, scale = weight.get("int8"), weight["scale"]
+  if values is None:
+    packed = jax.lax.bitcast_convert_type(weight["int4"], jnp.int8)
+    # Shifts of int8 keep the sign.
+    pairs = jnp.stack([(packed << 4) >> 4, packed >> 4], axis=-1)
+    values = pairs.reshape(*packed.shape[:-1], -1)
   for axis in range(max(0, values.ndim - 2), values.ndim):
     size, blocks = values.shape[axis], scale.shape[axis]
     if blocks not in (1, size):
@@ -158,15 +151,15 @@ def dense(weight: Array | Mapping[str, Array], dtype) -> Array:
 
 def dequantise(params: dict, dtype="float32") -> dict:
   """Replaces all quantised weights of a tree by arrays of a dtype."""
-  return jax.tree.map(
-    lambda w: dense(w, dtype) if is_quantised(w) else w,
-    params,
-    is_leaf=is_quantised,
-  )
+
+  def undo(weight):
+    return dense(weight, dtype) if is_quantised(weight) else weight
+
+  return jax.tree.map(undo, params, is_leaf=is_quantised)
 
 
 def matmul(
-  x: Array, weight: Array | Mapping[str, Array], transposed: bool = False
+  x: Array, weight: Array | Mapping, transposed: bool = False
 ) -> Array:
   """Computes x W, or x W^T, in x's dtype.
 
@@ -176,10 +169,8 @@ def matmul(
   if is_quantised(weight):
     return _matmul(x, dict(weight), transposed)
   # A transposed table would be hoisted out of a loop, as a copy.
-  inputs = 1 if transposed else 0
-  return jax.lax.dot_general(
-    x, weight.astype(x.dtype), (((1,), (inputs,)), ((), ()))
-  )
+  contracted = (1,), (1 if transposed else 0,)
+  return jax.lax.dot_general(x, weight.astype(x.dtype), (contracted, ((), ())))
 
 
 def _product(x: Array, weight: dict[str, Array], transposed: bool) -> Array:
