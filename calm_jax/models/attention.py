@@ -182,6 +182,7 @@ def _xla(q_BLNH: Array, blocks, scale, cap) -> Array:
   B, L, N, H = q_BLNH.shape
   K = blocks[0][0].shape[1]
   dtype = at_least_float32(q_BLNH.dtype)
+  product = functools.partial(jnp.einsum, preferred_element_type=dtype)
   # Rows r of a key head: XLA's CPU backend fuses products, mask and softmax of
   # four dimensions, each of which is contiguous, and not of five.
   scale = jnp.asarray(H**-0.5 if scale is None else scale, q_BLNH.dtype)
@@ -189,9 +190,7 @@ def _xla(q_BLNH: Array, blocks, scale, cap) -> Array:
   q_BKRH = q_BKGLH.reshape(B, K, -1, H)
   scores = []
   for k_BKSH, _, mask_B1LS in blocks:
-    scores_BKRS = jnp.einsum(
-      "bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=dtype
-    )
+    scores_BKRS = product("bkrh,bksh->bkrs", q_BKRH, k_BKSH)
     if cap is not None:
       scores_BKRS = cap * jnp.tanh(scores_BKRS / cap)
     # Added, because the gradient of a choice is a pass of its own.
@@ -205,12 +204,8 @@ def _xla(q_BLNH: Array, blocks, scale, cap) -> Array:
   for scores_BKRS, (_, v_BKSH, _) in zip(scores, blocks, strict=True):
     weights_BKRS = jnp.exp(scores_BKRS - jax.lax.stop_gradient(top_BKR1))
     sum_BKR1 += weights_BKRS.sum(axis=-1, keepdims=True)
-    out_BKRH += jnp.einsum(
-      "bkrs,bksh->bkrh",
-      weights_BKRS.astype(v_BKSH.dtype),
-      v_BKSH,
-      preferred_element_type=dtype,
-    )
+    weights_BKRS = weights_BKRS.astype(v_BKSH.dtype)
+    out_BKRH += product("bkrs,bksh->bkrh", weights_BKRS, v_BKSH)
   out_BKRH = (out_BKRH / sum_BKR1).astype(q_BLNH.dtype)
   out_BKGLH = out_BKRH.reshape(B, K, -1, L, H)
   return out_BKGLH.transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)

@@ -71,9 +71,9 @@ def make_context(
       pairs_BLS = self_attention_mask(mask_BLS.queries, mask_BLS.keys)
     # A token sees those up to itself, and is seen by those from itself on.
     lengths = pairs_BLS.sum(axis=2) + pairs_BLS.sum(axis=1) - 1
-  windowed = None
+  local_mask = None
   if not by_segments and config.window is not None:
-    windowed = window_mask(mask_BLS, config.window)[:, None]
+    local_mask = window_mask(mask_BLS, config.window)[:, None]
   dtype = at_least_float32(config.compute.dtype)
 
   def turn(rope):
@@ -84,7 +84,7 @@ def make_context(
     mask_BLS if by_segments else mask_BLS[:, None],
     index,
     turn(config.local_rope),
-    windowed,
+    local_mask,
   )
 
 
