@@ -35,7 +35,7 @@ def init(rng: Array, config: ModelConfig) -> dict:
   matrices that write into the residual stream are divided by sqrt(2 layers).
   """
 
-  def draw(path, shape, key):
+  def draw(key, path, shape):
     owner, name = path[-2].key, path[-1].key
     if name == "scale":
       value = 0 if config.norm == "rms_plus_one" else 1
@@ -47,10 +47,10 @@ def init(rng: Array, config: ModelConfig) -> dict:
       variance /= 2 * config.num_layers
     return variance**0.5 * jax.random.normal(key, shape.shape, jnp.float32)
 
-  shapes = param_shapes(config)
-  tree = jax.tree.structure(shapes)
-  keys = tree.unflatten(jax.random.split(rng, tree.num_leaves))
-  return jax.tree_util.tree_map_with_path(draw, shapes, keys)
+  leaves, tree = jax.tree_util.tree_flatten_with_path(param_shapes(config))
+  keys = jax.random.split(rng, len(leaves))
+  drawn = [draw(k, p, s) for k, (p, s) in zip(keys, leaves, strict=True)]
+  return jax.tree_util.tree_unflatten(tree, drawn)
 
 
 def param_shapes(config: ModelConfig) -> dict:
