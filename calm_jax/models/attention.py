@@ -68,7 +68,9 @@ def _why_not(kernel: str, device: jax.Device, config: ModelConfig) -> str:
   capability = str(device.compute_capability)
   generation = capability.split(".")[0]  # "9"; other makers' GPUs have a name
   if not generation.isdigit() or int(generation) < 8:
-    return f"runs on NVIDIA GPUs of capability 8.0 or more, not on {capability}"
+    return (
+      f"runs on GPUs of compute capability 8.0 or more, not on {capability}"
+    )
   # The gradient's limit; the forward pass of later ones takes wider heads.
   widest = 256 if generation == "9" else 128
   if config.head_dim > widest or config.head_dim % 8:
