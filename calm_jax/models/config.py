@@ -63,7 +63,7 @@ class Compute:
   # matrix products ("dots"), or all ("full"); "auto" is "none" where all layers
   # run at once, or else "dots".
   remat: str = "auto"
-  loss_chunk: int = 0  # logits at a time in training, a device; 0 for all
+  loss_chunk: int = 0  # logits at a time in training, on each device; 0 for all
   place: Placement | None = None  # None on one device
 
   def __post_init__(self):
