@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Self
 
+from calm_jax.composition.visibility import VISIBILITIES
 from calm_jax.core.errors import InputError, check_choice
 from calm_jax.models.config import ModelConfig
 
-VISIBILITIES = ("causal", "encoder", "unmasked")
 POSITIONS = ("none", "rope")
 OUTPUT_INITS = ("zeros", "normal")
 CONTROLS = ("none", "zeroed", "shuffled", "noise")

@@ -70,7 +70,7 @@ class _Contribution(NamedTuple):
 
 
 def _read(params, spec, name, batch, cache, index, lengths) -> dict:
-  """`augmenting.keys_values` of one model, or its cache if it reads nothing."""
+  """One model's keys and values; the cached ones if it reads no new token."""
   sequence, old = batch.augmenting.get(name, batch.anchor), None
   if cache is not None:
     old = {kind: cache[kind][name] for kind in ("augmenting", "cross")}
@@ -150,12 +150,12 @@ def states(
     spec: what is composed.
     batch: what the models read; see `visibility` for what they may see of it.
       With a cache, an augmenting model whose rows have no slot reads nothing
-      new. A model with an entry neither in `augmenting` nor in `visible` may
-      be attended to by the splash kernel.
+      new. Only models without an entry in `augmenting` and `visible` can be
+      attended to by the splash kernel.
     cache: from `empty_cache`, or None to compute the batch at once.
     index: int32 [], the slot of the first token; with a cache only.
-    lengths: with a cache, int32 [B] by "anchor" and the augmenting names, how
-      long each row will have become; see `masks.make_context`.
+    lengths: with a cache, int32 [B] by "anchor" and the augmenting names, the
+      final length of each row, prompt and new tokens; see `masks.make_context`.
 
   Returns:
     Hidden states after the last layer [B, L, D], and the updated cache or None.

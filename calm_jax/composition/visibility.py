@@ -5,7 +5,7 @@ of the augmenting model's row that lie before its visible count.
 
     the same tokens, causal    the slot of the position itself, plus one
     other tokens, causal       counted by the text; see `text.alignment`
-    encoder (§4.4)             the same, but no more than the prompt's end sees
+    encoder (§4.4)             the same, up to what the prompt's last token sees
     unmasked                   all, which leaks the targets in training
 
 B batch, L anchor length, M augmenting length.
@@ -19,7 +19,13 @@ from calm_jax.core.errors import InputError
 
 Array = jax.Array
 
+VISIBILITIES = ("causal", "encoder", "unmasked")
 _EVERYTHING = jnp.iinfo(jnp.int32).max
+
+
+def reads_new_text(visibility: str) -> bool:
+  """Returns whether an augmenting model reads on while text is generated."""
+  return visibility != "encoder"
 
 
 def visible_counts(
@@ -28,10 +34,10 @@ def visible_counts(
   """Visible slots of an augmenting model's row by position, int32 [B, L].
 
   Args:
-    visibility: the model's; one of `connections.VISIBILITIES`.
-    batch: the rows that are read. With a cache they are the newest ones, and a
-      model of which they hold no slot is seen as far as it has read: an
-      encoder has read its prompt only.
+    visibility: the model's; one of VISIBILITIES.
+    batch: the rows that are read. With a cache they hold only the newest
+      tokens; if there are none for this model, all slots that it has cached
+      are visible (of an encoder, those of the prompt).
     name: the augmenting model's.
     first_slot: the slot of the first token; not 0 with a cache only.
 

@@ -59,7 +59,7 @@ class TrainedRun:
 
   @property
   def frozen_models(self) -> dict[str, LanguageModel]:
-    """The composed models; "augmenting" only if the last stage uses it."""
+    """The models that are joined; m_A only if the last stage uses it."""
     is_composed = self.settings.last.model == "composed"
     sides = ["augmenting", "anchor"] if is_composed else ["anchor"]
     parts = self.settings.parts
@@ -130,7 +130,9 @@ def check(settings: Settings) -> None:
       "bucket, as docs/launch.md says, and give the folder"
     )
   if not settings.recipe:
-    raise InputError("the recipe has no stage: it ends with the composition")
+    raise InputError(
+      "config.recipe is empty: name at least one stage, such as 'compose'"
+    )
   for name in (*settings.recipe, *settings.alternatives):
     check_choice("stage", name, list(settings.stages))
 

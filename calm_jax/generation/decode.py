@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from calm_jax.composition import visibility
 from calm_jax.composition.connections import Composition
 from calm_jax.generation import batching, decode_steps
 from calm_jax.generation.batching import Ids, Readers
@@ -48,7 +49,7 @@ def stream(
     max_new_tokens: longest continuation.
     stop_ids: token ids that end a continuation (not returned).
     sampler: how the next token is picked.
-    seeds: one a prompt, 0 if None; draws depend on nothing else of a batch.
+    seeds: one a prompt, 0 if None; other prompts change no prompt's samples.
     readers: of `batching.readers`.
     finished: called with (index of the prompt, its new tokens so far); ends
       the continuation if True.
@@ -68,7 +69,7 @@ def stream(
   params = decode_steps.prepare(params)
   stop_S = np.array(list(stop_ids) or [-1], np.int32)
   longest = batching.round_up(max(map(len, prompts)))
-  # `advance` settles whole chunks, the last one too.
+  # `advance` writes whole chunks of slots, the last one too.
   slots = batching.round_up(longest + max_new_tokens + CHUNK)
   request = _Request(
     params, spec, stop_S, sampler, max_new_tokens, slots, finished
@@ -100,15 +101,18 @@ def _prefill(
   readers: dict[str, list[AlignedReader]],
   rows: int,
 ) -> tuple[DecodeState, list[Follower]]:
-  """Lays out a batch and reads it; returns the state, and followers of the
-  models with other tokens that read on."""
+  """Lays out a batch and reads it.
+
+  Returns the state, and a follower for each augmenting model with tokens of its
+  own that also reads the new text.
+  """
   params, spec, stop_S, sampler = request[:4]
   lengths = [len(ids) for ids in prompts]
   batch = batching.lay_out(spec, prompts, lengths, readers, rows=rows)
   followers = [
     Follower(name, joined, readers[name], batch.augmenting[name])
     for name, joined in spec.augmenting
-    if name in readers and joined.visibility != "encoder"
+    if name in readers and visibility.reads_new_text(joined.visibility)
   ]
   names = ["anchor", *(name for name, _ in spec.augmenting)]
   slots = dict.fromkeys(names, request.slots)
@@ -138,7 +142,7 @@ def _continue(
   along = tuple(
     name
     for name, joined in spec.augmenting
-    if joined.visibility != "encoder" and name not in fed
+    if name not in fed and visibility.reads_new_text(joined.visibility)
   )
   static = {"along": along, "sampler": sampler, "size": size}
   made: list[list[int]] = [[] for _ in indices]

@@ -226,7 +226,7 @@ def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:
 def empty_cache(
   config: ModelConfig, batch: int, slots: int, stacked: bool = True
 ) -> dict | tuple:
-  """Makes an empty `cache` of all layers; one a layer for `unstack`."""
+  """Makes an empty `cache`: of all layers, or (`unstack`) one of each."""
   shape = batch, config.num_kv_heads, slots, config.head_dim
   dtype = config.compute.dtype
   if stacked:

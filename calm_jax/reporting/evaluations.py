@@ -11,7 +11,7 @@ from calm_jax.reporting.runs import NO_RUNS, Run, RunGroup
 from calm_jax.reporting.table import NOTHING, Cell, Table
 
 
-class Block(NamedTuple):
+class TableBlock(NamedTuple):
   """A benchmark's rows: the paper's, those that only we have, the average.
 
   Attributes:
@@ -36,14 +36,14 @@ _DESCRIPTIONS = {k: v for k, v in _CODE.items() if k not in _PROGRAMS}
 TABLES = {
   "table-2": (
     "translation into English, FLORES-200, chrF1",
-    [Block("FLORES-200", paper.TABLES["table-2"])],
+    [TableBlock("FLORES-200", paper.TABLES["table-2"])],
     (),
   ),
   "table-3": (
     "grade-school mathematics, accuracy in %",
     [
-      Block("GSM8K", paper.TABLES["table-3-gsm8k"], "GSM8K ", _GSM8K),
-      Block("MGSM", paper.TABLES["table-3-mgsm"], "MGSM "),
+      TableBlock("GSM8K", paper.TABLES["table-3-gsm8k"], "GSM8K ", _GSM8K),
+      TableBlock("MGSM", paper.TABLES["table-3-mgsm"], "MGSM "),
     ],
     (
       "GSM8K: the paper's low-resource languages, into which the problems were "
@@ -54,14 +54,14 @@ TABLES = {
   "table-4": (
     "code: pass@1 in % (HumanEval, MBPP), chrF1 (CodeXGLUE)",
     [
-      *(Block(name, {name: _CODE[name]}) for name in _PROGRAMS),
-      Block("CodeXGLUE", _DESCRIPTIONS, "CodeXGLUE "),
+      *(TableBlock(name, {name: _CODE[name]}) for name in _PROGRAMS),
+      TableBlock("CodeXGLUE", _DESCRIPTIONS, "CodeXGLUE "),
     ],
     (),
   ),
   "table-6": (
     "GSM8K in all low-resource languages, accuracy in %",
-    [Block("GSM8K", _GSM8K, papers_only=True)],
+    [TableBlock("GSM8K", _GSM8K, papers_only=True)],
     (),
   ),
 }
@@ -80,7 +80,9 @@ def other_benchmarks(group: RunGroup) -> list[str]:
 
 def others(group: RunGroup) -> Table:
   """The evaluations that the paper lacks."""
-  blocks = [Block(name, {}, f"{name} ") for name in other_benchmarks(group)]
+  blocks = [
+    TableBlock(name, {}, f"{name} ") for name in other_benchmarks(group)
+  ]
   title = "Evaluations that the paper lacks"
   caption = "in %, higher is better"
   return _blocks_table("evaluations", title, blocks, group, caption=caption)
@@ -183,7 +185,7 @@ def subset_names(group: RunGroup, benchmark: str) -> dict[str, str]:
 def _blocks_table(
   name: str,
   title: str,
-  blocks: Sequence[Block],
+  blocks: Sequence[TableBlock],
   group: RunGroup,
   notes: Iterable[str] = (),
   caption: str = "",
@@ -193,7 +195,7 @@ def _blocks_table(
   return grid(name, title, rows, [*notes, *described], group, caption=caption)
 
 
-def _rows(group: RunGroup, block: Block) -> list[TableRow]:
+def _rows(group: RunGroup, block: TableBlock) -> list[TableRow]:
   benchmark, numbers, prefix, elsewhere, papers_only = block
   subsets = subset_names(group, benchmark)
   names = {subset or benchmark: name for subset, name in subsets.items()}

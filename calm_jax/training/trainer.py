@@ -53,8 +53,8 @@ def run_stage(
   Returns the whole tree with the trained leaves, and the seconds of training.
 
   Args:
-    source: random access to batches, with `describe(index)` and `fingerprint`:
-      all of their rows, or this process's `layout.share`.
+    source: indexable batches, with `describe(index)` and `fingerprint`; all
+      rows of a batch, or this process's share (`Layout.share`).
     origins: where each frozen model came from; see `run_identity.describe`.
     watchdog: seconds after which a step counts as hung; 0 for never.
 
@@ -121,7 +121,8 @@ class _Run:
         f"stage {self.name!r} was complete: {error}\nit goes on from an "
         "earlier checkpoint"
       )
-      # If it is stopped before that step comes again, none may look for it.
+      # If the run stops before it reaches that step again, a restart must not
+      # look for the lost checkpoint.
       run_identity.remove_mark(self.directory)
       return None
     return trained, mark["seconds"]
@@ -204,9 +205,9 @@ class _StepLog:
       raise TrainingDiverged(
         f"{run.position(number)}: loss {values['loss']}, gradient norm "
         f"{values['grad_norm']}; the batch was "
-        f"{run.source.describe(number - 1)}; {run.last_checkpoint()}. Started "
-        "again, it comes to the same: lower the learning rate, or look at the "
-        "batch"
+        f"{run.source.describe(number - 1)}; {run.last_checkpoint()}. A "
+        "restart gives the same result: lower the learning rate, or look at "
+        "the batch"
       )
     self._tokens += values.pop("tokens")
     if number % run.stage.log_every and number != run.stage.steps:
