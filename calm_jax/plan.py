@@ -32,7 +32,6 @@ from calm_jax.planning import (
   tables,
   topology,
 )
-from calm_jax.planning.search import Case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +78,10 @@ def main(config: ConfigDict, options: PlanOptions) -> dict[str, Any]:
         f"{options.topology}: nothing was compiled; {best}: {best.reason}"
       )
   else:
-    axes = _axes(settings.mesh, len(target.devices))
-    case = Case(axes, settings.remat, rows)
+    axes = dict(settings.mesh)
+    if all(size == 1 for size in axes.values()):
+      axes["fsdp"] = len(target.devices)
+    case = search.Case(axes, settings.remat, rows)
     best = search.compiled(job, target, case)
     cases = [best]
   largest, batches = None, []
@@ -101,13 +102,6 @@ def main(config: ConfigDict, options: PlanOptions) -> dict[str, Any]:
   if options.json:
     Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
   return result
-
-
-def _axes(asked: dict[str, int], devices: int) -> dict[str, int]:
-  """The config's mesh; all devices along `fsdp` if it says one device."""
-  if all(n == 1 for n in asked.values()):
-    return asked | {"fsdp": devices}
-  return dict(asked)
 
 
 if __name__ == "__main__":

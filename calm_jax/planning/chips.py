@@ -1,7 +1,5 @@
 """Memory and speed of chips, by their makers' public specifications."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 GIB = 2**30

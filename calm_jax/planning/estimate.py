@@ -1,7 +1,5 @@
 """Estimates what a compiled program needs of a chip, and its least time."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax
@@ -14,40 +12,28 @@ from calm_jax.planning.programs import CompiledProgram, Placed, bytes_here
 class Estimate:
   """The needs of one program on one chip, in bytes and seconds.
 
-  Attributes:
-    memory: by kind: programs.KINDS of what is given, "alignment", "results"
-      (that take no argument's place), "temporaries" (activations and all
-      else), "code".
-    total: the sum of `memory`; if the compiler gave up, what it asked for.
-    fits: whether that is the chip's memory or less.
-    unread: how much of what is given the program does not read, such as m_A's
-      head.
-    flops: of matrix products, each counted once. In decoding this and what
-      follows are of one token of each row.
-    worked: FLOPs that one chip does. All chips together do more than `flops`
-      where they do the same work, or do it again to save memory.
-    moved: bytes read from and written to a chip's memory.
-    sent: bytes sent by a chip, by kind of collective.
-    unknown_loops, kernels: see `hlo`.
-    seconds: that "compute", "memory" and "links" each alone would take; None
-      if the chip's speed is not known.
-    bound: the longest of them.
-    step: its seconds: what the program takes at the least.
+  In decoding, `flops` and what follows are of one token of each row.
   """
 
+  # By kind: programs.KINDS of what is given, "alignment", "results" (that take
+  # no argument's place), "temporaries" (activations and all else), "code".
   memory: dict[str, int]
-  total: int
-  fits: bool
-  unread: int = 0
-  flops: int = 0
+  total: int  # of `memory`; if the compiler gave up, what it asked for
+  fits: bool  # whether that is the chip's memory or less
+  unread: int = 0  # bytes given in vain, such as m_A's head
+  flops: int = 0  # of matrix products, each counted once
+  # FLOPs that one chip does. All chips together do more than `flops` where
+  # they do the same work, or do it again to save memory.
   worked: float = 0
-  moved: float = 0
-  sent: dict[str, float] = dataclasses.field(default_factory=dict)
-  unknown_loops: int = 0
-  kernels: dict[str, int] = dataclasses.field(default_factory=dict)
+  moved: float = 0  # bytes read from and written to the chip's memory
+  sent: dict[str, float] = dataclasses.field(default_factory=dict)  # see `hlo`
+  unknown_loops: int = 0  # see `hlo`
+  kernels: dict[str, int] = dataclasses.field(default_factory=dict)  # as above
+  # That "compute", "memory" and "links" each alone would take; None if the
+  # chip's speed is not known.
   seconds: dict[str, float] | None = None
-  bound: str = ""
-  step: float = 0
+  bound: str = ""  # the longest of them
+  step: float = 0  # its seconds: what the program takes at the least
 
 
 def estimate(
@@ -55,11 +41,8 @@ def estimate(
 ) -> Estimate:
   """Estimates what a program needs.
 
-  Args:
-    placed: what it computes.
-    program: the program.
-    tokens: turns of its loops of unknown length, in each of which it makes a
-      token; FLOPs, bytes moved and seconds are those of one.
+  Its loops of unknown length make a token in each of `tokens` turns; FLOPs,
+  bytes moved and seconds are those of one.
   """
   chip, devices = placed.target.chip, placed.target.devices
   memory, flops = program.given.resident(), program.flops // tokens
@@ -69,8 +52,7 @@ def estimate(
   read = _bytes_read(program)
   unread = sum(memory.values()) - read
   memory |= _allocated(program.compiled, devices[0].platform, read)
-  total = sum(memory.values())
-  text = program.compiled.as_text()
+  total, text = sum(memory.values()), program.compiled.as_text()
   counts = hlo.count(text, tokens)
   worked = (counts.flops + program.in_kernels / len(devices)) / tokens
   moved = counts.memory / tokens
@@ -101,7 +83,7 @@ def estimate(
 
 
 def _bytes_read(program: CompiledProgram) -> int:
-  """Bytes of what is given that the program reads."""
+  """Counts the bytes of what is given that the program reads."""
   arguments = program.given.arguments, program.compiled.input_shardings[0]
   # Of an argument that the program does not read there is no sharding.
   leaves, shardings = (
@@ -112,7 +94,7 @@ def _bytes_read(program: CompiledProgram) -> int:
 
 
 def _allocated(compiled, platform: str, read: int) -> dict[str, int]:
-  """Bytes that the compiler reserves beside the `read` bytes, by kind."""
+  """Counts the bytes that the compiler reserves besides, by kind."""
   found = compiled.memory_analysis()
   arguments = found.argument_size_in_bytes
   results = found.output_size_in_bytes - found.alias_size_in_bytes

@@ -1,12 +1,10 @@
 """FLOPs of matrix products: counted in a trace, or by formula from a config.
 
-XLA's own count (`cost_analysis`) has the body of a loop once, and layers are
-run by a loop. The trace knows how often it runs. Nothing is compiled or
-allocated, so a model of any size is counted within seconds. The formulas are
-for what has no trace: the least that a step could do, and guesses.
+XLA's own count (`cost_analysis`) has the body of a loop once; the trace knows
+how often it runs. Nothing is compiled or allocated, so a model of any size is
+counted within seconds. The formulas are for what has no trace: the least that
+a step could do, and guesses.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable
@@ -25,15 +23,11 @@ def count(function: Callable, *arguments: Any) -> int:
   """Counts the FLOPs of one call: two for each multiplication of a product.
 
   Norms, softmax and other elementwise work are not counted, nor is a gather
-  of embeddings. Of the branches of a `cond` the most expensive counts.
-
-  Args:
-    function: to be traced.
-    arguments: trees of arrays or ShapeDtypeStructs; only shapes are read.
+  of embeddings. Of the branches of a `cond` the most expensive counts. Of the
+  arguments, trees of arrays or ShapeDtypeStructs, only shapes are read.
 
   Raises:
-    ValueError: a matrix product is in a loop whose number of turns depends on
-      data.
+    ValueError: a product is in a loop whose number of turns depends on data.
   """
   return count_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -44,7 +38,6 @@ def count_jaxpr(
   """Does what `count` does for a program that is already traced.
 
   Args:
-    jaxpr: the program.
     trips: turns of loops whose number depends on data; an error if None.
     kernels_only: whether to count only what Pallas kernels compute.
   """
@@ -65,19 +58,20 @@ def _count_equation(equation: core.JaxprEqn, trips, kernels_only) -> int:
   ]
   if name == "cond":
     return max(inner)
+  times = 1
   if name == "scan":
-    return params["length"] * sum(inner)
-  if name == "pallas_call":
+    times = params["length"]
+  elif name == "pallas_call":
     # One cell of the kernel's grid; a cell that it skips is counted too.
-    return math.prod(params["grid_mapping"].grid) * sum(inner)
-  if name == "shard_map":
+    times = math.prod(params["grid_mapping"].grid)
+  elif name == "shard_map":
     # The work of one device; what is not sharded, each of them does.
-    return params["mesh"].size * sum(inner)
-  if name == "while" and any(inner):
+    times = params["mesh"].size
+  elif name == "while" and any(inner):
     if trips is None:
       raise ValueError("a matrix product in a while loop: how often is unknown")
-    return trips * sum(inner)
-  return sum(inner)
+    times = trips
+  return times * sum(inner)
 
 
 def multiplied_weights(config: ModelConfig, layers: int) -> int:
@@ -86,8 +80,9 @@ def multiplied_weights(config: ModelConfig, layers: int) -> int:
   Of a mixture of experts those that a token goes through count.
   """
   total = 0.0
-  shapes = trees.flatten(decoder.param_shapes(config)["layers"])
-  for name, leaf in shapes.items():
+  for name, leaf in trees.flatten(
+    decoder.param_shapes(config)["layers"]
+  ).items():
     if name.endswith("kernel"):
       share = 1.0
       if "experts" in name:
@@ -124,12 +119,8 @@ def training_step(
   connections with theirs. The norms before a projection and before a query are
   trained: gradients of what they read count, even into a frozen model.
 
-  Args:
-    spec: the composition; all of its models read the same tokens.
-    rows: of a batch.
-    length: tokens of a row.
-    attended: the share of the products of queries and keys that counts; 0.5
-      for those of the past alone.
+  All models read the same `rows` of `length` tokens. `attended` is the share of
+  the products of queries and keys that counts; 0.5 for those of the past alone.
   """
   tokens = rows * length
 
@@ -142,15 +133,13 @@ def training_step(
     return products + count * attentions * each
 
   anchor, D = spec.anchor, spec.anchor.width
-  total = layers(anchor, anchor.num_layers)
-  total += 2 * 2 * tokens * D * anchor.vocab_size
   first = anchor.num_layers
+  total = layers(anchor, first) + 2 * 2 * tokens * D * anchor.vocab_size
   for _, joined in spec.augmenting:
     config, connections = joined.config, joined.connections
     total += layers(config, max(pair.augmenting for pair in connections))
     first = min(first, *(pair.anchor for pair in connections))
     kernels = D * (config.width + 4 * D)
-    once = 2 * tokens * kernels + attention(D)
-    total += len(connections) * 3 * once
+    total += len(connections) * 3 * (2 * tokens * kernels + attention(D))
   # The gradients of attention are four products for two.
   return total + layers(anchor, anchor.num_layers - first, attentions=2)

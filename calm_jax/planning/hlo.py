@@ -1,11 +1,8 @@
 """Counts what a compiled program computes, moves and sends, from its HLO text.
 
-XLA's own `cost_analysis` has the body of a loop once, however often it runs,
-and layers are run by a loop. Here a loop counts as often as the compiler knows
-that it runs.
+XLA's own `cost_analysis` counts the body of a loop once; here a loop, such as
+that over layers, counts as often as the compiler knows that it runs.
 """
-
-from __future__ import annotations
 
 import collections
 import dataclasses
@@ -13,7 +10,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -43,20 +40,16 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 class Counts:
   """The work of one device in one call of a program, or of a part of it.
 
-  Attributes:
-    memory: bytes that fusions read from and write to its memory.
-    sent: bytes sent to other devices, by kind of collective: of an array of n
-      bytes that g devices share, n (g - 1) / g, twice that in an all-reduce.
-    unknown_loops: loops whose number of turns had to be assumed.
-    flops: of its matrix products, but for those of kernels.
+  `sent` has bytes sent to other devices, by kind of collective: of an array of
+  n bytes that g devices share, n (g - 1) / g, twice that in an all-reduce.
   """
 
-  memory: float = 0.0
+  memory: float = 0.0  # bytes that fusions read from and write to it
   sent: dict[str, float] = dataclasses.field(default_factory=dict)
-  unknown_loops: int = 0
-  flops: float = 0
+  unknown_loops: int = 0  # whose number of turns had to be assumed
+  flops: float = 0  # of its matrix products, but for those of kernels
 
-  def add(self, other: Counts, times: int = 1) -> None:
+  def add(self, other: Self, times: int = 1) -> None:
     """Adds the work of a part that runs `times` times."""
     self.memory += times * other.memory
     self.flops += times * other.flops
@@ -87,11 +80,9 @@ Computation = dict[str, Instruction]  # by name
 
 
 def count(text: str, trips: int = 1) -> Counts:
-  """Counts the work of a compiled program.
+  """Counts the work of a compiled program from its `as_text()`.
 
-  Args:
-    text: of `compiled.as_text()`.
-    trips: turns of loops whose number depends on data.
+  Loops whose number of turns depends on data are taken to have `trips`.
   """
   computations, entry = _parse(text)
   partitions = re.search(r"num_partitions=(\d+)", text)
@@ -127,8 +118,8 @@ def _instruction(root: str | None, name: str, line: str) -> Instruction:
   is_number = kind in ("parameter", "constant")
   pattern = r"^-?\d+" if is_number else r"(?<=%)[\w.\-]+"
   operands = tuple(re.findall(pattern, after[:close]))
-  type_, rest, is_root = line[:end], after[close:], root is not None
-  return Instruction(name, kind, type_, operands, rest, is_root)
+  rest, is_root = after[close:], root is not None
+  return Instruction(name, kind, line[:end], operands, rest, is_root)
 
 
 def _closing(text: str, depth: int) -> int:
@@ -141,7 +132,7 @@ def _closing(text: str, depth: int) -> int:
 
 
 def _bytes(type_: str) -> list[float]:
-  """Bytes of each array of a type that lies in main memory."""
+  """Returns the bytes of each array of a type that lies in main memory."""
   sizes = []
   for kind, dims, layout in _ARRAY.findall(type_):
     if "S(" in layout:  # On chip, or on the host.
@@ -169,19 +160,19 @@ class _Counter:
     total, computation = Counts(), self.computations[name]
     # A TPU's program has reduce-scatters as computations of their own.
     scatters = name.startswith("all-reduce-scatter")
-    for one in computation.values():
-      operands = [computation[o] for o in one.operands if o in computation]
-      memory, sent = self._memory(one, operands), self._sent(one, scatters)
-      total.add(Counts(memory, sent, flops=_flops(one, operands)))
-      for part, times in self._parts(one):
+    for op in computation.values():
+      operands = [computation[o] for o in op.operands if o in computation]
+      memory, sent = self._memory(op, operands), self._sent(op, scatters)
+      total.add(Counts(memory, sent, flops=_flops(op, operands)))
+      for part, times in self._parts(op):
         total.add(part, times)
     return total
 
-  def _parts(self, one: Instruction) -> Iterator[tuple[Counts, int]]:
+  def _parts(self, op: Instruction) -> Iterator[tuple[Counts, int]]:
     """Yields what an instruction calls, and how often it runs that."""
-    kind, called = one.kind.removesuffix("-start"), one.called()
+    kind, called = op.kind.removesuffix("-start"), op.called()
     if kind == "while":
-      turns = self._turns(one, called["condition"][0])
+      turns = self._turns(op, called["condition"][0])
       yield Counts(unknown_loops=int(turns == 0)), 1
       yield self.count(called["body"][0]), turns or self.trips
     elif kind == "conditional":
@@ -208,60 +199,58 @@ class _Counter:
           return int(limit.operands[0])
     return 0
 
-  def _sent(self, one: Instruction, scatters: bool) -> dict[str, float]:
-    """Bytes that an instruction sends, by kind, if it is a collective."""
-    kind = one.kind.removesuffix("-start")
+  def _sent(self, op: Instruction, scatters: bool) -> dict[str, float]:
+    """Counts the bytes that an instruction sends if it is a collective."""
+    kind = op.kind.removesuffix("-start")
     if not _COLLECTIVE.fullmatch(kind):
       return {}
     kind = "reduce-scatter" if scatters else kind
     if kind == "collective-permute":
-      return {kind: max(_bytes(one.type), default=0)}
-    devices = self._group(one.attributes)
-    sizes = _bytes(re.sub(r"S\(\d+\)", "", one.type)) or [0]
+      return {kind: max(_bytes(op.type), default=0)}
+    devices = self._group(op.attributes)
+    sizes = _bytes(re.sub(r"S\(\d+\)", "", op.type)) or [0]
     # The type of a start holds what goes in and what comes out.
-    whole = max(sizes) if one.kind.endswith("-start") else sum(sizes)
+    size = max(sizes) if op.kind.endswith("-start") else sum(sizes)
     if kind == "reduce-scatter" and not scatters:
-      whole *= devices
+      size *= devices
     times = 2 if kind == "all-reduce" else 1
-    return {kind: whole * (devices - 1) / devices * times}
+    return {kind: size * (devices - 1) / devices * times}
 
   def _group(self, attributes: str) -> int:
     """Counts the devices that take part in a collective together."""
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
-      return int(found[2])
-    if found := re.search(r"_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
-      sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-      return math.prod(int(sizes[n]) for n in re.findall(r"\w+", found[2]))
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-      return found[1].count(",") + 1
+    if groups := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+      return int(groups[1])
+    if groups := re.search(r"_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
+      sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups[1]))
+      return math.prod(int(sizes[n]) for n in re.findall(r"\w+", groups[2]))
+    if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+      return groups[1].count(",") + 1
     return self.devices
 
-  def _memory(self, one: Instruction, operands: list[Instruction]) -> float:
-    """Bytes that an instruction by itself reads and writes."""
-    if _FREE.fullmatch(one.kind):
+  def _memory(self, op: Instruction, operands: list[Instruction]) -> float:
+    """Counts the bytes that an instruction by itself reads and writes."""
+    if _FREE.fullmatch(op.kind):
       return 0
     inputs = [sum(_bytes(operand.type)) for operand in operands]
-    out = sum(_bytes(one.type))
-    if one.kind in _SLICES:
+    out = sum(_bytes(op.type))
+    if op.kind in _SLICES:
       return 2 * out
-    if one.kind == "dynamic-update-slice":
+    if op.kind == "dynamic-update-slice":
       return 2 * inputs[1]
-    if one.kind == "copy-start":
+    if op.kind == "copy-start":
       return sum(inputs)
-    if one.kind != "fusion":
+    if op.kind != "fusion":
       return out + sum(inputs)
-    fused = self.computations[one.called()["calls"][0]]
-    total = _written(fused, out)
-    for place, whole in enumerate(inputs):
-      total += self._read(fused, place, whole)
-    return total
+    fused = self.computations[op.called()["calls"][0]]
+    read = (self._read(fused, at, size) for at, size in enumerate(inputs))
+    return _written(fused, out) + sum(read)
 
-  def _read(self, fused: Computation, place: int, whole: float) -> float:
-    """Counts what a fusion reads of its argument at a place, of all bytes."""
+  def _read(self, fused: Computation, place: int, size: float) -> float:
+    """Counts the bytes that a fusion reads of its argument, of `size` bytes."""
     values = {
-      i.name
-      for i in fused.values()
-      if i.kind == "parameter" and int(i.operands[0]) == place
+      op.name
+      for op in fused.values()
+      if op.kind == "parameter" and int(op.operands[0]) == place
     }
     total = 0.0
     for user in fused.values():
@@ -274,18 +263,18 @@ class _Counter:
           total += sum(_bytes(user.type))
         elif user.kind == "fusion":
           inner = self.computations[user.called()["calls"][0]]
-          total += self._read(inner, at, whole)
+          total += self._read(inner, at, size)
         elif user.kind != "dynamic-update-slice" or at != 0:
-          return whole
-    return min(total, whole)
+          return size
+    return min(total, size)
 
 
 def _root(computation: Computation) -> Instruction:
-  return next(i for i in computation.values() if i.is_root)
+  return next(op for op in computation.values() if op.is_root)
 
 
 def _written(fused: Computation, out: float) -> float:
-  """Counts what a fusion writes; of an array that it updates, the update."""
+  """Counts the bytes that a fusion writes; of an updated array, the update."""
   ends = [_root(fused)]
   if ends[0].kind == "tuple":
     ends = [fused[o] for o in ends[0].operands]
@@ -305,7 +294,7 @@ def _flops(product: Instruction, operands: list[Instruction]) -> int:
   if product.kind not in ("dot", "convolution"):
     return 0
   left, right, out = (
-    _numbers(_ARRAY.search(one.type)[2]) for one in (*operands, product)
+    _numbers(_ARRAY.search(op.type)[2]) for op in (*operands, product)
   )
   if product.kind == "convolution":
     return 2 * _convolution(product.attributes, left, right, out)
@@ -314,7 +303,7 @@ def _flops(product: Instruction, operands: list[Instruction]) -> int:
 
 
 def _convolution(attributes: str, left, right, out) -> int:
-  """Multiplications of a TPU's product, whose batches may be in the window."""
+  """Counts a TPU's multiplications, whose batches may be in the window."""
   names = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes).groups()
   window = re.search(r"window=\{([^}]*)\}|$", attributes)[1] or ""
   options = re.findall(r"(stride|pad|[lr]hs_dilate)=(\S+)", window)
@@ -335,7 +324,7 @@ def _convolution(attributes: str, left, right, out) -> int:
 def _overlap(
   out: int, size: int, given: int, stride=1, pad=0, lhs_dilate=1, rhs_dilate=1
 ) -> int:
-  """Elements that a window meets, over all of its places along a dimension."""
+  """Counts the elements that a window meets along a dimension."""
   at = np.arange(out)[:, None] * stride + np.arange(size) * rhs_dilate - pad
   inside = (at >= 0) & (at // lhs_dilate < given)
   return int((inside & (at % lhs_dilate == 0)).sum())

@@ -1,8 +1,7 @@
 """Counts what a composition costs beside its anchor (Appendix C), from shapes.
 
 Each line of the table has the paper's arithmetic beside what the program has
-and does: its parameters, and the matrix products of its steps (`flops`). The
-paper's arithmetic goes wrong in these places:
+and does. The paper's arithmetic goes wrong in these places:
 
 - C.1 leaves out W^O of a connection (D_B^2; §3.1 trains it) and of m_B's
   self-attention, biases, norms, positions, gated MLPs and a separate head.
@@ -17,8 +16,6 @@ paper's arithmetic goes wrong in these places:
 - Appendix C has nothing on inference, where every token goes through both
   models, nor on memory.
 """
-
-from __future__ import annotations
 
 from typing import Any, NamedTuple
 
@@ -62,9 +59,8 @@ def parameters(spec: Composition) -> dict[str, int]:
   """Counts the parameters of a composition (C.1).
 
   Returns:
-    Numbers of parameters of "anchor", "augmenting" (all of them together),
-    "composition" (Θ_C) and "composed", their sum. With "paper_" before each,
-    the same by the formulas of C.1.
+    Numbers of "anchor", "augmenting" (all together), "composition" (Θ_C) and
+    "composed" (all); the same by C.1's formulas with "paper_" before each.
   """
   counts = {}
   for prefix, count_model, theta in (
@@ -95,14 +91,8 @@ def training_flops(
   """Counts the FLOPs of steps and forward passes on batch x length tokens.
 
   Only matrix products count, attention without its causal half. A step is a
-  forward and a backward pass; what the optimizer does is elementwise.
-
-  Args:
-    spec: with at least one augmenting model.
-    batch: rows.
-    length: tokens of a row.
-    augmenting_length: tokens of a row of the augmenting models; 0 if they read
-      the anchor's.
+  forward and a backward pass; what the optimizer does is elementwise. Rows of
+  augmenting models have `augmenting_length` tokens; if 0, the anchor's.
 
   Returns:
     "composed_step" (training Θ_C), "anchor_step", "augmenting_step" (all of
@@ -115,49 +105,46 @@ def training_flops(
   """
   if not spec.augmenting:
     raise InputError("there is no augmenting model, so no overhead to count")
-  other_length = augmenting_length or length
   # The counts are the models', whatever kernel, remat and mesh they run with.
   spec = spec.with_compute(
     lambda part: {"attention": "xla", "remat": "auto", "place": None}
   )
-  params = {
-    "anchor": decoder.param_shapes(spec.anchor),
-    "augmenting": {
-      name: decoder.param_shapes(a.config) for name, a in spec.augmenting
-    },
-    "composition": cross_attention.param_shapes(spec),
-  }
-  sizes = batch, length, other_length
-  alone = Composition(spec.anchor)
-  anchor = {"anchor": params["anchor"]}
-  counts = {
-    "composed_step": _count(spec, params, sizes, "composition/.*"),
-    "anchor_step": _count(alone, anchor, sizes, "anchor/.*"),
-    "augmenting_step": 0,
-    "lora_step": None,
-    "lora_rank": None,
-    "composed_forward": _count(spec, params, sizes),
-    "anchor_forward": _count(alone, anchor, sizes),
-    "augmenting_forward": 0,
+  shapes = decoder.param_shapes(spec.anchor)
+  theta = cross_attention.param_shapes(spec)
+  others = {name: joined.config for name, joined in spec.augmenting}
+  other_shapes = {n: decoder.param_shapes(c) for n, c in others.items()}
+  other_length = augmenting_length or length
+  sizes, other_sizes = (
+    (batch, length, other_length),
+    (batch, *[other_length] * 2),
+  )
+  params = {"anchor": shapes, "augmenting": other_shapes, "composition": theta}
+  composed = spec, params, sizes
+  anchor = Composition(spec.anchor), {"anchor": shapes}, sizes
+  alone = [
+    (Composition(config), {"anchor": other_shapes[name]}, other_sizes)
+    for name, config in others.items()
+  ]
+  lora_step = rank = None
+  if not spec.anchor.num_experts:
+    rank = lora.closest_rank(shapes, trees.count(theta))
+    adapted = jax.eval_shape(
+      lambda p: {"anchor": lora.add(p, rank, jax.random.key(0))}, shapes
+    )
+    lora_step = _count(anchor[0], adapted, sizes, "anchor/.*/lora_.")
+  return {
+    "composed_step": _count(*composed, "composition/.*"),
+    "anchor_step": _count(*anchor, "anchor/.*"),
+    "augmenting_step": sum(_count(*model, "anchor/.*") for model in alone),
+    "lora_step": lora_step,
+    "lora_rank": rank,
+    "composed_forward": _count(*composed),
+    "anchor_forward": _count(*anchor),
+    "augmenting_forward": sum(_count(*model) for model in alone),
     "batch": batch,
     "length": length,
     "augmenting_length": other_length,
   }
-  for name, joined in spec.augmenting:
-    model = Composition(joined.config), {"anchor": params["augmenting"][name]}
-    rows = batch, other_length, other_length
-    counts["augmenting_step"] += _count(*model, rows, "anchor/.*")
-    counts["augmenting_forward"] += _count(*model, rows)
-  if not spec.anchor.num_experts:
-    size = trees.count(params["composition"])
-    rank = lora.closest_rank(params["anchor"], size)
-    adapted = jax.eval_shape(
-      lambda p: {"anchor": lora.add(p, rank, jax.random.key(0))},
-      params["anchor"],
-    )
-    counts["lora_rank"] = rank
-    counts["lora_step"] = _count(alone, adapted, sizes, "anchor/.*/lora_.")
-  return counts
 
 
 def _count(
@@ -170,7 +157,7 @@ def _count(
   batch, length, other_length = sizes
   names = [name for name, _ in spec.augmenting]
 
-  def logits(chosen, frozen, tokens_BL):
+  def loss_or_logits(chosen, frozen, tokens_BL):
     rows = plain_sequence(jnp.zeros((batch, other_length), jnp.int32))
     visible_BL = jnp.full(tokens_BL.shape, other_length)
     rows_of_all = Batch(
@@ -180,64 +167,57 @@ def _count(
       prompt_ends=jnp.full(tokens_BL.shape, length),
     )
     params = trees.merge(chosen, frozen)
-    return forward.forward(params, spec, rows_of_all)[0]
-
-  def loss(chosen, frozen, tokens_BL):
-    logits_BLV = logits(chosen, frozen, tokens_BL)
+    logits_BLV = forward.forward(params, spec, rows_of_all)[0]
+    if not trainable:
+      return logits_BLV
     ones_BL = jnp.ones(tokens_BL.shape)
     return loss_lib.cross_entropy(logits_BLV, tokens_BL, ones_BL)[0].sum()
 
+  function = jax.grad(loss_or_logits) if trainable else loss_or_logits
   tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
   leaves = trees.partition(params, trees.mask(params, [trainable or ".*"]))
-  return flops.count(jax.grad(loss) if trainable else logits, *leaves, tokens)
+  return flops.count(function, *leaves, tokens)
 
 
 def table(
   counts: dict[str, int], steps: dict[str, Any], data_share: float
 ) -> list[CostRow]:
-  """Makes the table of Appendix C for one composition.
+  """Makes the table of Appendix C from `parameters` and `training_flops`.
 
-  Args:
-    counts: of `parameters`.
-    steps: of `training_flops`.
-    data_share: the share of the data of fine-tuning m_B that Θ_C is trained
-      on; m_A is trained on all of it.
+  Θ_C is trained on `data_share` of the data of fine-tuning m_B, m_A on all.
   """
-
-  def size(part: str) -> float:
-    return counts[part] / counts["anchor"]
-
-  def forward_pass(part: str) -> float:
-    return steps[f"{part}_forward"] / steps["anchor_forward"]
-
-  def step(part: str) -> float | None:
-    count = steps[f"{part}_step"]
-    return None if count is None else count / steps["anchor_step"]
-
-  small = counts["paper_augmenting"] / counts["paper_anchor"]
-  theta = counts["paper_composition"] / counts["paper_anchor"]
-  rank = steps["lora_rank"]
-  adapter = "LoRA" if rank is None else f"LoRA of rank {rank}"
-  few = f"training Θ_C on {100 * data_share:.3g}% of the data"
-  cost, step_a = data_share * step("composed"), step("augmenting")
-  forward_a = forward_pass("augmenting")
-  forward_both = forward_pass("composed")
+  model, paper = (
+    {part: counts[by + part] / counts[by + "anchor"] for part in _PARTS}
+    for by in ("", "paper_")
+  )
   rows = [
-    (part, f"parameters of {name}", counts[f"paper_{part}"], counts[part])
+    CostRow(
+      part, f"parameters of {name}", counts[f"paper_{part}"], counts[part]
+    )
     for part, name in zip(_PARTS, ("m_B", "m_A", "Θ_C", "all"), strict=True)
   ]
-  rows += [
-    ("composition_share", "Θ_C / m_B", theta, size("composition")),
-    ("augmenting_share", "m_A / m_B", small, size("augmenting")),
-    ("composed_forward", "forward: composed / m_B", None, forward_both),
-    ("augmenting_forward", "forward: m_A / m_B", None, forward_a),
-    ("composed_step", "step: Θ_C / all of m_B", 1.0, step("composed")),
-    ("lora_step", f"step: {adapter} / all of m_B", None, step("lora")),
-    ("augmenting_step", "step: all of m_A / all of m_B", small, step_a),
-    ("compose_cost", few, data_share, cost),
-    ("both_cost", f"{few}, m_A on all", small + data_share, step_a + cost),
-  ]
-  return [CostRow(*row) for row in rows]
+  for part, name in ("composition", "Θ_C"), ("augmenting", "m_A"):
+    shares = paper[part], model[part]
+    rows.append(CostRow(f"{part}_share", f"{name} / m_B", *shares))
+  rank, small = steps["lora_rank"], paper["augmenting"]
+  adapter = "LoRA" if rank is None else f"LoRA of rank {rank}"
+  shares = {}
+  for key, what, expected in (
+    ("composed_forward", "forward: composed / m_B", None),
+    ("augmenting_forward", "forward: m_A / m_B", None),
+    ("composed_step", "step: Θ_C / all of m_B", 1.0),
+    ("lora_step", f"step: {adapter} / all of m_B", None),
+    ("augmenting_step", "step: all of m_A / all of m_B", small),
+  ):
+    alone = steps["anchor_" + key.split("_")[1]]
+    shares[key] = None if steps[key] is None else steps[key] / alone
+    rows.append(CostRow(key, what, expected, shares[key]))
+  cost = data_share * shares["composed_step"]
+  both = small + data_share, shares["augmenting_step"] + cost
+  few = f"training Θ_C on {100 * data_share:.3g}% of the data"
+  rows.append(CostRow("compose_cost", few, data_share, cost))
+  rows.append(CostRow("both_cost", f"{few}, m_A on all", *both))
+  return rows
 
 
 def bert() -> Composition:

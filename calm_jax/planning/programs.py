@@ -1,7 +1,5 @@
 """Compiles the programs of a run for a topology, from shapes alone."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
@@ -41,10 +39,8 @@ class Placed(NamedTuple):
 
   def at(self, part: PyTree, shardings: PyTree | None = None) -> PyTree:
     """Gives shapes their shardings; without any they are replicated."""
-    if self.layout is None:
-      device = self.target.devices[0]
-      replicated = jax.sharding.SingleDeviceSharding(device)
-    else:
+    replicated = jax.sharding.SingleDeviceSharding(self.target.devices[0])
+    if self.layout is not None:
       spec = jax.sharding.PartitionSpec()
       replicated = jax.sharding.NamedSharding(self.layout.mesh, spec)
     if shardings is None:
@@ -57,9 +53,8 @@ class Placed(NamedTuple):
 
   def params(self, params: PyTree) -> PyTree:
     """Gives parameters the shardings of the rules."""
-    if self.layout is None:
-      return self.at(params)
-    return self.at(params, self.layout.shardings(params))
+    layout = self.layout
+    return self.at(params, None if layout is None else layout.shardings(params))
 
 
 def place(job: Job, target: Target, axes: dict[str, int]) -> Placed:
@@ -86,22 +81,17 @@ def place(job: Job, target: Target, axes: dict[str, int]) -> Placed:
 
 
 class Given(NamedTuple):
-  """The arguments of a program."""
+  """The arguments of a program, and their leaves by kind, one of KINDS."""
 
   arguments: tuple  # shapes with shardings
-  kinds: tuple  # one of KINDS for each of their leaves
+  by_kind: dict[str, PyTree]
 
   def resident(self) -> dict[str, int]:
     """Counts the bytes on each device, by kind."""
-    memory = dict.fromkeys(KINDS, 0)
-    leaves = jax.tree.leaves(self.arguments), jax.tree.leaves(self.kinds)
-    for leaf, kind in zip(*leaves, strict=True):
-      memory[kind] += bytes_here(leaf)
-    return memory
-
-
-def _all(part: PyTree, kind: str) -> PyTree:
-  return jax.tree.map(lambda _: kind, part)
+    return {
+      kind: sum(map(bytes_here, jax.tree.leaves(self.by_kind.get(kind))))
+      for kind in KINDS
+    }
 
 
 def training_given(placed: Placed, rows: int) -> Given:
@@ -115,47 +105,36 @@ def training_given(placed: Placed, rows: int) -> Given:
   trainable, frozen = trees.partition(job.params, mask)
   made = optimizer.make_optimizer(job.stage, mask)
   start = functools.partial(step_lib.initial_state, made)
-  state = jax.eval_shape(start, trainable)
-  batch = shapes.batch(job, rows)
-  of_state, of_batch = None, None
+  state, batch = jax.eval_shape(start, trainable), shapes.batch(job, rows)
+  of_state = of_batch = None
   if layout is not None:
     layout.share(rows, job.stage.accumulate)
     of_state = layout.following(state)
     of_batch = layout.batch_shardings(batch)
-  arguments = (
-    placed.at(state, of_state),
-    placed.params(frozen),
-    placed.at(batch, of_batch),
+  state, batch = placed.at(state, of_state), placed.at(batch, of_batch)
+  frozen, rest = placed.params(frozen), dict(state)
+  by_kind = {"trainable": rest.pop("trainable"), "frozen": frozen}
+  return Given(
+    (state, frozen, batch), by_kind | {"optimizer": rest, "batch": batch}
   )
-  kinds = _all(state, "optimizer") | {"trainable": _all(trainable, "trainable")}
-  return Given(arguments, (kinds, _all(frozen, "frozen"), _all(batch, "batch")))
 
 
 class CompiledProgram(NamedTuple):
-  """A program and its arguments.
-
-  Attributes:
-    given: its arguments.
-    compiled: None if it does not fit.
-    needed: bytes that it would need then, if the compiler says.
-    flops: of matrix products of one call, each once, as it was traced.
-    in_kernels: how many of those are in Pallas kernels.
-  """
+  """A program, its arguments, and what it computes in one call."""
 
   given: Given
-  compiled: Any
-  needed: int
-  flops: int
-  in_kernels: int
+  compiled: Any  # None if it does not fit
+  needed: int  # bytes that it would need then, if the compiler says
+  flops: int  # of matrix products, each once, as it was traced
+  in_kernels: int  # how many of those are in Pallas kernels
 
 
 def training(placed: Placed, rows: int) -> CompiledProgram:
   """Compiles one step of training on `rows` rows."""
-  stage = placed.job.stage
-  mask = trees.mask(placed.job.params, stage.trainable)
-  made = optimizer.make_optimizer(stage, mask)
-  given = training_given(placed, rows)
-  step = step_lib.make_step(placed.job.spec, stage, made, placed.layout)
+  job, given = placed.job, training_given(placed, rows)
+  mask = trees.mask(job.params, job.stage.trainable)
+  made = optimizer.make_optimizer(job.stage, mask)
+  step = step_lib.make_step(job.spec, job.stage, made, placed.layout)
   return _compile(step.trace(*given.arguments), given)
 
 
@@ -195,25 +174,24 @@ def decoding(placed: Placed, rows: int, slots: int) -> CompiledProgram:
     ),
     params,
   )
-  cache = None if layout is None else layout.caches(state.cache)
-  rest = placed.at(state._replace(cache=None))
-  arguments = (
-    placed.params(params),
-    rest._replace(cache=placed.at(state.cache, cache)),
-    placed.at(stop_S),
-    placed.at(np.int32(decode.CHUNK)),
-  )
+  of_caches = None if layout is None else layout.caches(state.cache)
+  caches = placed.at(state.cache, of_caches)
+  params, rest = placed.params(params), placed.at(state._replace(cache=None))
+  stop, steps = placed.at(stop_S), placed.at(np.int32(decode.CHUNK))
+  state = rest._replace(cache=caches)
   traced = decode_steps.advance.trace(
-    arguments[0],
+    params,
     spec,
-    *arguments[1:],
+    state,
+    stop,
+    steps,
     along=tuple(same_tokens[1:]),
     sampler=GREEDY,
     size=decode.CHUNK,
   )
-  kinds = _all(rest, "batch")._replace(cache=_all(state.cache, "caches"))
-  kinds = _all(params, "frozen"), kinds, "batch", "batch"
-  return _compile(traced, Given(arguments, kinds), decode.CHUNK)
+  by_kind = {"frozen": params, "caches": caches, "batch": (rest, stop, steps)}
+  given = Given((params, state, stop, steps), by_kind)
+  return _compile(traced, given, decode.CHUNK)
 
 
 def _compile(traced, given: Given, trips: int | None = None) -> CompiledProgram:
@@ -227,8 +205,8 @@ def _compile(traced, given: Given, trips: int | None = None) -> CompiledProgram:
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    found = _NEEDED.search(str(error))
-    needed = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    asked = _NEEDED.search(str(error))
+    needed = int(float(asked[1]) * _UNITS[asked[2]]) if asked else 0
     return CompiledProgram(given, None, needed, *counts)
 
 

@@ -1,11 +1,8 @@
 """Searches meshes and remat policies that make a job fit a topology.
 
-A compiled program says exactly what it needs, after minutes; a guess by
-arithmetic is there at once. The guess only decides what is compiled, and in
-which order: what is reported as fitting was compiled.
+Compiling a program says exactly what it needs, but takes minutes. A guess by
+arithmetic only decides what is compiled, and in which order.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import functools
@@ -41,27 +38,16 @@ _LOGITS_COPIES = 2  # logits, and their gradients
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One way to run a job.
-
-  Attributes:
-    axes: sizes of the mesh.
-    remat: the policy.
-    rows: of a batch.
-    arguments: bytes on a chip of what the step is given, exactly.
-    guess: bytes on a chip of all that it needs, roughly.
-    seconds: of a step, roughly.
-    found: of the compiled step; None if it was not compiled.
-    reason: why it cannot be.
-  """
+  """One way to run a job, by its mesh, remat policy and rows of a batch."""
 
   axes: dict[str, int]
   remat: str
   rows: int
-  arguments: int = 0
-  guess: float = 0
-  seconds: float = 0
-  found: estimate.Estimate | None = None
-  reason: str = ""
+  arguments: int = 0  # bytes on a chip of what the step is given, exactly
+  guess: float = 0  # bytes on a chip of all that it needs, roughly
+  seconds: float = 0  # of a step, roughly
+  found: estimate.Estimate | None = None  # if the step was compiled
+  reason: str = ""  # why it cannot be
 
   def __str__(self) -> str:
     sizes = " ".join(f"{n}={s}" for n, s in self.axes.items() if s > 1)
@@ -79,18 +65,15 @@ def cases(job: Job, target: Target, rows: int) -> Iterator[Case]:
   for tensor in (t for t in _divisors(count) if heads % t == 0):
     for sequence in _divisors(count // tensor):
       shared = count // tensor // sequence
+      cuts_well = length % sequence == 0 and length // sequence >= _SHORTEST
       if rows % (shared * pieces):
         continue
-      cut = length // sequence
-      if sequence > 1 and (
-        rows > shared * pieces or length % sequence or cut < _SHORTEST
-      ):
+      if sequence > 1 and (rows > shared * pieces or not cuts_well):
         continue
       for data in _divisors(shared):
         axes = {"data": data, "fsdp": shared // data}
         axes |= {"tensor": tensor, "sequence": sequence}
-        for remat in REMATS:
-          yield Case(axes, remat, rows)
+        yield from (Case(axes, remat, rows) for remat in REMATS)
 
 
 def _divisors(n: int) -> list[int]:
@@ -137,9 +120,8 @@ def _guess_seconds(
   chip, config, length = target.chip, job.spec.anchor, job.stage.length
   if not chip.flops:
     return 0.0
-  fsdp, tensor, sequence = (
-    case.axes[n] for n in ("fsdp", "tensor", "sequence")
-  )
+  axes = case.axes
+  fsdp, tensor, sequence = axes["fsdp"], axes["tensor"], axes["sequence"]
   recompute = case.remat == "full"
   anchor = _layer_params(config) + config.width * config.vocab_size
   others = sum(_layer_params(a.config) for _, a in job.spec.augmenting)
@@ -191,9 +173,6 @@ def search(
   step to two digits, then by memory.
 
   Args:
-    job: what to train.
-    target: on what.
-    rows: of a batch.
     compiles: how many cases are compiled at most.
     until: `time.monotonic()` after which no further one is begun.
     say: called with lines on the progress.
@@ -215,10 +194,9 @@ def search(
     if not open_:
       break
     hopeful = [c for c in open_ if c.guess * scale <= target.chip.hbm]
+    case = min(open_, key=lambda c: c.guess)
     if hopeful:
       case = min(hopeful, key=lambda c: (c.seconds, c.guess))
-    else:
-      case = min(open_, key=lambda c: c.guess)
     left.remove(case)
     began, cpu = time.monotonic(), time.process_time()
     case = compiled(job, target, case)
@@ -253,11 +231,7 @@ def largest(
 ) -> tuple[int, list[Case]]:
   """Finds the most rows that fit: by a line through two compiles, and a third.
 
-  Args:
-    job: what to train.
-    target: on what.
-    case: that was compiled.
-    until: as for `search`.
+  `case` is compiled already; `until` is as for `search`.
 
   Returns:
     (rows, all cases that were compiled); 0 rows if none was seen to fit.

@@ -1,7 +1,5 @@
 """Describes what a config trains as shapes; no weight is read or made."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -10,14 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from calm_jax.composition.connections import Composition
-from calm_jax.core import files, hub
+from calm_jax.core import errors, files, hub
 from calm_jax.core.batch import Batch, Sequence
-from calm_jax.core.errors import InputError
 from calm_jax.experiments import recipe, run_models
 from calm_jax.experiments.settings import Settings
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.hf import families, loading
-from calm_jax.text.tokenizer import Tokenizer
 from calm_jax.training.stage import Stage
 
 
@@ -40,16 +36,15 @@ def job(settings: Settings, stage: str = "") -> Job:
     InputError: there is no such stage or model.
   """
   stage = stage or settings.recipe[-1]
-  if stage not in settings.stages:
-    raise InputError(f"stage={stage!r} is none of {list(settings.stages)}")
-  asked = settings.stages[stage]
-  configs = _models(settings)
+  errors.check_choice("stage", stage, list(settings.stages))
+  options, configs = settings.stages[stage], _models(settings)
   spec, params = run_models.stage_shapes(settings, stage, configs)
   own = {}
   sizes = {config.vocab_size for config in configs.values()}
-  if asked.augmenting_length or len(sizes) > 1:
-    own[settings.augmenting_name] = asked.augmenting_length or asked.length
-  return Job(settings, asked, spec, params, own)
+  if options.augmenting_length or len(sizes) > 1:
+    length = options.augmenting_length or options.length
+    own[settings.augmenting_name] = length
+  return Job(settings, options, spec, params, own)
 
 
 def _models(settings: Settings) -> dict[str, ModelConfig]:
@@ -59,7 +54,7 @@ def _models(settings: Settings) -> dict[str, ModelConfig]:
   sizes = [config.vocab_size for config in configs.values()]
   for side in settings.parts:
     if side not in configs:
-      size = sizes[0] if sizes else _tokenizer(settings).vocab_size
+      size = sizes[0] if sizes else _vocabulary_size(settings)
       configs[side] = run_models.scratch_config(settings, side, size)
   return configs
 
@@ -71,16 +66,17 @@ def _read(path_or_hub_id: str) -> ModelConfig:
   return loading.load_config(folder)
 
 
-def _tokenizer(settings: Settings) -> Tokenizer:
+def _vocabulary_size(settings: Settings) -> int:
   if settings.experiment == "text":
-    raise InputError(
+    raise errors.InputError(
       "no model is given, so the size of the vocabulary is not known: give "
       "--config.anchor= or --config.augmenting= a folder, a hub id or a "
       "config.json"
     )
   make = recipe.EXPERIMENTS[settings.experiment]
   with tempfile.TemporaryDirectory() as folder:
-    return make(settings.task, settings.seed, Path(folder), {}).tokenizer
+    made = make(settings.task, settings.seed, Path(folder), {})
+    return made.tokenizer.vocab_size
 
 
 def batch(job: Job, rows: int) -> Batch:

@@ -1,7 +1,5 @@
 """Shows a plan as JSON and as tables."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -102,34 +100,38 @@ def show(plan: Plan) -> None:
 
 def _memory_table(programs: dict[str, Estimate], hbm: int) -> Table:
   table = Table("on each chip", *programs, title="memory")
-  found = list(programs.values())
-  for kind in dict.fromkeys(kind for e in found for kind in e.memory):
-    sizes = [e.memory.get(kind) for e in found]
+  estimates = list(programs.values())
+  for kind in dict.fromkeys(kind for e in estimates for kind in e.memory):
+    sizes = [e.memory.get(kind) for e in estimates]
     if any(sizes):
       table.add_row(kind, *("" if s is None else _gib(s) for s in sizes))
   table.add_section()
-  table.add_row("all", *(_gib(e.total) for e in found))
-  table.add_row(f"fits {_gib(hbm)}", *map(_yes_or_no, found))
-  if any(e.unread > 0.01 * e.total for e in found):
-    table.add_row("of all not read", *(_gib(e.unread) for e in found))
+  table.add_row("all", *(_gib(e.total) for e in estimates))
+  table.add_row(f"fits {_gib(hbm)}", *map(_yes_or_no, estimates))
+  if any(e.unread > 0.01 * e.total for e in estimates):
+    table.add_row("of all not read", *(_gib(e.unread) for e in estimates))
   table.columns[1].justify = "right"
   return table
 
 
 def _speed_table(programs: dict[str, Estimate]) -> Table:
-  title = "work, and the time that it takes at least"
-  table = Table("", *programs, title=title)
-  found = list(programs.values())
-  table.add_row("FLOPs, each once", *(f"{e.flops:.3g}" for e in found))
-  table.add_row("FLOPs of a chip", *(f"{e.worked:.3g}" for e in found))
-  table.add_row("memory moved, a chip", *(_gib(e.moved) for e in found))
-  for kind in dict.fromkeys(kind for e in found for kind in e.sent):
-    table.add_row(f"{kind}, sent", *(_gib(e.sent.get(kind, 0)) for e in found))
-  if all(e.seconds for e in found):
-    for name in found[0].seconds:
-      times = (f"{1e3 * e.seconds[name]:.3g} ms" for e in found)
-      table.add_row(name, *times)
-    table.add_row("bound by", *(e.bound for e in found))
+  table = Table(
+    "", *programs, title="work, and the time that it takes at least"
+  )
+  estimates = list(programs.values())
+  rows = {
+    "FLOPs, each once": [f"{e.flops:.3g}" for e in estimates],
+    "FLOPs of a chip": [f"{e.worked:.3g}" for e in estimates],
+    "memory moved, a chip": [_gib(e.moved) for e in estimates],
+  }
+  for kind in dict.fromkeys(kind for e in estimates for kind in e.sent):
+    rows[f"{kind}, sent"] = [_gib(e.sent.get(kind, 0)) for e in estimates]
+  if all(e.seconds for e in estimates):
+    for name in estimates[0].seconds:
+      rows[name] = [f"{1e3 * e.seconds[name]:.3g} ms" for e in estimates]
+    rows["bound by"] = [e.bound for e in estimates]
+  for name, cells in rows.items():
+    table.add_row(name, *cells)
   return table
 
 

@@ -1,7 +1,5 @@
 """Finds the devices that a named topology has, to compile programs for them."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os
@@ -18,14 +16,10 @@ FORMS = "v5e:4x4, v5p:2x2x2, v6e:8x8, gpu:8xH100, cpu or cpu:8"
 
 
 class Target(NamedTuple):
-  """The devices that a program is compiled for.
+  """The devices of a topology that a program is compiled for.
 
-  Attributes:
-    name: of the topology.
-    chip: what each device has.
-    devices: to compile for.
-    exact: whether this is the compiler that the devices run with. If not, it is
-      the CPU's, whose temporaries and fusions differ.
+  If not `exact`, the CPU's compiler stands in for that which the devices run
+  with, and its temporaries and fusions differ.
   """
 
   name: str
@@ -59,11 +53,8 @@ def prepare(name: str, effort: float = 0.0) -> None:
   """Lets this process compile for a topology.
 
   Call it before JAX looks for devices: from then on it has only CPUs, as many
-  as they have to stand in for.
-
-  Args:
-    name: of the topology.
-    effort: of the TPU's compiler to make programs fast: -1 to 0, a run's.
+  as they have to stand in for. `effort` is that of the TPU's compiler to make
+  programs fast: from -1 to 0, a run's.
   """
   platform, _, count = parse(name)
   jax.config.update("jax_platforms", "cpu")
