@@ -35,7 +35,6 @@ def _arguments() -> argparse.Namespace:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-
   parser.add_argument(
     "model", nargs="?", help="a checkpoint or composition: folder or id"
   )
