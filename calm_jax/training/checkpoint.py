@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
@@ -59,8 +58,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       keep_checkpoints_without_metrics=False,
     )
     policies = [managers.LatestN(keep_last), best]
-    self._manager = _manager(
-      self._directory,
+    options = ocp.CheckpointManagerOptions(
       cleanup_tmp_directories=True,
       # Orbax stores the metrics only if it is told how to rank them.
       best_fn=_rank if keep_best else None,
@@ -72,6 +70,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       # Called before the rename that makes a step complete.
       async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
     )
+    self._manager = ocp.CheckpointManager(self._directory, options=options)
     self._remove_deleted()
 
   def save(
@@ -129,22 +128,22 @@ class Checkpoints(contextlib.AbstractContextManager):
     """Restores `meta` of the newest step, None if there is no step."""
     if (step := self.latest()) is None:
       return None
-    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    return self._manager.restore(step, args=args).meta
+    return _read(self._directory / str(step), meta=ocp.args.JsonRestore()).meta
 
   def restore(self, abstract_state: PyTree) -> tuple[PyTree, Any]:
     """Restores (state, data) of the newest step.
 
     The state gets the structure, dtypes and shardings of `abstract_state`, a
-    pytree of arrays or `jax.ShapeDtypeStruct`; a leaf without a sharding goes
-    to the default device.
+    pytree of arrays or `jax.ShapeDtypeStruct`; a leaf without a sharding is a
+    numpy array.
 
     Raises:
       InputError: there is no step, or its leaves are not the same.
     """
     if (step := self.latest()) is None:
       raise errors.InputError(f"no complete checkpoint in {self._directory}")
-    restored = _restore(self._manager, step, _nested(abstract_state))
+    want = _nested(abstract_state)
+    restored = _restore(self._directory / str(step), want)
     leaves = trees.flatten(restored.state)
     state = jax.tree_util.tree_map_with_path(
       lambda path, _: leaves[_leaf_name(path)], abstract_state
@@ -189,86 +188,44 @@ class Checkpoints(contextlib.AbstractContextManager):
 
 
 def restore_trainable(
-  directory: str | Path, step: int | str | None = None, abstract: PyTree = None
+  directory: str | Path, step: int | None = None, abstract: PyTree = None
 ) -> tuple[dict[str, Any], Any]:
   """Restores (trainable leaves, meta); a run may be writing to the directory.
 
-  The step is a number, "best" for the lowest loss, or None for the newest
-  intact one; `abstract` is as for `Checkpoints.restore`, None for numpy arrays.
+  Without a step it is the newest intact one; `abstract` is as for
+  `Checkpoints.restore`, None for numpy arrays.
 
   Raises:
     InputError: there is no such step, or its leaves are not the same.
     StorageError: the step, or each that there is, is damaged.
   """
   path = Path(directory).absolute()
-  if not path.exists():
-    raise errors.InputError(f"no checkpoint directory at {path}")
+  step = checkpoint_integrity.intact_step(path, step)
   want = None if abstract is None else {"trainable": abstract}
-  with contextlib.closing(_manager(path, create=False)) as manager:
-    if step == "best":
-      step = _best_step(manager)
-    step = checkpoint_integrity.intact_step(path, manager.all_steps(), step)
-    restored = _restore(manager, step, want, only="trainable")
+  restored = _restore(path / str(step), want, only="trainable")
   return restored.state["trainable"], restored.meta
 
 
-def _manager(directory: Path, **options) -> ocp.CheckpointManager:
-  registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-  arrays = ocp.handlers.PyTreeCheckpointHandler()
-  registry.add("state", ocp.args.PyTreeSave, arrays)
-  registry.add("state", ocp.args.PyTreeRestore, arrays)
-  for item in ("data", "meta"):
-    handler = ocp.handlers.JsonCheckpointHandler()
-    registry.add(item, ocp.args.JsonSave, handler)
-    registry.add(item, ocp.args.JsonRestore, handler)
-  options = ocp.CheckpointManagerOptions(**options)
-  return ocp.CheckpointManager(
-    directory, options=options, handler_registry=registry
-  )
-
-
-def _restore(
-  manager: ocp.CheckpointManager, step: int, want: PyTree, only: str = ""
-) -> ocp.args.Composite:
+def _restore(path: Path, want: PyTree, only: str = "") -> ocp.args.Composite:
   """Reads a step, or one part of its state, into `want` or numpy arrays."""
-  saved = manager.item_metadata(step).state.tree
+  saved = ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
   if only:
     saved = {only: saved.get(only, {})}
-  want = saved if want is None else want
-  path = manager.directory / str(step)
+  if want is None:
+    want = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
   trees.check_same_structure(saved, want, f"the checkpoint {path}")
-  args = ocp.args.Composite(
-    state=ocp.args.PyTreeRestore(
-      want,
-      restore_args=jax.tree.map(_restore_args, want),
-      partial_restore=bool(only),
-    ),
-    data=ocp.args.JsonRestore(),
-    meta=ocp.args.JsonRestore(),
+  state = ocp.args.PyTreeRestore(
+    want,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(want),
+    partial_restore=bool(only),
   )
-  return manager.restore(step, args=args)
+  json_item = ocp.args.JsonRestore()
+  return _read(path, state=state, data=json_item, meta=json_item)
 
 
-def _restore_args(leaf: Any) -> ocp.RestoreArgs:
-  if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-    return ocp.RestoreArgs(restore_type=np.ndarray)
-  default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return ocp.ArrayRestoreArgs(
-    sharding=leaf.sharding or default, global_shape=leaf.shape
-  )
-
-
-def _best_step(manager: ocp.CheckpointManager) -> int:
-  try:
-    metrics = {step: manager.metrics(step) for step in manager.all_steps()}
-  except ValueError as error:
-    raise errors.StorageError(
-      f"the metrics of a step in {manager.directory} are damaged: {error}"
-    ) from error
-  ranks = {step: _rank(values) for step, values in metrics.items() if values}
-  if not ranks:
-    raise errors.InputError(f"no checkpoint in {manager.directory} has a loss")
-  return min(sorted(ranks, reverse=True), key=ranks.get)
+def _read(path: Path, **items) -> ocp.args.Composite:
+  checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+  return checkpointer.restore(path, args=ocp.args.Composite(**items))
 
 
 def _rank(metrics: Mapping[str, float]) -> float:
@@ -279,15 +236,8 @@ def _rank(metrics: Mapping[str, float]) -> float:
 
 def _nested(state: PyTree) -> dict[str, Any]:
   """The leaves of any pytree, which must be arrays, as nested dicts."""
-  leaves: dict[str, Any] = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-    name = _leaf_name(path)
-    if name in leaves:
-      raise ValueError(f"two leaves are called {name!r}")
-    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-      raise TypeError(f"leaf {name!r} is a {type(leaf).__name__}, not an array")
-    leaves[name] = leaf
-  return trees.unflatten(leaves)
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return trees.unflatten({_leaf_name(path): leaf for path, leaf in leaves})
 
 
 def _leaf_name(path) -> str:

@@ -51,20 +51,18 @@ def recover(directory: Path) -> None:
       _move_damaged(directory)
     except StorageError as no_good_step:
       error = no_good_step
-  good = np.int32(error is None)
-  if jax.process_count() > 1:
-    good = multihost_utils.broadcast_one_to_all(good)
-  if not good:
+  if not multihost_utils.broadcast_one_to_all(np.int32(error is None)):
     raise error or StorageError(f"no good checkpoint in {directory}")
 
 
-def intact_step(directory: Path, steps: Sequence[int], step: int | None) -> int:
-  """The step that is asked for, or if None the newest intact one of all steps.
+def intact_step(directory: Path, step: int | None) -> int:
+  """The step that is asked for, or if None the newest intact one.
 
   Raises:
     InputError: there is no such step.
     StorageError: it is damaged, or each step is.
   """
+  steps = ocp.utils.checkpoint_steps(directory) if directory.exists() else []
   if not steps:
     raise InputError(f"no complete checkpoint in {directory}")
   if step is not None and step not in steps:
@@ -119,11 +117,11 @@ def _move_damaged(directory: Path) -> None:
 
 
 def _move_aside(step: Path) -> Path:
-  aside = step.with_name(f"{step.name}.corrupt")
-  for number in itertools.count(2):
+  numbers = (f"-{number}" for number in itertools.count(2))
+  for number in itertools.chain([""], numbers):
+    aside = step.with_name(f"{step.name}.corrupt{number}")
     if not aside.exists():
       return step.rename(aside)
-    aside = step.with_name(f"{step.name}.corrupt-{number}")
 
 
 def _damage(step: Path, prefix: str = "") -> str | None:
