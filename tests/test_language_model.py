@@ -14,7 +14,6 @@ import pytest
 import calm_jax
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError
-from calm_jax.generation import text as text_lib
 from calm_jax.models.hf import export
 from calm_jax.text import tokenizer
 
@@ -241,7 +240,7 @@ def test_scores_are_the_log_probabilities_of_the_tokens(tmp_path):
   for prompt, completion, score in zip(
     prompts, completions, scores, strict=True
   ):
-    given = text_lib.with_bos(model.tokenizer, model.tokenizer.encode(prompt))
+    given = model.tokenizer.with_bos(model.tokenizer.encode(prompt))
     ids = given + model.tokenizer.encode_continuation(prompt, completion)
     logits = np.asarray(model.logits(np.array([ids]))[0], np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -187,8 +187,7 @@ def _tokenise(example: TextExample, options: RowOptions) -> _Document:
     size = len(prompt.encode()) + len(completion.encode())
     ends = np.concatenate([given_ends, new_ends, [size] * len(eos)])
   else:
-    given = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    given += tokenizer.encode(prompt)
+    given = tokenizer.with_bos(tokenizer.encode(prompt))
     new = tokenizer.encode_continuation(prompt, completion)
   ids = np.array(given + new + eos, np.int32)
   if len(ids) < 2:

@@ -21,7 +21,6 @@ from calm_jax.evals.perplexity import perplexity
 from calm_jax.experiments.base import Models
 from calm_jax.experiments.languages import expand
 from calm_jax.experiments.text_data import TextCorpus, TextData, TextTask
-from calm_jax.generation.text import with_bos
 from calm_jax.language_model import LanguageModel
 from calm_jax.parallel import processes
 from calm_jax.text.tokenizer import Tokenizer
@@ -151,7 +150,7 @@ class TextExperiment:
     """Cross-attention over the start of the first held-out example."""
     del data
     example = next(iter(self.corpus.held_out.values()))[0]
-    prompt = with_bos(self.tokenizer, self.tokenizer.encode(example.prompt))
+    prompt = self.tokenizer.with_bos(self.tokenizer.encode(example.prompt))
     new = self.tokenizer.encode_continuation(example.prompt, example.completion)
     ids = (prompt + new)[:PICTURE_TOKENS]
     # Without a BOS nothing predicts the first token: it is given.

@@ -8,12 +8,6 @@ from calm_jax.generation import batching, decode, scoring
 from calm_jax.generation.sampling import Sampler
 from calm_jax.generation.scoring import Score
 from calm_jax.text import stop_strings
-from calm_jax.text.tokenizer import Tokenizer
-
-
-def with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-  """Ids behind the BOS token, if there is one."""
-  return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
 
 
 def token_ids(
@@ -21,7 +15,7 @@ def token_ids(
 ) -> tuple[list[int], list[int]]:
   """The anchor's ids of a prompt, with BOS, and of its completion."""
   tokenizer = model.text()
-  ids = with_bos(tokenizer, tokenizer.encode(prompt))
+  ids = tokenizer.with_bos(tokenizer.encode(prompt))
   return ids, tokenizer.encode_continuation(prompt, completion)
 
 
@@ -63,7 +57,7 @@ def generate(
     raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts")
   stop = _several(stop)
   tokenizer = model.text()
-  ids = [with_bos(tokenizer, tokenizer.encode(p)) for p in prompts]
+  ids = [tokenizer.with_bos(tokenizer.encode(p)) for p in prompts]
 
   def text(i, new):
     return tokenizer.decode_continuation(ids[i], new)
@@ -97,7 +91,7 @@ def stream(
 ) -> Iterator[str]:
   """Pieces of one continuation as they come; joined, what generate gives."""
   tokenizer = model.text()
-  ids = with_bos(tokenizer, tokenizer.encode(prompt))
+  ids = tokenizer.with_bos(tokenizer.encode(prompt))
   stop = _several(stop)
   new: list[int] = []
   sent, text = 0, ""

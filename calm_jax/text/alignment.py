@@ -67,13 +67,13 @@ class Chunker:
       for i in range(len(data)):
         self._read += 1
         for character in self._decoder.decode(data[i : i + 1]):
-          self._add(character, self._read, closed)
+          self._add(character, closed)
       return closed
     self._decoder.reset()
     self._read -= len(rest)
     for character in text:
       self._read += 1 if character < "\x80" else len(character.encode())
-      self._add(character, self._read, closed)
+      self._add(character, closed)
     return closed
 
   def cut(self) -> list[Chunk]:
@@ -85,29 +85,21 @@ class Chunker:
       return []
     return [self._close(self._end)]
 
-  def _add(self, character: str, end: int, closed: list[Chunk]) -> None:
+  def _add(self, character: str, closed: list[Chunk]) -> None:
+    """Reads one more character, which ends where the bytes read do."""
     alone = _ALONE.match(character) is not None
     ends_word = character.isspace() and not self._text[-1:].isspace()
     if self._text and (alone or ends_word):
-      closed.append(self._close(end))
+      closed.append(self._close(self._read))
     self._text += character
-    self._end = end
+    self._end = self._read
     if alone or len(self._text) == MAX_CHUNK:
-      closed.append(self._close(end))
+      closed.append(self._close(self._read))
 
   def _close(self, close: int) -> Chunk:
     chunk = Chunk(self._text, self._start, self._end, close)
     self._text, self._start = "", self._end
     return chunk
-
-
-def chunks(text: str | bytes) -> list[Chunk]:
-  """Returns a text's chunks, without the one that is open at its end."""
-  return Chunker().push(_utf8(text))
-
-
-def _utf8(text: str | bytes) -> bytes:
-  return text.encode() if isinstance(text, str) else text
 
 
 class ChunkEncoder:
@@ -122,7 +114,7 @@ class ChunkEncoder:
     return self._remembered(chunk.text, chunk.start == 0)
 
   def encode(
-    self, prompt: str | bytes, completion: str | bytes
+    self, prompt: str, completion: str
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the tokens that a text makes visible, BOS first if there is one.
 
@@ -132,20 +124,15 @@ class ChunkEncoder:
       (int64 [M] token ids, int64 [M] their closes), closes not decreasing.
     """
     chunker = Chunker()
-    closed = [*chunker.push(_utf8(prompt)), *chunker.cut()]
-    closed += chunker.push(_utf8(completion))
-    ids = self.first_ids()
+    closed = [*chunker.push(prompt.encode()), *chunker.cut()]
+    closed += chunker.push(completion.encode())
+    ids = self.tokenizer.with_bos([])
     closes = [0] * len(ids)
     for chunk in closed:
       tokens = self.tokens(chunk)
       ids += tokens
       closes += [chunk.close] * len(tokens)
     return np.array(ids, np.int64), np.array(closes, np.int64)
-
-  def first_ids(self) -> list[int]:
-    """Returns the tokens visible before any text: BOS if there is one."""
-    bos = self.tokenizer.bos_id
-    return [] if bos is None else [bos]
 
   def _tokens(self, text: str, first: bool) -> tuple[int, ...]:
     encode = self.tokenizer.encode if first else self.tokenizer.encode_within
@@ -161,37 +148,32 @@ class AlignedReader:
   def __init__(self, anchor: Tokenizer, encoder: ChunkEncoder):
     self._anchor, self._encoder, self._chunker = anchor, encoder, Chunker()
     self._anchor_ids: list[int] = []
-    self.ids = encoder.first_ids()
+    self.ids = encoder.tokenizer.with_bos([])
 
   def read(
-    self, ids: Sequence[int], prompt_length: int
+    self, ids: Sequence[int], prompt_length: int = 0
   ) -> tuple[list[int], list[int]]:
-    """Reads the anchor's first tokens, of which some may be a prompt.
+    """Reads more of the anchor's tokens; `self.ids`, and how many each sees.
 
-    The end of the prompt closes a chunk. Raises as `Tokenizer.spell`.
-
-    Returns:
-      (the visible tokens, how many of them each anchor token may see).
+    The end of the prompt, the first `prompt_length` of all, closes a chunk.
+    Raises as `Tokenizer.spell`.
     """
     counts = []
-    for count, data in enumerate(self._anchor.spell(ids), start=1):
-      self._add(self._chunker.push(data))
-      if count == prompt_length:
-        self._add(self._chunker.cut())
+    parts = self._anchor.spell(ids, previous=self._anchor_ids)
+    for token, data in zip(ids, parts, strict=True):
+      self._anchor_ids.append(token)
+      closed = self._chunker.push(data)
+      if len(self._anchor_ids) == prompt_length:
+        closed += self._chunker.cut()
+      for chunk in closed:
+        self.ids += self._encoder.tokens(chunk)
       counts.append(len(self.ids))
-    self._anchor_ids += ids
-    return list(self.ids), counts
+    return self.ids, counts
 
   def push(self, token: int) -> list[int]:
     """Reads one more token of the anchor; returns what becomes visible."""
-    [data] = self._anchor.spell([token], previous=self._anchor_ids)
-    self._anchor_ids.append(token)
-    return self._add(self._chunker.push(data))
-
-  def _add(self, closed: list[Chunk]) -> list[int]:
     before = len(self.ids)
-    for chunk in closed:
-      self.ids += self._encoder.tokens(chunk)
+    self.read([token])
     return self.ids[before:]
 
 
@@ -202,10 +184,10 @@ def prompt_ends(anchor: Tokenizer, prompt: str) -> tuple[list[int], np.ndarray]:
   Raises as `Tokenizer.byte_ends`.
   """
   ids, ends = anchor.byte_ends(prompt)
-  bos = [] if anchor.bos_id is None else [anchor.bos_id]
-  ends = np.concatenate([np.zeros(len(bos), np.int64), ends])
+  with_bos = anchor.with_bos(ids)
+  ends = np.pad(ends, (len(with_bos) - len(ids), 0))
   ends[-1:] = len(prompt.encode())
-  return bos + ids, ends
+  return with_bos, ends
 
 
 def align(ends_L: np.ndarray, closes_M: np.ndarray) -> np.ndarray:

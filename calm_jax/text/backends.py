@@ -1,37 +1,55 @@
-"""Hugging Face tokenizers and SentencePiece models behind one interface."""
+"""Hugging Face tokenizers and SentencePiece models behind one interface.
+
+Both leave special tokens out of what they encode and decode.
+"""
 
 import json
-from collections.abc import Sequence
-from typing import Protocol
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
 import tokenizers
 
-from calm_jax.text import token_bytes
-from calm_jax.text.token_bytes import Spans, Spelling
+from calm_jax.core.errors import InputError
+
+_SPACE = "\u2581"
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class Backend(Protocol):
-  """A library's tokenizer, without special tokens."""
+class Spans(NamedTuple):
+  """Token ids of a text, and the bytes of it that each covers.
 
-  pieces: tuple[str, ...]  # by id; "" at ids that the vocabulary skips
-  vocab: dict[str, int]  # id by piece
-  special_ids: dict[str, int]  # "bos", "eos", "pad" of the model file itself
-  spelling: Spelling
+  A token that ends within a character begins and ends where that begins; one
+  that goes on in a character ends after it.
+  """
 
-  def encode(self, text: str) -> list[int]:
-    """Returns token ids; no special token is added."""
+  ids: list[int]
+  begins: Sequence[int]
+  ends: Sequence[int]
 
-  def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of ids of the vocabulary, without special tokens."""
 
-  def spans(self, text: str) -> Spans:
-    """Returns token ids and the bytes that they cover, as the library says."""
+class Spelling(NamedTuple):
+  """The bytes of a tokenizer's tokens."""
+
+  # Bytes by id, b"" where the decoder leaves the token out; None if it is a
+  # decoder whose bytes are not known.
+  pieces: tuple[bytes, ...] | None
+  strips: bool  # whether the decoder takes away one space before the text
+  skips: bool  # whether characters without a piece are in no token
 
 
 class HuggingFaceBackend:
-  """A tokenizer.json."""
+  """A tokenizer.json.
+
+  Attributes:
+    pieces: the vocabulary by id; "" at ids that it skips.
+    vocab: id by piece.
+    special_ids: "bos" and "eos" of the model file itself.
+    spelling: the bytes of the tokens.
+  """
 
   def __init__(self, tokenizer: tokenizers.Tokenizer):
     # Some tokenizer.json carry the limits of the run that saved them.
@@ -44,21 +62,24 @@ class HuggingFaceBackend:
       pieces[index] = piece
     self.pieces, self.special_ids = tuple(pieces), {}
     description = json.loads(tokenizer.to_str())
+    model = description["model"]
     added = tokenizer.get_added_tokens_decoder().items()
     self._skipped = {index for index, token in added if token.special}
-    self._skipped |= token_bytes.unknown_ids(description["model"], self.vocab)
-    self.spelling = token_bytes.huggingface_spelling(
-      description, pieces, self._skipped
-    )
+    unknown = model.get("unk_id"), self.vocab.get(model.get("unk_token") or "")
+    self._skipped.update(unknown)
+    steps = _decoder_steps(description["decoder"])
+    self.spelling = _huggingface_spelling(model, steps, pieces, self._skipped)
 
   def encode(self, text: str) -> list[int]:
     return self._tokenizer.encode(text, add_special_tokens=False).ids
 
   def decode(self, ids: Sequence[int]) -> str:
+    """The text of ids that are all of the vocabulary."""
     kept = [i for i in ids if i not in self._skipped]
     return self._tokenizer.decode(kept, skip_special_tokens=True)
 
   def spans(self, text: str) -> Spans:
+    """The token ids and the bytes that they cover, as the library says."""
     encoding = self._tokenizer.encode(text, add_special_tokens=False)
     # The library counts characters.
     sizes = [len(character.encode()) for character in text]
@@ -68,20 +89,28 @@ class HuggingFaceBackend:
 
 
 class SentencePieceBackend:
-  """A SentencePiece model."""
+  """A SentencePiece model, with the attributes of `HuggingFaceBackend`."""
 
   def __init__(self, processor: sentencepiece.SentencePieceProcessor):
     self._processor = processor
     ids = range(processor.vocab_size())
     self.pieces = tuple(map(processor.id_to_piece, ids))
     self.vocab = {piece: i for i, piece in enumerate(self.pieces)}
-    special = [processor.bos_id(), processor.eos_id(), processor.pad_id()]
-    named = zip(("bos", "eos", "pad"), special, strict=True)
-    self.special_ids = {kind: i for kind, i in named if i >= 0}
+    special = {"bos": processor.bos_id(), "eos": processor.eos_id()}
+    self.special_ids = {kind: i for kind, i in special.items() if i >= 0}
     self._skipped = {
       i for i in ids if processor.is_control(i) or processor.is_unknown(i)
     }
-    self.spelling = token_bytes.sentencepiece_spelling(processor, self._skipped)
+    spelled = _with_spaces(self.pieces)
+    for i in ids:
+      if processor.is_byte(i):
+        spelled[i] = _byte(spelled[i])
+      elif i in self._skipped:
+        spelled[i] = b""
+    # The decoder takes away what the encoder puts in front.
+    first = self.encode("a")
+    strips = bool(first) and spelled[first[0]].startswith(b" ")
+    self.spelling = Spelling(tuple(spelled), strips, skips=False)
 
   def encode(self, text: str) -> list[int]:
     return self._processor.encode(text)
@@ -97,7 +126,7 @@ class SentencePieceBackend:
       # It counts characters that it drops to the piece before them, and spaces
       # that end a text to the last one.
       covered = data[piece.begin : piece.end].decode()
-      if covered[-1:] != piece.piece[-1:].replace(token_bytes.SPACE, " "):
+      if covered[-1:] != piece.piece[-1:].replace(_SPACE, " "):
         after = "a" if i < len(pieces) - 1 else ""
         kept = self._without_dropped(covered, after)
         ends[i] = piece.begin + len(kept.encode())
@@ -110,3 +139,98 @@ class SentencePieceBackend:
     while text and normalize(f"a{text[:-1]}{after}") == whole:
       text = text[:-1]
     return text
+
+
+Backend = HuggingFaceBackend | SentencePieceBackend
+
+
+def read(path: Path) -> Backend:
+  """Reads tokenizer.json, a SentencePiece model, or merges.txt's folder.
+
+  Raises InputError if the library cannot read it.
+  """
+  try:
+    if path.suffix == ".json":
+      return HuggingFaceBackend(tokenizers.Tokenizer.from_file(str(path)))
+    if path.suffix == ".txt":
+      import transformers  # slow, and few checkpoints lack tokenizer.json
+
+      slow = transformers.AutoTokenizer.from_pretrained(
+        str(path.parent), trust_remote_code=False
+      )
+      return HuggingFaceBackend(slow.backend_tokenizer)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    return SentencePieceBackend(model)
+  except Exception as error:  # `tokenizers` raises bare Exception.
+    raise InputError(f"cannot read the tokenizer {path}: {error}") from error
+
+
+def _decoder_steps(step: dict | None) -> list[dict]:
+  """The steps of a tokenizer.json's decoder, without nesting."""
+  if step is None:
+    return []
+  if step["type"] != "Sequence":
+    return [step]
+  return [leaf for inner in step["decoders"] for leaf in _decoder_steps(inner)]
+
+
+def _huggingface_spelling(
+  model: dict, steps: list[dict], pieces: Sequence[str], left_out: set[int]
+) -> Spelling:
+  """Spells byte-level and SentencePiece-like tokens of a tokenizer.json."""
+  kinds = [step["type"] for step in steps]
+  covers = kinds == ["ByteLevel"] or all(
+    f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)
+  )
+  skips = model["type"] == "BPE" and model["unk_token"] is None and not covers
+  if kinds == ["ByteLevel"]:
+    known, strips = _byte_level(pieces), False
+  elif steps and all(map(_only_makes_spaces, steps)):
+    known = _with_spaces(pieces)
+    if "ByteFallback" in kinds:
+      known = [_byte(text) for text in known]
+    strips = any(
+      step["type"] == "Strip" or step.get("prepend_scheme", "never") != "never"
+      for step in steps
+    )
+  else:
+    return Spelling(None, False, skips)
+  kept = tuple(b"" if i in left_out else b for i, b in enumerate(known))
+  return Spelling(kept, strips, skips)
+
+
+def _only_makes_spaces(step: dict) -> bool:
+  """True if `_with_spaces` and `_byte` do what a step of a decoder does."""
+  match step["type"]:
+    case "Replace":
+      return (step["pattern"], step["content"]) == ({"String": _SPACE}, " ")
+    case "Strip":
+      return (step["content"], step["start"], step["stop"]) == (" ", 1, 0)
+    case "Metaspace":
+      return step["replacement"] == _SPACE
+  return step["type"] in ("ByteFallback", "Fuse")
+
+
+def _byte_level(pieces: Iterable[str]) -> list[bytes]:
+  """Bytes of pieces in GPT-2's alphabet, one character for each byte."""
+  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  others = [byte for byte in range(256) if byte not in printable]
+  alphabet = {chr(byte): byte for byte in printable}
+  alphabet |= {chr(256 + i): byte for i, byte in enumerate(others)}
+  # An added token that is not spelled in the alphabet is itself.
+  return [
+    bytes(alphabet[c] for c in piece)
+    if all(c in alphabet for c in piece)
+    else piece.encode()
+    for piece in pieces
+  ]
+
+
+def _with_spaces(pieces: Iterable[str]) -> list[bytes]:
+  return [piece.replace(_SPACE, " ").encode() for piece in pieces]
+
+
+def _byte(text: bytes) -> bytes:
+  """The byte that <0x..> stands for; any other text as it is."""
+  match = _BYTE.fullmatch(text.decode())
+  return bytes.fromhex(match[1]) if match else text

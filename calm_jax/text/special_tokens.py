@@ -2,42 +2,33 @@
 
 from pathlib import Path
 
-import tokenizers
-
 from calm_jax.core import files
 from calm_jax.core.errors import InputError
-
-
-def convert_slow(folder: Path) -> tokenizers.Tokenizer:
-  """Makes a tokenizer.json of other files, such as vocab and merges."""
-  import transformers  # slow, and few checkpoints lack tokenizer.json
-
-  try:
-    slow = transformers.AutoTokenizer.from_pretrained(
-      str(folder), trust_remote_code=False
-    )
-  except (OSError, ValueError, KeyError) as error:
-    raise InputError(f"cannot read the tokenizer {folder}: {error}") from error
-  return slow.backend_tokenizer
 
 
 def special_ids(
   folder: Path | None, vocab: dict[str, int], own: dict[str, int]
 ) -> dict:
-  """Returns bos_id, eos_id, pad_id and stop_ids of `Tokenizer`.
+  """Returns bos_id, eos_id and stop_ids of `Tokenizer`.
 
   They are looked up by name in tokenizer_config.json, special_tokens_map.json,
   the model file itself (`own`), then by number in generation_config.json and
   config.json. A null in the tokenizer's files means that there is none,
   whatever the model's config says (Qwen's bos).
   """
+
+  def read(name: str) -> dict:
+    if folder is None or not (folder / name).is_file():
+      return {}
+    return files.read_json(folder / name)
+
   names = ("tokenizer_config.json", "special_tokens_map.json")
-  by_name = {name: _read_json(folder, name) for name in names}
-  generation = _read_json(folder, "generation_config.json")
-  by_number = [generation, _read_json(folder, "config.json")]
+  by_name = {name: read(name) for name in names}
+  generation = read("generation_config.json")
+  by_number = [generation, read("config.json")]
   ids: dict = {
     f"{kind}_id": _special_id(kind, by_name, by_number, vocab, own)
-    for kind in ("bos", "eos", "pad")
+    for kind in ("bos", "eos")
   }
   stops = [ids["eos_id"], *_as_list(generation.get("eos_token_id"))]
   ids["stop_ids"] = tuple(dict.fromkeys(i for i in stops if i is not None))
@@ -54,8 +45,6 @@ def _special_id(kind, by_name, by_number, vocab, own) -> int | None:
     content = token["content"] if isinstance(token, dict) else token
     if content in vocab:
       return vocab[content]
-    if kind == "pad":  # often in the config alone; padding is masked anyway
-      return None
     raise InputError(
       f"{file} names the {kind} token {content!r}, which the vocabulary lacks: "
       "the tokenizer files do not belong together"
@@ -63,8 +52,7 @@ def _special_id(kind, by_name, by_number, vocab, own) -> int | None:
   if kind in own:
     return own[kind]
   for config in by_number:
-    numbers = _as_list(config.get(f"{kind}_token_id"))
-    if numbers:
+    if numbers := _as_list(config.get(f"{kind}_token_id")):
       # A number beyond the vocabulary, such as -1, stands for no token.
       return numbers[0] if 0 <= numbers[0] < len(vocab) else None
   return None
@@ -74,9 +62,3 @@ def _as_list(value: int | list[int] | None) -> list[int]:
   if value is None:
     return []
   return value if isinstance(value, list) else [value]
-
-
-def _read_json(folder: Path | None, name: str) -> dict:
-  if folder is None or not (folder / name).is_file():
-    return {}
-  return files.read_json(folder / name)

@@ -4,39 +4,32 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
-import tokenizers
 
-from calm_jax.core import hub
 from calm_jax.core.errors import InputError
-from calm_jax.text import backends, special_tokens, token_bytes
+from calm_jax.text import backends
+from calm_jax.text.special_tokens import special_ids
 
 # Texts to encode a continuation behind, of which one does not merge with it.
 _JOINTS = ("\n", ".", "a", "0")
-_FILES = ("tokenizer.json", "tokenizer.model")
+_FILES = ("tokenizer.json", "tokenizer.model", "merges.txt")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Tokenizer:
-  """Text to token ids and back; made by `load_tokenizer`.
+  """Text to token ids and back; made by `load_tokenizer`."""
 
-  Attributes:
-    pieces: the vocabulary, piece by id; "" at ids that the vocabulary skips.
-    stop_ids: ids that end a generation: `eos_id`, then the others of
-      generation_config.json.
-    source: the file or hub id that it was loaded from.
-  """
-
-  pieces: tuple[str, ...]
+  pieces: tuple[str, ...]  # by id; "" at ids that the vocabulary skips
   bos_id: int | None
   eos_id: int | None
-  pad_id: int | None
+  # They end a generation: `eos_id`, then others of generation_config.json.
   stop_ids: tuple[int, ...]
-  source: str
+  source: str  # the file or folder that it was loaded from
   _backend: backends.Backend
 
   def __repr__(self) -> str:
@@ -64,6 +57,10 @@ class Tokenizer:
     size = self.vocab_size
     return self._backend.decode([int(i) for i in ids if 0 <= i < size])
 
+  def with_bos(self, ids: list[int]) -> list[int]:
+    """Returns the ids behind the BOS token, if there is one."""
+    return ids if self.bos_id is None else [self.bos_id, *ids]
+
   def encode_continuation(self, prompt: str, completion: str) -> list[int]:
     """Returns the ids with which a model answers `completion` to `prompt`.
 
@@ -81,23 +78,23 @@ class Tokenizer:
     Exact for byte-level BPE and SentencePiece; if they normalise the text, and
     for other tokenizers, by the offsets that they give. A token without text
     ends where the one before it does, and one that ends within a character that
-    the offsets do not divide, before it. The ends never decrease.
-
-    Raises:
-      InputError: the tokenizer gives no offsets that can be relied upon.
+    the offsets do not divide, before it. The ends never decrease. Raises
+    InputError if the tokenizer gives no offsets that can be relied upon.
     """
     spans, spelling = self._backend.spans(text), self._backend.spelling
     if spelling.pieces is not None:
       spelled = self.spell(spans.ids)
-      ends = token_bytes.known_ends(spelled, text)
-      if ends is None and spelling.skips:
+      if b"".join(spelled) == text.encode():
+        sizes = [len(part) for part in spelled]
+        return spans.ids, np.cumsum(sizes, dtype=np.int64)
+      if spelling.skips:
         # Its own offsets leave out the characters that it passes over.
-        ends = token_bytes.searched_ends(spelled, text)
-      if ends is not None:
-        return spans.ids, ends
+        ends = _searched_ends(spelled, text)
+        if ends is not None:
+          return spans.ids, ends
     if spelling.skips:
       raise self._unfit("passes over characters and changes others")
-    return spans.ids, token_bytes.covered_ends(spans)
+    return spans.ids, _covered_ends(spans)
 
   def continuation_ends(
     self, prompt: str, completion: str
@@ -117,10 +114,8 @@ class Tokenizer:
     """Returns the bytes that each of `ids` adds to the text of `previous`.
 
     A token may hold a part of a character, and lose a space where it starts a
-    text. Special and unknown tokens add nothing.
-
-    Raises:
-      InputError: the tokenizer's decoder changes text that it has written.
+    text. Special and unknown tokens add nothing. Raises InputError if the
+    tokenizer's decoder changes text that it has written.
     """
     pieces, strips, _ = self._backend.spelling
     if pieces is None:
@@ -182,110 +177,101 @@ class Tokenizer:
     )
 
 
-def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
-  """Loads the tokenizer of a checkpoint folder, a file or a hub repository.
+def load_tokenizer(path: str | Path) -> Tokenizer:
+  """Loads a tokenizer's file, or that of a folder.
 
   A folder's tokenizer.json is preferred, then tokenizer.model (SentencePiece),
-  then vocab.json with merges.txt. No code of the repository is run.
-
-  Raises:
-    InputError: nothing there, no tokenizer in it, or a file cannot be read.
+  then vocab.json with merges.txt. No code of the folder is run. Raises
+  InputError if nothing is there, or a file cannot be read.
   """
-  name, path = str(path_or_hub_id), Path(path_or_hub_id).expanduser()
-  if path.is_file():
-    parent = path.parent if path.name in _FILES else None
-    return _make(_read(path), parent, str(path))
-  if not path.is_dir():
-    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
-      raise InputError(
-        f"no tokenizer at {name}: neither a file nor a folder; give one of "
-        "them, or a hub id such as owner/name"
-      )
-    path = hub.locate(name, files=(*hub.TEXT_FILES, hub.CONFIG)).folder
-  for file in _FILES:
-    if (path / file).is_file():
-      return _make(_read(path / file), path, name)
-  if all((path / file).is_file() for file in ("vocab.json", "merges.txt")):
-    slow = special_tokens.convert_slow(path)
-    return _make(backends.HuggingFaceBackend(slow), path, name)
-  raise InputError(
-    f"{name} has none of tokenizer.json, tokenizer.model, vocab.json with "
-    "merges.txt; copy one of them there"
-  )
+  path = Path(path).expanduser()
+  found = _load(path, path) if path.is_file() else find_tokenizer(path)
+  if found is None:
+    raise InputError(
+      f"no tokenizer at {path}: neither a file nor a folder with one of "
+      "tokenizer.json, tokenizer.model, vocab.json with merges.txt; copy one "
+      "of them there"
+    )
+  return found
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
   """Loads the tokenizer of a checkpoint's folder, None if it has none."""
-  if any((folder / name).is_file() for name in (*_FILES, "merges.txt")):
-    return load_tokenizer(folder)
+  for name in _FILES:
+    if (folder / name).is_file():
+      return _load(folder / name, folder)
   return None
 
 
+def _load(file: Path, source: Path) -> Tokenizer:
+  backend = backends.read(file)
+  folder = file.parent if file.name in _FILES else None
+  ids = special_ids(folder, backend.vocab, backend.special_ids)
+  return Tokenizer(backend.pieces, source=str(source), _backend=backend, **ids)
+
+
+def _searched_ends(spelled: list[bytes], text: str) -> np.ndarray | None:
+  """Ends of tokens that leave out characters of a text.
+
+  None if the tokens are not found in the text in their order.
+  """
+  data, at, ends = text.encode(), 0, []
+  for part in spelled:
+    if part:
+      # Both stand for a space.
+      pattern = re.escape(part).replace(rb"\ ", b"(?: |\xe2\x96\x81)")
+      match = re.compile(pattern).search(data, at)
+      if match is None:
+        return None
+      at = match.end()
+    ends.append(at)
+  return np.array(ends, np.int64)
+
+
+def _covered_ends(spans: backends.Spans) -> np.ndarray:
+  """Ends by the bytes that tokens cover, never within a character.
+
+  Of several tokens that share a character, all but the last end before it.
+  """
+  begins, ends = (np.array(x, np.int64) for x in (spans.begins, spans.ends))
+  later = np.minimum.accumulate(begins[::-1])[::-1]
+  ends[:-1] = np.minimum(ends[:-1], later[1:])
+  return np.maximum.accumulate(ends)
+
+
 def train_sentencepiece(
-  texts: Iterable[str],
-  path_prefix: str | Path,
-  *,
-  vocab_size: int,
-  user_defined_symbols: Sequence[str] = (),
-  split_digits: bool = True,
-  model_type: str = "bpe",
-  character_coverage: float = 1.0,
+  texts: Iterable[str], path_prefix: str | Path, *, vocab_size: int, **options
 ) -> Tokenizer:
   """Trains a SentencePiece model and writes it to `path_prefix`.model.
 
   Text is kept as it is: no normalisation, no space put in front. Ids 0 to 3
   are pad, bos, eos and unk. Two runs on the same texts write the same bytes.
-
-  Raises:
-    InputError: the texts cannot fill `vocab_size`, or another bad setting.
+  The trainer's `options` replace these defaults. Raises InputError if the
+  texts cannot fill `vocab_size`, or for another bad setting.
   """
   path = Path(f"{path_prefix}.model")
   written = io.BytesIO()
+  defaults = {
+    "model_type": "bpe",
+    "split_digits": True,
+    "character_coverage": 1.0,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "num_threads": 1,
+    "minloglevel": 2,
+  }
+  ids = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
   try:
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(texts),
       # Written through memory: the model file records the path it was given.
       model_writer=written,
       vocab_size=vocab_size,
-      user_defined_symbols=list(user_defined_symbols),
-      split_digits=split_digits,
-      model_type=model_type,
-      character_coverage=character_coverage,
-      normalization_rule_name="identity",
-      add_dummy_prefix=False,
-      remove_extra_whitespaces=False,
-      pad_id=0,
-      bos_id=1,
-      eos_id=2,
-      unk_id=3,
-      num_threads=1,
-      minloglevel=2,
+      **defaults | ids | options,
     )
   except (RuntimeError, OSError, ValueError) as error:
     raise InputError(f"cannot train the tokenizer {path}: {error}") from error
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_bytes(written.getvalue())
   return load_tokenizer(path)
-
-
-def _read(path: Path) -> backends.Backend:
-  if path.suffix == ".json":
-    try:
-      tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # The library raises bare Exception.
-      raise InputError(f"cannot read the tokenizer {path}: {error}") from error
-    return backends.HuggingFaceBackend(tokenizer)
-  try:
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-  except (RuntimeError, OSError) as error:
-    raise InputError(f"cannot read {path} as SentencePiece: {error}") from error
-  return backends.SentencePieceBackend(model)
-
-
-def _make(
-  backend: backends.Backend, folder: Path | None, source: str
-) -> Tokenizer:
-  ids = special_tokens.special_ids(folder, backend.vocab, backend.special_ids)
-  return Tokenizer(
-    pieces=backend.pieces, source=source, _backend=backend, **ids
-  )

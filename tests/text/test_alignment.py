@@ -27,10 +27,9 @@ from calm_jax.text.alignment import (
   ChunkEncoder,
   Chunker,
   align,
-  chunks,
   prompt_ends,
 )
-from calm_jax.text.token_bytes import Spelling
+from calm_jax.text.backends import Spelling
 
 settings.register_profile("default", max_examples=300, deadline=None)
 settings.register_profile("thorough", max_examples=10_000, deadline=None)
@@ -76,6 +75,11 @@ def real(tmp_path_factory):
     Path(os.environ["CALM_SHARED"]), tmp_path_factory.mktemp("real")
   )
   return lambda: made.values()
+
+
+def chunks(text):
+  """The closed chunks of a text."""
+  return Chunker().push(text.encode() if isinstance(text, str) else text)
 
 
 def texts(lists):
@@ -196,7 +200,7 @@ def check_generation(anchor, encoders, text):
       before = len(reader.ids)
       assert reader.push(token) == reader.ids[before:]
       counts.append(len(reader.ids))
-    tokens, closes = encoder.encode("", data)
+    tokens, closes = encoder.encode("", data.decode())
     assert tokens.tolist() == reader.ids
     assert align(ends, closes).tolist() == counts
     at_once = AlignedReader(anchor, encoder)
