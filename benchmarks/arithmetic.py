@@ -15,7 +15,7 @@ from rich.table import Table
 
 from calm_jax.data.key_value_source import KeyValueSource
 from calm_jax.data.key_value_text import TASKS, train_tokenizer
-from calm_jax.data.key_values import make_dictionary
+from calm_jax.data.key_values import ExpressionOptions, make_dictionary
 
 GOAL = 50_000
 SIZES = {
@@ -32,12 +32,10 @@ def expressions_per_second(size, task: str, folder: Path) -> float:
     kv,
     train_tokenizer(kv, folder / "tokenizer"),
     {task: 1.0},
+    ExpressionOptions(low, high, operators),
     seed=0,
     batch_size=256,
     length=128,
-    min_terms=low,
-    max_terms=high,
-    operators=operators,
   )
   count, batch, began = 0, 0, time.process_time()
   while time.process_time() - began < 2:

@@ -9,21 +9,14 @@ import dataclasses
 import functools
 import hashlib
 import json
-import operator
 
 import numpy as np
 
 from calm_jax.core.batch import Batch
 from calm_jax.core.errors import InputError, check_choice
-from calm_jax.data import key_values, packing
-from calm_jax.data.key_value_text import (
-  PROMPTS,
-  TASK_ASKED,
-  TASK_PROMPTS,
-  TASKS,
-  WordTable,
-)
-from calm_jax.data.key_values import OPERATORS, KeyDictionary
+from calm_jax.data import key_value_text, key_values, packing
+from calm_jax.data.key_value_text import TASKS
+from calm_jax.data.key_values import ExpressionOptions, KeyDictionary
 from calm_jax.text.tokenizer import Tokenizer
 
 _CHECKED = 256
@@ -37,19 +30,17 @@ class KeyValueSource:
   takes of batch `i`.
 
   Attributes:
-    kv: the dictionary.
     tokenizer: one of `train_tokenizer`, or any that splits the same way.
     tasks: weight of each task of the mixture.
+    options: the expressions. Their `keys` restricts the tasks that ask for
+      keys, NUM-MATH is of all values; those of part "eval" are distinct within
+      a batch, not between batches.
     seed: of the expressions and of the mixture.
     batch_size, length: B, rows of the global batch, and L, slots of a row.
-    min_terms, max_terms, operators, keys, part: see `sample_expressions`;
-      keys restricts the tasks that ask for keys, NUM-MATH is of all values;
-      part "eval" is distinct within a batch, not between batches.
     any_prompt: each example is under any of the prompts, for a model that
       knows one task only, and does it whatever it is asked.
     pack: fill rows with consecutive examples; else one example a row.
     process_index, process_count: which share of the rows to take.
-    num_batches: the length of the source; any index below it can be read.
 
   Raises:
     InputError: a bad choice, an example longer than `length`, or a tokenizer
@@ -59,37 +50,25 @@ class KeyValueSource:
   kv: KeyDictionary
   tokenizer: Tokenizer
   tasks: dict[str, float]
+  options: ExpressionOptions
   _: dataclasses.KW_ONLY
   seed: int
   batch_size: int
   length: int
-  min_terms: int
-  max_terms: int
-  operators: str | tuple[str, ...] = OPERATORS
-  keys: str = "all"
-  part: str = "train"
   any_prompt: bool = False
   pack: bool = True
   process_index: int = 0
   process_count: int = 1
-  num_batches: int = 1 << 40
 
   def __post_init__(self):
     self._rows = packing.host_rows(
       self.batch_size, self.process_index, self.process_count
     )
     self._weights = _task_weights(self.tasks)
-    self._choice: dict[str, int | str] = {
-      "min_terms": self.min_terms,
-      "max_terms": self.max_terms,
-      "operators": "".join(self.operators),
-      "keys": self.keys,
-      "part": self.part,
-    }
     encode = self.tokenizer.encode
     # The tokenizer cuts numbers digit by digit, or three at a time.
     group = 3 if len(encode("123")) == 1 else 1
-    self._table = WordTable(self.kv, group)
+    self._table = key_value_text.WordTable(self.kv, group)
     special = self.tokenizer.bos_id, self.tokenizer.eos_id
     words = [[], *([] if i is None else [i] for i in special)]
     words += map(encode, self._table.words[len(words) :])
@@ -98,13 +77,10 @@ class KeyValueSource:
     self._mean_length = self._check_tokens()
 
   def __len__(self) -> int:
-    return self.num_batches
+    return 1 << 40
 
   def __getitem__(self, index: int) -> Batch:
     """The batch at `index`: this process's rows [B / processes, L]."""
-    index = operator.index(index)
-    if not 0 <= index < self.num_batches:
-      raise IndexError(f"batch {index} of {self.num_batches}")
     rng = np.random.default_rng(np.random.SeedSequence((self.seed, index)))
     tokens, lengths_N, prompts_N, rows_N = self._fill(rng)
     first, last = np.searchsorted(rows_N, (self._rows.start, self._rows.stop))
@@ -130,7 +106,7 @@ class KeyValueSource:
       self.tokenizer.eos_id,
       self.tasks,
       self.any_prompt,
-      self._choice,
+      vars(self.options),
       [self.seed, self.batch_size, self.length, self.pack],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -138,14 +114,14 @@ class KeyValueSource:
   def _fill(self, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
     """Examples enough for all rows, as of `_generate`, and the row of each."""
     if not self.pack:
-      drawn = self._generate(rng, self.batch_size, self._choice)
+      drawn = self._generate(rng, self.batch_size, self.options)
       return *drawn, np.arange(self.batch_size)
     # Rows end with a gap of about half an example.
     gaps = self.batch_size * min(self._mean_length, self.length) / 2
     missing, parts = 1.02 * (self.batch_size * self.length - gaps), []
     while True:
       count = int(missing / self._mean_length) + 8
-      parts.append(self._generate(rng, count, self._choice))
+      parts.append(self._generate(rng, count, self.options))
       drawn = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
       rows_N = packing.pack_rows([(drawn[1], self.length)], pack=True)
       # A row is full only when an example has gone to the row after it.
@@ -154,23 +130,20 @@ class KeyValueSource:
       missing = (self.batch_size - rows_N[-1]) * self.length
 
   def _generate(
-    self, rng: np.random.Generator, n: int, choice: dict[str, int | str]
+    self, rng: np.random.Generator, n: int, options: ExpressionOptions
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens of n examples, their lengths and those of BOS and prompt."""
-    expressions = key_values.sample_expressions(rng, self.kv, n, **choice)
+    sample = functools.partial(key_values.sample_expressions, rng, self.kv)
+    expressions_NW = sample(n, options)
     tasks_N = rng.choice(len(TASKS), size=n, p=self._weights)
-    numeric = np.flatnonzero(TASK_ASKED[tasks_N] != "keys")
-    if choice["keys"] != "all" and len(numeric):
-      any_keys = choice | {"keys": "all"}
-      numbers = key_values.sample_expressions(
-        rng, self.kv, len(numeric), **any_keys
-      )
-      expressions.replace(numeric, numbers)
-    prompts_N = TASK_PROMPTS[tasks_N]
+    numeric = np.flatnonzero(key_value_text.TASK_ASKED[tasks_N] != "keys")
+    if options.keys != "all" and len(numeric):
+      any_keys = dataclasses.replace(options, keys="all")
+      expressions_NW[numeric] = sample(len(numeric), any_keys)
+    prompts_N = key_value_text.TASK_PROMPTS[tasks_N]
     if self.any_prompt:
-      prompts_N = rng.integers(len(PROMPTS), size=n)
-    names = key_values.unrelated(rng, self.kv, expressions)
-    parts = self._table.examples(expressions, tasks_N, prompts_N, names)
+      prompts_N = rng.integers(len(key_value_text.PROMPTS), size=n)
+    parts = self._table.examples(rng, expressions_NW, tasks_N, prompts_N)
     words_NW = np.concatenate(parts, axis=1)
     lengths_NW = self._tokens.lengths_N[words_NW]
     lengths_N = lengths_NW.sum(axis=1)
@@ -187,7 +160,9 @@ class KeyValueSource:
   def _check_tokens(self) -> float:
     """Compares words and tokenizer; returns the mean length in tokens."""
     tokens, lengths_N, prompts_N = self._generate(
-      np.random.default_rng(self.seed), _CHECKED, self._choice | {"part": "any"}
+      np.random.default_rng(self.seed),
+      _CHECKED,
+      dataclasses.replace(self.options, part="any"),
     )
     special = {self.tokenizer.bos_id, self.tokenizer.eos_id}
     examples = np.split(tokens, np.cumsum(lengths_N)[:-1])

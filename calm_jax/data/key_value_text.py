@@ -19,6 +19,7 @@ saying how the models tell the tasks apart.
 Dimension letters: N examples, W words of each.
 """
 
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ import numpy as np
 from calm_jax.core.errors import InputError, check_choice
 from calm_jax.data import key_values
 from calm_jax.data.examples import TextExample
-from calm_jax.data.key_values import OPERATORS, Expressions, KeyDictionary
+from calm_jax.data.key_values import OPERATORS, KeyDictionary
 from calm_jax.text.tokenizer import Tokenizer, train_sentencepiece
 
 
@@ -65,119 +66,108 @@ TASK_ASKED, _GIVEN, _STEPS, _RESULT = (
   for field in ("asked", "given", "steps", "result")
 )
 NO_WORD, BOS, EOS = range(3)
+_BASE_11 = ("", *"0123456789")
 
 
 class WordTable:
   """The words of the task, and examples as rows of their numbers.
 
   Attributes:
-    words: prompts, operators, "=", keys, values and the digits of results; ""
-      for `NO_WORD`, `BOS` and `EOS`, which are the first three.
+    words: "" for `NO_WORD`, `BOS` and `EOS`, which are the first three; then
+      prompts, operators, "=", keys, values and the digits of results.
   """
 
   def __init__(self, kv: KeyDictionary, group: int = 1):
     """Results are cut from the left, into words of `group` digits."""
-    self.words, self._kv, self._group = ["", "", ""], kv, group
-
-    def add(words) -> int:
-      first = len(self.words)
-      self.words.extend(words)
-      return first
-
-    self._prompts, self._operators = add(PROMPTS), add(OPERATORS)
-    self._equals, self._keys = add("="), add(kv.keys)
-    self._values = add(map(str, kv.values))
-    # First word of the chunks of 0, 1, .. digits.
-    chunks = [
-      add(f"{value:0{n}d}" for value in range(10**n))
-      for n in range(1, group + 1)
-    ]
-    self._chunks = np.array([NO_WORD, *chunks])
+    self._kv, self._group = kv, group
+    parts = [[""] * 3, PROMPTS, OPERATORS, "=", kv.keys, map(str, kv.values)]
+    # A group is a number of base 11, whose 0 stands behind the last digit.
+    parts.append(map("".join, itertools.product(_BASE_11, repeat=group)))
+    parts = list(map(list, parts))
+    self.words = list(itertools.chain(*parts))
+    starts = itertools.accumulate(map(len, parts[1:-1]), initial=3)
+    # The first word of each part.
+    self._prompts, self._operators, self._equals, *starts = starts
+    self._keys, self._values, self._results = starts
 
   def examples(
     self,
-    expressions: Expressions,
+    rng: np.random.Generator,
+    expressions_NW: np.ndarray,
     tasks_N: np.ndarray,
     prompts_N: np.ndarray,
-    names: Expressions,
   ) -> tuple[np.ndarray, np.ndarray]:
     """Words [N, W] of the prompts with BOS, and of the completions with EOS.
 
-    Tasks and prompts are indices into `TASKS` and `PROMPTS`; `names` are the
-    expressions over other keys, from `unrelated`.
+    Tasks and prompts are indices into `TASKS` and `PROMPTS`; `rng` draws the
+    unrelated names.
     """
 
-    def where(chosen_N, words, others=NO_WORD):
-      return np.where(chosen_N[:, None], words, others)
+    def where(chosen_N, words):
+      return np.where(chosen_N[:, None], words, NO_WORD)
 
     given_N, steps_N, result_N = (
       column[tasks_N] for column in (_GIVEN, _STEPS, _RESULT)
     )
-    asked_N, always_N = TASK_ASKED[tasks_N], np.full(len(tasks_N), True)
-    values_NW = self._terms(expressions, self._values)
-    names_NW = self._terms(names, self._keys)
-    asked_NW = where(asked_N == "names", names_NW, values_NW)
-    keys_NW = self._terms(expressions, self._keys)
+    asked_N1, all_N = TASK_ASKED[tasks_N][:, None], np.full(len(tasks_N), True)
+    keys_NT = expressions_NW[:, ::2]
+    names_NT = rng.integers(len(self._kv.keys), size=keys_NT.shape)
+    keys_NW = self._terms(expressions_NW, self._keys)
+    values_NW = self._terms(expressions_NW, self._values)
+    names_NW = keys_NW.copy()
+    names_NW[:, ::2] = np.where(keys_NT < 0, NO_WORD, self._keys + names_NT)
     prompt = (
-      where(always_N, BOS),
+      where(all_N, BOS),
       self._prompts + prompts_N[:, None],
-      where(asked_N == "keys", keys_NW, asked_NW),
-      where(always_N, self._equals),
+      np.select(
+        [asked_N1 == "keys", asked_N1 == "names"],
+        [keys_NW, names_NW],
+        values_NW,
+      ),
+      where(all_N, self._equals),
       where(given_N, values_NW),
       where(given_N, self._equals),
     )
     completion = (
       where(steps_N, values_NW),
       where(steps_N & result_N, self._equals),
-      self._results(expressions, result_N),
-      where(always_N, EOS),
+      self._result_words(expressions_NW, result_N),
+      where(all_N, EOS),
     )
     return np.concatenate(prompt, axis=1), np.concatenate(completion, axis=1)
 
-  def _terms(self, expressions: Expressions, first: int) -> np.ndarray:
+  def _terms(self, expressions_NW: np.ndarray, first: int) -> np.ndarray:
     """Words of expressions, whose terms are words from `first` on."""
-    ids, operators = expressions.key_ids, expressions.operators
-    words = np.empty((len(ids), 2 * ids.shape[1] - 1), np.int64)
-    words[:, ::2] = np.where(ids < 0, NO_WORD, first + ids)
-    words[:, 1::2] = np.where(
-      operators < 0, NO_WORD, self._operators + operators
-    )
-    return words
+    firsts_W = np.full(expressions_NW.shape[1], self._operators)
+    firsts_W[::2] = first
+    return np.where(expressions_NW < 0, NO_WORD, firsts_W + expressions_NW)
 
-  def _results(self, expressions: Expressions, wanted_N) -> np.ndarray:
+  def _result_words(self, expressions_NW, wanted_N) -> np.ndarray:
     """Sign and digits of the results, `NO_WORD` where not wanted."""
-    results = key_values.evaluate(self._kv, expressions[wanted_N])
-    digits = self._numbers(abs(results))
-    words = np.full((len(wanted_N), 1 + digits.shape[1]), NO_WORD)
+    results = key_values.evaluate(self._kv, expressions_NW[wanted_N])
+    width = len(str(abs(results).max(initial=0)))
+    count = -(-width // self._group)
+    texts = abs(results).astype(f"U{count * self._group}")
+    characters = texts.view(np.uint32).astype(np.int64)
+    codes = np.maximum(characters - ord("0") + 1, 0)
+    codes = codes.reshape(len(texts), count, self._group)
+    groups = codes @ 11 ** np.arange(self._group)[::-1]
     minus = self._operators + OPERATORS.index("-")
+    words = np.full((len(wanted_N), 1 + count), NO_WORD)
     words[wanted_N, 0] = np.where(results < 0, minus, NO_WORD)
-    words[wanted_N, 1:] = digits
+    words[wanted_N, 1:] = self._results + groups
     return words
-
-  def _numbers(self, magnitudes_N: np.ndarray) -> np.ndarray:
-    """Words of numbers, chunks of `group` digits from the left."""
-    count, group = len(magnitudes_N), self._group
-    width = len(str(magnitudes_N.max(initial=0)))
-    width += -width % group
-    # The characters of a number, from the left, and then zeros.
-    codes = magnitudes_N.astype(f"U{width}").view(np.uint32).astype(np.int64)
-    codes = codes.reshape(count, width // group, group)
-    value = np.zeros(codes.shape[:2], np.int64)
-    for j in range(group):
-      digit = codes[..., j] - ord("0")
-      value = np.where(digit < 0, value, 10 * value + digit)
-    return self._chunks[(codes > 0).sum(axis=2)] + value
 
 
 def make_examples(
-  kv: KeyDictionary, expressions: Expressions, task: str
+  kv: KeyDictionary, expressions_NW: np.ndarray, task: str
 ) -> list[TextExample]:
   """The expressions, drawn from a dictionary, as text of one of `TASKS`."""
   check_choice("task", task, list(TASKS))
-  table, count = WordTable(kv), len(expressions)
+  table, count = WordTable(kv), len(expressions_NW)
   tasks_N = np.full(count, list(TASKS).index(task))
-  names = key_values.unrelated(np.random.default_rng(count), kv, expressions)
-  parts = table.examples(expressions, tasks_N, TASK_PROMPTS[tasks_N], names)
+  rng = np.random.default_rng(count)
+  parts = table.examples(rng, expressions_NW, tasks_N, TASK_PROMPTS[tasks_N])
   prompts, completions = (
     ["".join(table.words[word] for word in row) for row in words_NW.tolist()]
     for words_NW in parts
@@ -244,9 +234,12 @@ def train_tokenizer(
 
 def _training_texts(kv: KeyDictionary, seed: int) -> list[str]:
   rng = np.random.default_rng(seed)
-  drawn = key_values.sample_expressions(rng, kv, 1000, min_terms=1, max_terms=6)
+  options = key_values.ExpressionOptions(min_terms=1, max_terms=6)
+  drawn_NW = key_values.sample_expressions(rng, kv, 1000, options)
   texts = [f"subs:{key}={v}" for key, v in zip(kv.keys, kv.values, strict=True)]
   for task in TASKS:
-    texts += [e.prompt + e.completion for e in make_examples(kv, drawn, task)]
+    texts += [
+      e.prompt + e.completion for e in make_examples(kv, drawn_NW, task)
+    ]
   # A small dictionary may lack a digit or an operator.
   return [*texts, f"math:0123456789{OPERATORS}="]

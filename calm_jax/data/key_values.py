@@ -1,6 +1,8 @@
 """The key-value task (§4.1): a dictionary of keys, and expressions over them.
 
-Dimension letters: N expressions, T terms of the longest one.
+N expressions of up to T terms are one array `expressions_NW`, int64 with 2T-1
+columns: an index into `KeyDictionary.keys`, one into `OPERATORS`, the next
+key, and so on; -1 stands beyond an expression's end.
 """
 
 import dataclasses
@@ -38,33 +40,50 @@ class KeyDictionary:
     return digest.hexdigest()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Expressions:
-  """N expressions of up to T terms; -1 stands beyond an expression's end.
+@dataclasses.dataclass(frozen=True)
+class ExpressionOptions:
+  """Which expressions D_KV-EXP (§4.1) to draw.
+
+  A hash of the expression reserves 1/16 of all for evaluation, so the parts
+  are disjoint for any seeds. An expression of one term is a line of the
+  dictionary D_KV: the augmenting model must see all of them to know its keys,
+  so none is ever reserved.
 
   Attributes:
-    key_ids: int64 [N, T], indices into `KeyDictionary.keys`.
-    operators: int64 [N, T-1], indices into `OPERATORS`.
-    num_terms: int64 [N].
+    operators: characters of "+-*".
+    keys: "all"; "held_in"; "held_out"; or "mixed", where one held-in and one
+      held-out key are at random places and the others are any key.
+    part: "train" and "any" repeat expressions; "eval" draws distinct ones.
   """
 
-  key_ids: np.ndarray
-  operators: np.ndarray
-  num_terms: np.ndarray
+  min_terms: int
+  max_terms: int
+  operators: str = OPERATORS
+  keys: str = "all"
+  part: str = "train"
 
-  def __len__(self) -> int:
-    return len(self.num_terms)
-
-  def __getitem__(self, rows) -> "Expressions":
-    """The expressions at a slice, a mask or an array of indices."""
-    columns = self.key_ids, self.operators, self.num_terms
-    return Expressions(*(column[rows] for column in columns))
-
-  def replace(self, rows: np.ndarray, others: "Expressions") -> None:
-    """Puts other expressions in the place of those at some indices."""
-    self.key_ids[rows] = others.key_ids
-    self.operators[rows] = others.operators
-    self.num_terms[rows] = others.num_terms
+  def __post_init__(self):
+    check_choice("part", self.part, ("train", "eval", "any"))
+    least, operators = self.min_terms, self.operators
+    terms, found = f"min_terms {least}", f"operators {operators!r}"
+    if not 1 <= least <= self.max_terms:
+      problem = (
+        f"{terms} and max_terms {self.max_terms}: expected 1 <= min <= max"
+      )
+    elif not operators or set(operators) - set(OPERATORS):
+      problem = f"{found}: expected some of {OPERATORS!r}"
+    elif len(set(operators)) < len(operators):
+      problem = f"{found}: one of them is repeated"
+    elif self.part == "eval" and least < 2:
+      problem = (
+        f"{terms} with part eval: single keys are the dictionary and are never"
+        " held back; set min_terms to 2 or more, or part to any"
+      )
+    elif self.keys == "mixed" and least < 2:
+      problem = f"{terms}: mixed keys need at least 2 terms"
+    else:
+      return
+    raise InputError(problem)
 
 
 def make_dictionary(
@@ -100,78 +119,78 @@ def sample_expressions(
   rng: np.random.Generator,
   kv: KeyDictionary,
   n: int,
-  *,
-  min_terms: int,
-  max_terms: int,
-  operators: str | tuple[str, ...] = OPERATORS,
-  keys: str = "all",
-  part: str = "train",
-) -> Expressions:
-  """Draws `n` expressions D_KV-EXP (§4.1).
+  options: ExpressionOptions,
+) -> np.ndarray:
+  """Draws `n` expressions, uniform in numbers of terms, operators and keys.
 
-  Numbers of terms, operators and keys are uniform. A hash of the expression
-  reserves 1/16 of all for evaluation, so the parts are disjoint for any seeds.
-  An expression of one term is a line of the dictionary D_KV: the augmenting
-  model must see all of them to know its keys, so none is ever reserved.
-
-  Args:
-    rng, kv, n: the source of randomness, the dictionary, and how many.
-    min_terms, max_terms, operators: of each expression; characters of "+-*".
-    keys: "all"; "held_in"; "held_out"; or "mixed", where one held-in and one
-      held-out key are at random places and the others are any key.
-    part: "train" and "any" repeat expressions; "eval" draws distinct ones.
-
-  Raises:
-    InputError: an unknown choice, or not as many expressions exist.
+  InputError is raised if there are no such keys or too few expressions.
   """
-  _check(min_terms, max_terms, operators, keys, part)
-  pools = _pools(kv, keys)
-  codes = np.array([OPERATORS.index(c) for c in operators])
-  if part == "eval":
-    return _draw_distinct(rng, n, (min_terms, max_terms), codes, pools)
-  num_terms = rng.integers(min_terms, max_terms + 1, size=n)
-  drawn = _draw(rng, num_terms, max_terms, codes, pools)
-  if part == "any":
-    return drawn
-  bad = np.flatnonzero(is_eval(drawn))
+  if options.part == "eval":
+    return _draw_reserved(rng, kv, n, options)
+  num_terms_N = _draw_num_terms(rng, n, options)
+  drawn_NW = _draw(rng, kv, num_terms_N, options)
+  if options.part == "any":
+    return drawn_NW
+  bad = np.flatnonzero(is_eval(drawn_NW))
   for _ in range(10 * _PATIENCE):
     if not len(bad):
-      return drawn
+      return drawn_NW
     # The number of terms is kept, so that rejection does not skew it.
-    again = _draw(rng, num_terms[bad], max_terms, codes, pools)
-    drawn.replace(bad, again)
-    bad = bad[is_eval(again)]
+    drawn_NW[bad] = _draw(rng, kv, num_terms_N[bad], options)
+    bad = bad[is_eval(drawn_NW[bad])]
   raise InputError(
-    f"all expressions of {num_terms[bad[0]]} terms over {keys} keys are"
-    " reserved for evaluation: use more keys, terms or operators"
+    f"all expressions of {num_terms_N[bad[0]]} terms over {options.keys} keys"
+    " are reserved for evaluation: use more keys, terms or operators"
   )
 
 
-def _check(min_terms, max_terms, operators, keys, part) -> None:
-  check_choice("part", part, ("train", "eval", "any"))
-  terms, found = f"min_terms {min_terms}", f"operators {operators!r}"
-  if not 1 <= min_terms <= max_terms:
-    problem = f"{terms} and max_terms {max_terms}: expected 1 <= min <= max"
-  elif not operators or set(operators) - set(OPERATORS):
-    problem = f"{found}: expected some of {OPERATORS!r}"
-  elif len(set(operators)) < len(operators):
-    problem = f"{found}: one of them is repeated"
-  elif part == "eval" and min_terms < 2:
-    problem = (
-      f"{terms} with part eval: single keys are the dictionary and are never"
-      " held back; set min_terms to 2 or more, or part to any"
+def _draw_reserved(rng, kv, n, options) -> np.ndarray:
+  """Draws `n` different expressions that are reserved for evaluation."""
+  drawn_NW, idle = np.zeros((0, 2 * options.max_terms - 1), np.int64), 0
+  while len(drawn_NW) < n and idle < _PATIENCE:
+    # 1 in 16 is kept; the floor lets small spaces be exhausted.
+    count = max(1 << 14, 20 * (n - len(drawn_NW)))
+    new_NW = _draw(rng, kv, _draw_num_terms(rng, count, options), options)
+    joined_NW = np.concatenate([drawn_NW, new_NW[is_eval(new_NW)]])
+    _, first = np.unique(joined_NW, axis=0, return_index=True)
+    idle = idle + 1 if len(first) == len(drawn_NW) else 0
+    drawn_NW = joined_NW[np.sort(first)]
+  if len(drawn_NW) < n:
+    raise InputError(
+      f"only {len(drawn_NW)} expressions of {options.min_terms} to"
+      f" {options.max_terms} terms are reserved for evaluation, {n} asked for:"
+      " ask for fewer, or use more keys, terms or operators"
     )
-  elif keys == "mixed" and min_terms < 2:
-    problem = f"{terms}: mixed keys need at least 2 terms"
-  else:
-    return
-  raise InputError(problem)
+  return drawn_NW[:n]
+
+
+def _draw_num_terms(rng, n: int, options: ExpressionOptions) -> np.ndarray:
+  return rng.integers(options.min_terms, options.max_terms + 1, size=n)
+
+
+def _draw(rng, kv, num_terms_N, options) -> np.ndarray:
+  """Draws an expression of each of these numbers of terms."""
+  n, terms = len(num_terms_N), options.max_terms
+  any_place, *chosen_places = _pools(kv, options.keys)
+  keys_NT = any_place[rng.integers(len(any_place), size=(n, terms))]
+  if chosen_places:
+    first = rng.integers(num_terms_N)
+    # A step of 1..num_terms-1 lands on any other place.
+    second = (first + rng.integers(1, num_terms_N)) % num_terms_N
+    for place, pool in zip((first, second), chosen_places, strict=True):
+      keys_NT[np.arange(n), place] = pool[rng.integers(len(pool), size=n)]
+  codes = np.array([OPERATORS.index(c) for c in options.operators])
+  drawn_NW = np.empty((n, 2 * terms - 1), np.int64)
+  drawn_NW[:, ::2] = keys_NT
+  drawn_NW[:, 1::2] = codes[rng.integers(len(codes), size=(n, terms - 1))]
+  drawn_NW[np.arange(2 * terms - 1) > 2 * num_terms_N[:, None] - 2] = -1
+  return drawn_NW
 
 
 def _pools(kv: KeyDictionary, keys: str) -> tuple[np.ndarray, ...]:
   """Key ids that any place, one place and another place are drawn from."""
   everything = np.arange(len(kv.keys))
-  held_in, held_out = everything[kv.held_in], everything[~kv.held_in]
+  held_in, held_out = np.flatnonzero(kv.held_in), np.flatnonzero(~kv.held_in)
   pools = {"all": (everything,), "held_in": (held_in,), "held_out": (held_out,)}
   pools["mixed"] = (everything, held_in, held_out)
   check_choice("keys", keys, list(pools))
@@ -183,68 +202,23 @@ def _pools(kv: KeyDictionary, keys: str) -> tuple[np.ndarray, ...]:
   return pools[keys]
 
 
-def _draw(rng, num_terms, max_terms, codes, pools) -> Expressions:
-  n = len(num_terms)
-  places = np.arange(max_terms)
-  key_ids = pools[0][rng.integers(len(pools[0]), size=(n, max_terms))]
-  if len(pools) > 1:
-    first = rng.integers(num_terms)
-    # A step of 1..num_terms-1 lands on any other place.
-    second = (first + rng.integers(1, num_terms)) % num_terms
-    for place, pool in zip((first, second), pools[1:], strict=True):
-      key_ids[np.arange(n), place] = pool[rng.integers(len(pool), size=n)]
-  operators = codes[rng.integers(len(codes), size=(n, max_terms - 1))]
-  key_ids = np.where(places < num_terms[:, None], key_ids, -1)
-  operators = np.where(places[1:] < num_terms[:, None], operators, -1)
-  return Expressions(key_ids, operators, num_terms)
+def num_terms(expressions_NW: np.ndarray) -> np.ndarray:
+  """The number of keys in each expression, int64 [N]."""
+  return (expressions_NW[:, ::2] >= 0).sum(axis=1)
 
 
-def _draw_distinct(rng, n, span, codes, pools) -> Expressions:
-  """Draws `n` different expressions that are reserved for evaluation."""
-  low, high = span
-  rows, idle = np.zeros((0, 2 * high), np.int64), 0
-  while len(rows) < n and idle < _PATIENCE:
-    # 1 in 16 is kept; the floor lets small spaces be exhausted.
-    draws = max(1 << 14, 20 * (n - len(rows)))
-    num_terms = rng.integers(low, high + 1, size=draws)
-    drawn = _draw(rng, num_terms, high, codes, pools)
-    drawn = drawn[is_eval(drawn)]
-    columns = drawn.key_ids, drawn.operators, drawn.num_terms[:, None]
-    joined = np.concatenate([rows, np.concatenate(columns, axis=1)])
-    _, first = np.unique(joined, axis=0, return_index=True)
-    idle = idle + 1 if len(first) == len(rows) else 0
-    rows = joined[np.sort(first)]
-  if len(rows) < n:
-    raise InputError(
-      f"only {len(rows)} expressions of {low} to {high} terms are reserved for"
-      f" evaluation, {n} asked for: ask for fewer, or use more keys, terms or"
-      " operators"
-    )
-  return Expressions(rows[:n, :high], rows[:n, high:-1], rows[:n, -1])
-
-
-def unrelated(
-  rng: np.random.Generator, kv: KeyDictionary, expressions: Expressions
-) -> Expressions:
-  """Replaces every key of the expressions by any key, at random."""
-  drawn = rng.integers(len(kv.keys), size=expressions.key_ids.shape)
-  return dataclasses.replace(
-    expressions, key_ids=np.where(expressions.key_ids < 0, -1, drawn)
-  )
-
-
-def is_eval(expressions: Expressions) -> np.ndarray:
+def is_eval(expressions_NW: np.ndarray) -> np.ndarray:
   """bool [N], True for expressions reserved for evaluation."""
+  columns_WN = np.ascontiguousarray(expressions_NW.T)  # Quicker.
+  num_terms_N = (columns_WN[::2] >= 0).sum(axis=0)
   with np.errstate(over="ignore"):
-    hash_N = _mix(expressions.num_terms.astype(np.uint64))
-    for j in range(expressions.key_ids.shape[1]):
-      columns = [expressions.key_ids[:, j]]
-      if j:
-        columns.append(expressions.operators[:, j - 1])
-      for column in columns:
-        mixed = _mix(hash_N ^ (column + 1).astype(np.uint64))
-        hash_N = np.where(j < expressions.num_terms, mixed, hash_N)
-  return (hash_N >> np.uint64(60) == 0) & (expressions.num_terms > 1)
+    hash_N = _mix(num_terms_N.astype(np.uint64))
+    for j in range(0, len(columns_WN), 2):
+      # Each key goes before the operator in front of it.
+      for column_N in columns_WN[max(j - 1, 0) : j + 1][::-1]:
+        mixed_N = _mix(hash_N ^ (column_N + 1).astype(np.uint64))
+        hash_N = np.where(column_N < 0, hash_N, mixed_N)
+  return (hash_N >> np.uint64(60) == 0) & (num_terms_N > 1)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -255,35 +229,33 @@ def _mix(x: np.ndarray) -> np.ndarray:
   return x ^ (x >> np.uint64(31))
 
 
-def evaluate(kv: KeyDictionary, expressions: Expressions) -> np.ndarray:
+def evaluate(kv: KeyDictionary, expressions_NW: np.ndarray) -> np.ndarray:
   """Exact results [N], × before + and −.
 
   They are int64 where all that is summed fits, else Python integers in an array
   of dtype object (25,000^6 does not fit).
   """
+  keys_NT, codes = expressions_NW[:, ::2], expressions_NW[:, 1::2]
   # An absent term multiplies by 1, which changes nothing.
-  present = expressions.key_ids >= 0
-  values_NT = np.where(present, kv.values[expressions.key_ids], 1)
-  codes = np.where(expressions.operators < 0, _TIMES, expressions.operators)
+  values_NT = np.where(keys_NT < 0, 1, kv.values[keys_NT])
+  codes = np.where(codes < 0, _TIMES, codes)
   all_plus = np.where(codes == _MINUS, _PLUS, codes)
-  bounds = _sum_products(values_NT.astype(np.float64), all_plus)
-  big = np.flatnonzero(bounds >= 2.0**62)  # Safely within int64.
+  bounds_N = _sum_products(values_NT.astype(np.float64), all_plus)
+  big = np.flatnonzero(bounds_N >= 2.0**62)  # Safely within int64.
   with np.errstate(over="ignore"):
-    results = _sum_products(values_NT, codes)
+    results_N = _sum_products(values_NT, codes)
   if len(big):
-    results = results.astype(object)
-    results[big] = _sum_products(values_NT[big].astype(object), codes[big])
-  return results
+    results_N = results_N.astype(object)
+    results_N[big] = _sum_products(values_NT[big].astype(object), codes[big])
+  return results_N
 
 
 def _sum_products(values_NT: np.ndarray, codes: np.ndarray) -> np.ndarray:
-  total = np.zeros_like(values_NT[:, 0])
-  product = values_NT[:, 0]
-  for j in range(codes.shape[1]):
-    value, code = values_NT[:, j + 1], codes[:, j]
+  total_N, product_N = 0, values_NT[:, 0]
+  for value_N, code_N in zip(values_NT.T[1:], codes.T, strict=True):
+    is_factor_N = code_N == _TIMES
+    total_N = total_N + np.where(is_factor_N, 0, product_N)
     # The sign travels with the first factor of the product that it precedes.
-    total = np.where(code == _TIMES, total, total + product)
-    product = np.where(
-      code == _TIMES, product * value, np.where(code == _MINUS, -value, value)
-    )
-  return total + product
+    signed_N = np.where(code_N == _MINUS, -value_N, value_N)
+    product_N = np.where(is_factor_N, product_N * value_N, signed_N)
+  return total_N + product_N

@@ -8,6 +8,7 @@ import numpy as np
 from calm_jax.core import files
 from calm_jax.data import key_value_text, key_values
 from calm_jax.data.key_value_source import KeyValueSource
+from calm_jax.data.key_values import ExpressionOptions
 from calm_jax.evals.exact_match import exact_match
 from calm_jax.experiments.base import Models
 from calm_jax.language_model import LanguageModel
@@ -84,20 +85,24 @@ class KeyValueExperiment:
   def source(self, stage: Stage, model: LanguageModel, seed: int, share=(0, 1)):
     """An endless mixture of the stage's tasks; see `KeyValueSource`."""
     del model
-    options = {
-      name: getattr(self.task, name) if value is None else value
-      for name, value in vars(stage.data).items()
-    }
+    data, options = stage.data, {}
+    for field in dataclasses.fields(ExpressionOptions):
+      value = getattr(data, field.name)
+      options[field.name] = (
+        getattr(self.task, field.name) if value is None else value
+      )
     return KeyValueSource(
       self.kv,
       self.tokenizer,
-      options.pop("tasks"),
+      data.tasks,
+      ExpressionOptions(**options),
       seed=seed,
       batch_size=stage.batch_size,
       length=stage.length,
+      any_prompt=data.any_prompt,
+      pack=data.pack,
       process_index=share[0],
       process_count=share[1],
-      **options,
     )
 
   def eval_batches(self, stage: Stage, model: LanguageModel) -> list:
@@ -136,17 +141,14 @@ class KeyValueExperiment:
       "examples": self.task.num_examples,
     }
 
-  def _expressions(self, split: str):
+  def _expressions(self, split: str) -> np.ndarray:
     task = self.task
+    options = ExpressionOptions(
+      task.min_terms, task.max_terms, task.operators, keys=split, part="eval"
+    )
+    rng = np.random.default_rng((_TEST_SEED, self.seed))
     return key_values.sample_expressions(
-      np.random.default_rng((_TEST_SEED, self.seed)),
-      self.kv,
-      task.num_examples,
-      min_terms=task.min_terms,
-      max_terms=task.max_terms,
-      operators=task.operators,
-      keys=split,
-      part="eval",
+      rng, self.kv, task.num_examples, options
     )
 
   def _longest_answer(self) -> int:
@@ -166,7 +168,7 @@ class KeyValueExperiment:
       [example.prompt for example in examples],
       [example.completion for example in examples],
       lambda prompts: model.generate(prompts, length, batch_size=_EVAL_ROWS),
-      num_terms=expressions.num_terms.tolist(),
+      num_terms=key_values.num_terms(expressions).tolist(),
     )
     files.write_json_lines(self.workdir / "predictions" / file, rows)
     return round(accuracy, 2)

@@ -17,7 +17,7 @@ from calm_jax.data.key_value_text import (
   train_tokenizer,
 )
 from calm_jax.data.key_values import (
-  Expressions,
+  ExpressionOptions,
   evaluate,
   is_eval,
   make_dictionary,
@@ -34,16 +34,13 @@ def tokenizer(tmp_path_factory):
   return train_tokenizer(KV, tmp_path_factory.mktemp("kv") / "tokenizer")
 
 
-def source(tokenizer, tasks=("kv_math",), kv=KV, **changes):
-  settings = {
-    "seed": 3,
-    "batch_size": 8,
-    "length": 48,
-    "min_terms": 2,
-    "max_terms": 3,
-  }
+OPTIONS = ExpressionOptions(2, 3)
+
+
+def source(tokenizer, tasks=("kv_math",), kv=KV, options=OPTIONS, **changes):
+  settings = {"seed": 3, "batch_size": 8, "length": 48} | changes
   weights = dict.fromkeys(tasks, 1.0)
-  return KeyValueSource(kv, tokenizer, weights, **settings | changes)
+  return KeyValueSource(kv, tokenizer, weights, options, **settings)
 
 
 def segments_of(batch):
@@ -76,8 +73,7 @@ def segments_of(batch):
 
 
 def test_texts_of_the_tasks():
-  ids = np.array([[0, 1, -1], [2, 3, 4]])
-  drawn = Expressions(ids, np.array([[0, -1], [1, 2]]), np.array([2, 3]))
+  drawn = np.array([[0, 0, 1, -1, -1], [2, 1, 3, 2, 4]])
   a, b, c, d, e = KV.keys[:5]
   v, w, x, y, z = (int(value) for value in KV.values[:5])
 
@@ -154,9 +150,8 @@ def test_tokens_equal_the_tokenizer(tmp_path, keys, digits):
 
 def test_big_results_equal_the_tokenizer(tmp_path):
   made = train_tokenizer(BIG_KV, tmp_path / "t", digits="grouped")
-  batches = source(
-    made, kv=BIG_KV, max_terms=6, operators="*", batch_size=64, pack=False
-  )
+  options = ExpressionOptions(2, 6, "*")
+  batches = source(made, kv=BIG_KV, options=options, batch_size=64, pack=False)
   values = dict(zip(BIG_KV.keys, BIG_KV.values.tolist(), strict=True))
   longest = 0
   for prompt, completion in segments_of(batches[0]):
@@ -170,7 +165,7 @@ def test_big_results_equal_the_tokenizer(tmp_path):
 def test_same_examples_as_the_texts(tokenizer):
   batch = source(tokenizer, ["kv_subs"], pack=False, batch_size=50)[7]
   rng = np.random.default_rng(np.random.SeedSequence((3, 7)))
-  drawn = sample_expressions(rng, KV, 50, min_terms=2, max_terms=3)
+  drawn = sample_expressions(rng, KV, 50, OPTIONS)
   assert [
     (tokenizer.decode(p), tokenizer.decode(c)) for p, c in segments_of(batch)
   ] == [(e.prompt, e.completion) for e in make_examples(KV, drawn, "kv_subs")]
@@ -207,8 +202,6 @@ def test_batches_follow_from_seed_and_index(tokenizer):
   assert (tokens != one[6].anchor.tokens).any()
   assert (tokens != other[5].anchor.tokens).any()
   assert one.fingerprint == same.fingerprint != other.fingerprint
-  with pytest.raises(IndexError):
-    source(tokenizer, num_batches=2)[2]
 
 
 @pytest.mark.parametrize("pack", [True, False])
@@ -237,21 +230,12 @@ def test_too_long_an_example(tokenizer):
 def test_bad_mixtures(tokenizer, tasks):
   with pytest.raises(InputError, match="task"):
     KeyValueSource(
-      KV,
-      tokenizer,
-      tasks,
-      seed=0,
-      batch_size=8,
-      length=48,
-      min_terms=2,
-      max_terms=3,
+      KV, tokenizer, tasks, OPTIONS, seed=0, batch_size=8, length=48
     )
 
 
 def test_a_tokenizer_that_merges_across_words(tmp_path):
-  drawn = sample_expressions(
-    np.random.default_rng(0), KV, 500, min_terms=2, max_terms=3
-  )
+  drawn = sample_expressions(np.random.default_rng(0), KV, 500, OPTIONS)
   texts = [e.prompt + e.completion for e in make_examples(KV, drawn, "kv_subs")]
   merging = train_sentencepiece(
     texts, tmp_path / "t", vocab_size=300, split_digits=False

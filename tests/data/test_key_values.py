@@ -6,10 +6,11 @@ import pytest
 from calm_jax.core.errors import InputError
 from calm_jax.data.key_value_text import make_examples
 from calm_jax.data.key_values import (
-  Expressions,
+  ExpressionOptions,
   evaluate,
   is_eval,
   make_dictionary,
+  num_terms,
   sample_expressions,
 )
 
@@ -19,14 +20,12 @@ def rng(seed=0):
 
 
 def as_set(expressions):
-  columns = [expressions.num_terms[:, None], expressions.key_ids]
-  rows = np.concatenate([*columns, expressions.operators], axis=1)
-  return set(map(tuple, rows.tolist()))
+  return set(map(tuple, expressions.tolist()))
 
 
 def draw(kv, n=2000, seed=0, **changes):
-  settings = {"min_terms": 2, "max_terms": 3}
-  return sample_expressions(rng(seed), kv, n, **settings | changes)
+  options = ExpressionOptions(**{"min_terms": 2, "max_terms": 3} | changes)
+  return sample_expressions(rng(seed), kv, n, options)
 
 
 @pytest.mark.parametrize("num_keys", [1, 20, 25_000])
@@ -62,12 +61,9 @@ def test_parts_are_disjoint_for_any_seed():
     assert not held_back & as_set(draw(kv, 20_000, seed=seed))
   # The reserved part does not depend on the widest expression of the draw.
   wide = draw(kv, 5000, max_terms=6, part="any")
-  short = wide[wide.num_terms == 2]
-  narrow = Expressions(
-    short.key_ids[:, :2], short.operators[:, :1], short.num_terms
-  )
+  short = wide[num_terms(wide) == 2]
   assert is_eval(short).any()
-  np.testing.assert_array_equal(is_eval(short), is_eval(narrow))
+  np.testing.assert_array_equal(is_eval(short), is_eval(short[:, :3]))
 
 
 def test_one_in_sixteen_is_reserved():
@@ -79,8 +75,8 @@ def test_one_in_sixteen_is_reserved():
 def test_single_keys_are_never_reserved():
   kv = make_dictionary(50, 0.2, seed=0)
   drawn = draw(kv, min_terms=1, max_terms=1)
-  assert set(drawn.key_ids[:, 0]) == set(range(50))
-  assert drawn.operators.shape == (2000, 0)
+  assert drawn.shape == (2000, 1)
+  assert set(drawn[:, 0]) == set(range(50))
   with pytest.raises(InputError, match="never held back"):
     draw(kv, 1, min_terms=1, part="eval")
 
@@ -88,11 +84,11 @@ def test_single_keys_are_never_reserved():
 def test_number_of_terms_is_uniform():
   kv = make_dictionary(50, 0.2, seed=0)
   drawn = draw(kv, 30_000, min_terms=3, max_terms=6)
-  counts = np.bincount(drawn.num_terms, minlength=7)[3:]
+  counts = np.bincount(num_terms(drawn), minlength=7)[3:]
   assert (abs(counts / 30_000 - 0.25) < 0.015).all()
   for j in range(6):
-    np.testing.assert_array_equal(drawn.key_ids[:, j] < 0, drawn.num_terms <= j)
-  np.testing.assert_array_equal(drawn.key_ids[:, 1:] < 0, drawn.operators < 0)
+    np.testing.assert_array_equal(drawn[:, 2 * j] < 0, num_terms(drawn) <= j)
+  np.testing.assert_array_equal(drawn[:, 2::2] < 0, drawn[:, 1::2] < 0)
 
 
 @pytest.mark.parametrize("part", ["train", "eval", "any"])
@@ -101,9 +97,9 @@ def test_key_subsets(part):
 
   def held_in(keys):
     drawn = draw(kv, 400, max_terms=4, keys=keys, part=part)
-    present = drawn.key_ids >= 0
-    inside = kv.held_in[drawn.key_ids] & present
-    return inside.sum(axis=1), drawn.num_terms
+    key_ids = drawn[:, ::2]
+    inside = kv.held_in[key_ids] & (key_ids >= 0)
+    return inside.sum(axis=1), num_terms(drawn)
 
   count, terms = held_in("held_in")
   assert (count == terms).all()
@@ -115,8 +111,8 @@ def test_key_subsets(part):
 
 def test_operators_are_those_asked_for():
   kv = make_dictionary(20, 0.2, seed=0)
-  drawn = draw(kv, 500, operators=("-", "*"))
-  assert set(drawn.operators.ravel().tolist()) == {-1, 1, 2}
+  drawn = draw(kv, 500, operators="-*")
+  assert set(drawn[:, 1::2].ravel().tolist()) == {-1, 1, 2}
 
 
 @pytest.mark.parametrize(
@@ -174,7 +170,6 @@ def test_results_equal_python(num_keys, max_terms):
 def test_the_largest_result():
   kv = make_dictionary(25_000, 0.2, seed=1)
   top = int(np.argmax(kv.values))
-  product = Expressions(
-    np.full((2, 6), top), np.array([[2] * 5, [1, 2, 2, 2, 2]]), np.array([6, 6])
-  )
+  product = np.full((2, 11), top)
+  product[:, 1::2] = [[2] * 5, [1, 2, 2, 2, 2]]
   assert list(evaluate(kv, product)) == [25_000**6, 25_000 - 25_000**5]

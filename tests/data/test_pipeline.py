@@ -24,7 +24,11 @@ from calm_jax.core.errors import InputError
 from calm_jax.data.examples import TextExample
 from calm_jax.data.key_value_source import KeyValueSource
 from calm_jax.data.key_value_text import make_examples, train_tokenizer
-from calm_jax.data.key_values import make_dictionary, sample_expressions
+from calm_jax.data.key_values import (
+  ExpressionOptions,
+  make_dictionary,
+  sample_expressions,
+)
 from calm_jax.data.pipeline import make_iterator
 
 
@@ -152,9 +156,9 @@ def test_hosts_share_the_global_batch(tokenizer):
 def key_value_source(tmp_path, **changes):
   kv = make_dictionary(20, 0.5, seed=0)
   made = train_tokenizer(kv, tmp_path / "kv")
-  settings = {"min_terms": 2, "max_terms": 3, "batch_size": 4, "length": 32}
+  settings = {"seed": 0, "batch_size": 4, "length": 32} | changes
   return KeyValueSource(
-    kv, made, {"kv_math": 1}, **{"seed": 0} | settings | changes
+    kv, made, {"kv_math": 1}, ExpressionOptions(2, 3), **settings
   )
 
 
@@ -257,9 +261,8 @@ def test_describe(tokenizer):
 def test_expressions_as_batches(tmp_path):
   kv = make_dictionary(20, 0.5, seed=0)
   made = train_tokenizer(kv, tmp_path / "kv")
-  drawn = sample_expressions(
-    np.random.default_rng(0), kv, 10, min_terms=2, max_terms=3, part="eval"
-  )
+  options = ExpressionOptions(2, 3, part="eval")
+  drawn = sample_expressions(np.random.default_rng(0), kv, 10, options)
   data = make_examples(kv, drawn, "kv_math")
   batches = one_pass(data, made, batch_size=5, length=32)
   rows = [row for batch in batches for row in texts_of(batch, made)]
