@@ -5,13 +5,13 @@ width, G = N / K queries of a key-value head.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from calm_jax.core.errors import InputError, check_choice
-from calm_jax.models.config import ATTENTIONS, ModelConfig, Placement
+from calm_jax.models.config import ATTENTIONS, ModelConfig
 from calm_jax.models.layers import at_least_float32
 
 Array = jax.Array
@@ -86,7 +86,7 @@ def attend(
   *,
   kernel: str = "xla",
   window: int | None = None,
-  place: Placement | None = None,
+  place: Any = None,
 ) -> Array:
   """Softmax attention, [B, L, N, H]; each key head serves N / K queries.
 
@@ -104,16 +104,21 @@ def attend(
       its own among them; all if None.
     place: the model's `Compute.place`.
   """
-  if isinstance(blocks[0][2], SegmentMask):
-    [block] = blocks
+  by_segments = isinstance(blocks[0][2], SegmentMask)
+  if kernel == "xla" and not by_segments:
+    return _xla(q_BLNH, blocks, scale, cap)
+  [block] = blocks
+  if by_segments:
     return _splash(q_BLNH, *block, window, scale, cap, place)
-  if kernel == "cudnn":
-    [block] = blocks
-    attend_rows = functools.partial(_cudnn, scale)
-    if place is not None:
-      attend_rows = functools.partial(place.attention, attend_rows)
-    return attend_rows(None, q_BLNH.swapaxes(1, 2), *block).swapaxes(1, 2)
-  return _xla(q_BLNH, blocks, scale, cap)
+  attend_rows = functools.partial(_cudnn, scale)
+  return _on_devices(place, attend_rows, None, q_BLNH.swapaxes(1, 2), *block)
+
+
+def _on_devices(place, function, kernel, *arrays) -> Array:
+  """Calls a kernel, [B, N, L, H], on each device's share: [B, L, N, H]."""
+  if place is None:
+    return function(kernel, *arrays).swapaxes(1, 2)
+  return place.attention(function, kernel, *arrays).swapaxes(1, 2)
 
 
 def _splash(q_BLNH, k_BKSH, v_BKSH, segments, window, scale, cap, place):
@@ -133,9 +138,8 @@ def _splash(q_BLNH, k_BKSH, v_BKSH, segments, window, scale, cap, place):
   q_BNLH = _padded(q_BLNH, unit).swapaxes(1, 2)
   k_BKSH, v_BKSH = _padded(k_BKSH, unit, 2), _padded(v_BKSH, unit, 2)
   shape = q_BNLH.shape[2], k_BKSH.shape[2]
-  if window is None:
-    mask = splash_lib.CausalMask(shape)
-  else:
+  mask = splash_lib.CausalMask(shape)
+  if window is not None and window < segments.keys.shape[1]:
     mask = splash_lib.LocalMask(shape, (window - 1, 0), 0)
   lengths = shape[0] // pieces, shape[1]
   block_q, block_kv = (max(b for b in _BLOCKS if n % b == 0) for n in lengths)
@@ -150,10 +154,8 @@ def _splash(q_BLNH, k_BKSH, v_BKSH, segments, window, scale, cap, place):
     q_seq_shards=pieces,
   )
   ids = _padded(segments.queries, unit), _padded(segments.keys, unit)
-  if place is not None:
-    attend_rows = functools.partial(place.attention, attend_rows)
-  out_BNLH = attend_rows(kernel, q_BNLH, k_BKSH, v_BKSH, *ids)
-  return out_BNLH.swapaxes(1, 2)[:, :L]
+  arrays = q_BNLH, k_BKSH, v_BKSH, *ids
+  return _on_devices(place, attend_rows, kernel, *arrays)[:, :L]
 
 
 def _padded(x: Array, unit: int, axis: int = 1) -> Array:
@@ -163,12 +165,10 @@ def _padded(x: Array, unit: int, axis: int = 1) -> Array:
   return jnp.pad(x, widths) if any(widths[axis]) else x
 
 
-def _cudnn(scale, _, q_BNLH, k_BKSH, v_BKSH, mask_B1LS):
+def _cudnn(scale, _kernel, q_BNLH, k_BKSH, v_BKSH, mask_B1LS):
   """`attend` by cuDNN's kernel; lengths are padded to whole tiles of it."""
   arrays = [x.swapaxes(1, 2) for x in (q_BNLH, k_BKSH, v_BKSH)]
-  L, S = mask_B1LS.shape[2:]
-  none, more_L, more_S = (0, 0), (0, -L % _TILE), (0, -S % _TILE)
-  mask_B1LS = jnp.pad(mask_B1LS, (none, none, more_L, more_S))
+  mask_B1LS = _padded(_padded(mask_B1LS, _TILE, 2), _TILE, 3)
   # A row that sees nothing, as those that are added, sees all: in a softmax of
   # nothing NaNs arise, which would reach the gradients of other rows.
   mask_B1LS |= ~mask_B1LS.any(axis=-1, keepdims=True)
@@ -176,7 +176,7 @@ def _cudnn(scale, _, q_BNLH, k_BKSH, v_BKSH, mask_B1LS):
   out_BLNH = jax.nn.dot_product_attention(
     q_BLNH, k_BSKH, v_BSKH, mask=mask_B1LS, scale=scale, implementation="cudnn"
   )
-  return out_BLNH[:, :L].swapaxes(1, 2)
+  return out_BLNH.swapaxes(1, 2)[:, :, : q_BNLH.shape[2]]
 
 
 def _xla(q_BLNH: Array, blocks, scale, cap) -> Array:
@@ -198,9 +198,8 @@ def _xla(q_BLNH: Array, blocks, scale, cap) -> Array:
     # Added, because the gradient of a choice is a pass of its own.
     bias_B1LS = jnp.where(mask_B1LS, 0, -1e30).astype(dtype)
     scores.append(scores_BKRS + jnp.tile(bias_B1LS, (1, 1, N // K, 1)))
-  top_BKR1 = functools.reduce(
-    jnp.maximum, [s.max(axis=-1, keepdims=True) for s in scores]
-  )
+  tops = [s.max(axis=-1, keepdims=True) for s in scores]
+  top_BKR1 = functools.reduce(jnp.maximum, tops)
   # Divided by the sum at the end, where there are H features and not S keys.
   out_BKRH = sum_BKR1 = 0
   for scores_BKRS, (_, v_BKSH, _) in zip(scores, blocks, strict=True):

@@ -5,7 +5,6 @@ heads, H head width, R features rotated, F MLP width.
 """
 
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from calm_jax.models.attention import SegmentMask, attend
 from calm_jax.models.cache import blocks, extend
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.layers import Linear, norm
+from calm_jax.models.layers import Linear, activation, norm
 from calm_jax.models.masks import Context, at_layer, is_among
 from calm_jax.models.moe import MoE
 from calm_jax.models.rope import rotate
@@ -26,16 +25,16 @@ def _attend(
   c: ModelConfig, q_BLNH: Array, blocks: list, layer: Array, kernel: str
 ) -> Array:
   """Attention of one layer; a `SegmentMask` does not tell its window."""
-  options = {"scale": c.attention_scale, "cap": c.attention_cap}
   everywhere = functools.partial(
-    attend, kernel=kernel, place=c.compute.place, **options
+    attend,
+    scale=c.attention_scale,
+    cap=c.attention_cap,
+    kernel=kernel,
+    place=c.compute.place,
   )
-  mask = blocks[0][2]
-  has_window = isinstance(mask, SegmentMask) and c.window is not None
-  if not has_window or c.window >= mask.keys.shape[1]:
-    return everywhere(q_BLNH, blocks)
   within_window = functools.partial(everywhere, window=c.window)
-  if not c.full_layers:
+  by_segments = isinstance(blocks[0][2], SegmentMask)
+  if not by_segments or c.window is None or not c.full_layers:
     return within_window(q_BLNH, blocks)
   is_full = is_among(c, c.full_layers, layer)
   return jax.lax.cond(is_full, everywhere, within_window, q_BLNH, blocks)
@@ -81,13 +80,6 @@ class Attention(nn.Module):
     return out(out_BLNH.reshape(B, L, -1)), cache
 
 
-def activation(name: str) -> Callable[[Array], Array]:
-  """Returns the function of one of config.ACTIVATIONS."""
-  if name == "gelu_exact":
-    return functools.partial(jax.nn.gelu, approximate=False)
-  return getattr(jax.nn, name)
-
-
 class MLP(nn.Module):
   """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
 
@@ -98,15 +90,15 @@ class MLP(nn.Module):
     c = self.config
     act = activation(c.activation)
 
-    def linear(name, features, x):
-      return Linear(features, c.mlp_bias, c.compute.dtype, name=name)(x)
+    def linear(name, features):
+      return Linear(features, c.mlp_bias, c.compute.dtype, name=name)
 
     if c.gated_mlp:
-      gate_BLF = act(linear("gate", c.mlp_width, x_BLD))
-      hidden_BLF = gate_BLF * linear("up", c.mlp_width, x_BLD)
+      gate_BLF = act(linear("gate", c.mlp_width)(x_BLD))
+      hidden_BLF = gate_BLF * linear("up", c.mlp_width)(x_BLD)
     else:
-      hidden_BLF = act(linear("up", c.mlp_width, x_BLD))
-    return linear("down", x_BLD.shape[-1], hidden_BLF)
+      hidden_BLF = act(linear("up", c.mlp_width)(x_BLD))
+    return linear("down", x_BLD.shape[-1])(hidden_BLF)
 
 
 class Block(nn.Module):
@@ -134,9 +126,7 @@ class Block(nn.Module):
     normed = before("mlp")(x_BLD if c.parallel_residual else attended_BLD)
     with jax.named_scope("mlp"):
       if c.num_experts:
-        sizes = c.num_experts, c.experts_per_token, c.mlp_width
-        how = c.normalise_experts, activation(c.activation), c.compute.dtype
-        delta = MoE(*sizes, *how, name="mlp")(normed, layer)
+        delta = MoE(c, name="mlp")(normed, layer)
       else:
         delta = MLP(c, name="mlp")(normed)
     return attended_BLD + after("mlp", delta), cache

@@ -27,11 +27,13 @@ def extend(cache: dict, new: dict, row: Array | int, index: Array) -> dict:
   if "recent" in cache:
     index = index - cache["first"]
     return cache | {"recent": extend(cache["recent"], new, row, index)}
+  return _write(cache, {n: new[n][None] for n in NAMES}, row, index)
+
+
+def _write(cache: dict, new: dict, row: Array | int, index: Array) -> dict:
+  """Writes keys and values of one or more rows, from slot `index` on."""
   at = (row, 0, 0, index, 0)
-  return {
-    name: jax.lax.dynamic_update_slice(cache[name], new[name][None], at)
-    for name in NAMES
-  }
+  return {n: jax.lax.dynamic_update_slice(cache[n], new[n], at) for n in NAMES}
 
 
 def blocks(
@@ -60,8 +62,4 @@ def begin(cache: dict, size: int, first: Array) -> dict:
 
 def settle(cache: dict) -> dict:
   """Writes the recent slots to the slots that they stand for."""
-  at = (0, 0, 0, cache["first"], 0)
-  return {
-    name: jax.lax.dynamic_update_slice(cache[name], cache["recent"][name], at)
-    for name in NAMES
-  }
+  return _write(cache, cache["recent"], 0, cache["first"])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import typing
-from collections.abc import Callable
 from typing import Any
 
 from calm_jax.core.errors import InputError, check_choice
@@ -31,24 +30,6 @@ def _check_scalars(instance: Any) -> None:
       raise InputError(f"{name}={value!r} is no {kind}")
 
 
-class Placement(typing.Protocol):
-  """Constrains a model's arrays to their places on several devices."""
-
-  sequence: int  # pieces that a kernel's queries are cut into along the length
-
-  def weight(self, name: str, weight: Any) -> Any:
-    """One layer's leaf, by its name in the model's tree."""
-
-  def states(self, x_BLD: Any) -> Any:
-    """Hidden states between two layers."""
-
-  def cache(self, cache: Any) -> Any:
-    """The KV cache."""
-
-  def attention(self, function: Callable, kernel: Any, *arrays: Any) -> Any:
-    """Calls an attention kernel on each device's rows and heads."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Compute:
   """The way a decoder is computed, which is no part of which model it is."""
@@ -64,7 +45,7 @@ class Compute:
   # run at once, or else "dots".
   remat: str = "auto"
   loss_chunk: int = 0  # logits at a time in training, on each device; 0 for all
-  place: Placement | None = None  # None on one device
+  place: Any = None  # on several devices a `parallel.placement.ModelPlacement`
 
   def __post_init__(self):
     _check_scalars(self)

@@ -55,35 +55,29 @@ def init(rng: Array, config: ModelConfig) -> dict:
 
 def param_shapes(config: ModelConfig) -> dict:
   """Returns the parameter tree as ShapeDtypeStructs; nothing is allocated."""
-  shapes = _traced_shapes(config, jax.config.jax_enable_x64)
-  return jax.tree.map(lambda leaf: leaf, shapes)  # a copy that may be changed
+  return _zeros.eval_shape(config)
 
 
-@functools.lru_cache
-def _traced_shapes(config: ModelConfig, x64: bool) -> dict:
-  """`param_shapes`, once for each default dtype, which follows `x64`."""
-  del x64
-
-  def zeros():
-    rng, x = jax.random.key(0), jnp.zeros((1, 1, config.width))
-    positions, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool)
-    context = make_context(config, positions, mask)
-    layer = Block(config).init(rng, x, context)["params"]
-    params = {
-      "embed": {"embedding": jnp.zeros((config.vocab_size, config.width))},
-      "layers": jax.tree.map(
-        lambda p: jnp.zeros((config.num_layers, *p.shape)), layer
-      ),
-      "final_norm": norm(config).init(rng, x)["params"],
-    }
-    if config.learned_positions:
-      table_PD = jnp.zeros((config.max_length, config.width))
-      params["embed"]["position_embedding"] = table_PD
-    if not config.tie_embeddings:
-      params["head"] = Linear(config.vocab_size).init(rng, x)["params"]
-    return params
-
-  return jax.eval_shape(zeros)
+@functools.partial(jax.jit, static_argnums=0)  # so that it is traced once
+def _zeros(config: ModelConfig) -> dict:
+  """Makes parameters of the right names, shapes and dtypes."""
+  rng, x = jax.random.key(0), jnp.zeros((1, 1, config.width))
+  positions, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool)
+  context = make_context(config, positions, mask)
+  layer = Block(config).init(rng, x, context)["params"]
+  params = {
+    "embed": {"embedding": jnp.zeros((config.vocab_size, config.width))},
+    "layers": jax.tree.map(
+      lambda p: jnp.zeros((config.num_layers, *p.shape)), layer
+    ),
+    "final_norm": norm(config).init(rng, x)["params"],
+  }
+  if config.learned_positions:
+    table_PD = jnp.zeros((config.max_length, config.width))
+    params["embed"]["position_embedding"] = table_PD
+  if not config.tie_embeddings:
+    params["head"] = Linear(config.vocab_size).init(rng, x)["params"]
+  return params
 
 
 def embed(
@@ -228,12 +222,9 @@ def empty_cache(
 ) -> dict | tuple:
   """Makes an empty `cache`: of all layers, or (`unstack`) one of each."""
   shape = batch, config.num_kv_heads, slots, config.head_dim
-  dtype = config.compute.dtype
-  if stacked:
-    return cache_lib.empty(config.num_layers, *shape, dtype)
-  return tuple(
-    cache_lib.empty(1, *shape, dtype) for _ in range(config.num_layers)
-  )
+  rows = [config.num_layers] if stacked else [1] * config.num_layers
+  caches = [cache_lib.empty(r, *shape, config.compute.dtype) for r in rows]
+  return caches[0] if stacked else tuple(caches)
 
 
 def unstack(params: dict) -> dict:

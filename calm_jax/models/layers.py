@@ -3,7 +3,8 @@
 B batch, L length, D width.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -74,6 +75,13 @@ class Norm(nn.Module):
     if self.kind == "layer":
       y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],))
     return y.astype(x.dtype)
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+  """Returns the function of one of config.ACTIVATIONS."""
+  if name == "gelu_exact":
+    return functools.partial(jax.nn.gelu, approximate=False)
+  return getattr(jax.nn, name)
 
 
 def norm(config: ModelConfig, name: str | None = None) -> Norm:

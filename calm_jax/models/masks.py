@@ -23,12 +23,12 @@ class Context(NamedTuple):
 
   # (cos, sin), each float32 or more [B, L, 1, R/2]; None without rope.
   rope: tuple[Array, Array] | None
+  local_rope: tuple[Array, Array] | None  # of layers with a window
   # bool [B, 1, L, S], True where query l may read key s.
   mask: Array | SegmentMask
-  index: Array | None = None  # the cache's slot of the first query, int32 []
-  # The same of layers with a window, where they differ.
-  local_rope: tuple[Array, Array] | None = None
-  window_mask: Array | None = None
+  # The same of layers with a window, of which a `SegmentMask` says nothing.
+  local_mask: Array | SegmentMask
+  index: Array | None  # the cache's slot of the first query, int32 []
 
 
 def make_context(
@@ -71,7 +71,8 @@ def make_context(
       pairs_BLS = self_attention_mask(mask_BLS.queries, mask_BLS.keys)
     # A token sees those up to itself, and is seen by those from itself on.
     lengths = pairs_BLS.sum(axis=2) + pairs_BLS.sum(axis=1) - 1
-  local_mask = None
+  mask = mask_BLS if by_segments else mask_BLS[:, None]
+  local_mask = mask
   if not by_segments and config.window is not None:
     local_mask = window_mask(mask_BLS, config.window)[:, None]
   dtype = at_least_float32(config.compute.dtype)
@@ -79,13 +80,9 @@ def make_context(
   def turn(rope):
     return None if rope is None else tables(rope, positions_BL, dtype, lengths)
 
-  return Context(
-    turn(config.rope),
-    mask_BLS if by_segments else mask_BLS[:, None],
-    index,
-    turn(config.local_rope),
-    local_mask,
-  )
+  rope = turn(config.rope)
+  local_rope = turn(config.local_rope) or rope
+  return Context(rope, local_rope, mask, local_mask, index)
 
 
 def self_attention_mask(
@@ -130,15 +127,11 @@ def at_layer(config: ModelConfig, context: Context, layer: Array):
 
   rope, mask = context.rope, context.mask
   if config.window is not None:
-    local_rope = context.local_rope or rope
-    local_mask = mask if context.window_mask is None else context.window_mask
+    local = context.local_rope, context.local_mask
     if config.full_layers:
       is_full = is_among(config, config.full_layers, layer)
-      rope = choose(is_full, rope, local_rope)
-      if context.window_mask is not None:
-        mask = choose(is_full, mask, local_mask)
-    else:
-      rope, mask = local_rope, local_mask
+      local = choose(is_full, (rope, mask), local)
+    rope, mask = local
   if config.nope_layers and rope is not None:
     still = (jnp.ones_like(rope[0]), jnp.zeros_like(rope[1]))
     rope = choose(is_among(config, config.nope_layers, layer), still, rope)

@@ -5,12 +5,13 @@ token, R = T k rows of work: one for each token at each of its experts.
 """
 
 import math
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from calm_jax.models.config import ModelConfig
+from calm_jax.models.layers import activation, at_least_float32
 from calm_jax.models.quantisation import matmul
 
 Array = jax.Array
@@ -23,14 +24,7 @@ class MoE(nn.Module):
   There is no capacity, and no token changes another.
   """
 
-  num_experts: int  # X
-  experts_per_token: int  # k
-  mlp_width: int  # F
-  # Whether a token's k weights sum to one (Mixtral; Qwen3-MoE's
-  # norm_topk_prob), or are shares among all X experts.
-  normalise: bool = True
-  activation: Callable[[Array], Array] = jax.nn.silu
-  dtype: str = "float32"  # of the experts; the router's is float32 at least
+  config: ModelConfig
 
   @nn.compact
   def __call__(self, x_BLD: Array, layer: Array | None = None) -> Array:
@@ -39,18 +33,18 @@ class MoE(nn.Module):
     The experts may be those of all layers in one stack, and `layer` says which:
     to slice a layer from it would copy all, where a step of decoding needs few.
     """
+    c = self.config
     x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-    wide = jnp.promote_types(self.dtype, jnp.float32)
-    router_DX = Kernel((x_TD.shape[-1], self.num_experts), name="router")()
+    wide = at_least_float32(c.compute.dtype)
+    router_DX = Kernel((x_TD.shape[-1], c.num_experts), name="router")()
     # Default precisions of some devices round enough to choose other experts.
     logits_TX = jnp.matmul(
       x_TD.astype(wide), router_DX.astype(wide), precision="highest"
     )
-    best_Tk, expert_Tk = jax.lax.top_k(logits_TX, self.experts_per_token)
-    among = best_Tk if self.normalise else logits_TX
+    best_Tk, expert_Tk = jax.lax.top_k(logits_TX, c.experts_per_token)
+    among = best_Tk if c.normalise_experts else logits_TX
     total = jax.nn.logsumexp(among, axis=-1, keepdims=True)
-    fields = self.num_experts, self.mlp_width, self.activation, self.dtype
-    y_TkD = Experts(*fields, name="experts")(x_TD, expert_Tk, layer)
+    y_TkD = Experts(c, name="experts")(x_TD, expert_Tk, layer)
     y_TD = jnp.einsum("tk,tkd->td", jnp.exp(best_Tk - total), y_TkD)
     return y_TD.reshape(x_BLD.shape).astype(x_BLD.dtype)
 
@@ -64,9 +58,7 @@ class Kernel(nn.Module):
   def __call__(self) -> Array:
     if self.has_variable("params", "kernel"):  # of one layer, or stacked
       return self.get_variable("params", "kernel")
-    experts = tuple(range(len(self.shape) - 2))
-    init = nn.initializers.lecun_normal(batch_axis=experts)
-    return self.param("kernel", init, self.shape)
+    return self.param("kernel", nn.initializers.lecun_normal(), self.shape)
 
 
 class Experts(nn.Module):
@@ -76,33 +68,32 @@ class Experts(nn.Module):
   are sorted into blocks of one expert each, computed one after the other.
   """
 
-  num_experts: int
-  mlp_width: int
-  activation: Callable[[Array], Array]
-  dtype: str
+  config: ModelConfig
 
   @nn.compact
   def __call__(self, x_TD: Array, expert_Tk: Array, layer=None) -> Array:
-    X, D, F = self.num_experts, x_TD.shape[-1], self.mlp_width
+    c, D = self.config, x_TD.shape[-1]
+    X, F, act = c.num_experts, c.mlp_width, activation(c.activation)
     gate_XDF = Kernel((X, D, F), name="gate")()
     up_XDF = Kernel((X, D, F), name="up")()
     down_XFD = Kernel((X, F, D), name="down")()
     index = (layer,) if jax.tree.leaves(gate_XDF)[0].ndim == 4 else ()
-    size = block_size(expert_Tk.size, X)
-    expert_N, token_NS, slot_Tk = blocks(expert_Tk, X, size)
+    expert_N, token_NS, slot_Tk = blocks(
+      expert_Tk, X, block_size(expert_Tk.size, X)
+    )
 
     def run_block(block):
       expert, x_SD = block
       gate, up, down = jax.tree.map(
         lambda p: p[*index, expert], (gate_XDF, up_XDF, down_XFD)
       )
-      hidden_SF = self.activation(matmul(x_SD, gate)) * matmul(x_SD, up)
-      return matmul(hidden_SF, down)
+      return matmul(act(matmul(x_SD, gate)) * matmul(x_SD, up), down)
 
     # Or else each block's matrices are kept for the backward pass.
     policy = jax.checkpoint_policies.dots_saveable
     run_block = jax.checkpoint(run_block, policy=policy, prevent_cse=False)
-    x_NSD = x_TD.astype(self.dtype).at[token_NS].get(mode="fill", fill_value=0)
+    x_TD = x_TD.astype(c.compute.dtype)
+    x_NSD = x_TD.at[token_NS].get(mode="fill", fill_value=0)
     y_NSD = jax.lax.map(run_block, (expert_N, x_NSD))
     return y_NSD.reshape(-1, D)[slot_Tk]
 

@@ -1,14 +1,22 @@
-"""The placement of one model on a mesh, for `models.config.Compute.place`."""
+"""The placement of one model on a mesh, for `models.config.Compute.place`.
+
+B batch, L query length, S key length, D width, N query heads, K key-value
+heads, H head width.
+"""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from calm_jax.parallel import attention
 from calm_jax.parallel.sharding import Layout, axis_names, partition
+
+Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,21 +26,19 @@ class ModelPlacement:
   layout: Layout
   prefix: str  # Of the model's leaves in the whole tree, with "/" at its end.
 
-  def weight(self, name: str, weight: jax.Array) -> jax.Array:
+  def weight(self, name: str, weight: Array) -> Array:
     """A leaf of one layer as it computes: gathered, but for `tensor`.
 
     The name is among the model's, "layers/attention/query/kernel"; the weight
     is without the leading axis of the stack.
     """
     spec = self.layout.spec(self.prefix + name, (1, *weight.shape))
-    kept = partition(
-      [tuple(n for n in axis_names(axes) if n == "tensor") for axes in spec[1:]]
-    )
-    sharding = NamedSharding(self.layout.mesh, kept)
+    kept = [{"tensor"}.intersection(axis_names(axes)) for axes in spec[1:]]
+    sharding = NamedSharding(self.layout.mesh, partition(kept))
     return jax.lax.with_sharding_constraint(weight, sharding)
 
-  def states(self, x_BLD: jax.Array) -> jax.Array:
-    """Hidden states [B, L, D] between layers."""
+  def states(self, x_BLD: Array) -> Array:
+    """Hidden states between layers."""
     return self.layout.constrain("states", x_BLD)
 
   def cache(self, cache: Any) -> Any:
@@ -41,14 +47,53 @@ class ModelPlacement:
 
   @property
   def sequence(self) -> int:
-    """Pieces that the queries of a kernel of attention are cut into."""
-    _, _, tokens, _ = self.layout.rule("heads") or (None,) * 4
-    return self.layout.size(self.layout.real(tokens))
+    """Pieces that the queries of an attention kernel are cut into."""
+    _, _, tokens, _ = self.layout.rule("heads") or ((),) * 4
+    return self.layout.size(tokens)
 
-  def attention(self, function: Callable, kernel: Any, *arrays) -> jax.Array:
-    """Calls a kernel on each device's share; see `attention.attend`."""
-    spec = self.layout.fitting("heads", arrays[0]).spec
-    return attention.attend(self.layout.mesh, spec, function, kernel, *arrays)
+  def attention(
+    self,
+    function: Callable,
+    kernel: Any,
+    q_BNLH: Array,
+    k_BKSH: Array,
+    v_BKSH: Array,
+    *others: Array,
+  ) -> Array:
+    """Calls function(kernel, arrays) on each device's rows, heads and queries.
+
+    XLA cannot partition kernels, `shard_map` does. Key-value heads are repeated
+    if more devices share the heads than there are.
+
+    Args:
+      function: returns [B, N, L, H].
+      kernel: a `SplashAttentionKernel` of all queries, made for `sequence`
+        pieces; None for one that reads a mask.
+      *others: segments of the queries [B, L] and of the keys [B, S]; without
+        a kernel a mask [B, 1, L, S].
+    """
+    mesh, spec = self.layout.mesh, self.layout.fitting("heads", q_BNLH).spec
+    rows, heads, tokens, _ = spec
+    shares = self.layout.size(axis_names(heads))
+    N, K = q_BNLH.shape[1], k_BKSH.shape[1]
+    if K % shares:
+      needed = math.lcm(K, shares)
+      times = (N if N % needed else needed) // K
+      k_BKSH, v_BKSH = (jnp.repeat(x, times, axis=1) for x in (k_BKSH, v_BKSH))
+    if kernel is None:
+      kernel_spec, other_specs = None, (P(rows, None, tokens),)
+    else:
+      sharding = NamedSharding(mesh, P(None, tokens))
+      kernel_spec = kernel.manual_sharding_spec(sharding)
+      other_specs = P(rows, tokens), P(rows)
+    keys = P(rows, heads)
+    return jax.shard_map(
+      function,
+      mesh=mesh,
+      in_specs=(kernel_spec, spec, keys, keys, *other_specs),
+      out_specs=spec,
+      check_vma=False,
+    )(kernel, q_BNLH, k_BKSH, v_BKSH, *others)
 
 
 def placements(layout: Layout) -> Callable[[str], dict[str, Any]]:

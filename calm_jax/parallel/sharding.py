@@ -18,7 +18,7 @@ one, a batch is an error, and all else is computed whole by each device.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -44,16 +44,28 @@ class Layout:
   rules: Rules
 
   def __post_init__(self):
+    known = self.mesh.axis_names
     for pattern, axes in self.rules:
       try:
         re.compile(pattern)
       except re.error as error:
         raise InputError(f"sharding rule {pattern!r}: {error}") from error
-      names, known = [axis_names(entry) for entry in axes], self.mesh.axis_names
-      if unknown := sorted({n for entry in names for n in entry} - {*known}):
+      names = {name for entry in axes for name in axis_names(entry)}
+      if unknown := sorted(names - {*known}):
         raise InputError(
           f"sharding rule {pattern!r}: no axes {unknown} in the mesh's {known}"
         )
+
+  def rule(self, name: str) -> tuple[Axes, ...] | None:
+    """The axes, of several devices, of the first rule that matches a name."""
+    for pattern, axes in self.rules:
+      if re.fullmatch(pattern, name):
+        return tuple(self._real(axis_names(entry)) for entry in axes)
+    return None
+
+  def size(self, names: Iterable[str]) -> int:
+    """The number of devices along these axes."""
+    return math.prod(self.mesh.shape[n] for n in names)
 
   # Parameters, and the optimizer's state.
 
@@ -68,17 +80,18 @@ class Layout:
 
   def shardings(self, shapes: trees.Tree, prefix: str = "") -> dict[str, Any]:
     """NamedShardings for parameters: all, or the part "anchor/" of a tree."""
-    shardings = {
-      name: NamedSharding(self.mesh, self.spec(prefix + name, leaf.shape))
-      for name, leaf in trees.flatten(shapes).items()
-    }
-    return trees.unflatten(shardings)
+    return trees.unflatten(
+      {
+        name: NamedSharding(self.mesh, self.spec(prefix + name, leaf.shape))
+        for name, leaf in trees.flatten(shapes).items()
+      }
+    )
 
   def place(self, params: trees.Tree) -> dict[str, Any]:
     """Puts leaves, whole on each process, where `shardings` says."""
     shardings = trees.flatten(self.shardings(params))
     leaves = trees.flatten(params).items()
-    return trees.unflatten({n: put(x, shardings[n]) for n, x in leaves})
+    return trees.unflatten({n: _put(x, shardings[n]) for n, x in leaves})
 
   def following(self, state: PyTree) -> PyTree:
     """NamedShardings for a training state: each leaf follows its parameter.
@@ -125,13 +138,12 @@ class Layout:
     Raises:
       InputError: the devices cannot share the rows of each piece evenly.
     """
-    axes = self.real((self.rule("batch/tokens") or (None,))[0])
-    rows = self.size(axes)
-    if batch_size % (rows * pieces):
+    axes = (self.rule("batch/tokens") or ((),))[0]
+    if batch_size % (multiple := self.size(axes) * pieces):
       raise InputError(
         f"batch_size={batch_size} (accumulate={pieces}) cannot be shared by "
-        f"the {rows} devices along {axes}; make it a multiple of "
-        f"{rows * pieces}"
+        f"the {self.size(axes)} devices along {axes}; make it a multiple of "
+        f"{multiple}"
       )
     sharding = NamedSharding(self.mesh, partition([axes]))
     held = sharding.addressable_devices_indices_map((batch_size,)).values()
@@ -151,22 +163,17 @@ class Layout:
 
     Raises InputError if an axis does not divide B or L.
     """
-
-    def global_array(array, sharding):
-      shape, first = (batch_size, *array.shape[1:]), 0
-      if len(array) != batch_size:
-        first = self.share(batch_size)[0] * len(array)
-
-      def block(index):
-        start, stop, _ = index[0].indices(batch_size)
-        return array[(slice(start - first, stop - first), *index[1:])]
-
-      return jax.make_array_from_callback(shape, sharding, block)
-
     shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), rows
     )
-    return jax.tree.map(global_array, rows, self.batch_shardings(shapes))
+    return jax.tree.map(
+      lambda x, shape, sharding: jax.make_array_from_process_local_data(
+        sharding, x, shape.shape
+      ),
+      rows,
+      shapes,
+      self.batch_shardings(shapes),
+    )
 
   def batch_shardings(self, shapes: Batch) -> Batch:
     """NamedShardings for the arrays of a whole batch; raises as `batch`."""
@@ -208,7 +215,7 @@ class Layout:
     first = 1 if _STACKED.fullmatch(name) else 0
     cut, undivided = self._cut(self.rule(name), shape, first)
     if self.rule(name) is None:
-      undivided = [(self.real("fsdp"), None)]
+      undivided = [(self._real(("fsdp",)), None)]
     moved = []
     for names, _ in undivided:
       here = {
@@ -222,35 +229,23 @@ class Layout:
       moved.append((names, largest))
     return cut, moved
 
-  def _cut(
-    self, axes: tuple | None, shape: tuple[int, ...], first: int = 0
-  ) -> tuple[list[Axes], list[tuple[Axes, int]]]:
+  def _cut(self, rule: tuple | None, shape: tuple[int, ...], first: int = 0):
     """Axes along each dimension they divide; (axes, dimension) of the rest."""
     cut: list[Axes] = [()] * len(shape)
-    undivided, axes = [], axes or ()
-    for dim, entry in enumerate(axes, start=len(shape) - len(axes)):
-      names = self.real(entry)
+    undivided, rule = [], rule or ()
+    for dim, names in enumerate(rule, start=len(shape) - len(rule)):
       if dim >= first and shape[dim] % self.size(names) == 0:
         cut[dim] = names
       elif names:
         undivided.append((names, dim))
     return cut, undivided
 
-  def rule(self, name: str) -> tuple | None:
-    """The axes of the first rule that matches a name."""
-    matching = (axes for regex, axes in self.rules if re.fullmatch(regex, name))
-    return next(matching, None)
-
-  def real(self, axes: Any) -> Axes:
-    """The axes in one entry of a rule that have more than one device."""
-    return tuple(n for n in axis_names(axes) if self.mesh.shape[n] > 1)
-
-  def size(self, names: Sequence[str]) -> int:
-    """The number of devices along these axes."""
-    return math.prod(self.mesh.shape[n] for n in names)
+  def _real(self, names: Axes) -> Axes:
+    """Those axes that have more than one device."""
+    return tuple(n for n in names if self.mesh.shape[n] > 1)
 
 
-def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
   """An array where a sharding says; the same one if it lies there."""
   if isinstance(leaf, jax.Array):
     if leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
@@ -259,9 +254,7 @@ def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
       return jax.device_put(leaf, sharding)
   # `device_put` would compare what all processes hold.
   whole = np.asarray(leaf)
-  return jax.make_array_from_callback(
-    whole.shape, sharding, lambda index: whole[index]
-  )
+  return jax.make_array_from_process_local_data(sharding, whole, whole.shape)
 
 
 def axis_names(axes: Any) -> Axes:
@@ -269,10 +262,9 @@ def axis_names(axes: Any) -> Axes:
   return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
-def partition(cut: Sequence[Axes]) -> PartitionSpec:
-  return PartitionSpec(
-    *(names[0] if len(names) == 1 else names or None for names in cut)
-  )
+def partition(cut: Iterable[Collection[str]]) -> PartitionSpec:
+  """The spec of the axes along each dimension."""
+  return PartitionSpec(*(tuple(names) or None for names in cut))
 
 
 def _map_named(function: Callable, kind: str, arrays: PyTree) -> PyTree:

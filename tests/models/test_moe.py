@@ -10,9 +10,18 @@ import numpy as np
 import pytest
 
 from calm_jax.models import moe
+from calm_jax.models.config import Compute, ModelConfig
 from calm_jax.models.moe import MoE
 
 D, F = 5, 7
+
+
+def config(X: int, k: int, dtype: str, **options) -> ModelConfig:
+  sizes = {"vocab_size": 1, "width": D, "num_layers": 1, "mlp_width": F}
+  heads = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 2}
+  experts = {"num_experts": X, "experts_per_token": k}
+  compute = Compute(dtype=dtype)
+  return ModelConfig(**sizes, **heads, **experts, compute=compute, **options)
 
 
 def make(X: int, k: int, seed: int = 0, dtype="float64", **options):
@@ -29,7 +38,7 @@ def make(X: int, k: int, seed: int = 0, dtype="float64", **options):
     },
   }  # fmt: skip
   x_BLD = jnp.asarray(random.standard_normal((3, 11, D)), dtype)
-  return MoE(X, k, F, dtype=dtype, **options), params, x_BLD
+  return MoE(config(X, k, dtype, **options)), params, x_BLD
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -45,27 +54,29 @@ def spelled(module, params, x_BLD):
     x = np.asarray(x_BLD[at])
     logits = x @ p["router"]["kernel"]
     share = np.exp(logits) / np.exp(logits).sum()
-    best = np.argsort(-logits, kind="stable")[: module.experts_per_token]
+    best = np.argsort(-logits, kind="stable")[: module.config.experts_per_token]
     for e in best:
       gate, up, down = (
         p["experts"][n]["kernel"][e] for n in ("gate", "up", "down")
       )
       hidden = x @ gate
-      if module.activation is jax.nn.silu:
+      if module.config.activation == "silu":
         hidden = hidden / (1 + np.exp(-hidden))
       else:
         hidden = np.maximum(hidden, 0)
-      weight = share[e] / (share[best].sum() if module.normalise else 1)
+      weight = share[e] / (
+        share[best].sum() if module.config.normalise_experts else 1
+      )
       y[at] += weight * ((hidden * (x @ up)) @ down)
   return y
 
 
 @pytest.mark.parametrize(("X", "k", "options"), [
   (6, 2, {}),
-  (6, 2, {"normalise": False}),
-  (6, 2, {"activation": jax.nn.relu}),
+  (6, 2, {"normalise_experts": False}),
+  (6, 2, {"activation": "relu"}),
   (1, 1, {}),
-  (5, 5, {"normalise": False}),
+  (5, 5, {"normalise_experts": False}),
   (64, 3, {}),  # more experts than tokens
 ])  # fmt: skip
 def test_against_loops(X, k, options, x64):
@@ -135,7 +146,7 @@ def test_tokens_change_no_others():
 
 @pytest.mark.parametrize("normalise", [True, False])
 def test_gradients(normalise, x64):
-  module, params, x = make(6, 2, normalise=normalise)
+  module, params, x = make(6, 2, normalise_experts=normalise)
   direction = jnp.asarray(np.random.default_rng(9).standard_normal(x.shape))
 
   def loss(x, params):
@@ -145,7 +156,7 @@ def test_gradients(normalise, x64):
     """The same with every expert on every token."""
     e = params["experts"]
     logits = x @ params["router"]["kernel"]
-    kth = jnp.sort(logits, axis=-1)[..., -module.experts_per_token, None]
+    kth = jnp.sort(logits, axis=-1)[..., -module.config.experts_per_token, None]
     share = jnp.exp(logits)
     chosen = jnp.where(logits >= kth, share, 0)
     among = chosen if normalise else share
@@ -199,7 +210,7 @@ def test_work_is_that_of_the_best():
 
 def test_low_precision():
   module, params, x = make(6, 2, dtype="float32")
-  low = MoE(6, 2, F, dtype="bfloat16")
+  low = MoE(config(6, 2, "bfloat16"))
   got = forward(low, params, x.astype(jnp.bfloat16))
   assert got.dtype == jnp.bfloat16
   # Rounding may send a token of two equal experts elsewhere; most stay.

@@ -17,11 +17,11 @@ under the names of the models.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from calm_jax.models.config import ModelConfig
 from calm_jax.models.hf import config_fields, config_tables
 from calm_jax.models.moe import MoE
 
@@ -98,13 +98,11 @@ def test_blocks(case, tmp_path):
     theirs = model.model.layers[0].mlp(torch.from_numpy(x)).numpy()
   for hf in (model.config.to_diff_dict(), model.config.to_dict()):
     fields = config_fields.experts(config_tables.FAMILIES[family].defaults | hf)
-    module = MoE(
-      fields["num_experts"],
-      fields["experts_per_token"],
-      fields.get("mlp_width", hf.get("intermediate_size")),
-      fields["normalise_experts"],
-      activation=getattr(jax.nn, model.config.hidden_act),
-    )
+    fields.setdefault("mlp_width", hf.get("intermediate_size"))
+    heads = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 10}
+    activation = model.config.hidden_act
+    config = ModelConfig(13, 20, 1, **heads, **fields, activation=activation)
+    module = MoE(config)
     ours = module.apply({"params": params}, jnp.asarray(x))
     assert np.abs(theirs).max() > 1
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-5)
