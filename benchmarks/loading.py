@@ -28,7 +28,7 @@ from rich.table import Table
 
 from calm_jax.core import hub
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.hf import families, tensor_tables, tensors, weight_files
+from calm_jax.models.hf import families, tensor_tables, weight_files
 
 MEMORY, SPEED = 1.25, 0.5
 CHUNK = 16 << 20
@@ -71,8 +71,10 @@ def write(folder: pathlib.Path, gigabytes: float, shards: int) -> int:
   random = np.random.default_rng(0)
   noise = random.integers(0, 1 << 14, 1 << 22, np.uint16)
   shapes = {
-    entry.tensor: entry.shape
-    for entry in tensors.entries(tensor_tables.FAMILIES["llama"], config)
+    name: parts[0].shape
+    for name, parts in tensor_tables.entries(
+      tensor_tables.FAMILIES["llama"], config
+    ).items()
   }
   size = 2 * sum(int(np.prod(shape)) for shape in shapes.values())
   bfloat16 = weight_files.FLOATS["BF16"]

@@ -11,10 +11,15 @@ import numpy as np
 
 from calm_jax.core import files, hub, trees
 from calm_jax.core.errors import InputError
-from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.hf import families, tensor_reader, tensors, weight_files
+from calm_jax.models.hf import (
+  families,
+  tensor_reader,
+  tensor_tables,
+  weight_files,
+)
 from calm_jax.models.hf.loading import DTYPES
+from calm_jax.models.hf.tensor_tables import Entry
 
 MAX_SHARD_SIZE = 5 * 10**9
 _SHOWN = 8
@@ -62,8 +67,8 @@ def save_params(
       )
     key = "dtype" if "dtype" in config_json else "torch_dtype"
     config_json = {**config_json, key: dtype}
-  table = tensors.tensor_table(config_json)
-  entries = tensors.entries_by_tensor(table, config)
+  table = tensor_tables.tensor_table(config_json)
+  entries = tensor_tables.entries(table, config)
   leaves = trees.flatten(params)
   folder.mkdir(parents=True, exist_ok=True)
   weight_files.write_tensors(
@@ -81,8 +86,7 @@ def _check_tree(params: Mapping[str, Any], config: ModelConfig) -> str:
   """Returns the dtype of a tree that is one of the config, of one dtype."""
   leaves = trees.flatten(params)
   ours = {name: tuple(np.shape(leaf)) for name, leaf in leaves.items()}
-  shapes = trees.flatten(decoder.param_shapes(config))
-  theirs = {name: leaf.shape for name, leaf in shapes.items()}
+  theirs = tensor_tables.leaf_shapes(config)
   if ours != theirs:
     raise InputError(
       "the parameters are not those of the config; only in the parameters: "
@@ -95,14 +99,17 @@ def _check_tree(params: Mapping[str, Any], config: ModelConfig) -> str:
   return dtypes.pop()
 
 
-def _gather(entries: list[tensors.Entry], leaves, dtype: str) -> np.ndarray:
+def _gather(entries: list[Entry], leaves, dtype: str) -> np.ndarray:
   """Makes a tensor of a file from the parts of leaves that it holds."""
   tensor = np.empty(entries[0].shape, np.dtype(dtype))
   bits = np.dtype(f"u{tensor.itemsize}")
+  # A part of a leaf is fetched once, and alone: a whole leaf that is fetched
+  # from a device stays in memory for as long as it lives.
+  places = {entry.leaf: entry.at for entry in entries}
+  parts = {n: np.asarray(leaves[n][at]).view(bits) for n, at in places.items()}
+  outputs = tensor.view(bits).T if entries[0].transposed else tensor.view(bits)
   for entry in entries:
-    # A part of a leaf at a time: a whole one that is fetched from a device
-    # stays in memory for as long as the leaf lives.
-    part = np.asarray(leaves[entry.leaf][entry.at]).view(bits)
-    view = entry.view(tensor.view(bits))
-    tensor_reader.copy_strips(part.reshape(view.shape), view)
+    part = parts[entry.leaf][..., entry.columns]
+    target = outputs[..., entry.start : entry.start + part.shape[-1]]
+    tensor_reader.copy_strips(part, target)
   return tensor

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from calm_jax.core.errors import InputError
 from calm_jax.models import quantisation
 from calm_jax.models.hf import tensor_reader
-from calm_jax.models.hf.tensors import Entry
+from calm_jax.models.hf.tensor_tables import Entry
 from calm_jax.models.hf.weight_files import Tensor
 
 Array = jax.Array | np.ndarray
@@ -18,15 +17,11 @@ _AT_ONCE = 1 << 22  # weights that are quantised together
 
 
 class StoredModel(NamedTuple):
-  """A checkpoint that was opened and checked; no tensor is read yet.
-
-  `entries` has the tensors, or parts of tensors, that fill each leaf, and
-  `shapes` the shape of each leaf.
-  """
+  """A checkpoint that was opened and checked; no tensor is read yet."""
 
   tensors: dict[str, Tensor]
-  entries: dict[str, list[Entry]]
-  shapes: dict[str, tuple[int, ...]]
+  entries: dict[str, list[Entry]]  # the parts of tensors that fill each leaf
+  shapes: dict[str, tuple[int, ...]]  # of each leaf
 
 
 def read(
@@ -77,11 +72,6 @@ def read_quantised(
   return {f"{name}/{part}": array for part, array in arrays.items()}
 
 
-def view_shape(entry: Entry) -> tuple[int, ...]:
-  """Returns the shape of an entry's view, its part of a leaf."""
-  return entry.view(np.empty(entry.shape, bool)).shape  # touches no memory
-
-
 def reads(
   tensors: Mapping[str, Tensor],
   entries: Sequence[Entry],
@@ -92,44 +82,27 @@ def reads(
   stop = [a + n for a, n in zip(start, block.shape, strict=True)]
   for entry in entries:
     axes = len(entry.at)
-    inside = zip(start, entry.at, stop, strict=False)
-    if all(a <= i < b for a, i, b in inside):
-      at = tuple(i - a for i, a in zip(entry.at, start, strict=False))
-      region = tuple(map(slice, start[axes:], stop[axes:]))
-      yield tensor_reader.Read(
-        tensors[entry.tensor],
-        entry.view,
-        *_with_axes_of_view(entry, region, block[(*at, ...)]),
-      )
-
-
-def _with_axes_of_view(
-  entry: Entry, region: tuple[slice, ...], target: np.ndarray
-) -> tuple[tuple[slice, ...], np.ndarray]:
-  """A region of leaf[at] and its array, the last axis cut as in the view.
-
-  The view cuts it into heads if leaves take turns head by head.
-  """
-  *_, width = shape = view_shape(entry)
-  if len(shape) == len(region):
-    return region, target
-  *outer, last = region
-  if last.start % width or last.stop % width:
-    raise InputError(
-      f"{entry} ({entry.tensor}) is sharded inside heads of {width}; shard it "
-      "between heads or along another axis"
-    )
-  heads = slice(last.start // width, last.stop // width)
-  target = target.reshape(*target.shape[:-1], -1, width)
-  return (*outer, heads, slice(0, width)), target
+    at = [i - a for i, a in zip(entry.at, start, strict=False)]
+    low = max(entry.columns.start, start[-1])
+    high = min(entry.columns.stop, stop[-1])
+    inside = all(0 <= i < n for i, n in zip(at, block.shape, strict=False))
+    if inside and low < high:
+      target = block[(*at, ..., slice(low - start[-1], high - start[-1]))]
+      shift = entry.start - entry.columns.start
+      columns = slice(low + shift, high + shift)
+      region = (*map(slice, start[axes:-1], stop[axes:-1]), columns)
+      if entry.transposed:
+        region, target = region[::-1], target.T
+      yield tensor_reader.Read(tensors[entry.tensor], region, target)
 
 
 def _blocks(shape, dtype, sharding) -> dict[tuple[int, ...], np.ndarray]:
   """Memory for the parts of a leaf that this process holds, by first index."""
-  if sharding is None:
-    return {(0,) * len(shape): tensor_reader.empty(shape, dtype)}
+  indices = [(slice(None),) * len(shape)]
+  if sharding is not None:
+    indices = sharding.addressable_devices_indices_map(shape).values()
   blocks: dict[tuple[int, ...], np.ndarray] = {}
-  for index in sharding.addressable_devices_indices_map(shape).values():
+  for index in indices:
     bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
     start = tuple(a for a, _ in bounds)
     if start not in blocks:
@@ -143,11 +116,12 @@ def _assemble(blocks, shape, sharding) -> Array:
   if sharding is None:
     [whole] = blocks.values()
     return whole
-  arrays = []
-  for device, index in sharding.addressable_devices_indices_map(shape).items():
-    start = tuple(s.indices(n)[0] for s, n in zip(index, shape, strict=True))
-    arrays.append(jax.device_put(blocks[start], device))
-  whole = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+  def block(index):
+    starts = (s.indices(n)[0] for s, n in zip(index, shape, strict=True))
+    return blocks[tuple(starts)]
+
+  whole = jax.make_array_from_callback(shape, sharding, block)
   # Or the buffers of leaf after leaf would wait for the device together.
   return whole.block_until_ready()
 
@@ -156,7 +130,7 @@ def _quantise_in_parts(
   stored: StoredModel, name: str, kind: str
 ) -> dict[str, np.ndarray]:
   """A leaf in few bits, of which a part of a layer at a time is read."""
-  shape, entries = stored.shapes[name], stored.entries[name]
+  shape = stored.shapes[name]
   make = functools.partial(quantisation.quantise_leaf, name)
   whole = jax.ShapeDtypeStruct(shape, np.float32)
   made = jax.eval_shape(functools.partial(make, kind=kind), whole)
@@ -167,9 +141,8 @@ def _quantise_in_parts(
   inputs = quantisation.input_axis(name, len(shape))
   cut = 2 * last - 1 - inputs  # the other one of the last two axes
   step = 2 * max(1, _AT_ONCE // (2 * shape[inputs]))
-  if len(view_shape(entries[0])) + len(entries[0].at) > len(shape):
-    step = shape[cut]  # or parts would end inside of heads
   for lead in np.ndindex(shape[:-2]):
+    entries = [e for e in stored.entries[name] if e.at == lead]
     for at in range(0, shape[cut], step):
       stop = min(at + step, shape[cut])
       start, size = [*lead, 0, 0], [*(1 for _ in lead), *shape[-2:]]

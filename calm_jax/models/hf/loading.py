@@ -1,6 +1,5 @@
 """Loads checkpoints in Hugging Face's format: all of a tree, or an error."""
 
-import dataclasses
 import itertools
 import os
 import pathlib
@@ -14,8 +13,8 @@ from calm_jax.core import hub, trees
 from calm_jax.core.errors import InputError, check_choice
 from calm_jax.models import decoder, quantisation
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.hf import families, leaves, tensor_reader, tensors
-from calm_jax.models.hf.tensor_tables import EMBEDDING, HEAD, TensorTable
+from calm_jax.models.hf import families, leaves, tensor_reader, tensor_tables
+from calm_jax.models.hf.tensor_tables import EMBEDDING, HEAD, Entry, TensorTable
 from calm_jax.models.hf.weight_files import FLOATS, Tensor, open_tensors
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -123,12 +122,13 @@ def open_model(folder: pathlib.Path, config: ModelConfig) -> leaves.StoredModel:
       missing, misshapen, not of floats or twice there; or the head of a tied
       model differs from its embedding.
   """
-  table = tensors.tensor_table(hub.read_config(folder))
-  entries = tensors.entries_by_tensor(table, config)
-  found = tensors.canonical(table, open_tensors(folder))
+  table = tensor_tables.tensor_table(hub.read_config(folder))
+  entries = tensor_tables.entries(table, config)
+  tensors = tensor_tables.canonical(table, open_tensors(folder))
   if config.tie_embeddings:
-    _drop_tied_head(folder, table, config, found)
-  problems = _problems(table, config, found, entries)
+    _drop_tied_head(folder, table, tensors)
+  shapes = tensor_tables.leaf_shapes(config)
+  problems = _problems(table, tensors, entries, shapes)
   if problems:
     shown = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
     if len(problems) > _SHOWN:
@@ -136,31 +136,29 @@ def open_model(folder: pathlib.Path, config: ModelConfig) -> leaves.StoredModel:
     raise InputError(
       f"the tensors of {folder} do not fit its {hub.CONFIG}:{shown}"
     )
-  by_leaf: dict[str, list[tensors.Entry]] = {}
+  by_leaf: dict[str, list[Entry]] = {name: [] for name in shapes}
   for entry in itertools.chain(*entries.values()):
-    by_leaf.setdefault(entry.leaf, []).append(entry)
-  flat = trees.flatten(decoder.param_shapes(config))
-  shapes = {name: leaf.shape for name, leaf in flat.items()}
-  return leaves.StoredModel(found, by_leaf, shapes)
+    by_leaf[entry.leaf].append(entry)
+  return leaves.StoredModel(tensors, by_leaf, shapes)
 
 
 def _problems(
   table: TensorTable,
-  config: ModelConfig,
-  found: Mapping[str, Tensor],
-  entries: Mapping[str, list[tensors.Entry]],
+  tensors: Mapping[str, Tensor],
+  entries: Mapping[str, list[Entry]],
+  shapes: Mapping[str, tuple[int, ...]],
 ) -> list[str]:
   """Why tensors and leaves are not one to one, a line for each tensor."""
 
   def places(name):
-    parts = (f"{e} {list(leaves.view_shape(e))}" for e in entries[name])
-    return " and ".join(parts)
+    parts = (f"{e} {list(shapes[e.leaf][len(e.at) :])}" for e in entries[name])
+    return " and ".join(dict.fromkeys(parts))
 
   problems = []
-  for name, tensor in found.items():
+  for name, tensor in tensors.items():
     if name not in entries:
-      if not tensors.ignored(table, name):
-        reason = tensors.absent(table, config, name)
+      if not table.is_ignored(name):
+        reason = tensor_tables.absent(table, entries, name)
         problems.append(f"unknown: {tensor} {reason}")
     elif tensor.shape != entries[name][0].shape:
       problems.append(
@@ -170,23 +168,19 @@ def _problems(
     elif tensor.dtype not in FLOATS:
       kind = f"{tensor.dtype}; quantized weights are not supported"
       problems.append(f"not floats: {tensor} for {places(name)} is {kind}")
-  for name in sorted(set(entries) - set(found)):
+  for name in sorted(set(entries) - set(tensors)):
     shape = list(entries[name][0].shape)
     problems.append(f"missing: {name} {shape} for {places(name)}")
   return problems
 
 
 def _drop_tied_head(
-  folder: pathlib.Path,
-  table: TensorTable,
-  config: ModelConfig,
-  found: dict[str, Tensor],
+  folder: pathlib.Path, table: TensorTable, tensors: dict[str, Tensor]
 ) -> None:
   """Drops the head of a tied model, which may be written out once more."""
-  untied = dataclasses.replace(config, tie_embeddings=False)
-  names = {e.leaf: e.tensor for e in tensors.entries(table, untied)}
-  head = found.pop(names[HEAD], None)
-  embedding = found.get(names[EMBEDDING])
+  names = {leaf: name for name, [leaf, *_] in table.tensors().items()}
+  head = tensors.pop(names[HEAD], None)
+  embedding = tensors.get(names[EMBEDDING])
   if head is None or embedding is None:
     return
   if not tensor_reader.same(head, embedding):

@@ -6,12 +6,11 @@ No file is mapped, since touched pages of a mapping count as memory.
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from numpy.lib.array_utils import byte_bounds
 
 from calm_jax.core.errors import InputError
 from calm_jax.models.hf.weight_files import FLOATS, Tensor
@@ -24,29 +23,21 @@ _ALIGNMENT = 64  # of memory that JAX uses as it is, on a CPU
 
 
 class Read(NamedTuple):
-  """A region of a numpy view of a tensor, and the array to read it into."""
+  """Rows and columns of a tensor, and the array to read them into."""
 
   tensor: Tensor
-  view: Callable[[np.ndarray], np.ndarray]
-  region: tuple[slice, ...]
+  region: tuple[slice, ...]  # of a vector its elements alone
   target: np.ndarray
 
 
 class Piece(NamedTuple):
-  """Bytes [start, stop) of a file, and the array that they are read into.
-
-  `shape` and `strides` (in elements, from element `offset` on) say which of
-  these elements `target` takes; if `contiguous`, all of them in their order.
-  """
+  """Bytes [start, stop) of a file, and the matrix that is filled from them."""
 
   path: pathlib.Path
   start: int
   stop: int
+  stride: int  # bytes from one row to the next
   dtype: np.dtype
-  offset: int
-  strides: tuple[int, ...]
-  shape: tuple[int, ...]
-  contiguous: bool
   target: np.ndarray
 
 
@@ -61,45 +52,25 @@ def empty(shape: tuple[int, ...], dtype) -> np.ndarray:
 
 def pieces(read: Read) -> Iterator[Piece]:
   """Yields the parts of a file that a read needs, each of a few megabytes."""
-  # One byte an element, never touched: only its strides are looked at.
-  probe = np.empty(read.tensor.shape, np.uint8)
-  source = read.view(probe)[read.region]
-  if not source.size:
-    return
-  if not np.may_share_memory(source, probe):
-    raise ValueError(f"the view of {read.tensor} is a copy: it reads nothing")
-  dtype = FLOATS[read.tensor.dtype]
-  for part, target in _split(source, read.target, _PIECE // dtype.itemsize):
-    low, high = byte_bounds(part)
-    first = read.tensor.start - probe.ctypes.data * dtype.itemsize
+  tensor, region, target = read
+  if len(region) == 1:  # a vector is read as a row
+    region, target = (slice(0, 1), *region), target[None]
+  rows, columns = region
+  dtype = FLOATS[tensor.dtype]
+  stride = tensor.shape[-1] * dtype.itemsize
+  step = max(1, _PIECE // stride)
+  for at in range(rows.start, rows.stop, step):
+    stop = min(at + step, rows.stop)
+    first = tensor.start + at * stride
+    last = tensor.start + (stop - 1) * stride
     yield Piece(
-      read.tensor.path,
-      first + low * dtype.itemsize,
-      first + high * dtype.itemsize,
+      tensor.path,
+      first + columns.start * dtype.itemsize,
+      last + columns.stop * dtype.itemsize,
+      stride,
       dtype,
-      part.ctypes.data - low,
-      part.strides,
-      part.shape,
-      part.flags.c_contiguous,
-      target,
+      target[at - rows.start : stop - rows.start],
     )
-
-
-def _split(source, target, limit: int):
-  """Cuts both arrays alike into parts; `source`'s span at most `limit`."""
-  low, high = byte_bounds(source)
-  if high - low <= limit:
-    yield source, target
-    return
-  strides = [
-    abs(stride) if n > 1 else 0
-    for n, stride in zip(source.shape, source.strides, strict=True)
-  ]
-  axis = strides.index(max(strides))
-  step = max(1, limit // strides[axis])
-  for at in range(0, source.shape[axis], step):
-    here = (slice(None),) * axis + (slice(at, at + step),)
-    yield from _split(source[here], target[here], limit)
 
 
 def read_all(reads: Iterable[Read]) -> None:
@@ -125,22 +96,19 @@ def read_all(reads: Iterable[Read]) -> None:
 
 def _read_piece(piece: Piece, raw: np.ndarray) -> None:
   """Reads one piece; `raw` is memory for its bytes."""
-  target = piece.target
-  in_order = piece.contiguous and target.flags.c_contiguous
-  if in_order and piece.dtype == target.dtype:
+  target, size = piece.target, piece.dtype.itemsize
+  in_order = len(raw) == target.size * size
+  if in_order and target.flags.c_contiguous and piece.dtype == target.dtype:
     read_bytes(piece.path, piece.start, target.reshape(-1).view(np.uint8))
     return
   read_bytes(piece.path, piece.start, raw)
-  size = piece.dtype.itemsize
-  strides = tuple(stride * size for stride in piece.strides)
-  source = np.ndarray(
-    piece.shape, piece.dtype, raw, piece.offset * size, strides
-  )
+  strides = (piece.stride, size)
+  source = np.ndarray(target.shape, piece.dtype, raw, strides=strides)
   copy_strips(source, target)
 
 
 def copy_strips(source: np.ndarray, target: np.ndarray) -> None:
-  """Sets target[...] = source, in strips if one is the other transposed."""
+  """Sets target[...] = source, in strips if a matrix is transposed."""
   bits = np.dtype(f"u{target.itemsize}")
   if source.dtype == target.dtype:
     # numpy copies the elements of a custom dtype one by one.
@@ -149,9 +117,6 @@ def copy_strips(source: np.ndarray, target: np.ndarray) -> None:
   source, target = source.transpose(order), target.transpose(order)
   if source.ndim < 2 or target.strides[-1] == target.itemsize:
     target[...] = source
-  elif source.ndim > 2:
-    for source_part, target_part in zip(source, target, strict=True):
-      copy_strips(source_part, target_part)
   else:
     rows, columns = source.shape
     # Rows a power of two apart would drive each other out of the cache: they

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import huggingface_hub
 import ml_dtypes
 import numpy as np
 import safetensors
@@ -14,7 +15,6 @@ from calm_jax.core import files
 from calm_jax.core.errors import InputError
 from calm_jax.core.hub import INDEX, WEIGHTS
 
-_SHARD = "model-{:05}-of-{:05}.safetensors"
 FLOATS = {
   "F64": np.dtype(np.float64),
   "F32": np.dtype(np.float32),
@@ -133,24 +133,19 @@ def write_tensors(
   bytes of tensors, or a single one that is larger.
   """
   itemsize = np.dtype(dtype).itemsize
-  shards, size, total = [{}], 0, 0
-  for name, shape in shapes.items():
-    more = math.prod(shape) * itemsize
-    if shards[-1] and size + more > max_shard_size:
-      shards.append({})
-      size = 0
-    shards[-1][name] = shape
-    size, total = size + more, total + more
-  if len(shards) == 1:
-    _write_file(folder / WEIGHTS, shapes, dtype, value)
-    return
-  weight_map = {}
-  for i, shard in enumerate(shards):
-    name = _SHARD.format(i + 1, len(shards))
-    _write_file(folder / name, shard, dtype, value)
-    weight_map |= dict.fromkeys(shard, name)
-  index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-  files.write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
+  split = huggingface_hub.split_state_dict_into_shards_factory(
+    shapes,
+    get_storage_size=lambda shape: math.prod(shape) * itemsize,
+    filename_pattern="model{suffix}.safetensors",
+    max_shard_size=max_shard_size,
+  )
+  for file, names in split.filename_to_tensors.items():
+    shard = {name: shapes[name] for name in names}
+    _write_file(folder / file, shard, dtype, value)
+  if split.is_sharded:
+    weight_map = split.tensor_to_filename
+    index = {"metadata": split.metadata, "weight_map": weight_map}
+    files.write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _write_file(path: pathlib.Path, shapes, dtype: str, value) -> None:

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from calm_jax.core.errors import InputError
 from calm_jax.models import decoder
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.hf import families, leaves, loading, tensor_tables, tensors
+from calm_jax.models.hf import families, leaves, loading, tensor_tables
 from calm_jax.models.rope import Rope
 
 LLAMA = cases.CASES["gqa_untied"]
@@ -166,7 +166,7 @@ def test_a_leaf_without_a_tensor_is_no_table():
     families.from_hf(LLAMA), rope=None, learned_positions=True
   )
   with pytest.raises(InputError, match="position_embedding"):
-    tensors.entries(tensor_tables.FAMILIES["llama"], config)
+    tensor_tables.entries(tensor_tables.FAMILIES["llama"], config)
 
 
 def test_the_first_release_of_gpt2(tmp_path):
@@ -187,15 +187,15 @@ def test_the_first_release_of_gpt2(tmp_path):
   )
 
 
-def test_heads_are_not_sharded_within():
+def test_parts_of_a_leaf_may_end_within_heads():
   config = families.from_hf(options.config_json("gpt_neox"))
-  whole = decoder.param_shapes(config)["layers"]["attention"]["query"]
-  whole = np.zeros(whole["kernel"].shape, np.float32)
-  entries = tensors.entries(tensor_tables.FAMILIES["gpt_neox"], config)
-  entries = [e for e in entries if e.leaf == "layers/attention/query/kernel"]
-  found = {e.tensor: None for e in entries}
-  with pytest.raises(InputError, match="sharded inside heads of 8"):
-    list(leaves.reads(found, entries, whole[..., :12], (0, 0, 0)))
+  entries = tensor_tables.entries(tensor_tables.FAMILIES["gpt_neox"], config)
+  name = "gpt_neox.layers.2.attention.query_key_value.bias"
+  block = np.zeros((1, 12), np.float32)
+  query = [e for e in entries[name] if e.leaf.endswith("query/bias")]
+  found = leaves.reads({name: None}, query, block, (2, 10))
+  regions = [(slice(26, 32),), (slice(48, 54),)]
+  assert [read.region for read in found] == regions
 
 
 def test_one_program_for_layers_of_all_kinds():
@@ -212,16 +212,14 @@ def test_one_program_for_layers_of_all_kinds():
 
 
 def test_names_of_older_versions():
-  names = tensors.canonical(
+  names = tensor_tables.canonical(
     tensor_tables.FAMILIES["gpt2"],
     {"wte.weight": 1, "h.0.attn.bias": 2, "lm_head.x": 3},
   )
   assert names == {
     "transformer.wte.weight": 1, "transformer.h.0.attn.bias": 2, "lm_head.x": 3
   }  # fmt: skip
-  assert tensors.ignored(
-    tensor_tables.FAMILIES["gpt2"], "transformer.h.0.attn.bias"
-  )
+  assert tensor_tables.FAMILIES["gpt2"].is_ignored("transformer.h.0.attn.bias")
   both = {"lm_head.weight": 1, "embed_out.weight": 2}
   with pytest.raises(InputError, match=r"two tensors are embed_out\.weight"):
-    tensors.canonical(tensor_tables.FAMILIES["gpt_neox"], both)
+    tensor_tables.canonical(tensor_tables.FAMILIES["gpt_neox"], both)
