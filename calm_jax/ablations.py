@@ -27,7 +27,7 @@ from calm_jax.experiments.settings import Settings
 from calm_jax.reporting import table
 from calm_jax.reporting.runs import LABELS, RESULTS
 from calm_jax.reporting.table1 import accuracies
-from calm_jax.reporting.trials import LOSS, trials_table
+from calm_jax.reporting.tables import LOSS, trials_table
 from calm_jax.training.metrics import read_metrics
 
 FOLDER = "ablations"

@@ -17,7 +17,7 @@ from calm_jax import ablations, train
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError
 from calm_jax.experiments import config_files, recipe, run_models, variants
-from calm_jax.reporting import table, trials
+from calm_jax.reporting import table, tables
 from calm_jax.training import checkpoint, step
 
 KINDS = ("composed", "lora")
@@ -110,7 +110,7 @@ def test_the_table(finished):
   workdir, summary = finished
   on_disk = json.loads((workdir / "ablations/ablations.json").read_text())
   assert on_disk == json.loads(json.dumps(summary))
-  made = trials.trials_table(summary)
+  made = tables.trials_table(summary)
   assert len(made.rows) == 4
   assert made.header[2] == "KV-MATH, all keys held-out"
   assert {len(row) for row in made.rows} == {len(made.header)}
@@ -121,11 +121,11 @@ def test_the_table(finished):
 
 def test_a_cell_is_the_mean_and_the_range():
   spread = ablations._spread([{"a": 1.0}, {"a": 4.0}, {"a": 1.0}])
-  cell = trials._cell(spread["a"], "a", 3)
+  cell = tables._trials_cell(spread["a"], "a", 3)
   assert str(cell) == "2.0 [1.0 to 4.0, 3 trials]"
   alone = ablations._spread([{"a": 3.0}])["a"]
-  assert str(trials._cell(alone, "a", 1)) == "3.0"
-  assert str(trials._cell(None, "a", 1)) == "–"
+  assert str(tables._trials_cell(alone, "a", 1)) == "3.0"
+  assert str(tables._trials_cell(None, "a", 1)) == "–"
 
 
 def test_started_again_it_makes_what_is_missing_only(finished, monkeypatch):

@@ -30,21 +30,20 @@ def attention_figure(
   weight of exactly zero in every head tells them.
 
   Args:
-    weights_CNLM: cross-attention weights of one example.
     tokens: the L tokens of the anchor, of which `prompt_length` are the prompt.
     connections: C names.
-    prompt_length: at least 1, and less than L.
     augmenting_tokens: the M tokens of m_A, if its tokenizer is another.
 
   Raises InputError if the shapes do not fit each other, or there is no answer.
   """
-  columns = list(tokens if augmenting_tokens is None else augmenting_tokens)
+  same_tokens = augmenting_tokens is None
+  columns = list(tokens if same_tokens else augmenting_tokens)
   expected = (len(connections), len(tokens), len(columns))
   _check_shapes(weights_CNLM.shape, expected, prompt_length)
   rows = list(tokens[prompt_length:])
   # The weights at position t are those that predict token t + 1.
   weights_CTM = weights_CNLM.mean(axis=1)[:, prompt_length - 1 : -1]
-  if augmenting_tokens is None:
+  if same_tokens:
     # Nothing predicts from the last token: its column would be empty.
     columns, weights_CTM = columns[:-1], weights_CTM[..., :-1]
   count = len(connections)
@@ -57,34 +56,23 @@ def attention_figure(
     down * (height * len(rows) + 0.4) + 1.9,
   )
   with matplotlib.rc_context({**figures.STYLE, "axes.grid": False}):
-    figure, panels = figures.make_panels(
-      count, across, size, sharex=True, sharey=True
-    )
-    top = max(float(weights_CTM.max()), 1e-6)
-    for axes, name, weights in zip(
-      panels, connections, weights_CTM, strict=True
-    ):
-      image = _draw_attention(axes, weights, top)
-      if augmenting_tokens is None:
-        axes.axvline(prompt_length - 0.5, color="0.25", lw=1, ls="--")
+    shared = {"sharex": True, "sharey": True}
+    figure, panels = figures.make_panels(count, across, size, **shared)
+    images = _draw(panels, weights_CTM)
+    for axes, name in zip(panels, connections, strict=True):
       axes.set_title(f"connection {name}", loc="left", parse_math=False)
+      if same_tokens:
+        axes.axvline(prompt_length - 0.5, color="0.25", lw=1, ls="--")
     for axes in panels[::across]:
       _label(axes.yaxis, rows, height)
-    for axes in panels[-across:]:
-      # The lowest of each column: a last row may have a gap.
+    for axes in panels[-across:]:  # A last row may have a gap.
       _label(axes.xaxis, columns, width, rotation=90)
       axes.tick_params(labelbottom=True)
     figure.supylabel("token being predicted", fontsize=11)
     figure.supxlabel("token read by the augmenting model", fontsize=11)
-    figure.colorbar(
-      image,
-      ax=figure.axes,
-      location="top",
-      shrink=min(1.0, 5 / size[0]),
-      aspect=30,
-      pad=0.025,
-      label="attention weight, mean of the heads",
-    )
+    bar = {"label": "attention weight, mean of the heads", "location": "top"}
+    bar |= {"aspect": 30, "pad": 0.025, "shrink": min(1.0, 5 / size[0])}
+    figure.colorbar(images[-1], ax=figure.axes, **bar)
   return figure
 
 
@@ -103,33 +91,26 @@ def _check_shapes(
     )
 
 
-def _draw_attention(axes, weights_TM: np.ndarray, top: float):
-  # Hatched below the picture: shows only where the masked array is empty.
-  axes.set_facecolor("white")
-  axes.patch.set_hatch("////")
-  axes.patch.set_edgecolor("0.8")
-  return axes.imshow(
-    np.ma.masked_equal(weights_TM, 0.0),
-    cmap="Greys",
-    vmin=0,
-    vmax=top,
-    aspect="auto",
-    interpolation="nearest",
-  )
+def _draw(panels, weights_CTM: np.ndarray) -> list:
+  """Draws heat maps on one scale; hatches show where there is no weight."""
+  options = {"cmap": "Greys", "aspect": "auto", "interpolation": "nearest"}
+  scale = {"vmin": 0, "vmax": max(float(weights_CTM.max()), 1e-6)}
+  images = []
+  for axes, weights_TM in zip(panels, weights_CTM, strict=True):
+    axes.set_facecolor("white")
+    axes.patch.set_hatch("////")
+    axes.patch.set_edgecolor("0.8")
+    masked = np.ma.masked_equal(weights_TM, 0.0)
+    images.append(axes.imshow(masked, **options, **scale))
+  return images
 
 
 def _label(axis, tokens: Sequence[str], cell: float, rotation=0) -> None:
   # Every k-th token, where the cells are too small for a readable name each.
   every = max(1, math.ceil(0.13 / cell))
-  places = range(0, len(tokens), every)
-  axis.set_ticks(
-    places,
-    [_visible(tokens[i]) for i in places],
-    rotation=rotation,
-    fontsize=9,
-    family="monospace",
-    parse_math=False,
-  )
+  names = [_visible(token) for token in tokens[::every]]
+  font = {"rotation": rotation, "fontsize": 9, "family": "monospace"}
+  axis.set_ticks(range(0, len(tokens), every), names, parse_math=False, **font)
   axis.set_tick_params(length=2)
 
 

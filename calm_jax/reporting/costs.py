@@ -1,27 +1,25 @@
 """The costs of composing (Appendix C), and the models that a run joined."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from calm_jax.reporting import paper
 from calm_jax.reporting.runs import LABELS, Run, RunGroup
 from calm_jax.reporting.table import NOTHING, Table
 
-# A row is named by its section, which orders the table, and its label.
-_Label = tuple[str, str]
+# How the rows' labels begin, in the order of the table.
 _SECTIONS = ("m_A", "m_B", "Θ_C", "trained", "FLOPs", "time")
-_COUNTED_BY_C1: _Label = ("Θ_C", "Θ_C, counted as in C.1")
-_COMPOSITION: _Label = ("Θ_C", "Θ_C, all of it")
-_TRAINING: _Label = ("FLOPs", "FLOPs, training Θ_C")
+_COUNTED_BY_C1 = "Θ_C, counted as in C.1"
+_COMPOSITION = "Θ_C, all of it"
+_TRAINING = "FLOPs, training Θ_C"
 _FLOPS = {
-  "anchor_step": "training all of m_B",
-  "anchor_forward": "forward pass of m_B",
-  "composed_step": "training Θ_C",
-  "composed_forward": "forward pass, composed",
-  "lora_step": "training a LoRA of m_B",
-  "augmenting_step": "training all of m_A",
-  "augmenting_forward": "forward pass of m_A",
+  "anchor_step": "FLOPs, training all of m_B",
+  "anchor_forward": "FLOPs, forward pass of m_B",
+  "composed_step": _TRAINING,
+  "composed_forward": "FLOPs, forward pass, composed",
+  "lora_step": "FLOPs, training a LoRA of m_B",
+  "augmenting_step": "FLOPs, training all of m_A",
+  "augmenting_forward": "FLOPs, forward pass of m_A",
 }
 _NOTES = (
   "In brackets: the share of m_B's parameters or FLOPs.",
@@ -40,16 +38,15 @@ _NOTES = (
 def overhead(groups: Sequence[RunGroup]) -> Table:
   """Parameters, FLOPs and seconds of the paper's example and of each group."""
   columns = [_paper_column(), *map(_column, groups)]
-  labels = dict.fromkeys(label for column in columns for label in column)
-  labels.setdefault(_TRAINING)
-  ordered = sorted(labels, key=lambda label: _SECTIONS.index(label[0]))
+  labels = [label for column in columns for label in column]
+  labels = sorted(dict.fromkeys([*labels, _TRAINING]), key=_section)
   return Table(
     "overhead",
     "Overhead (Appendix C)",
     ("", "the paper's example", *(group.name for group in groups)),
     [
-      (label[1], *(column.get(label, NOTHING) for column in columns))
-      for label in ordered
+      (label, *(column.get(label, NOTHING) for column in columns))
+      for label in labels
     ],
     _NOTES,
     caption="parameters, FLOPs and time",
@@ -85,60 +82,59 @@ def _describe(run: Run, side: str) -> str:
   return f"{name or 'not told'}{size}"
 
 
-def _paper_column() -> dict[_Label, str]:
+def _section(label: str) -> int:
+  return [label.startswith(name) for name in _SECTIONS].index(True)
+
+
+def _paper_column() -> dict[str, str]:
   count = paper.C1
   return {
-    ("m_B", "m_B"): f"{count['anchor']:,}",
-    ("m_B", "m_B, counted as in C.1"): f"{count['paper_anchor']:,}",
+    "m_B": f"{count['anchor']:,}",
+    "m_B, counted as in C.1": f"{count['paper_anchor']:,}",
     _COUNTED_BY_C1: _share(count["paper_composition"], count["paper_anchor"]),
     _COMPOSITION: _share(count["composition"], count["anchor"]),
   }
 
 
-def _column(group: RunGroup) -> dict[_Label, str]:
+def _column(group: RunGroup) -> dict[str, str]:
   """The numbers of a group; of a label that several runs have, the first's."""
-  column: dict[_Label, str] = {}
+  column: dict[str, str] = {}
   for run in group.runs:
-    for label, text in _costs(run).items():
-      column.setdefault(label, text)
+    column |= {k: v for k, v in _costs(run).items() if k not in column}
   return column
 
 
-def _costs(run: Run) -> dict[_Label, str]:
-  counts = run.results.get("parameters", {})
-  anchor = counts.get("anchor")
-  costs: dict[_Label, str] = {}
-  for side in ("augmenting", "anchor"):
-    if counts.get(side) is not None:
-      costs[LABELS[side], LABELS[side]] = f"{counts[side]:,}"
-  if counts.get("composition_paper_count") is not None:
-    costs[_COUNTED_BY_C1] = _share(counts["composition_paper_count"], anchor)
-  if counts.get("composition") is not None:
-    costs[_COMPOSITION] = _share(counts["composition"], anchor)
-  if counts.get("trained") is not None:
-    trained = _share(counts["trained"], anchor)
-    if more := counts.get("trained_minus_composition"):
-      trained += f", {more:+,} against Θ_C"
-    costs["trained", f"trained: {LABELS.get(run.kind, run.kind)}"] = trained
-  costs |= _flops(run.results.get("flops", {}))
-  for stage, seconds in run.results.get("seconds", {}).items():
-    costs["time", f"time of {stage}"] = _duration(seconds)
-  return costs
-
-
-def _flops(flops: Mapping[str, Any]) -> dict[_Label, str]:
-  """FLOPs with their share of the same (step, forward pass) of all of m_B."""
-  costs = {}
-  for key, what in _FLOPS.items():
-    count, anchor = flops.get(key), flops.get(f"anchor_{key.split('_')[1]}")
+def _costs(run: Run) -> dict[str, str]:
+  """The texts of a run's parameters, FLOPs and seconds by their labels."""
+  counts, flops = (run.results.get(k, {}) for k in ("parameters", "flops"))
+  anchor, trained = counts.get("anchor"), f"trained: {run.label}"
+  costs = {
+    label: _share(counts[name], whole)
+    for name, label, whole in (
+      ("augmenting", "m_A", None),
+      ("anchor", "m_B", None),
+      ("composition_paper_count", _COUNTED_BY_C1, anchor),
+      ("composition", _COMPOSITION, anchor),
+      ("trained", trained, anchor),
+    )
+    if counts.get(name) is not None
+  }
+  more = counts.get("trained_minus_composition")
+  if more and trained in costs:
+    costs[trained] += f", {more:+,} against Θ_C"
+  for name, label in _FLOPS.items():
+    # The share is that of the same (step, forward pass) of all of m_B.
+    count, whole = flops.get(name), flops.get(f"anchor_{name.split('_')[1]}")
     if count is not None:
-      share = f" ({100 * count / anchor:.0f}%)" if anchor else ""
-      costs["FLOPs", f"FLOPs, {what}"] = f"{count:.3g}{share}"
+      share = f" ({100 * count / whole:.0f}%)" if whole else ""
+      costs[label] = f"{count:.3g}{share}"
+  for stage, seconds in run.results.get("seconds", {}).items():
+    costs[f"time of {stage}"] = _duration(seconds)
   return costs
 
 
-def _share(count: int, anchor: int | None) -> str:
-  share = f" ({100 * count / anchor:.1f}%)" if anchor else ""
+def _share(count: int, whole: int | None) -> str:
+  share = f" ({100 * count / whole:.1f}%)" if whole else ""
   return f"{count:,}{share}"
 
 

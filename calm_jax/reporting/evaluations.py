@@ -12,21 +12,13 @@ from calm_jax.reporting.table import NOTHING, Cell, Table
 
 
 class TableBlock(NamedTuple):
-  """A benchmark's rows: the paper's, those that only we have, the average.
+  """Rows of a benchmark: the paper's, those that only we have, the average."""
 
-  Attributes:
-    benchmark: its name in results.json.
-    numbers: the paper's rows by subset, or by benchmark without subsets.
-    prefix: begins the labels.
-    elsewhere: subsets of ours that another table has.
-    papers_only: leaves out rows that the paper lacks.
-  """
-
-  benchmark: str
-  numbers: paper.PaperTable
-  prefix: str = ""
-  elsewhere: Collection[str] = ()
-  papers_only: bool = False
+  benchmark: str  # its name in results.json
+  numbers: paper.PaperTable  # by subset, or by benchmark without subsets
+  prefix: str = ""  # of the labels
+  elsewhere: Collection[str] = ()  # subsets of ours that another table has
+  papers_only: bool = False  # leaves out rows that the paper lacks
 
 
 _GSM8K, _CODE = paper.TABLES["table-6"], paper.TABLES["table-4"]
@@ -70,29 +62,83 @@ TABLES = {
 def paper_table(name: str, group: RunGroup) -> Table:
   """Makes one of TABLES; of `NO_RUNS`, the paper's numbers alone."""
   title, blocks, notes = TABLES[name]
-  return _blocks_table(name, title, blocks, group, notes)
-
-
-def other_benchmarks(group: RunGroup) -> list[str]:
-  """The benchmarks of a group that the paper lacks."""
-  return [b for b in benchmarks(group) if b not in paper.TABLES["table-5"]]
+  return _table(name, title, blocks, group, notes)
 
 
 def others(group: RunGroup) -> Table:
   """The evaluations that the paper lacks."""
-  blocks = [
-    TableBlock(name, {}, f"{name} ") for name in other_benchmarks(group)
-  ]
+  names = [b for b in group.benchmarks if b not in paper.TABLES["table-5"]]
+  blocks = [TableBlock(name, {}, f"{name} ") for name in names]
   title = "Evaluations that the paper lacks"
   caption = "in %, higher is better"
-  return _blocks_table("evaluations", title, blocks, group, caption=caption)
+  return _table("evaluations", title, blocks, group, caption=caption)
+
+
+def _table(
+  name: str,
+  title: str,
+  blocks: Sequence[TableBlock],
+  group: RunGroup,
+  notes: Iterable[str] = (),
+  caption: str = "",
+) -> Table:
+  rows = [row for block in blocks for row in _rows(group, block)]
+  described = [n for block in blocks for n in _notes(group, block.benchmark)]
+  return grid(name, title, rows, [*notes, *described], group, caption=caption)
+
+
+def _rows(group: RunGroup, block: TableBlock) -> list[TableRow]:
+  benchmark, numbers, prefix, elsewhere, papers_only = block
+  subsets = group.subsets(benchmark).items()
+  names = {subset or benchmark: name for subset, name in subsets}
+  shown = [subset for subset in numbers if subset != paper.AVERAGE]
+  if not papers_only:
+    shown += [s for s in names if s not in {*shown, *elsewhere}]
+  rows = [(subset, [names.get(subset)]) for subset in shown]
+  # Beside the paper's average, that of the paper's rows.
+  averaged = [n for s, n in names.items() if not numbers or s in numbers]
+  if paper.AVERAGE in numbers or len(averaged) > 1:
+    rows.append((paper.AVERAGE, averaged))
+  return [
+    TableRow(
+      subset if subset == benchmark else f"{prefix}{subset}",
+      numbers.get(subset, {}),
+      group.columns,
+      functools.partial(average_cell, evaluated),
+    )
+    for subset, evaluated in rows
+  ]
+
+
+def _notes(group: RunGroup, benchmark: str) -> list[str]:
+  """A sentence on the examples, the shots and the metric of a benchmark."""
+  names = group.subsets(benchmark).values()
+  entries = [group.evaluations[name] for name in names]
+  if not entries:
+    return []
+  parts = [*dict.fromkeys(entry["metric"] for entry in entries)]
+  parts.append(f"{_range(e['examples'] for e in entries)} examples each")
+  asked = _range(entry["asked_shots"] for entry in entries)
+  fitted = _range(round(entry["shots"], 1) for entry in entries)
+  parts.append(f"{asked} shots asked for, {fitted} fitted on average")
+  if cut := sum(entry.get("prompts_cut", 0) for entry in entries):
+    parts.append(f"{cut:,} prompts cut at their beginning, too long even so")
+  parts += dict.fromkeys(entry["note"] for entry in entries if entry["note"])
+  subsets = f"{len(entries)} subsets, " if len(entries) > 1 else ""
+  return [f"Ours on {benchmark}: {subsets}{'; '.join(parts)}."]
+
+
+def _range(values: Iterable[float]) -> str:
+  ordered = sorted(set(values))
+  ends = [f"{v:,}" for v in dict.fromkeys((ordered[0], ordered[-1]))]
+  return " to ".join(ends)
 
 
 def table5(groups: Sequence[RunGroup]) -> Table:
   """Table 5 of all groups: averages, and how many languages are better."""
   rows = []
   for benchmark in paper.TABLES["table-5"]:
-    evaluated = [group for group in groups if benchmark in benchmarks(group)]
+    evaluated = [group for group in groups if benchmark in group.benchmarks]
     for group in evaluated or [NO_RUNS]:
       name = f", {group.name}" if len(evaluated) > 1 else ""
       rows += _table5_rows(group, benchmark, f"{benchmark}{name}")
@@ -100,7 +146,7 @@ def table5(groups: Sequence[RunGroup]) -> Table:
     "#(> m_B): for how many of the languages the model is better than m_B; the "
     "paper does not say how it counts ties, so they are left out (>) and "
     "counted (≥). m_B fine-tuned is the paper's m_B^NTL or m_B^Code.",
-    *(f"{g.name}: {describe_models(g)}" for g in groups if benchmarks(g)),
+    *(f"{g.name}: {describe_models(g)}" for g in groups if g.benchmarks),
   ]
   keys = ["anchor", *paper.TABLES["table-5"]["MBPP"]]
   for group in groups:
@@ -112,7 +158,7 @@ def table5(groups: Sequence[RunGroup]) -> Table:
 
 
 def _table5_rows(group: RunGroup, benchmark: str, label: str) -> list[TableRow]:
-  subsets = subset_names(group, benchmark)
+  subsets = group.subsets(benchmark)
   if benchmark == "GSM8K":
     subsets.pop("", None)  # English; the paper's are low-resource languages.
   names = list(subsets.values())
@@ -130,7 +176,7 @@ def _table5_rows(group: RunGroup, benchmark: str, label: str) -> list[TableRow]:
   return rows
 
 
-def score_cell(name: str | None, run: Run, model: str) -> Cell | None:
+def _score(name: str | None, run: Run, model: str) -> Cell | None:
   """An evaluation's score with its interval, and p against m_B."""
   entry = run.evaluations.get(name, {})
   score = entry.get("scores", {}).get(model)
@@ -143,7 +189,7 @@ def score_cell(name: str | None, run: Run, model: str) -> Cell | None:
 
 def average_cell(names: Sequence[str], run: Run, model: str) -> Cell | None:
   """The average of several evaluations; a single one with its interval."""
-  cells = [score_cell(name, run, model) for name in names]
+  cells = [_score(name, run, model) for name in names]
   if len(cells) == 1:
     return cells[0]
   if not cells or None in cells:
@@ -159,85 +205,9 @@ def better_cell(
     return None
   # Not every trial has measured m_B, which is the same for all.
   anchor_run = group.columns["anchor"].runs[0]
-  cells = [score_cell(name, run, model) for name in names]
-  anchor = [score_cell(name, anchor_run, "anchor") for name in names]
+  cells = [_score(name, run, model) for name in names]
+  anchor = [_score(name, anchor_run, "anchor") for name in names]
   if not cells or None in (*cells, *anchor):
     return None
   pairs = [(a.ours, b.ours) for a, b in zip(cells, anchor, strict=True)]
   return Cell(sum(a > b or (ties and a == b) for a, b in pairs), digits=0)
-
-
-def benchmarks(group: RunGroup) -> list[str]:
-  """The benchmarks that any run of a group was evaluated on."""
-  return list(dict.fromkeys(b for run in group.runs for b in run.benchmarks))
-
-
-def subset_names(group: RunGroup, benchmark: str) -> dict[str, str]:
-  """Names of a benchmark's evaluations by subset."""
-  return {
-    entry["subset"]: name
-    for run in group.runs
-    for name, entry in run.evaluations.items()
-    if entry["group"] == benchmark
-  }
-
-
-def _blocks_table(
-  name: str,
-  title: str,
-  blocks: Sequence[TableBlock],
-  group: RunGroup,
-  notes: Iterable[str] = (),
-  caption: str = "",
-) -> Table:
-  rows = [row for block in blocks for row in _rows(group, block)]
-  described = [n for block in blocks for n in _notes(group, block.benchmark)]
-  return grid(name, title, rows, [*notes, *described], group, caption=caption)
-
-
-def _rows(group: RunGroup, block: TableBlock) -> list[TableRow]:
-  benchmark, numbers, prefix, elsewhere, papers_only = block
-  subsets = subset_names(group, benchmark)
-  names = {subset or benchmark: name for subset, name in subsets.items()}
-  shown = [subset for subset in numbers if subset != paper.AVERAGE]
-  if not papers_only:
-    shown += [s for s in names if s not in {*shown, *elsewhere}]
-  rows = []
-  for subset in shown:
-    label = subset if subset == benchmark else f"{prefix}{subset}"
-    measure = functools.partial(score_cell, names.get(subset))
-    row = TableRow(label, numbers.get(subset, {}), group.columns, measure)
-    rows.append(row)
-  # Beside the paper's average, that of the paper's rows.
-  averaged = [n for s, n in names.items() if not numbers or s in numbers]
-  if paper.AVERAGE in numbers or len(averaged) > 1:
-    average = numbers.get(paper.AVERAGE, {})
-    measure = functools.partial(average_cell, averaged)
-    label = f"{prefix}average"
-    rows.append(TableRow(label, average, group.columns, measure))
-  return rows
-
-
-def _notes(group: RunGroup, benchmark: str) -> list[str]:
-  """A sentence on the examples, the shots and the metric of a benchmark."""
-  names = subset_names(group, benchmark)
-  if not names:
-    return []
-  by_name = {n: e for run in group.runs for n, e in run.evaluations.items()}
-  entries = [by_name[name] for name in names.values()]
-  parts = [*dict.fromkeys(entry["metric"] for entry in entries)]
-  parts.append(f"{_range(e['examples'] for e in entries)} examples each")
-  asked = _range(entry["asked_shots"] for entry in entries)
-  fitted = _range(round(entry["shots"], 1) for entry in entries)
-  parts.append(f"{asked} shots asked for, {fitted} fitted on average")
-  if cut := sum(entry.get("prompts_cut", 0) for entry in entries):
-    parts.append(f"{cut:,} prompts cut at their beginning, too long even so")
-  parts += dict.fromkeys(entry["note"] for entry in entries if entry["note"])
-  subsets = f"{len(names)} subsets, " if len(names) > 1 else ""
-  return [f"Ours on {benchmark}: {subsets}{'; '.join(parts)}."]
-
-
-def _range(values: Iterable[float]) -> str:
-  ordered = sorted(set(values))
-  ends = [f"{v:,}" for v in dict.fromkeys((ordered[0], ordered[-1]))]
-  return " to ".join(ends)

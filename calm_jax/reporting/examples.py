@@ -75,22 +75,20 @@ def choose(run: Run) -> list[Chosen]:
 
 
 def _comparisons(run: Run, name: str) -> list[Comparison]:
-  paths = {model: run.path(name, model) for model in MODELS}
-  if not all(path.exists() for path in paths.values()):
+  paths = [run.path(name, model) for model in MODELS]
+  if not all(path.exists() for path in paths):
     return []
-  rows = {model: read_rows(path) for model, path in paths.items()}
-  wanted = {m: [row.get("completion") for row in rows[m]] for m in MODELS}
-  if any(wanted[m] != wanted["composed"] for m in MODELS):
+  files = [read_rows(path) for path in paths]
+  wanted = [[row.get("completion") for row in rows] for rows in files]
+  if wanted != [wanted[-1]] * len(MODELS):
     raise InputError(
-      f"{', '.join(map(str, paths.values()))} are not of the same examples: "
-      "evaluate the models together"
+      f"{', '.join(map(str, paths))} are not of the same examples: evaluate "
+      "the models together"
     )
-  return [
-    Comparison(
-      f"{name}, {at + 1}",
-      row["prompt"],
-      row.get("completion"),
-      {model: rows[model][at] for model in MODELS},
-    )
-    for at, row in enumerate(rows["composed"])
-  ]
+  made = []
+  for number, rows in enumerate(zip(*files, strict=True), start=1):
+    by_model = dict(zip(MODELS, rows, strict=True))
+    composed, source = by_model["composed"], f"{name}, {number}"
+    right = composed.get("completion")
+    made.append(Comparison(source, composed["prompt"], right, by_model))
+  return made

@@ -16,7 +16,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from calm_jax.core.errors import InputError
-from calm_jax.reporting.predictions import wilson_interval
+from calm_jax.reporting.predictions import CountsByTerms, wilson_interval
 from calm_jax.reporting.runs import MODELS
 
 DPI = 150
@@ -36,13 +36,11 @@ STYLE = {"font.size": 11, "axes.titlesize": 11}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.color": "0.88"}
 STYLE |= {"legend.frameon": False}
-# Okabe and Ito's colours, told apart with any colour vision.
-_COLOURS = {"augmenting": "#0072B2", "anchor": "#D55E00", "composed": "#000000"}
-_SHAPES = {"augmenting": "s:", "anchor": "^--", "composed": "o-"}
-_LABELS = {
-  "augmenting": "augmenting $m_A$",
-  "anchor": "anchor $m_B$",
-  "composed": "composed",
+# Okabe and Ito's colours can be told apart with any colour vision.
+_LINES = {
+  "augmenting": ("augmenting $m_A$", "s:", "#0072B2"),
+  "anchor": ("anchor $m_B$", "^--", "#D55E00"),
+  "composed": ("composed", "o-", "#000000"),
 }
 _LANGUAGES = 50  # in a row of `gains_figure`
 
@@ -56,19 +54,19 @@ def loss_figure(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 
   Raises InputError if no stage has a loss to draw.
   """
-  series = {
-    name: (curve(lines, "loss"), curve(lines, "eval_loss"))
+  curves = {
+    name: [curve(lines, kind) for kind in ("loss", "eval_loss")]
     for name, lines in stages.items()
-    if curve(lines, "loss").size
   }
-  if not series:
+  curves = {name: pair for name, pair in curves.items() if pair[0].size}
+  if not curves:
     raise InputError(f"no loss to draw in the stages {list(stages)}")
-  columns = min(len(series), 3)
-  size = (max(3.5 * columns, 5), 3.0 * math.ceil(len(series) / columns))
+  columns = min(len(curves), 3)
+  size = (max(3.5 * columns, 5), 3.0 * math.ceil(len(curves) / columns))
   with matplotlib.rc_context(STYLE):
-    figure, panels = make_panels(len(series), columns, size)
-    for axes, (name, curves) in zip(panels, series.items(), strict=False):
-      _draw_loss(axes, *curves)
+    figure, panels = make_panels(len(curves), columns, size)
+    for axes, (name, pair) in zip(panels, curves.items(), strict=True):
+      _draw_loss(axes, *pair)
       axes.set_title(name, parse_math=False)
     for axes in panels[::columns]:
       axes.set_ylabel("loss (nats per token)")
@@ -76,32 +74,25 @@ def loss_figure(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
   return figure
 
 
-def accuracy_figure(
-  counts: Mapping[str, Mapping[str, Mapping[int, tuple[int, int]]]],
-) -> Figure:
+def accuracy_figure(counts: CountsByTerms) -> Figure:
   """Draws accuracy by number of terms: a panel a data set, a line a model.
 
-  The bars are 95% Wilson intervals.
-
-  Args:
-    counts: title of the panel -> model -> number of terms -> (correct, total);
-      InputError if there is nothing to draw.
+  The bars are 95% Wilson intervals. InputError if there is nothing to draw.
   """
-  if not any(by_model for by_model in counts.values()):
+  pairs = [pair for by_model in counts.values() for pair in by_model.items()]
+  if not pairs:
     raise InputError("no predictions to draw")
-  shown = {model for by_model in counts.values() for model in by_model}
+  shown = {model for model, _ in pairs}
   models = [model for model in MODELS if model in shown]
-  terms = sorted(
-    {n for by_model in counts.values() for c in by_model.values() for n in c}
-  )
+  terms = sorted({number for _, by_terms in pairs for number in by_terms})
   size = (max(4.2 * len(counts), 5), 3.7)
   with matplotlib.rc_context(STYLE):
     figure, panels = make_panels(len(counts), len(counts), size, sharey=True)
     for axes, (title, by_model) in zip(panels, counts.items(), strict=True):
-      for model in models:
+      for at, model in enumerate(models):
         if model in by_model:
           # Apart, or the bars of two models at the same value would merge.
-          shift = 0.09 * (models.index(model) - (len(models) - 1) / 2)
+          shift = 0.09 * (at - (len(models) - 1) / 2)
           _draw_accuracy(axes, model, by_model[model], shift)
       axes.set_title(title, parse_math=False)
       axes.set_xlabel("number of terms")
@@ -186,9 +177,8 @@ def _draw_loss(axes, training: np.ndarray, held_out: np.ndarray) -> None:
   steps, losses = training
   lone = "o" if len(steps) == 1 else None
   axes.plot(steps, losses, color="0.65", lw=0.6, label="as logged")
-  axes.plot(
-    steps, _smooth(losses), color="#0072B2", lw=2, marker=lone, label="smoothed"
-  )
+  smooth = {"color": "#0072B2", "lw": 2, "label": "smoothed"}
+  axes.plot(steps, _smooth(losses), marker=lone, **smooth)
   if held_out.size:
     axes.plot(*held_out, "k--", marker="D", ms=4, lw=1.2, label="evaluation")
   axes.set_yscale("log")
@@ -211,13 +201,8 @@ def _legend(figure: Figure, panels) -> None:
   for axes in panels:
     for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
       handles.setdefault(label, handle)
-  figure.legend(
-    handles.values(),
-    handles.keys(),
-    loc="outside lower center",
-    ncols=len(handles),
-    handlelength=3,
-  )
+  place = {"loc": "outside lower center", "ncols": len(handles)}
+  figure.legend(handles.values(), handles.keys(), handlelength=3, **place)
 
 
 def _draw_accuracy(
@@ -226,16 +211,15 @@ def _draw_accuracy(
   terms = sorted(by_terms)
   shares = np.array([by_terms[n][0] / by_terms[n][1] for n in terms])
   bounds = np.array([wilson_interval(*by_terms[n]) for n in terms])
+  label, shape, colour = _LINES[model]
+  style = {"capsize": 3, "lw": 1.8, "elinewidth": 1.1, "ms": 6}
   axes.errorbar(
     np.array(terms) + shift,
     100 * shares,
     yerr=100 * np.abs(bounds.T - shares),
-    fmt=_SHAPES[model],
-    color=_COLOURS[model],
-    label=_LABELS[model],
+    fmt=shape,
+    color=colour,
+    label=label,
     mfc="white" if model != "composed" else None,
-    capsize=3,
-    lw=1.8,
-    elinewidth=1.1,
-    ms=6,
+    **style,
   )

@@ -48,7 +48,6 @@ def grid(
   group: RunGroup = NO_RUNS,
   keys: Iterable[str] = (),
   best: Callable | None = None,
-  bold: Iterable[tuple[int, int]] = (),
   caption: str = "",
 ) -> Table:
   """Makes a table of rows, with the columns that any of them has.
@@ -60,7 +59,6 @@ def grid(
     group: the runs whose models the notes name.
     keys: the columns in their order; by default the paper's come first.
     best: min or max, to stress the best number of each row.
-    bold: (row, column) of cells to stress, without `best`.
     caption: what a cell is; the paper's tables have their own.
   """
   of_paper = dict.fromkeys(key for row in rows for key in row.paper)
@@ -83,11 +81,8 @@ def grid(
     notes.append(paper.MODELS.get(name, paper.MODELS["others"]))
   if group.runs:
     notes.append(describe_models(group))
-  if best:
-    bold = _best(made, best)
-  table = Table(
-    name, title, header, made, tuple(notes), frozenset(bold), caption
-  )
+  bold = frozenset(_best(made, best) if best else ())
+  table = Table(name, title, header, made, tuple(notes), bold, caption)
   if not table.empty:
     return table
   note = "No run that was given has any of these numbers."

@@ -27,7 +27,7 @@ class Section(NamedTuple):
   id: str
   title: str
   tables: Sequence[Table] = ()
-  figures: Sequence[Mapping[str, Any]] = ()
+  pictures: Sequence[Picture] = ()
   chosen: Sequence[examples.Chosen] = ()
   runs: Sequence[Run] = ()
   folded: Sequence[Table] = ()
@@ -49,10 +49,10 @@ def page(groups: Sequence[RunGroup], tables: Sequence[Table]) -> str:
   strict = jinja2.StrictUndefined
   return jinja2.Template(source, autoescape=True, undefined=strict).render(
     how_to_read=HOW_TO_READ,
-    labels=LABELS,
     groups=groups,
     sections=sections,
     headlines=headlines,
+    svg=lambda figure: base64.b64encode(figures.svg(figure)).decode(),
     texts=_texts,
     paths=_paths,
     settings=lambda run: _flat(run.config),
@@ -61,27 +61,19 @@ def page(groups: Sequence[RunGroup], tables: Sequence[Table]) -> str:
 
 def _group_sections(group: RunGroup, named: bool) -> list[Section]:
   """Everything of a group that is not a table of the report."""
-  name = f", {group.name}" if named else ""
-  slug = group.slug
-  sections = []
+  name, sections = f", {group.name}" if named else "", []
+
+  def add(id_: str, title: str, **contents) -> None:
+    title = f"{title}{name}"
+    sections.append(Section(f"{id_}-{group.slug}", title, **contents))
+
   if drawn := pictures(group):
-    shown = [_figure(picture) for picture in drawn]
-    sections.append(Section(f"figures-{slug}", f"Figures{name}", figures=shown))
+    add("figures", "Figures", pictures=drawn)
   if chosen := examples.choose(group.runs[0]):
-    title = f"Examples of Table 8's kinds{name}"
     counts = [_counts(chosen)]
-    sections.append(Section(f"examples-{slug}", title, counts, chosen=chosen))
-  title = f"Runs, files and settings{name}"
-  return [*sections, Section(f"files-{slug}", title, runs=group.runs)]
-
-
-def _figure(picture: Picture) -> dict[str, Any]:
-  return {
-    "title": picture.title,
-    "caption": picture.caption,
-    "width": round(80 * picture.figure.get_figwidth()),
-    "data": base64.b64encode(figures.svg(picture.figure)).decode(),
-  }
+    add("examples", "Examples of Table 8's kinds", tables=counts, chosen=chosen)
+  add("files", "Runs, files and settings", runs=group.runs)
+  return sections
 
 
 def _counts(chosen: Sequence[examples.Chosen]) -> Table:

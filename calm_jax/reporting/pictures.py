@@ -32,7 +32,7 @@ def pictures(group: RunGroup) -> list[Picture]:
     ValueError: a metrics.jsonl holds a line that is not JSON.
   """
   first = group.runs[0]
-  drawn = [_gains(benchmark, first) for benchmark in first.benchmarks]
+  drawn = [_gains(benchmark, first) for benchmark in group.benchmarks]
   drawn += [_accuracy(first), _loss(group), _attention(group)]
   return [picture for picture in drawn if picture]
 
@@ -46,8 +46,9 @@ def stages(
     for folder in folders
     for path in sorted(folder.glob("*/metrics.jsonl"))
   }
-  known = [name for name in order if name in paths]
-  names = [*known, *sorted(paths.keys() - set(known))]
+  names = [
+    name for name in dict.fromkeys([*order, *sorted(paths)]) if name in paths
+  ]
   metrics = {name: read_metrics(paths[name]) for name in names}
   return {
     name: lines
@@ -71,11 +72,11 @@ def language_order(
     listed = []
   rank = {code: at for at, code in enumerate(listed)}
   how = "in the order of the config's task.languages"
-  if not set(codes) & set(rank):
+  if not rank.keys() & set(codes):
     bits = results.get("bits_per_byte", {})
     rank = {c: -float(x["anchor"]) for c, x in bits.items() if "anchor" in x}
     how = "from many to few bits per byte that m_B needs for held-out text"
-  if not set(codes) & set(rank):
+  if not rank.keys() & set(codes):
     return codes, "by name, for how much text there is of each is not known"
   if rest := [code for code in codes if code not in rank]:
     how += f", then those without a place in it ({', '.join(rest)})"
@@ -139,7 +140,7 @@ def _loss(group: RunGroup) -> Picture | None:
 
 def _attention(group: RunGroup) -> Picture | None:
   paths = [run.folder / "attention.npz" for run in group.runs]
-  path = next((path for path in paths if path.exists()), None)
+  path = next(filter(Path.exists, paths), None)
   if path is None:
     return None
   with np.load(path, allow_pickle=False) as arrays:

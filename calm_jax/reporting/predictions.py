@@ -22,6 +22,8 @@ RIGHT = 50.0
 _Z = 1.96  # of a 95% interval
 
 Rows = list[dict[str, Any]]
+# Data set's title -> model -> number of terms -> (correct, total).
+CountsByTerms = dict[str, dict[str, dict[int, tuple[int, int]]]]
 
 
 def read_rows(path: Path) -> Rows:
@@ -45,16 +47,12 @@ def is_right(row: dict[str, Any]) -> bool:
   return bool(row["correct"]) if "correct" in row else row["score"] >= RIGHT
 
 
-def count_by_terms(
-  run: Run,
-) -> dict[str, dict[str, dict[int, tuple[int, int]]]]:
+def count_by_terms(run: Run) -> CountsByTerms:
   """Counts right answers by number of terms, on KV-MATH and NUM-MATH.
 
-  Returns:
-    Name of the data set -> model -> number of terms -> (correct, total). Rows
-    without "num_terms" are left out.
+  Rows without "num_terms" are left out.
   """
-  counts: dict[str, dict[str, dict[int, tuple[int, int]]]] = {}
+  counts: CountsByTerms = {}
   for name in ("kv_math_held_out", "num_math"):
     for model in MODELS:
       for row in read_rows(run.path(name, model)):

@@ -1,6 +1,5 @@
 """Finding runs in folders, and grouping those that belong together."""
 
-import collections
 import dataclasses
 import functools
 import json
@@ -44,6 +43,10 @@ class Run:
     return self.results.get("kind", "composed")
 
   @property
+  def label(self) -> str:
+    return LABELS.get(self.kind, self.kind)
+
+  @property
   def config(self) -> Mapping[str, Any]:
     return self.results.get("config", {})
 
@@ -52,16 +55,11 @@ class Run:
     return self.results.get("evals", {})
 
   @property
-  def benchmarks(self) -> list[str]:
-    """The benchmarks that were evaluated."""
-    return list(dict.fromkeys(e["group"] for e in self.evaluations.values()))
-
-  @property
   def root(self) -> Path:
     """The work folder: `folder`, or above it, with the stages of all kinds."""
     folder = self.folder.absolute()
     depth = len(Path(self.config.get("output") or ".").parts)
-    return folder.parents[depth - 1] if depth else folder
+    return [folder, *folder.parents][depth]
 
   def path(self, name: str, model: str) -> Path:
     """The file of a model's predictions of a set."""
@@ -86,18 +84,13 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class RunGroup:
-  """Runs of the same questions, and so of the same tables.
-
-  Attributes:
-    name, root: the folder's.
-    runs: all of them, the one to describe first.
-    trials: ablations.json, where there is one.
-  """
+  """Runs of the same questions, and so of the same tables."""
 
   name: str
   root: Path
-  runs: tuple[Run, ...]
-  trials: Mapping[str, Any]
+  runs: tuple[Run, ...]  # the one to describe first
+  trials: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  questions: Any = None  # equal in runs that may join; None for trials
 
   @functools.cached_property
   def columns(self) -> dict[str, Column]:
@@ -116,13 +109,31 @@ class RunGroup:
       if measured := [run for run in runs if run.measures(model)]:
         columns[key] = Column(LABELS[key], model, (measured[0],))
     for kind in sorted(by_kind, key=_order):
-      runs, label = tuple(by_kind[kind]), LABELS.get(kind, kind)
-      columns[kind] = Column(label, "composed", runs)
-      for name, results in runs[0].results.get("other_runs", {}).items():
-        other = Run(runs[0].folder, results, f"{name}/")
-        other_label = f"{label}, {name}"
-        columns[f"{kind}/{name}"] = Column(other_label, "composed", (other,))
+      first = by_kind[kind][0]
+      columns[kind] = Column(first.label, "composed", tuple(by_kind[kind]))
+      for name, results in first.results.get("other_runs", {}).items():
+        label = f"{first.label}, {name}"
+        other = Run(first.folder, results, f"{name}/")
+        columns[f"{kind}/{name}"] = Column(label, "composed", (other,))
     return columns
+
+  @functools.cached_property
+  def evaluations(self) -> dict[str, Any]:
+    """All evaluations by name; of several runs' the last one's entry."""
+    return {k: v for run in self.runs for k, v in run.evaluations.items()}
+
+  @property
+  def benchmarks(self) -> list[str]:
+    """The benchmarks that any run was evaluated on."""
+    return list(dict.fromkeys(e["group"] for e in self.evaluations.values()))
+
+  def subsets(self, benchmark: str) -> dict[str, str]:
+    """Names of a benchmark's evaluations by subset."""
+    return {
+      entry["subset"]: name
+      for name, entry in self.evaluations.items()
+      if entry["group"] == benchmark
+    }
 
   @property
   def slug(self) -> str:
@@ -135,7 +146,7 @@ class RunGroup:
     return next((found for found in sections if found is not None), {})
 
 
-NO_RUNS = RunGroup("", Path(), (), {})
+NO_RUNS = RunGroup("", Path(), ())
 
 
 def find_groups(folders: Iterable[str | os.PathLike]) -> list[RunGroup]:
@@ -147,15 +158,14 @@ def find_groups(folders: Iterable[str | os.PathLike]) -> list[RunGroup]:
   work folders lie side by side are one group if their kinds differ. InputError
   if no run is there, or results.json is not what a run writes.
   """
-  by_questions: list[tuple[Any, RunGroup]] = []
+  groups: list[RunGroup] = []
   seen: set[Path] = set()
   for folder in map(Path, folders):
     ablations = folder / ABLATIONS
     if not ablations.is_dir():
       ablations = folder
     trials = sorted(ablations.glob(f"*/[0-9]*/{RESULTS}"), key=_trial_order)
-    paths = [folder / RESULTS, *sorted(folder.glob(f"*/{RESULTS}"))]
-    paths = [path for path in paths if path.is_file()]
+    paths = [*folder.glob(RESULTS), *sorted(folder.glob(f"*/{RESULTS}"))]
     if not paths and not trials:
       raise InputError(
         f"{folder} has no {RESULTS}, and nothing of an ablation: give the "
@@ -164,14 +174,14 @@ def find_groups(folders: Iterable[str | os.PathLike]) -> list[RunGroup]:
     for path in paths:
       if path.resolve() not in seen:
         seen.add(path.resolve())
-        _add(by_questions, read(path.parent))
+        _add(groups, read(path.parent))
     if trials and ablations.resolve() not in seen:
       seen.add(ablations.resolve())
       path = ablations / "ablations.json"
       summary = files.read_json(path) if path.exists() else {}
       runs = tuple(read(path.parent) for path in trials)
-      by_questions.append((None, RunGroup("", ablations, runs, summary)))
-  return _name([group for _, group in by_questions])
+      groups.append(RunGroup("", ablations, runs, summary))
+  return _name(groups)
 
 
 def read(folder: Path) -> Run:
@@ -183,37 +193,37 @@ def read(folder: Path) -> Run:
   return Run(folder, results)
 
 
-def _add(groups: list[tuple[Any, RunGroup]], run: Run) -> None:
+def _add(groups: list[RunGroup], run: Run) -> None:
   """Adds a run to the first group that it fits, else to a new one."""
   task = json.dumps(run.config.get("task"), sort_keys=True)
-  questions = (run.config.get("experiment"), task, run.root.parent)
+  questions = run.config.get("experiment"), task, run.root.parent
   fitting = [
     (group.root != run.root, at)
-    for at, (other, group) in enumerate(groups)
-    if other == questions and run.kind not in {r.kind for r in group.runs}
+    for at, group in enumerate(groups)
+    if group.questions == questions
+    and run.kind not in {other.kind for other in group.runs}
   ]
   if not fitting:
-    groups.append((questions, RunGroup("", run.root, (run,), {})))
+    groups.append(RunGroup("", run.root, (run,), questions=questions))
     return
   # A group that shares its stages comes before one whose folder is beside it.
   _, at = min(fitting)
-  group = groups[at][1]
-  runs = sorted([*group.runs, run], key=lambda run: _order(run.kind))
-  groups[at] = questions, dataclasses.replace(group, runs=tuple(runs))
+  runs = sorted([*groups[at].runs, run], key=lambda run: _order(run.kind))
+  groups[at] = dataclasses.replace(groups[at], runs=tuple(runs))
 
 
 def _name(groups: list[RunGroup]) -> list[RunGroup]:
   """Names groups by their folders; those of the same name are numbered."""
-  counts = collections.Counter()
-  named = []
+  names, named = [], []
   for group in groups:
     folder = group.root.resolve()
     name = folder.name
     if name == ABLATIONS:
       name = f"{folder.parent.name} {ABLATIONS}"
-    counts[name] += 1
-    number = f" ({counts[name]})" if counts[name] > 1 else ""
-    named.append(dataclasses.replace(group, name=f"{name}{number}"))
+    names.append(name)
+    if names.count(name) > 1:
+      name = f"{name} ({names.count(name)})"
+    named.append(dataclasses.replace(group, name=name))
   return named
 
 

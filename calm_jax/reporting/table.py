@@ -16,24 +16,16 @@ NOTHING = "–"
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """A number of ours, and the paper's where its table has the column.
-
-  Attributes:
-    ours, low, high: our number and its interval, or, of several trials, their
-      mean and range.
-    p_value: of ours being no better or worse than m_B's.
-    digits: after the point.
-    paper: the paper's number; `paper_column` if it has others in this column.
-  """
+  """A number of ours, and the paper's where its table has the column."""
 
   ours: float | None = None
-  low: float | None = None
+  low: float | None = None  # of its interval, or of several trials' range
   high: float | None = None
-  p_value: float | None = None
-  digits: int = 1
-  trials: int = 1
+  p_value: float | None = None  # of ours being no better or worse than m_B's
+  digits: int = 1  # after the point
+  trials: int = 1  # `ours` is their mean
   paper: float | None = None
-  paper_column: bool = False
+  paper_column: bool = False  # if the paper has others in this column
 
   @property
   def number(self) -> str:
@@ -64,22 +56,15 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Rows as long as the header, whose first column names the row.
+  """Rows as long as the header, whose first column names the row."""
 
-  Attributes:
-    name: names its files.
-    notes: full sentences that say what the numbers mean.
-    bold: (row, column) of cells to stress.
-    caption: what the numbers of a cell are.
-  """
-
-  name: str
+  name: str  # of its files
   title: str
   header: tuple[str, ...]
   rows: list[tuple[str | Cell, ...]]
-  notes: tuple[str, ...] = ()
-  bold: frozenset[tuple[int, int]] = frozenset()
-  caption: str = ""
+  notes: tuple[str, ...] = ()  # full sentences that say what the numbers mean
+  bold: frozenset[tuple[int, int]] = frozenset()  # (row, column) to stress
+  caption: str = ""  # what the numbers of a cell are
 
   @property
   def full_title(self) -> str:

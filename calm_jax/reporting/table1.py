@@ -1,5 +1,6 @@
 """Table 1: the key-value task (§4.1)."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -69,7 +70,8 @@ def table1(group: RunGroup) -> Table:
     if examples is not None:
       notes.append(f"Examples evaluated: {examples} of each row.")
   title = "key-value arithmetic, accuracy in %"
-  return grid("table-1", title, rows, notes, group, bold=[(2, 3)])
+  table = grid("table-1", title, rows, notes, group)
+  return dataclasses.replace(table, bold=frozenset({(2, 3)}))
 
 
 def accuracy_cell(row: str, run: Run, model: str) -> Cell | None:

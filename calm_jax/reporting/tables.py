@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from calm_jax.core import files
 from calm_jax.reporting import evaluations, paper
@@ -12,16 +13,19 @@ from calm_jax.reporting.predictions import HEADLINE
 from calm_jax.reporting.runs import NO_RUNS, Run, RunGroup
 from calm_jax.reporting.table import Cell, Table
 from calm_jax.reporting.table1 import accuracy_cell, table1
-from calm_jax.reporting.trials import trials_table
 
+LOSS = "held-out loss"  # in ablations.json
+# Titles, digits and notes of scores of text, the lower the better.
 _SCORES = {
   "perplexity": (
     "Perplexity",
+    2,
     "exp of the mean loss per token: over how many equally likely tokens the "
     "model hesitates.",
   ),
   "bits_per_byte": (
     "Bits per byte",
+    3,
     "What it takes to code the text with the model; unlike perplexity it "
     "compares models of different tokenizers.",
   ),
@@ -41,13 +45,9 @@ def tables(groups: Sequence[RunGroup]) -> list[Table]:
     made += [_name(*pair, len(each)) for pair in each] or [make(NO_RUNS)]
   made.sort(key=lambda table: table.name[: len("table-1")])
   for group in groups:
-    more = []
-    if evaluations.other_benchmarks(group):
-      more.append(evaluations.others(group))
-    more.append(_back_translation(group))
-    more += [_scores(group, name) for name in _SCORES if group.first(name)]
-    if group.trials:
-      more.append(trials_table(group.trials))
+    more = [evaluations.others(group), _back_translation(group)]
+    more += [_scores(group, name) for name in _SCORES]
+    more.append(trials_table(group.trials))
     made += [_name(table, group, len(groups)) for table in more if table.rows]
   return [*made, overhead(groups)]
 
@@ -67,8 +67,8 @@ def headlines(group: RunGroup) -> list[str]:
       "KV-MATH over keys never seen in training the composition: "
       f"{cell.number}% right{uncertainty} (the paper: {of_paper:.1f}%)."
     )
-  for benchmark in evaluations.benchmarks(group):
-    names = list(evaluations.subset_names(group, benchmark).values())
+  for benchmark in group.benchmarks:
+    names = list(group.subsets(benchmark).values())
     average = functools.partial(evaluations.average_cell, names)
     better = functools.partial(evaluations.better_cell, names, group, False)
     cell = measure_trials(composed, average)
@@ -82,26 +82,69 @@ def headlines(group: RunGroup) -> list[str]:
   return sentences
 
 
+def trials_table(summary: Mapping[str, Any]) -> Table:
+  """Makes a row for each kind of `calm_jax.ablations.summarise`."""
+  # From the last row, a kind that has all scores; m_B, the first, lacks some.
+  scores = [row["scores"] for row in reversed(summary.values())]
+  labels = list(dict.fromkeys(label for row in scores for label in row))
+  rows = []
+  for name, row in summary.items():
+    run, count = row["runs"][0], len(row["runs"])
+    difference = f" ({run['difference']:+,})" if run["difference"] else ""
+    trained = f"{run['parameters']:,}{difference}"
+    cells = [
+      _trials_cell(row["scores"].get(label), label, count) for label in labels
+    ]
+    rows.append((name, trained, *cells))
+  return Table(
+    "ablations",
+    "All numbers of the ablations",
+    ("", "trained (against Θ_C)", *labels),
+    rows,
+    (
+      "Trials start from other fresh parameters and see the data in another "
+      "order; m_A and m_B are the same in all, and so are steps and the kind "
+      "of data.",
+      "In % and the higher the better, unless a column says otherwise: exact "
+      "match of the whole answer, pass@1, or chrF1 of translations and "
+      "descriptions, averaged over the languages. "
+      f"The {LOSS} is measured with the right answer as input, "
+      "which an unmasked composition reads off.",
+    ),
+    caption="mean [lowest to highest]",
+  )
+
+
+def _trials_cell(
+  spread: Mapping[str, float] | None, label: str, trials: int
+) -> Cell:
+  digits = 3 if label == LOSS or label.startswith("bits") else 1
+  if spread is None:
+    return Cell(digits=digits)
+  if trials == 1:
+    return Cell(spread["mean"], digits=digits)
+  ends = spread["lowest"], spread["highest"]
+  return Cell(spread["mean"], *ends, digits=digits, trials=trials)
+
+
 def _scores(group: RunGroup, section: str) -> Table:
-  """Scores of text by set and model, the lower the better."""
+  """Scores of text by set and model."""
+  title, digits, note = _SCORES[section]
   rows = []
   for name in group.first(section):
-    measure = functools.partial(_text_cell, section, name)
+    measure = functools.partial(_text_cell, section, name, digits)
     rows.append(TableRow(name, {}, group.columns, measure))
-  title, note = _SCORES[section]
-  name, notes = (
-    section.replace("_", "-"),
-    [f"{note} Bold is the best of the row."],
-  )
-  caption = "lower is better"
+  notes = [f"{note} Bold is the best of the row."]
+  name, caption = section.replace("_", "-"), "lower is better"
   return grid(name, title, rows, notes, group, best=min, caption=caption)
 
 
-def _text_cell(section: str, name: str, run: Run, model: str) -> Cell | None:
+def _text_cell(
+  section: str, name: str, digits: int, run: Run, model: str
+) -> Cell | None:
   value = run.results.get(section, {}).get(name, {}).get(model)
   if value is None:
     return None
-  digits = 2 if section == "perplexity" else 3
   return Cell(files.number_from_json(value), digits=digits)
 
 
