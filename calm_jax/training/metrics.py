@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tensorboardX import SummaryWriter
 
 from calm_jax.core import files
@@ -15,16 +14,18 @@ FILE_NAME = "metrics.jsonl"
 
 
 class MetricWriter(contextlib.AbstractContextManager):
-  """Appends scalars to metrics.jsonl and to TensorBoard event files."""
+  """Appends scalars to metrics.jsonl and to TensorBoard event files.
+
+  All processes but the first are not `active`: their calls do nothing.
+  """
 
   def __init__(
     self, directory: Path, *, resume_step: int = -1, active: bool = True
   ):
-    """Opens the files, and drops the lines that a resumed run writes again.
+    """Opens the files and drops the lines after `resume_step`.
 
-    They are those after `resume_step`, the step of the restored checkpoint: all
-    of them if there is none. All processes but the first are not `active`:
-    their calls do nothing. Raises as `read_metrics`.
+    A resumed run, whose checkpoint that is, writes them again. Raises as
+    `read_metrics`.
     """
     self._active = active
     if not active:
@@ -38,22 +39,16 @@ class MetricWriter(contextlib.AbstractContextManager):
     # TensorBoard ignores an earlier process's events from the purge step on.
     self._board = SummaryWriter(str(directory), purge_step=resume_step + 1)
 
-  def write(self, step: int, values: Mapping[str, Any]) -> None:
-    """Writes one line and one TensorBoard scalar per value; flushes both.
-
-    A value is a number or an array of one element; none is called "step".
-    """
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Writes one line and one TensorBoard scalar per value; flushes both."""
     if not self._active:
       return
-    if "step" in values:
-      raise ValueError('a metric may not be called "step"')
-    scalars = {name: np.asarray(value).item() for name, value in values.items()}
-    line = files.to_json({"step": int(step), **scalars})
+    line = files.to_json({"step": step, **values})
     # A single write, so that a kill can cut the line but not interleave it.
     self._file.write(json.dumps(line, allow_nan=False) + "\n")
     self._file.flush()
-    for name, value in scalars.items():
-      self._board.add_scalar(name, value, int(step))
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
     self._board.flush()
 
   def __exit__(self, *exc_info) -> None:

@@ -84,9 +84,12 @@ def run_stage(
   run = _Run(
     name, stage, source, eval_batches, directory, identity, layout, watchdog
   )
-  result = run.finished(trainable)
-  if result is None:
-    with run.open_checkpoints():
+  if (result := run.finished(trainable)) is None:
+    with Checkpoints(
+      run.checkpoint_folder,
+      keep_last=stage.keep_last,
+      keep_best=stage.keep_best if eval_batches else 0,
+    ) as run.checkpoints:
       result = _train(run, spec, mask, trainable, frozen)
     run_identity.mark_complete(directory, stage.steps, result[1], identity)
   trained, seconds = result
@@ -107,15 +110,19 @@ class _Run:
   watchdog: float
   checkpoints: Checkpoints | None = None
 
+  @property
+  def checkpoint_folder(self) -> Path:
+    return self.directory / "checkpoints"
+
   def finished(self, abstract: Tree) -> tuple[Tree, float] | None:
     """Reads (trained leaves, seconds) of a finished stage, if this is one."""
     if (mark := run_identity.completion(self.directory)) is None:
       return None
     saved = mark.get("identity", {})
     run_identity.check(saved, self.identity, self.directory)
-    folder = self.directory / "checkpoints"
+    folder, step = self.checkpoint_folder, mark["step"]
     try:
-      trained, _ = restore_trainable(folder, mark["step"], abstract)
+      return restore_trainable(folder, step, abstract)[0], mark["seconds"]
     except StorageError as error:
       checkpoint_integrity.warn(
         f"stage {self.name!r} was complete: {error}\nit goes on from an "
@@ -125,15 +132,6 @@ class _Run:
       # look for the lost checkpoint.
       run_identity.remove_mark(self.directory)
       return None
-    return trained, mark["seconds"]
-
-  def open_checkpoints(self) -> Checkpoints:
-    self.checkpoints = Checkpoints(
-      self.directory / "checkpoints",
-      keep_last=self.stage.keep_last,
-      keep_best=self.stage.keep_best if self.eval_batches else 0,
-    )
-    return self.checkpoints
 
   def resume(self, state: Tree) -> tuple[Tree, Iterator[Batch], float]:
     """The newest state, the batches that follow, and the seconds spent."""
@@ -174,7 +172,7 @@ class _Run:
   def last_checkpoint(self) -> str:
     return (
       f"the last good checkpoint is step {self.checkpoints.latest()} in "
-      f"{self.directory}/checkpoints"
+      f"{self.checkpoint_folder}"
     )
 
 
@@ -232,7 +230,7 @@ def _train(
   first, began = int(state["step"]), time.monotonic() - seconds
   with (
     MetricWriter(run.directory, resume_step=first, active=writes) as writer,
-    Progress(stage.steps, first, run.name, active=writes) as progress,
+    Progress(stage.steps, first, run.name) as progress,
     signals.deferred() as request,
     Watchdog(run.watchdog) as watch,
   ):

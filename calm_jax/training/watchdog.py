@@ -15,12 +15,11 @@ _COMPILING = 10  # Times the seconds, for work that includes compiling.
 class Watchdog:
   """Prints all stacks and ends the process with `HUNG` when nothing moves.
 
-  It is a thread: a hung collective cannot be interrupted, and `faulthandler`
-  would end the process with the exit code of any fault.
+  It is a thread, which 0 seconds leave out: a hung collective cannot be
+  interrupted, and `faulthandler` would end with the exit code of any fault.
   """
 
   def __init__(self, seconds: float):
-    """Does nothing for 0 seconds."""
     self._seconds = seconds
     self._what, self._deadline = "", float("inf")
     self._over = threading.Event()

@@ -40,10 +40,3 @@ def test_progress_on_a_terminal_is_a_bar():
   shown = out.getvalue()
   assert "train [kv]" in shown and "10/10" in shown
   assert "loss 0.5000" in shown and "100 tokens/s" in shown
-
-
-def test_inactive_progress_is_silent():
-  out = io.StringIO()
-  with Progress(9, console=Console(file=out), active=False) as progress:
-    progress.update(1, loss=1.0, tokens_per_second=1)
-  assert out.getvalue() == ""
