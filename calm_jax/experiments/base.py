@@ -13,17 +13,11 @@ Models = dict[str, LanguageModel]  # by the name of their column or side
 
 
 class Experiment(Protocol):
-  """Data for the stages of a run, and its evaluation.
+  """Data for the stages of a run, and its evaluation."""
 
-  Attributes:
-    task_type: the dataclass of the settings' "task".
-    data_type: the dataclass of each stage's "data".
-    tokenizer: of the models that this run trains from scratch.
-  """
-
-  task_type: ClassVar[type]
-  data_type: ClassVar[type]
-  tokenizer: Tokenizer
+  task_type: ClassVar[type]  # the dataclass of the settings' "task"
+  data_type: ClassVar[type]  # the dataclass of each stage's "data"
+  tokenizer: Tokenizer  # of the models that this run trains from scratch
 
   def __init__(self, task: Any, seed: int, workdir: Path, loaded: Models):
     """Reads or makes everything that data and evaluation need.

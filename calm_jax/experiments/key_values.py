@@ -24,25 +24,19 @@ _EVAL_ROWS = 256
 
 @dataclasses.dataclass(frozen=True)
 class KeyValueTask:
-  """The dictionary and the expressions over it, as `data.key_value_text`.
+  """The dictionary and the expressions over it, as `data.key_value_text`."""
 
-  Attributes:
-    num_keys: size of the dictionary D_KV; values are 1 .. num_keys.
-    held_in_fraction: share of the keys that D_C may use (the paper's 20%).
-    min_terms, max_terms: keys in an expression.
-    operators: some of "+-*".
-    keys, digits: how they are split, see `key_value_text.train_tokenizer`.
-    num_examples: expressions per evaluation set.
-  """
-
-  num_keys: int = 999
-  held_in_fraction: float = 0.2
-  min_terms: int = 2
+  num_keys: int = 999  # of the dictionary D_KV, whose values are 1 .. num_keys
+  held_in_fraction: float = (
+    0.2  # of the keys that D_C may use (the paper's 20%)
+  )
+  min_terms: int = 2  # keys in an expression
   max_terms: int = 2
-  operators: str = "+-"
+  operators: str = "+-"  # some of "+-*"
+  # How keys and digits are split, see `key_value_text.train_tokenizer`.
   keys: str = "pieces"
   digits: str = "single"
-  num_examples: int = 1000
+  num_examples: int = 1000  # expressions per evaluation set
 
 
 @dataclasses.dataclass(frozen=True)

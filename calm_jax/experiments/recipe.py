@@ -28,25 +28,18 @@ EXPERIMENTS: dict[str, type[Experiment]] = {
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-  """A run after its last stage.
-
-  Attributes:
-    folder: of the results; in a process that is not the first, thrown away.
-    untrained: the frozen models and a fresh composition, before the last stage.
-    trees: all parameters after the last stage and each alternative, by stage.
-    lora_rank: of the matrices on the anchor in the last stage; 0 for none.
-    seconds: of each stage.
-    exact_leaves: by name, leaves as they were before quantising.
-  """
+  """A run after its last stage."""
 
   settings: Settings
   experiment: Experiment
-  folder: Path
+  folder: Path  # of the results; thrown away in all processes but the first
+  # The frozen models and a fresh composition, before the last stage.
   untrained: LanguageModel
+  # All parameters after the last stage and each alternative, by stage.
   trees: dict[str, dict]
-  lora_rank: int
-  seconds: dict[str, float]
-  exact_leaves: dict[str, Any]
+  lora_rank: int  # of the matrices on the anchor; 0 for none
+  seconds: dict[str, float]  # of each stage
+  exact_leaves: dict[str, Any]  # by name, as they were before quantising
 
   @property
   def models(self) -> dict[str, LanguageModel]:
@@ -196,7 +189,7 @@ def _make_batches(
   if layout is not None:
     share = layout.share(stage.batch_size, stage.accumulate)
   trained = model.part(stage.model)
-  source = experiment.source(stage, trained, _seed(settings, name), share)
+  source = experiment.source(stage, trained, settings.stage_seed(name), share)
   return source, experiment.eval_batches(stage, trained)
 
 
@@ -222,12 +215,7 @@ def _run_stage(
     *batches,
     Path(settings.workdir, output, name),
     origins=origins,
-    seed=_seed(settings, name),
+    seed=settings.stage_seed(name),
     layout=layout,
     watchdog=settings.watchdog,
   )
-
-
-def _seed(settings: Settings, name: str) -> int:
-  """The seed of a stage; trials share the stages before the last."""
-  return settings.trial_seed if name in settings.ends else settings.seed

@@ -75,17 +75,11 @@ def stage_shapes(
 
   A loaded model has `settings.dtype`, what this or an earlier stage trains is
   float32, and the frozen models are quantised in the last stage or, if no stage
-  trains them, from the start; all as in `run_recipe`.
+  trains them, from the start; all as in `run_recipe`, which raises the same.
 
   Args:
     configs: of the "anchor" and the "augmenting" model: from the config.json
       of a model that is loaded, and from `scratch_config` of any other.
-
-  Returns:
-    (the composition, its whole tree of `jax.ShapeDtypeStruct`).
-
-  Raises:
-    InputError: a connection or a quantisation is impossible.
   """
   dtype = settings.dtype
   configs = {s: c.with_compute(dtype=dtype) for s, c in configs.items()}

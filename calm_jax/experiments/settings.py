@@ -58,89 +58,71 @@ class CompositionOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Ablations:
-  """The runs of `python -m calm_jax.ablations`: `trials` of each kind.
-
-  The first estimate is that a run takes `minutes` on two CPU cores.
-  """
+  """The runs of `python -m calm_jax.ablations`."""
 
   kinds: tuple[str, ...] = tuple(variants.KINDS)
-  trials: int = 3
-  minutes: float = 1.4
+  trials: int = 3  # of each kind
+  minutes: float = 1.4  # of a run on two CPU cores, for the first estimate
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Everything that a config file and the command line say about a run.
+  """Everything that a config file and the command line say about a run."""
 
-  Attributes:
-    experiment: a key of `recipe.EXPERIMENTS`.
-    task: of the experiment's `task_type`.
-    seed: of data, fresh parameters and samples.
-    dtype, unroll, remat, loss_chunk: see `models.config.Compute`; trainable
-      leaves and optimizer state are float32 always.
-    attention: a kernel, or "auto" for the fastest; see `models.attention`.
-    mesh: devices along each axis; -1, on one axis, for all that are left. All
-      1: one device without a mesh.
-    sharding: rules; see `parallel.rules`.
-    replicated: regexes of leaves that every device holds whole, whatever the
-      rules say, such as "augmenting/.*".
-    distributed: whether this is one of several processes.
-    grace: seconds in which the process saves after a signal; spot machines are
-      gone after 30.
-    watchdog: seconds after which a step counts as hung, 0 for never; ten times
-      that where programs are compiled.
-    heartbeat: seconds after which a silent process counts as gone.
-    anchor, augmenting: folders or hub ids; empty: trained from scratch, in the
-      shapes of anchor_model and augmenting_model.
-    augmenting_name: m_A's name in the tree of parameters.
-    recipe: names of the stages, in order.
-    alternatives: stages that make further compositions of the same frozen
-      models, each from a fresh start.
-    kind: the name of this run in tables, a key of `variants.KINDS`.
-    output: where in workdir the last stage and the results go; the stages
-      before it are in workdir itself, shared by all kinds.
-    trial: added to the seed of the last stage.
-    lora_rank: of LoRA on the anchor in the last stage; 0 for none, -1 for about
-      as many parameters as the composition has.
-    random_augmenting: whether m_A has random weights instead of its own.
-    vanilla: stages that train a vanilla m_A, in place of those on its domain.
-  """
-
-  experiment: str
-  task: Any
+  experiment: str  # a key of `recipe.EXPERIMENTS`
+  task: Any  # of the experiment's `task_type`
   workdir: str = "runs/default"
-  seed: int = 0
+  seed: int = 0  # of data, fresh parameters and samples
+  # For dtype, unroll, remat and loss_chunk see `models.config.Compute`;
+  # trainable leaves and optimizer state are float32 always.
   dtype: str = "float32"
   unroll: int = 1
+  # A kernel, or "auto" for the fastest; see `models.attention`.
   attention: str = "xla"
   remat: str = "auto"
   loss_chunk: int = 2**24
+  # Devices along each axis; -1, on one axis, for all that are left. All 1: one
+  # device without a mesh.
   mesh: dict[str, int] = dataclasses.field(
     default_factory=lambda: dict.fromkeys(mesh.AXES, 1)
   )
-  sharding: tuple[tuple[str, tuple], ...] = SHARDING
+  sharding: tuple[tuple[str, tuple], ...] = SHARDING  # see `parallel.rules`
+  # Regexes of leaves that every device holds whole, whatever the rules say,
+  # such as "augmenting/.*".
   replicated: tuple[str, ...] = ()
-  distributed: bool = False
+  distributed: bool = False  # whether this is one of several processes
+  # Seconds to save in after a signal; spot machines are gone after 30.
   grace: float = 25.0
+  # Seconds after which a step counts as hung, 0 for never; ten times that where
+  # programs are compiled.
   watchdog: float = 1800.0
-  heartbeat: int = 100
+  heartbeat: int = 100  # seconds after which a silent process counts as gone
+  # Folders or hub ids; a model without one is trained from scratch, in the
+  # shape of anchor_model or augmenting_model.
   anchor: str = ""
   augmenting: str = ""
-  augmenting_name: str = "augmenting"
+  augmenting_name: str = "augmenting"  # m_A's in the tree of parameters
   quantise: Bits = Bits()
   anchor_model: DecoderShape = DecoderShape()
   augmenting_model: DecoderShape = DecoderShape()
   composition: CompositionOptions = CompositionOptions()
-  recipe: tuple[str, ...] = ("compose",)
+  recipe: tuple[str, ...] = ("compose",)  # names of the stages, in order
   stages: dict[str, Stage] = dataclasses.field(
     default_factory=lambda: {"compose": Stage()}
   )
+  # Stages that make further compositions of the same frozen models, each from a
+  # fresh start.
   alternatives: tuple[str, ...] = ()
-  kind: str = "composed"
+  kind: str = "composed"  # this run's in tables, a key of `variants.KINDS`
+  # Where in workdir the last stage and the results go; the stages before it are
+  # in workdir itself, shared by all kinds.
   output: str = ""
-  trial: int = 0
+  trial: int = 0  # added to the seed of the last stage
+  # Of LoRA on the anchor in the last stage; 0 for none, -1 for about as many
+  # parameters as the composition has.
   lora_rank: int = 0
-  random_augmenting: bool = False
+  random_augmenting: bool = False  # m_A has random weights instead of its own
+  # Stages that train a vanilla m_A, in place of those on its domain.
   vanilla: tuple[str, ...] = ()
   ablations: Ablations = Ablations()
 
@@ -170,3 +152,7 @@ class Settings:
   def trial_seed(self) -> int:
     """The seed of the last stage; trials share the stages before it."""
     return self.seed + self.trial
+
+  def stage_seed(self, name: str) -> int:
+    """The seed of a stage."""
+    return self.trial_seed if name in self.ends else self.seed

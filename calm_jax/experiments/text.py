@@ -1,37 +1,93 @@
 """The text experiment: languages, code, or files of one's own (§4.2-3).
 
-Stages learn from mixtures of named sources. At the end every model is measured
-on held-out text, in bits per byte, and by the evaluations of the config.
+Stages learn from mixtures of named sources of text. At the end every model is
+measured on held-out text, in bits per byte, and by the evaluations of the
+config.
 """
 
+import dataclasses
 import fnmatch
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from calm_jax.core import files
-from calm_jax.core.errors import InputError
-from calm_jax.data import pipeline
-from calm_jax.data.examples import TextExample
+from calm_jax.core.errors import InputError, check_choice
+from calm_jax.data import examples, pipeline
+from calm_jax.data.documents import RowOptions
+from calm_jax.data.examples import ExampleSource, TextExample
 from calm_jax.evals import suite, tasks
 from calm_jax.evals.base import Evaluation
 from calm_jax.evals.perplexity import perplexity
 from calm_jax.experiments.base import Models
 from calm_jax.experiments.languages import expand
-from calm_jax.experiments.text_data import TextCorpus, TextData, TextTask
 from calm_jax.language_model import LanguageModel
 from calm_jax.parallel import processes
+from calm_jax.text.alignment import ChunkEncoder
 from calm_jax.text.tokenizer import Tokenizer
 from calm_jax.training import step
+from calm_jax.training.stage import Stage
 
 ANCHOR_DOMAIN = "anchor_domain"
 PICTURE_TOKENS = 40
+_HINT = "; for configs/compose.py, --config.eval_data= a jsonl or txt file"
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTask:
+  """The text that is learnt (`sources`) and measured (`held_out`), by name.
+
+  Entries with {language} in their names stand for one of each language. A
+  held-out set of an empty path is left out.
+  """
+
+  languages: tuple[str, ...] = ()  # codes, such as lij_Latn
+  sources: dict[str, ExampleSource] = dataclasses.field(default_factory=dict)
+  held_out: dict[str, ExampleSource] = dataclasses.field(default_factory=dict)
+  # By name, see `evals.tasks.make`.
+  evals: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+  skip_evals: tuple[str, ...] = ()  # names or patterns, such as mgsm_*
+  allow_code_execution: bool = False  # of programs that models write, sandboxed
+  # Texts to sample from an anchor that is loaded, for held-out text of its own
+  # domain if there is no "anchor_domain"; 0 for none.
+  num_samples: int = 0
+  sample_tokens: int = 200  # of a sample at most
+  prompt_tokens: int = 1024  # of an evaluation's prompt at most, the anchor's
+  eval_batch_size: int = 32  # rows, in generation too
+  eval_length: int = 256  # tokens of a row
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """The weight of a source in a mixture, and the fraction of it that is used.
+
+  Languages share the weight of an entry with {language}.
+  """
+
+  weight: float
+  fraction: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TextData:
+  """The data of a stage; the mixture is by the names of the task's sources."""
+
+  mixture: dict[str, Share] = dataclasses.field(default_factory=dict)
+  pack: bool = True  # whether a row holds several examples
+  too_long: str = "error"  # or "cut" or "drop": a prompt longer than a row
+  watch: tuple[
+    str, ...
+  ] = ()  # held-out sets whose loss is followed; () for all
 
 
 class TextExperiment:
-  """The stages' data, and the measures of each model; see `Experiment`."""
+  """The stages' data, and the measures of each model; see `Experiment`.
+
+  `held_out` are the examples of each held-out set with a path, by name.
+  """
 
   task_type, data_type = TextTask, TextData
 
@@ -45,14 +101,22 @@ class TextExperiment:
     # A model that is trained from scratch reads the other one's tokens.
     side = "anchor" if "anchor" in loaded else next(iter(loaded))
     self.tokenizer = loaded[side].text()
-    self.corpus = TextCorpus(task, seed)
-    self.source = self.corpus.source
-    self.eval_batches = self.corpus.eval_batches
+    self._encoders: dict[str, ChunkEncoder] = {}
+    self._examples: dict[str, list[TextExample]] = {}
+    self._sources = expand(task.sources, task.languages)
+    held_out = expand(task.held_out, task.languages)
+    self.held_out = {
+      name: examples.read_examples(source, print)
+      for name, source in held_out.items()
+      if source.path
+    }
+    if not self.held_out:
+      raise InputError(f"no held-out text: give {list(held_out)} a path{_HINT}")
     self._evaluations = _evaluations(task)
     # The anchor to sample texts from, before a stage changes it; it is held
     # for no other end.
     self._sampled: LanguageModel | None = None
-    if not task.num_samples or ANCHOR_DOMAIN in self.corpus.held_out:
+    if not task.num_samples or ANCHOR_DOMAIN in self.held_out:
       return
     self._sampled, fault = loaded.get("anchor"), ""
     if self._sampled is None:
@@ -64,6 +128,66 @@ class TextExperiment:
         f"{fault}: give held_out.{ANCHOR_DOMAIN} a path "
         "(--config.anchor_eval_data=), or num_samples=0"
       )
+
+  def source(self, stage: Stage, model: LanguageModel, seed: int, share=(0, 1)):
+    """Shuffled rows of a stage's mixture; see `Experiment.source`."""
+    data, languages, parts = stage.data, self._task.languages, {}
+    for entry, part in data.mixture.items():
+      names = list(expand({entry: None}, languages))
+      for name in names:
+        if name in parts:
+          raise InputError(f"source {name!r} is in the mixture twice")
+        read = self._read(name)
+        used = examples.take_fraction(read, part.fraction, self._seed)
+        parts[name] = used, part.weight / len(names)
+    options = self._row_options(
+      model,
+      stage,
+      pack=data.pack,
+      too_long=data.too_long,
+      seed=seed,
+      process_index=share[0],
+      process_count=share[1],
+    )
+    source = pipeline.text_source(parts, options)
+    print(source.describe_truncation(), flush=True)
+    return source
+
+  def eval_batches(self, stage: Stage, model: LanguageModel) -> list:
+    """Batches of the held-out sets that a stage watches."""
+    entries = stage.data.watch or tuple(self.held_out)
+    names = expand(dict.fromkeys(entries), self._task.languages)
+    if missing := [name for name in names if name not in self.held_out]:
+      raise InputError(
+        f"watch has {missing}, which are no held-out sets with a path; there "
+        f"are {list(self.held_out)}{_HINT}"
+      )
+    watched = [e for name in names for e in self.held_out[name]]
+    options = self._row_options(model, stage, seed=None)
+    return list(pipeline.text_source({"": (watched, 1.0)}, options))
+
+  def _row_options(
+    self, model: LanguageModel, stage: Stage | None = None, **options: Any
+  ) -> RowOptions:
+    """The options of a model's batches; their shape may be a stage's."""
+    if stage is not None:
+      for name in ("batch_size", "length", "augmenting_length"):
+        options[name] = getattr(stage, name)
+    for name in model.tokenizers.keys() - self._encoders.keys():
+      self._encoders[name] = ChunkEncoder(model.tokenizers[name])
+    augmenting = {name: self._encoders[name] for name in model.tokenizers}
+    return RowOptions(tokenizer=model.text(), augmenting=augmenting, **options)
+
+  def _read(self, name: str) -> list[TextExample]:
+    check_choice("source", name, list(self._sources))
+    if not self._sources[name].path:
+      raise InputError(
+        f"source {name!r} has no path: give it a jsonl or txt file; for "
+        "configs/compose.py, --config.data="
+      )
+    if name not in self._examples:
+      self._examples[name] = examples.read_examples(self._sources[name], print)
+    return self._examples[name]
 
   def evaluate(self, models: Models, data: TextData, prefix: str = "") -> dict:
     """Bits per byte and perplexity of each set, and the config's evaluations.
@@ -88,18 +212,17 @@ class TextExperiment:
 
   def _held_out_scores(self, models: Models, prefix: str) -> dict:
     """{"perplexity" and "bits_per_byte": {set: {column: value}}}."""
-    held_out = self.corpus.held_out
     if self._sampled is not None:
-      held_out[ANCHOR_DOMAIN] = self._sample(self._sampled)
+      self.held_out[ANCHOR_DOMAIN] = self._sample(self._sampled)
       self._sampled = None
     measures = ["perplexity", "bits_per_byte"]
     if any(model.tokenizers for model in models.values()):
       measures = ["bits_per_byte"]
-    table: dict = {m: {name: {} for name in held_out} for m in measures}
-    for name, examples in held_out.items():
+    table: dict = {m: {name: {} for name in self.held_out} for m in measures}
+    for name, held_out in self.held_out.items():
       for column, model in models.items():
         score = functools.partial(self._score, model)
-        metrics, rows = perplexity(examples, score)
+        metrics, rows = perplexity(held_out, score)
         for measure in measures:
           table[measure][name][column] = metrics[measure]
         file = f"scores/{prefix}{name}.{column}.jsonl"
@@ -119,22 +242,22 @@ class TextExperiment:
     return len(self.tokenizer.encode(prompt)) < self._task.prompt_tokens
 
   def _score(
-    self, model: LanguageModel, examples: list[TextExample]
+    self, model: LanguageModel, texts: list[TextExample]
   ) -> list[tuple[float, float, int]]:
     """(nats, tokens, bytes) of each example, as `evals.perplexity` asks.
 
     A text that is longer than a row goes on in a next window.
     """
     score = jax.jit(step.row_losses, static_argnums=1)
-    options = self.corpus.row_options(
+    options = self._row_options(
       model,
       batch_size=self._task.eval_batch_size,
       length=self._task.eval_length,
       pack=False,
       seed=None,
     )
-    source = pipeline.text_source({"": (examples, 1.0)}, options)
-    sums = {example.origin: np.zeros(2) for example in examples}
+    source = pipeline.text_source({"": (texts, 1.0)}, options)
+    sums = {example.origin: np.zeros(2) for example in texts}
     for i in range(len(source)):
       losses = processes.fetch(score(model.params, model.spec, source[i]))
       for origins, *row in zip(source.row_origins(i), *losses, strict=True):
@@ -142,14 +265,13 @@ class TextExperiment:
           sums[origin] += np.array(row)
     tokenizer = model.text()
     return [
-      (*map(float, sums[e.origin]), _spelled_bytes(tokenizer, e))
-      for e in examples
+      (*map(float, sums[e.origin]), _spelled_bytes(tokenizer, e)) for e in texts
     ]
 
   def attention_maps(self, model: LanguageModel, data: TextData) -> dict:
     """Cross-attention over the start of the first held-out example."""
     del data
-    example = next(iter(self.corpus.held_out.values()))[0]
+    example = next(iter(self.held_out.values()))[0]
     prompt = self.tokenizer.with_bos(self.tokenizer.encode(example.prompt))
     new = self.tokenizer.encode_continuation(example.prompt, example.completion)
     ids = (prompt + new)[:PICTURE_TOKENS]

@@ -78,19 +78,12 @@ class ProgramWithTests:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """The end of a program.
+  """The end of a program."""
 
-  Attributes:
-    name: one of the constants of this module, such as PASSED.
-    detail: the exception's last line and the test it came from, or the signal.
-    output: the end of what it printed.
-    seconds: that it ran.
-  """
-
-  name: str
-  detail: str
-  output: str
-  seconds: float
+  name: str  # one of the constants of this module, such as PASSED
+  detail: str  # the exception's last line and its test, or the signal
+  output: str  # the end of what it printed
+  seconds: float  # that it ran
 
   @property
   def passed(self) -> bool:

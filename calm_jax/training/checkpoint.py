@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,26 +124,23 @@ class Checkpoints(contextlib.AbstractContextManager):
     self.wait()
     return self._manager.latest_step()
 
-  def restore_meta(self) -> Any:
-    """Restores `meta` of the newest step, None if there is no step."""
-    if (step := self.latest()) is None:
-      return None
-    return _read(self._directory / str(step), meta=ocp.args.JsonRestore()).meta
-
-  def restore(self, abstract_state: PyTree) -> tuple[PyTree, Any]:
-    """Restores (state, data) of the newest step.
+  def restore(
+    self, abstract_state: PyTree, check_meta: Callable = lambda meta: None
+  ) -> tuple[PyTree, Any] | None:
+    """Restores (state, data) of the newest step; None if there is no step.
 
     The state gets the structure, dtypes and shardings of `abstract_state`, a
     pytree of arrays or `jax.ShapeDtypeStruct`; a leaf without a sharding is a
-    numpy array.
+    numpy array. `check_meta` is called with the step's `meta` before.
 
     Raises:
-      InputError: there is no step, or its leaves are not the same.
+      InputError: the leaves of the step are not the same.
     """
     if (step := self.latest()) is None:
-      raise errors.InputError(f"no complete checkpoint in {self._directory}")
-    want = _nested(abstract_state)
-    restored = _restore(self._directory / str(step), want)
+      return None
+    path = self._directory / str(step)
+    check_meta(_read(path, meta=ocp.args.JsonRestore()).meta)
+    restored = _restore(path, _nested(abstract_state))
     leaves = trees.flatten(restored.state)
     state = jax.tree_util.tree_map_with_path(
       lambda path, _: leaves[_leaf_name(path)], abstract_state

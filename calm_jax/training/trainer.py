@@ -114,12 +114,14 @@ class _Run:
   def checkpoint_folder(self) -> Path:
     return self.directory / "checkpoints"
 
+  def check_identity(self, saved: dict) -> None:
+    run_identity.check(saved, self.identity, self.directory)
+
   def finished(self, abstract: Tree) -> tuple[Tree, float] | None:
     """Reads (trained leaves, seconds) of a finished stage, if this is one."""
     if (mark := run_identity.completion(self.directory)) is None:
       return None
-    saved = mark.get("identity", {})
-    run_identity.check(saved, self.identity, self.directory)
+    self.check_identity(mark.get("identity", {}))
     folder, step = self.checkpoint_folder, mark["step"]
     try:
       return restore_trainable(folder, step, abstract)[0], mark["seconds"]
@@ -136,10 +138,10 @@ class _Run:
   def resume(self, state: Tree) -> tuple[Tree, Iterator[Batch], float]:
     """The newest state, the batches that follow, and the seconds spent."""
     iterator = pipeline.make_iterator(self.source)
-    if (saved := self.checkpoints.restore_meta()) is None:
+    saved = self.checkpoints.restore(state, self.check_identity)
+    if saved is None:
       return state, iterator, 0.0
-    run_identity.check(saved, self.identity, self.directory)
-    state, data = self.checkpoints.restore(state)
+    state, data = saved
     iterator.set_state(data["iterator"])
     return state, iterator, data["seconds"]
 

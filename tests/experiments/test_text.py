@@ -14,8 +14,13 @@ import tiny
 import calm_jax
 from calm_jax.core.errors import InputError
 from calm_jax.data.examples import ExampleSource
-from calm_jax.experiments.text import PICTURE_TOKENS, TextExperiment
-from calm_jax.experiments.text_data import Share, TextData, TextTask
+from calm_jax.experiments.text import (
+  PICTURE_TOKENS,
+  Share,
+  TextData,
+  TextExperiment,
+  TextTask,
+)
 
 LENGTH = 8
 LINES = [
@@ -116,17 +121,17 @@ def test_the_anchors_domain_is_sampled_from_it(tmp_path, model):
   result = experiment.evaluate({"anchor": model}, None)
   assert not held()  # A run that trains it has another one.
   assert result["perplexity"].keys() == {"domain", "anchor_domain"}
-  texts = [e.completion for e in experiment.corpus.held_out["anchor_domain"]]
+  texts = [e.completion for e in experiment.held_out["anchor_domain"]]
   assert len(set(texts)) > 1
   again = make(tmp_path, model, num_samples=4)
   again.evaluate({"anchor": model}, None, prefix="other/")
-  assert [e.completion for e in again.corpus.held_out["anchor_domain"]] == texts
+  assert [e.completion for e in again.held_out["anchor_domain"]] == texts
 
 
 def test_a_file_for_the_anchors_domain(tmp_path, model):
   path = write(tmp_path / "own.jsonl", [{"text": "abc"}])
   experiment = make(tmp_path, model, anchor_data=path, num_samples=4)
-  [example] = experiment.corpus.held_out["anchor_domain"]
+  [example] = experiment.held_out["anchor_domain"]
   assert example.completion == "abc"
 
 
