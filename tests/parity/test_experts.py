@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from calm_jax.models.config import ModelConfig
-from calm_jax.models.hf import config_fields, config_tables
+from calm_jax.models.hf import config_fields, families
 from calm_jax.models.moe import MoE
 
 torch = pytest.importorskip(
@@ -97,7 +97,7 @@ def test_blocks(case, tmp_path):
   with torch.no_grad():
     theirs = model.model.layers[0].mlp(torch.from_numpy(x)).numpy()
   for hf in (model.config.to_diff_dict(), model.config.to_dict()):
-    fields = config_fields.experts(config_tables.FAMILIES[family].defaults | hf)
+    fields = config_fields.experts(families.FAMILIES[family].defaults | hf)
     fields.setdefault("mlp_width", hf.get("intermediate_size"))
     heads = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 10}
     activation = model.config.hidden_act

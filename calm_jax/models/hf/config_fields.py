@@ -109,9 +109,6 @@ def gemma2(hf: Json) -> Json:
 def gemma3(hf: Json) -> Json:
   """Reads Gemma 3, whose windowed layers have other rotary positions."""
   thetas = dict(zip(_KINDS, (1e6, 1e4), strict=True))
-  for key in ("rope_theta", "rope_local_base_freq"):
-    if hf.get("rope_parameters") and hf.get(key):
-      raise InputError(f"rope_parameters and {key} are both given")
   head_dim = _head_dim(hf)
   ropes = rope_config.read_ropes(hf, head_dim, thetas)
   windows = _alternating(hf, hf["sliding_window_pattern"])

@@ -32,11 +32,10 @@ _OPTIONS = {
   "longrope": (_LISTS, (_LENGTH, "factor", "attention_factor")),
 }
 
-# The keys of a config.json that are read here; two families have other names.
+# The keys of a config.json that are read here, and GPT-NeoX's own besides.
 _DICTS = ("rope_parameters", "rope_scaling")
 KEYS = frozenset({*_DICTS, THETA[0], FRACTION[0], _LENGTH, _LONGEST})
-NEOX_KEYS = KEYS | {THETA[1], FRACTION[1]}
-GEMMA3_KEYS = KEYS | {"rope_local_base_freq"}
+NEOX_KEYS = (THETA[1], FRACTION[1])
 
 
 def read_rope(
@@ -47,8 +46,8 @@ def read_rope(
 ) -> Rope:
   """Reads the rotary positions of a config.json of transformers 4 or 5.
 
-  Of `hf` only NEOX_KEYS are read. The family's defaults are the base `theta`
-  and the `fraction` of a head that is rotated, None if it must be all of it.
+  The family's defaults are the base `theta` and the `fraction` of a head that
+  is rotated, None if it must be all of it.
 
   Raises:
     InputError: the kind is unknown; an option of it is unknown, missing, of
@@ -56,26 +55,15 @@ def read_rope(
   """
   options = _options(hf)
   kind = _value(hf, options, _KIND, "default")
-  _check_options(kind, options)
+  fields = _option_fields(kind, options)
   share = _value(hf, options, FRACTION, fraction or 1.0)
   if fraction is None and share != 1:
     raise InputError(
       f"config.json asks for {' / '.join(FRACTION)}={share}, but this family "
       "rotates whole heads"
     )
-  fields: dict[str, Any] = {
-    "rotary_dim": int(head_dim * _number(FRACTION[0], share)),
-    "theta": _number(THETA[0], _value(hf, options, THETA, theta)),
-    "kind": kind,
-  }
-  fields |= {n: _number(n, options[n]) for n in _NUMBERS if n in options}
-  for name in _LISTS:
-    if name in options:
-      fields[f"{name}s"] = _numbers(name, options[name])
-  if "truncate" in options:
-    fields["truncate"] = options["truncate"]
-    if not isinstance(fields["truncate"], bool):
-      raise _wrong("truncate", fields["truncate"], "bool")
+  fields["rotary_dim"] = int(head_dim * _number(FRACTION[0], share))
+  fields["theta"] = _number(THETA[0], _value(hf, options, THETA, theta))
   if kind not in ("default", "linear"):
     original = _original_length(kind, hf, options)
     fields["original_length"] = int(_number(_LENGTH, original))
@@ -92,26 +80,23 @@ def read_ropes(
   """Reads rotary positions that differ between layer types, as in Gemma 3.
 
   In the older form the layers of "sliding_attention" have rope_local_base_freq
-  and no scaling, the others what a config without layer types has. Of `hf` only
-  GEMMA3_KEYS are read.
+  and no scaling, the others what a config without layer types has.
 
-  Returns:
-    {layer type: Rope} for the types of `thetas`, which are the default bases.
-
-  Raises:
-    InputError: as `read_rope`, and for other layer types.
+  Args:
+    thetas: the default base of each layer type that is known.
   """
-  nested, scaling = hf.get("rope_parameters"), hf.get("rope_scaling")
+  nested = hf.get("rope_parameters")
   if nested is None:
-    old = {key: hf.get(key) for key in KEYS}
     base = hf.get("rope_local_base_freq")
-    local = old | {"rope_scaling": None, "rope_theta": base}
-    each = {n: local if n == "sliding_attention" else old for n in thetas}
+    local = hf | {"rope_scaling": None, "rope_theta": base}
+    each = {n: local if n == "sliding_attention" else hf for n in thetas}
   else:
-    if set(nested) - set(thetas) or scaling:
+    older = ("rope_scaling", "rope_theta", "rope_local_base_freq")
+    beside = {key: hf[key] for key in older if hf.get(key)}
+    if set(nested) - set(thetas) or beside:
       raise InputError(
         f"config.json has rope_parameters for {sorted(nested)}, known are "
-        f"{sorted(thetas)}; and rope_scaling={scaling!r}, which must not be"
+        f"{sorted(thetas)}; and {beside}, which must not be beside them"
       )
     lengths = {key: hf.get(key) for key in (_LENGTH, _LONGEST)}
     each = {n: lengths | {"rope_parameters": nested.get(n)} for n in thetas}
@@ -143,7 +128,8 @@ def _value(hf: Json, options: Json, names: tuple[str, ...], default: Any):
   return values[0] if values else default
 
 
-def _check_options(kind: str, options: Json) -> None:
+def _option_fields(kind: str, options: Json) -> Json:
+  """Checks the options of a kind; returns those that are fields of Rope."""
   check_choice("rope_type", kind, KINDS)
   needed, allowed = _OPTIONS[kind]
   unknown = set(options) - _COMMON - {*needed, *allowed}
@@ -153,6 +139,19 @@ def _check_options(kind: str, options: Json) -> None:
       f"rope_type={kind!r} in config.json lacks {sorted(missing)}, and has "
       f"unknown options: {sorted(unknown)}"
     )
+  fields: Json = {"kind": kind}
+  for name, value in options.items():
+    if name in _LISTS:
+      if not isinstance(value, list | tuple):
+        raise _wrong(name, value, "list")
+      fields[f"{name}s"] = tuple(_number(name, v) for v in value)
+    elif name == "truncate":
+      if not isinstance(value, bool):
+        raise _wrong(name, value, "bool")
+      fields[name] = value
+    elif name in _NUMBERS:
+      fields[name] = _number(name, value)
+  return fields
 
 
 def _original_length(kind: str, hf: Json, options: Json) -> int | None:
@@ -184,9 +183,3 @@ def _number(name: str, value: Any) -> float:
   if not real or not 0 < value < math.inf:
     raise _wrong(name, value, "number above 0")
   return float(value)
-
-
-def _numbers(name: str, values: Any) -> tuple[float, ...]:
-  if not isinstance(values, list | tuple):
-    raise _wrong(name, values, "list")
-  return tuple(_number(name, v) for v in values)
