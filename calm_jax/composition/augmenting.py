@@ -3,7 +3,7 @@
 B batch, L length, M augmenting length, S slots of a cache.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
 
 import jax
 
@@ -19,39 +19,28 @@ from calm_jax.models.config import ModelConfig
 Array = jax.Array
 
 
-class ModelPass(NamedTuple):
-  """One model while it reads a sequence: what all of its layers need."""
-
-  params: dict
-  config: ModelConfig
-  context: object  # of `masks.make_context`
-  segments: Array  # of the keys, [B, S]
-
-  def layers(self, x, cache, start, stop):
-    """Runs the layers start .. stop - 1; hidden states and cache."""
-    return decoder.run_layers(
-      self.params, self.config, x, self.context, start, stop, cache
-    )
-
-  def cache(self, layers: dict | None) -> dict:
-    """The model's part of the decoding cache; without one the segments only."""
-    kept = {"segments": self.segments}
-    return kept if layers is None else kept | {"layers": layers}
-
-
-def embed(
+def run(
   params: dict,
   config: ModelConfig,
   sequence: Sequence,
   cache: dict | None,
   index: Array | None,
   lengths_B: Array | None,
-) -> tuple[ModelPass, Array, dict | None]:
-  """The pass of a sequence, whose keys go to slots index .. of a cache, its
-  embedding [B, L, width], and the cache of the layers."""
-  segments, layers = sequence.segments, None
+  layers: Iterable[int],
+  tap: Callable[[int, Array], Array],
+) -> tuple[Array, dict]:
+  """Runs a decoder, whose keys go to slots index .. of a cache.
+
+  After each of `layers`, which ascend from 1, `tap(layer, states [B, L, D])`
+  gives the states to go on with; the last of them ends the run.
+
+  Returns:
+    The last states, and {"segments": [B, S] of the keys, and with a cache
+    "layers"}.
+  """
+  segments, layer_cache = sequence.segments, None
   if cache is not None:
-    layers, old = cache["layers"], cache["segments"]
+    layer_cache, old = cache["layers"], cache["segments"]
     segments = jax.lax.dynamic_update_slice(old, segments, (0, index))
   if cache is None and config.compute.attention == "splash":
     mask = SegmentMask(segments, segments, sequence.positions)
@@ -61,7 +50,14 @@ def embed(
   positions = sequence.positions
   context = masks.make_context(config, positions, mask, index, lengths_B)
   x = decoder.embed(params, config, sequence.tokens, positions)
-  return ModelPass(params, config, context, segments), x, layers
+  done = 0
+  for layer in layers:
+    x, layer_cache = decoder.run_layers(
+      params, config, x, context, done, layer, layer_cache
+    )
+    x, done = tap(layer, x), layer
+  kept = {"segments": segments}
+  return x, kept if cache is None else kept | {"layers": layer_cache}
 
 
 def keys_values(
@@ -77,31 +73,42 @@ def keys_values(
   connection's keys and values.
 
   Args:
-    params, spec, index, lengths_B: as for `forward.states`.
-    name: of the augmenting model, which reads `sequence` [B, M].
-    cache: {"augmenting", "cross"} of this model, or None.
+    params, spec, cache, index, lengths_B: as for `forward.states`.
+    name: of the augmenting model, which reads `sequence` [B, M]; with M = 0
+      its part of the cache is returned.
 
   Returns:
-    {"augmenting": {"segments": [B, S] of the keys, and with a cache
-    "layers"}, "cross": {connection: {"key", "value"}}}.
+    {"augmenting": its part of the cache as of `run`,
+     "cross": {connection: {"key", "value"}}}.
   """
-  joined = dict(spec.augmenting)[name]
-  model_params = params["augmenting"][name]
-  old = None if cache is None else cache["augmenting"]
-  model, x, layers = embed(
-    model_params, joined.config, sequence, old, index, lengths_B
+  joined, old = dict(spec.augmenting)[name], None
+  if cache is not None:
+    old = {kind: cache[kind][name] for kind in ("augmenting", "cross")}
+    if not sequence.tokens.shape[1]:
+      return old
+  tapped = {}
+
+  def keep(layer, h_BME):
+    tapped[layer] = h_BME
+    return h_BME
+
+  _, kept = run(
+    params["augmenting"][name],
+    joined.config,
+    sequence,
+    None if old is None else old["augmenting"],
+    index,
+    lengths_B,
+    sorted({c.augmenting for c in joined.connections}),
+    keep,
   )
-  tapped, done = {}, 0
-  for layer in sorted({c.augmenting for c in joined.connections}):
-    x, layers = model.layers(x, layers, done, layer)
-    tapped[layer], done = x, layer
   cross = {}
   for connection in joined.connections:
     layer = connection.augmenting
     attention = cross_attention.bound(params, spec, name, connection)
     h_BME = controlled(joined, tapped[layer], sequence.positions, layer)
     made = attention.keys_values(h_BME, sequence.positions)
-    if cache is not None:
-      made = cache_lib.extend(cache["cross"][connection.name], made, 0, index)
+    if old is not None:
+      made = cache_lib.extend(old["cross"][connection.name], made, 0, index)
     cross[connection.name] = made
-  return {"augmenting": model.cache(layers), "cross": cross}
+  return {"augmenting": kept, "cross": cross}

@@ -6,7 +6,6 @@ README.md                 a model card
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import tempfile
@@ -28,7 +27,7 @@ from calm_jax.core.errors import InputError, check_choice
 from calm_jax.core.version import __version__
 from calm_jax.models import quantisation
 from calm_jax.models.hf import loading, weight_files
-from calm_jax.text import tokenizer
+from calm_jax.text.tokenizer import find_tokenizer
 
 WEIGHTS = "composition.safetensors"
 CONFIG = "calm_config.json"
@@ -52,10 +51,8 @@ def save(
 
   Writes Θ_C (in `dtype` if given), a model card, and of the frozen models
   only where they are (local ones in full if `keep_paths`) and their hashes.
-
-  Raises:
-    InputError: a single model; a folder that holds a composition; a model
-      that was not loaded from a checkpoint or is no longer what that holds.
+  Raises InputError for a single model, a folder that holds a composition, or a
+  model that was not loaded from a checkpoint or is no longer what that holds.
   """
   folder = pathlib.Path(folder)
   if not model.is_composed:
@@ -69,28 +66,26 @@ def save(
         f"{folder} holds a composition already ({name}); give another folder"
       )
   names = ["anchor", *(f"augmenting/{n}" for n, _ in model.spec.augmenting)]
-  described = {part: _describe(model, part, keep_paths) for part in names}
-  theta = trees.flatten({"composition": model.params["composition"]})
-  theta = {
-    name: np.asarray(leaf if dtype is None else leaf.astype(dtype))
-    for name, leaf in theta.items()
-  }
-  folder.mkdir(parents=True, exist_ok=True)
-  safetensors.numpy.save_file(theta, folder / WEIGHTS, {"format": "calm_jax"})
   config = {
     "format": _FORMAT,
     "calm_jax_version": __version__,
     "num_params": model.num_composition_params,
-    "sha256": files.sha256(folder / WEIGHTS),
-    "models": described,
+    "models": {part: _describe(model, part, keep_paths) for part in names},
     "augmenting": [
       {"name": n} | {k: v for k, v in vars(joined).items() if k != "config"}
       for n, joined in model.spec.augmenting
     ],
   }
+  theta = trees.flatten({"composition": model.params["composition"]})
+  if dtype is not None:
+    theta = {name: leaf.astype(dtype) for name, leaf in theta.items()}
+  theta = jax.tree.map(np.asarray, theta)
+  folder.mkdir(parents=True, exist_ok=True)
+  safetensors.numpy.save_file(theta, folder / WEIGHTS, {"format": "calm_jax"})
+  config["sha256"] = files.sha256(folder / WEIGHTS)
   (folder / CARD).write_text(model_card(config), encoding="utf-8")
   # Last: a folder that has it is complete.
-  (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+  files.write_json(folder / CONFIG, config)
 
 
 def _describe(model: Model, part: str, keep_paths: bool) -> dict[str, Any]:
@@ -103,8 +98,7 @@ def _describe(model: Model, part: str, keep_paths: bool) -> dict[str, Any]:
     )
   single = model.part(part)
   config, params = single.spec.anchor, single.params["anchor"]
-  changed = loading.changed_leaf(source.folder, config, params)
-  if changed:
+  if changed := loading.changed_leaf(source.folder, config, params):
     raise InputError(
       f"the {part} is no longer what {source.name} holds ({changed} differs), "
       f"so the composition could not be loaded again: {_REMEDY.format(part)}"
@@ -113,7 +107,7 @@ def _describe(model: Model, part: str, keep_paths: bool) -> dict[str, Any]:
   if source.revision is None:
     path = pathlib.Path(name).expanduser().resolve()
     name = str(path) if keep_paths else path.name
-  text = tokenizer.find_tokenizer(source.folder)
+  text = find_tokenizer(source.folder)
   described = None
   if text is not None:
     described = {"fingerprint": text.fingerprint, "vocab_size": text.vocab_size}
@@ -147,7 +141,7 @@ def push_to_hub(
     repo_id: `org/name`; made if there is none.
     private: whether a new repository is private; the hub's default if None.
     token: of the hub; that of `hf auth login` if None.
-    dtype: of Θ_C, as for `save`, which raises InputError too.
+    dtype: of Θ_C, as for `save`.
   """
   with tempfile.TemporaryDirectory() as folder:
     # Local paths are of no use to others, and none of their business.
@@ -206,25 +200,28 @@ def load(
   frozen = {}
   for part, saved in config["models"].items():
     source = _find_frozen(folder, part, saved, locations.get(part))
-    frozen[part] = hf_checkpoint.load(
-      source,
-      dtype or saved["dtype"],
-      shardings(part) if shardings else None,
-      # Older compositions do not say.
-      saved.get("quantise", "") if quantise is None else quantise,
-    )
-    _check_tokenizer(part, saved, source.folder, frozen[part])
+    # Older compositions do not say how they were quantised.
+    kind = saved.get("quantise", "") if quantise is None else quantise
+    places = shardings(part) if shardings else None
+    model = hf_checkpoint.load(source, dtype or saved["dtype"], places, kind)
+    ours = model.tokenizer.fingerprint if model.tokenizer else None
+    theirs = saved["tokenizer"]["fingerprint"] if saved["tokenizer"] else None
+    if ours != theirs:
+      raise InputError(
+        f"{source.folder}: the tokenizer is not that of the {part} that the "
+        f"composition was trained with (fingerprint {ours}, then {theirs})"
+      )
+    frozen[part] = model
   compositions = []
   for options in config["augmenting"]:
     name = options.pop("name")
     augmenting = {name: frozen[f"augmenting/{name}"]}
     compositions.append(untrained(frozen["anchor"], augmenting, **options))
   composed = join_compositions(compositions)
-  theta = _read_theta(folder, config, composed.params["composition"])
+  theta = _read_theta(folder, config["sha256"], composed.params["composition"])
+  params = composed.params | {"composition": theta}
   return dataclasses.replace(
-    composed,
-    params=composed.params | {"composition": theta},
-    origin=str(path_or_hub_id),
+    composed, params=params, origin=str(path_or_hub_id)
   )
 
 
@@ -239,11 +236,12 @@ def _locations(
     if len(names) != 1:
       raise InputError(f"say which of {names} is at {augmenting}: give a dict")
     augmenting = {names[0]: augmenting}
-  augmenting = augmenting or {}
-  if unknown := sorted(augmenting.keys() - set(names)):
-    raise InputError(f"no augmenting model {unknown}; there are {names}")
-  locations = {f"augmenting/{name}": x for name, x in augmenting.items()}
-  return locations if anchor is None else locations | {"anchor": anchor}
+  locations = {} if anchor is None else {"anchor": anchor}
+  for name, location in (augmenting or {}).items():
+    if name not in names:
+      raise InputError(f"no augmenting model {name!r}; there are {names}")
+    locations[f"augmenting/{name}"] = location
+  return locations
 
 
 def _find_frozen(
@@ -283,36 +281,20 @@ def _find_frozen(
   return source
 
 
-def _check_tokenizer(
-  part: str, saved: dict[str, Any], folder: pathlib.Path, model: Model
-) -> None:
-  """Raises InputError unless a frozen model's tokenizer is as it was saved."""
-  ours = model.tokenizer.fingerprint if model.tokenizer else None
-  theirs = saved["tokenizer"]["fingerprint"] if saved["tokenizer"] else None
-  if ours != theirs:
-    raise InputError(
-      f"{folder}: the tokenizer is not that of the {part} that the "
-      f"composition was trained with (fingerprint {ours}, then {theirs})"
-    )
-
-
-def _read_theta(
-  folder: pathlib.Path, config: dict[str, Any], shapes: dict
-) -> dict[str, Any]:
-  """Θ_C from its file, if the leaves are those of `shapes`."""
+def _read_theta(folder: pathlib.Path, sha256: str, shapes: dict) -> dict:
+  """Θ_C from its file, if the leaves are those of `shapes` in any dtype."""
   path = folder / WEIGHTS
   if not path.exists():
     raise InputError(f"{path} is missing")
-  if files.sha256(path) != config["sha256"]:
+  if files.sha256(path) != sha256:
     raise InputError(
-      f"{path} is not what {CONFIG} describes: its sha256 is not "
-      f"{config['sha256']}; copy the composition again"
+      f"{path} is not what {CONFIG} describes: its sha256 is not {sha256}; "
+      "copy the composition again"
     )
   leaves = safetensors.numpy.load_file(path)
-  expected = {  # in the dtype that they were saved in
+  expected = {
     name: jax.ShapeDtypeStruct(leaf.shape, leaves.get(name, leaf).dtype)
     for name, leaf in trees.flatten({"composition": shapes}).items()
   }
-  theta = trees.unflatten(leaves)
-  trees.check_same_structure(theta, trees.unflatten(expected), str(path))
-  return jax.tree.map(jnp.asarray, theta["composition"])
+  trees.check_same_structure(leaves, expected, str(path))
+  return jax.tree.map(jnp.asarray, trees.unflatten(leaves)["composition"])

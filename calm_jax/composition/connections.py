@@ -8,9 +8,13 @@ from calm_jax.composition.visibility import VISIBILITIES
 from calm_jax.core.errors import InputError, check_choice
 from calm_jax.models.config import ModelConfig
 
-POSITIONS = ("none", "rope")
-OUTPUT_INITS = ("zeros", "normal")
 CONTROLS = ("none", "zeroed", "shuffled", "noise")
+_KNOWN = {
+  "visibility": VISIBILITIES,
+  "positions": ("none", "rope"),
+  "output_init": ("zeros", "normal"),
+  "control": CONTROLS,
+}
 
 
 class Connection(NamedTuple):
@@ -29,8 +33,6 @@ class Augmenting:
   """One augmenting model and how it is joined to the anchor.
 
   Attributes:
-    config: the model's architecture.
-    connections: pairs of layers; see `default_connections`.
     visibility: which of its tokens an anchor position may attend to:
       "causal" (up to and including itself), "encoder" (the prompt only, the
       ablation of §4.4), "unmasked" (all; leaks the targets in training).
@@ -59,10 +61,8 @@ class Augmenting:
   control_seed: int = 0
 
   def __post_init__(self):
-    check_choice("visibility", self.visibility, VISIBILITIES)
-    check_choice("positions", self.positions, POSITIONS)
-    check_choice("output_init", self.output_init, OUTPUT_INITS)
-    check_choice("control", self.control, CONTROLS)
+    for option, known in _KNOWN.items():
+      check_choice(option, getattr(self, option), known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Composition:
 
   def __post_init__(self):
     for name, augmenting in self.augmenting:
-      check_connections(name, augmenting, self.anchor)
+      _check_connections(name, augmenting, self.anchor)
 
   def connections(self) -> list[tuple[str, Connection]]:
     """All connections with their augmenting model, by the anchor's layer."""
@@ -107,12 +107,9 @@ def default_connections(
       f"{n} connections are impossible between {layers[0]} augmenting and "
       f"{layers[1]} anchor layers: give between 1 and {min(layers)}"
     )
-
-  def nearest(k, count):  # halves go up, unlike Python's round
-    return (2 * k * count + n) // (2 * n)
-
+  # Halves go up, unlike Python's round.
   return tuple(
-    Connection(*(nearest(k, count) for count in layers))
+    Connection(*((2 * k * count + n) // (2 * n) for count in layers))
     for k in range(1, n + 1)
   )
 
@@ -123,16 +120,8 @@ def connect(
   connections: int | Sequence[tuple[int, int]] | None = None,
   **options,
 ) -> Augmenting:
-  """An `Augmenting` from two architectures.
-
-  Args:
-    connections: their number (see `default_connections`), or (augmenting
-      layer, anchor layer) pairs counted from 1.
-    **options: other fields of `Augmenting`.
-
-  Raises:
-    InputError: more connections than layers, or an option's unknown value.
-  """
+  """An `Augmenting` of a number of `default_connections`, or of (augmenting
+  layer, anchor layer) pairs counted from 1; `options` are its other fields."""
   if connections is None or isinstance(connections, int):
     connections = default_connections(
       augmenting.num_layers, anchor.num_layers, connections
@@ -141,7 +130,7 @@ def connect(
   return Augmenting(augmenting, pairs, **options)
 
 
-def check_connections(name: str, augmenting: Augmenting, anchor: ModelConfig):
+def _check_connections(name: str, augmenting: Augmenting, anchor: ModelConfig):
   """Raises InputError unless every connection joins two layers that exist."""
   head_width = anchor.width // anchor.num_heads
   if augmenting.positions == "rope" and head_width % 2:
@@ -149,19 +138,22 @@ def check_connections(name: str, augmenting: Augmenting, anchor: ModelConfig):
       f"positions='rope' of {name!r} needs heads of an even width; the "
       f"anchor's {anchor.width} / {anchor.num_heads} heads have {head_width}"
     )
-  if not augmenting.connections:
+  pairs = augmenting.connections
+  if not pairs:
     raise InputError(f"augmenting model {name!r} has no connection")
-  counts = Connection(augmenting.config.num_layers, anchor.num_layers)
-  for connection in augmenting.connections:
-    for side, count in counts._asdict().items():
-      layer = getattr(connection, side)
+  if len(set(pairs)) != len(pairs):
+    raise InputError(f"{name!r} has the same connection twice")
+  counts = {
+    "augmenting": augmenting.config.num_layers,
+    "anchor": anchor.num_layers,
+  }
+  for pair in pairs:
+    for (side, count), layer in zip(counts.items(), pair, strict=True):
       if not 1 <= layer <= count:
         raise InputError(
-          f"connection {tuple(connection)} of {name!r} is impossible: the "
-          f"{side} model has layers 1 to {count}, not {layer}"
+          f"connection {tuple(pair)} of {name!r} is impossible: the {side} "
+          f"model has layers 1 to {count}, not {layer}"
         )
-  if len(set(augmenting.connections)) != len(augmenting.connections):
-    raise InputError(f"{name!r} has the same connection twice")
 
 
 def paper_count(spec: Composition) -> int:

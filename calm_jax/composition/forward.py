@@ -8,8 +8,6 @@ B batch, L anchor length, M augmenting length, D anchor width, V vocabulary,
 N heads, S slots of a cache.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
@@ -19,7 +17,6 @@ from calm_jax.core.batch import Batch
 from calm_jax.core.errors import InputError
 from calm_jax.models import cache as cache_lib
 from calm_jax.models import decoder
-from calm_jax.models.attention import SegmentMask
 
 Array = jax.Array
 
@@ -38,7 +35,7 @@ def empty_cache(
   """
   if isinstance(slots, int):
     slots = dict.fromkeys(["anchor", *dict(spec.augmenting)], slots)
-  heads, dtype = spec.anchor.num_heads, spec.anchor.compute.dtype
+  heads, compute = spec.anchor.num_heads, spec.anchor.compute
   width = spec.anchor.width // heads
 
   def model(name, config):
@@ -47,92 +44,16 @@ def empty_cache(
       "segments": jnp.zeros((batch, slots[name]), jnp.int32),
     }
 
-  def cross(name):
-    return cache_lib.empty(1, batch, heads, slots[name], width, dtype)
-
-  cache = {
-    "anchor": model("anchor", spec.anchor),
-    "augmenting": {n: model(n, a.config) for n, a in spec.augmenting},
-    "cross": {
-      n: {c.name: cross(n) for c in a.connections} for n, a in spec.augmenting
-    },
-  }
-  place = spec.anchor.compute.place
-  return cache if place is None else place.cache(cache)
-
-
-class _Contribution(NamedTuple):
-  """A connection's term in the anchor's residual stream, without its query."""
-
-  attention: cross_attention.CrossAttention
-  keys_values: dict
-  mask: Array | SegmentMask
-
-
-def _read(params, spec, name, batch, cache, index, lengths) -> dict:
-  """One model's keys and values; the cached ones if it reads no new token."""
-  sequence, old = batch.augmenting.get(name, batch.anchor), None
-  if cache is not None:
-    old = {kind: cache[kind][name] for kind in ("augmenting", "cross")}
-    if not sequence.tokens.shape[1]:
-      return old
-  return augmenting.keys_values(
-    params, spec, name, sequence, old, index, lengths.get(name)
-  )
-
-
-def _mask(spec, name, batch, keys_BM, index, kernels) -> Array | SegmentMask:
-  """The mask of one model's cross-attentions, for the kernel that takes it."""
-  kind, anchor = dict(spec.augmenting)[name].visibility, batch.anchor
-  reads_anchor = name not in batch.augmenting and name not in batch.visible
-  if kernels and kind == "causal" and reads_anchor:
-    return SegmentMask(anchor.segments, keys_BM, anchor.positions)
-  first_slot = 0 if index is None else index
-  counts_BL = visibility.visible_counts(kind, batch, name, first_slot)
-  return visibility.attention_mask(counts_BL, anchor.segments, keys_BM)
-
-
-def _run(params, spec, batch, cache, index, lengths, kernels):
-  """Hidden states [B, L, D], the updated cache, and the contributions with the
-  states that query them, in the order of `spec.connections()`."""
-  lengths = lengths or {}
-  new: dict[str, dict] = {"augmenting": {}, "cross": {}}
-  by_layer: dict[int, list[_Contribution]] = {}
-  with jax.named_scope("augmenting"):
-    for name, joined in spec.augmenting:
-      read = _read(params, spec, name, batch, cache, index, lengths)
-      for kind, kept in read.items():
-        new[kind][name] = kept
-      keys_BM = read["augmenting"]["segments"]
-      mask = _mask(spec, name, batch, keys_BM, index, kernels)
-      for connection in joined.connections:
-        attention = cross_attention.bound(params, spec, name, connection)
-        keys_values = read["cross"][connection.name]
-        by_layer.setdefault(connection.anchor, []).append(
-          _Contribution(attention, keys_values, mask)
-        )
-  with jax.named_scope("anchor"):
-    anchor, x, layers = augmenting.embed(
-      params["anchor"],
-      spec.anchor,
-      batch.anchor,
-      None if cache is None else cache["anchor"],
-      index,
-      lengths.get("anchor"),
-    )
-    queried, done = [], 0
-    for layer in sorted(by_layer):
-      x, layers = anchor.layers(x, layers, done, layer)
-      done = layer
-      queried += [(contribution, x) for contribution in by_layer[layer]]
-      # All contributions to a layer come from the same hidden state.
-      x = x + sum(
-        c.attention.attend(x, c.keys_values, c.mask) for c in by_layer[layer]
-      )
-    if done < spec.anchor.num_layers:
-      x, layers = anchor.layers(x, layers, done, spec.anchor.num_layers)
-  new["anchor"] = anchor.cache(layers)
-  return x, None if cache is None else new, queried
+  cache: dict = {"anchor": model("anchor", spec.anchor)}
+  cache |= {"augmenting": {}, "cross": {}}
+  for name, joined in spec.augmenting:
+    cache["augmenting"][name] = model(name, joined.config)
+    shape = batch, heads, slots[name], width
+    cache["cross"][name] = {
+      c.name: cache_lib.empty(1, *shape, compute.dtype)
+      for c in joined.connections
+    }
+  return cache if compute.place is None else compute.place.cache(cache)
 
 
 def states(
@@ -142,12 +63,12 @@ def states(
   cache: dict | None = None,
   index: Array | None = None,
   lengths: dict[str, Array] | None = None,
+  weights: list[Array] | None = None,
 ) -> tuple[Array, dict | None]:
   """The composed layers: H'_Bj = H_Bj + f_cross(f_proj(H_Ai), H_Bj).
 
   Args:
-    params: the whole tree.
-    spec: what is composed.
+    params, spec: the whole tree, and what is composed.
     batch: what the models read; see `visibility` for what they may see of it.
       With a cache, an augmenting model whose rows have no slot reads nothing
       new. Only models without an entry in `augmenting` and `visible` can be
@@ -156,26 +77,68 @@ def states(
     index: int32 [], the slot of the first token; with a cache only.
     lengths: with a cache, int32 [B] by "anchor" and the augmenting names, the
       final length of each row, prompt and new tokens; see `masks.make_context`.
+    weights: a list that the attention weights of each connection, in the order
+      of `spec.connections()`, are added to, without the splash kernel.
 
   Returns:
     Hidden states after the last layer [B, L, D], and the updated cache or None.
-
-  Raises:
-    InputError: what `visibility.visible_counts` raises.
   """
+  lengths = lengths or {}
   kernels = cache is None and spec.anchor.compute.attention == "splash"
-  return _run(params, spec, batch, cache, index, lengths, kernels)[:2]
+  new: dict[str, dict] = {"augmenting": {}, "cross": {}}
+  # By the anchor's layer, cross-attentions with their keys, values and masks.
+  by_layer: dict[int, list[tuple]] = {}
+  with jax.named_scope("augmenting"):
+    for name, joined in spec.augmenting:
+      sequence = batch.augmenting.get(name, batch.anchor)
+      read = augmenting.keys_values(
+        params, spec, name, sequence, cache, index, lengths.get(name)
+      )
+      for kind, kept in read.items():
+        new[kind][name] = kept
+      mask = visibility.attention_mask(
+        joined.visibility,
+        batch,
+        name,
+        read["augmenting"]["segments"],
+        index,
+        kernels and weights is None,
+      )
+      for connection in joined.connections:
+        attention = cross_attention.bound(params, spec, name, connection)
+        term = attention, read["cross"][connection.name], mask
+        by_layer.setdefault(connection.anchor, []).append(term)
+
+  def contribute(layer, x):
+    terms = by_layer.get(layer, [])
+    if weights is not None:
+      weights.extend(a.probabilities(x, *given) for a, *given in terms)
+    if not terms:
+      return x
+    # All contributions to a layer come from the same hidden state.
+    return x + sum(a.attend(x, *given) for a, *given in terms)
+
+  with jax.named_scope("anchor"):
+    x, new["anchor"] = augmenting.run(
+      params["anchor"],
+      spec.anchor,
+      batch.anchor,
+      None if cache is None else cache["anchor"],
+      index,
+      lengths.get("anchor"),
+      sorted({*by_layer, spec.anchor.num_layers}),
+      contribute,
+    )
+  return x, None if cache is None else new
 
 
 def attention_weights(
   params: dict, spec: Composition, batch: Batch
 ) -> list[Array]:
   """Attention weights of each connection for pictures, float32 [B, N, L, M]."""
-  _, _, queried = _run(params, spec, batch, None, None, None, kernels=False)
-  return [
-    c.attention.probabilities(x_BLD, c.keys_values, c.mask)
-    for c, x_BLD in queried
-  ]
+  weights: list[Array] = []
+  states(params, spec, batch, weights=weights)
+  return weights
 
 
 def logits(params: dict, spec: Composition, x_BLD: Array) -> Array:
@@ -194,10 +157,7 @@ def forward(
 def submodel(
   spec: Composition, params: dict, part: str
 ) -> tuple[Composition, dict]:
-  """The spec and the tree of "composed", "anchor" or "augmenting/<name>".
-
-  Raises InputError if there is no such part.
-  """
+  """The spec and the tree of "composed", "anchor" or "augmenting/<name>"."""
   if part == "composed":
     return spec, params
   if part == "anchor":

@@ -25,7 +25,6 @@ def load(
   """Loads the checkpoint at `source`; see `language_model.load_model`."""
   folder = source.folder
   config = loading.load_config(folder).with_compute(dtype=dtype)
-  quantisation.check(quantise)
   places = None
   if shardings is not None:
     shapes = quantisation.shapes(decoder.param_shapes(config), quantise)
@@ -51,11 +50,9 @@ def export_hf(
 
   It has the config.json and tokenizer files that the model was loaded with;
   one that was not loaded from a checkpoint is written as a Llama. No file
-  holds more than `max_shard_size` bytes of tensors.
-
-  Raises:
-    InputError: a composition, a quantised model, a folder that holds a
-      model, or parameters that are not those of the config.json.
+  holds more than `max_shard_size` bytes of tensors. Raises InputError for a
+  composition, a quantised model, a folder that holds a model, or parameters
+  that are not those of the config.json.
   """
   if model.is_composed:
     raise InputError(

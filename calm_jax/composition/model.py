@@ -19,26 +19,17 @@ from calm_jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """One decoder, or a composition of several.
-
-  Attributes:
-    spec: the architectures and how they are joined.
-    params: {"anchor": tree}, and for a composition "augmenting" and
-      "composition" too, each a tree by the augmenting models' names. A single
-      model is the anchor.
-    tokenizer: the anchor's; if None, calls that need text raise.
-    origin: where it was loaded from.
-    tokenizers: by name, of the augmenting models whose tokens are not the
-      anchor's.
-    sources: the checkpoints that the models were loaded from, by part:
-      "anchor" (a single model's too) and "augmenting/<name>".
-  """
+  """One decoder, or a composition of several; a single model is the anchor."""
 
   spec: Composition
+  # {"anchor": tree}, and for a composition "augmenting" and "composition" too,
+  # each a tree by the augmenting models' names.
   params: dict[str, Any]
-  tokenizer: Tokenizer | None = None
-  origin: str = ""
+  tokenizer: Tokenizer | None = None  # the anchor's
+  origin: str = ""  # where it was loaded from
+  # By name, of the augmenting models whose tokens are not the anchor's.
   tokenizers: dict[str, Tokenizer] = dataclasses.field(default_factory=dict)
+  # By part ("anchor" and "augmenting/<name>"), where models were loaded from.
   sources: dict[str, hub.CheckpointRef] = dataclasses.field(
     default_factory=dict
   )
@@ -68,10 +59,7 @@ class Model:
     return self.tokenizer
 
   def part(self, name: str) -> Self:
-    """One model of a composition: "anchor" or "augmenting/<name>".
-
-    Raises InputError if there is no such part.
-    """
+    """The model "anchor" or "augmenting/<name>"; InputError if not there."""
     if name == "composed":
       return self
     spec, params = forward.submodel(self.spec, self.params, name)
@@ -87,38 +75,31 @@ class Model:
     """The composition with one more augmenting model, freshly joined (§3.2).
 
     What was there keeps its arrays; train the new connections with
-    `trainable=("composition/<name>/.*",)`.
-
-    Raises InputError if the name is taken, and as `compose` does, which has
-    the other arguments.
+    `trainable=("composition/<name>/.*",)`. Arguments and errors are those of
+    `compose`; a name that is taken is an InputError too.
     """
     new = compose(self.part("anchor"), {name: model}, connections, **options)
     return join_compositions([self, new]) if self.is_composed else new
 
   def drop(self, name: str) -> Self:
-    """The composition without one augmenting model; without any, the anchor.
-
-    Raises InputError if there is no such augmenting model.
-    """
+    """The composition without an augmenting model; without any, the anchor."""
     names = [n for n, _ in self.spec.augmenting]
     if name not in names:
       raise InputError(f"no model {name!r} to drop; there are {names}")
     if names == [name]:
       return self.part("anchor")
 
-    def without(by_name: dict, dropped: str = name) -> dict:
+    def rest(by_name: Mapping, dropped: str = name) -> dict:
       return {n: x for n, x in by_name.items() if n != dropped}
 
-    params = dict(self.params)
-    for kind in ("augmenting", "composition"):
-      params[kind] = without(params[kind])
-    kept = without(dict(self.spec.augmenting))
+    joined = tuple(rest(dict(self.spec.augmenting)).items())
+    by_kind = {k: rest(self.params[k]) for k in ("augmenting", "composition")}
     return dataclasses.replace(
       self,
-      spec=Composition(self.spec.anchor, tuple(kept.items())),
-      params=params,
-      tokenizers=without(self.tokenizers),
-      sources=without(self.sources, f"augmenting/{name}"),
+      spec=Composition(self.spec.anchor, joined),
+      params=self.params | by_kind,
+      tokenizers=rest(self.tokenizers),
+      sources=rest(self.sources, f"augmenting/{name}"),
     )
 
 
@@ -144,8 +125,7 @@ def compose(
     connections: how many, or (augmenting layer, anchor layer) pairs counted
       from 1; every fourth layer of the augmenting model if None (§4).
     seed: of the fresh parameters.
-    **options: visibility, norm, positions, output_init, control and
-      control_seed; see `connections.Augmenting`.
+    **options: fields of `connections.Augmenting`, such as visibility.
 
   Raises:
     InputError: there is no augmenting model, vocabularies differ and a model
@@ -191,33 +171,30 @@ def untrained(
 def _has_same_tokens(name: str, augmenting: Model, anchor: Model) -> bool:
   """True if two models read the same ids; InputError if these can be aligned
   neither by number nor by the text."""
-  sizes = augmenting.spec.anchor.vocab_size, anchor.spec.anchor.vocab_size
-  if augmenting.tokenizer is None or anchor.tokenizer is None:
-    if sizes[0] == sizes[1]:
+  size, anchor_size = (m.spec.anchor.vocab_size for m in (augmenting, anchor))
+  ours, anchors = augmenting.tokenizer, anchor.tokenizer
+  if ours is None or anchors is None:
+    if size == anchor_size:
       return True
     raise InputError(
-      f"augmenting model {name!r} has a vocabulary of {sizes[0]}, the anchor "
-      f"one of {sizes[1]}, and different tokens are aligned by the text: both "
+      f"augmenting model {name!r} has a vocabulary of {size}, the anchor one "
+      f"of {anchor_size}, and different tokens are aligned by the text: both "
       "models need a tokenizer (tokenizer.json or tokenizer.model)"
     )
-  prints = augmenting.tokenizer.fingerprint, anchor.tokenizer.fingerprint
-  if sizes[0] == sizes[1] and prints[0] == prints[1]:
+  if size == anchor_size and ours.fingerprint == anchors.fingerprint:
     return True
   # Both raise if the tokenizer cannot tell what its ids spell.
-  anchor.tokenizer.byte_ends("a b")
-  anchor.tokenizer.spell(anchor.tokenizer.encode("a b"))
+  anchors.byte_ends("a b")
+  anchors.spell(anchors.encode("a b"))
   return False
 
 
 def join_compositions(models: Sequence[AnyModel]) -> AnyModel:
   """One composition of several that were trained apart, on one anchor (§3.2).
 
-  The anchors must be equal to the bit. Where several connections reach one
-  layer, their contributions come from the same hidden state and are summed.
-
-  Raises:
-    InputError: not compositions, anchors that differ, or an augmenting name
-      that is there twice.
+  Where several connections reach one layer, their contributions come from the
+  same hidden state and are summed. Raises InputError if models are single,
+  anchors are not equal to the bit, or an augmenting name is there twice.
   """
   models = list(models)
   if not models or not all(m.is_composed for m in models):
@@ -238,12 +215,9 @@ def join_compositions(models: Sequence[AnyModel]) -> AnyModel:
       params[kind] |= model.params[kind]
     tokenizers |= model.tokenizers
     sources = model.sources | sources
+  spec = Composition(first.spec.anchor, tuple(joined.items()))
   return dataclasses.replace(
-    first,
-    spec=Composition(first.spec.anchor, tuple(joined.items())),
-    params=params,
-    tokenizers=tokenizers,
-    sources=sources,
+    first, spec=spec, params=params, tokenizers=tokenizers, sources=sources
   )
 
 
@@ -257,12 +231,13 @@ def _check_same_anchor(a: Model, b: Model) -> None:
   both = a.tokenizer, b.tokenizer
   if None not in both and both[0].fingerprint != both[1].fingerprint:
     raise InputError("the compositions have anchors with different tokenizers")
-  ours, theirs = (trees.flatten(m.params["anchor"]) for m in (a, b))
+  anchors = [m.params["anchor"] for m in (a, b)]
+  ours, theirs = map(trees.flatten, anchors)
   if ours.keys() == theirs.keys() and all(
     leaf is theirs[name] for name, leaf in ours.items()
   ):
     return  # The very same arrays need no hashing.
-  prints = [trees.fingerprint(m.params["anchor"]) for m in (a, b)]
+  prints = [trees.fingerprint(params) for params in anchors]
   if prints[0] != prints[1]:
     raise InputError(
       "the compositions have anchors with different weights "

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from calm_jax.core.batch import Batch
 from calm_jax.core.errors import InputError
+from calm_jax.models.attention import SegmentMask
 
 Array = jax.Array
 
@@ -70,9 +71,24 @@ def visible_counts(
 
 
 def attention_mask(
-  visible_BL: Array, query_segments_BL: Array, key_segments_BM: Array
-) -> Array:
-  """Cross-attention's mask, bool [B, L, M]: visible slots of one's segment."""
+  visibility: str,
+  batch: Batch,
+  name: str,
+  key_segments_BM: Array,
+  index: Array | None = None,
+  by_segments: bool = False,
+) -> Array | SegmentMask:
+  """Cross-attention's mask, bool [B, L, M]: visible slots of one's segment.
+
+  The other arguments are as for `visible_counts`. If `by_segments`, it is a
+  `SegmentMask` where that says the same, for the splash kernel.
+  """
+  segments_BL = batch.anchor.segments
+  reads_anchor = name not in batch.augmenting and name not in batch.visible
+  if by_segments and visibility == "causal" and reads_anchor:
+    return SegmentMask(segments_BL, key_segments_BM, batch.anchor.positions)
+  first_slot = 0 if index is None else index
+  visible_BL = visible_counts(visibility, batch, name, first_slot)
   slots_M = jnp.arange(key_segments_BM.shape[1])
-  same_BLM = query_segments_BL[:, :, None] == key_segments_BM[:, None, :]
+  same_BLM = segments_BL[:, :, None] == key_segments_BM[:, None, :]
   return (slots_M < visible_BL[:, :, None]) & same_BLM

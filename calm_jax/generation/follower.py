@@ -33,8 +33,7 @@ def feed(
 
   The cache of all models, which is returned, is donated.
   """
-  old = {kind: cache[kind][name] for kind in _KINDS}
-  new = augmenting.keys_values(params, spec, name, sequence, old, index)
+  new = augmenting.keys_values(params, spec, name, sequence, cache, index)
   return cache | {kind: cache[kind] | {name: new[kind]} for kind in _KINDS}
 
 
