@@ -22,8 +22,7 @@ class Experiment(Protocol):
   def __init__(self, task: Any, seed: int, workdir: Path, loaded: Models):
     """Reads or makes everything that data and evaluation need.
 
-    Predictions go into `workdir`; `loaded` are "anchor" and "augmenting", as
-    far as the run does not train them.
+    Predictions go into `workdir`; `loaded` are the sides that are not trained.
     """
 
   def source(self, stage: Stage, model: LanguageModel, seed: int, share=(0, 1)):

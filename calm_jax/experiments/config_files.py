@@ -37,11 +37,8 @@ def read_settings(config: ConfigDict) -> Settings:
   """The typed settings of a config.
 
   A field that `Settings` lacks must be one that other fields refer to by
-  `config.get_ref`, such as the folder of all data.
-
-  Raises:
-    InputError: an unknown experiment or field, a missing field, or a value of
-      another type than the field's.
+  `config.get_ref`, such as the folder of all data. Raises InputError for an
+  unknown experiment, an unknown or missing field, or a value of another type.
   """
   check_choice("experiment", config.experiment, list(EXPERIMENTS))
   experiment = EXPERIMENTS[config.experiment]

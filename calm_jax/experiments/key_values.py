@@ -27,9 +27,7 @@ class KeyValueTask:
   """The dictionary and the expressions over it, as `data.key_value_text`."""
 
   num_keys: int = 999  # of the dictionary D_KV, whose values are 1 .. num_keys
-  held_in_fraction: float = (
-    0.2  # of the keys that D_C may use (the paper's 20%)
-  )
+  held_in_fraction: float = 0.2  # of the keys, for D_C (20% in the paper)
   min_terms: int = 2  # keys in an expression
   max_terms: int = 2
   operators: str = "+-"  # some of "+-*"

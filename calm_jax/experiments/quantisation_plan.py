@@ -1,8 +1,7 @@
-"""Decides which models of a run are quantised, and when.
+"""Decides when the models of a run are quantised.
 
-A model that no stage trains is quantised while it is loaded. One that a stage
-trains is quantised before the last stage, and its exact leaves are kept to be
-written out.
+One that no stage trains is while it is loaded. One that a stage trains is
+before the last stage, and its exact leaves are kept to be written out.
 """
 
 import re
@@ -31,11 +30,7 @@ def bits_when_loaded(settings: Settings, side: str, shapes: dict) -> str:
 
 
 def check(settings: Settings, params: dict) -> None:
-  """Checks that no last stage trains a model that is quantised by then.
-
-  Raises:
-    InputError: one does, or an unknown kind of quantisation.
-  """
+  """Raises InputError if a last stage trains what is quantised by then."""
   for side, part in settings.parts.items():
     bits = getattr(settings.quantise, side)
     quantisation.check(bits)

@@ -80,9 +80,8 @@ class TrainedRun:
 def run_recipe(settings: Settings) -> TrainedRun:
   """Runs all stages, from wherever an earlier process left them.
 
-  Raises:
-    InputError: the settings ask for what is not there, or the folder holds a
-      run of other settings.
+  Raises InputError if the settings ask for what is not there, or the folder
+  holds a run of other settings.
   """
   check(settings)
   _check_models(settings)

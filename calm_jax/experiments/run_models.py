@@ -22,10 +22,7 @@ from calm_jax.training.stage import Stage
 
 
 def load(settings: Settings, layout: Layout | None) -> dict[str, LanguageModel]:
-  """Loads the models that the settings name: "anchor", "augmenting" or both.
-
-  Each is quantised if it stays so all through the run.
-  """
+  """Loads the models that the settings name, quantised if they stay so."""
   loaded = {}
   for side, name in settings.checkpoints.items():
     config = loading.load_config(hub.locate(name).folder)
@@ -121,10 +118,7 @@ def scratch_config(
 def with_compute(
   spec: Composition, settings: Settings, device: jax.Device | None = None
 ) -> Composition:
-  """The composition, computed as the settings say, on devices like this one.
-
-  Without a `device` it is computed on those of this process.
-  """
+  """The composition, computed as the settings say, on devices of this kind."""
   device = jax.devices()[0] if device is None else device
   configs = {"anchor": spec.anchor}
   configs |= {f"augmenting/{n}": a.config for n, a in spec.augmenting}
@@ -139,10 +133,7 @@ def with_compute(
 
 
 def add_lora(settings: Settings, params: dict) -> tuple[dict, int]:
-  """Adds LoRA matrices to the anchor, if the settings ask for them.
-
-  Returns the whole tree and the rank of the matrices, 0 for none.
-  """
+  """Adds LoRA to the anchor, if it is asked for: (whole tree, rank or 0)."""
   rank, anchor = settings.lora_rank, params["anchor"]
   if not rank:
     return params, 0

@@ -20,8 +20,7 @@ def make_layout(
 ) -> Layout | None:
   """Makes the layout of a run's arrays; None for one device.
 
-  `replicated` are regexes of leaves that every device holds whole, whatever
-  the rules say. For `axes` and `devices` see `mesh.make_mesh`.
+  `replicated` are as in `Settings`; for the rest see `mesh.make_mesh`.
   """
   made = mesh.make_mesh(axes, devices)
   if made is None:

@@ -109,13 +109,11 @@ def run(
   limits: Limits | None = None,
   workers: int | None = None,
 ) -> list[Verdict]:
-  """Runs programs, several at a time, and judges each.
+  """Runs programs with tests, `workers` at a time, and judges each.
 
   Args:
-    programs: each must have tests.
     allow_code_execution: the user's word that programs of a model may be run.
-    limits: of each program.
-    workers: how many run at once; by default one for each CPU.
+    workers: by default one for each CPU.
 
   Raises:
     InputError: not allowed; a program without tests; or this machine cannot

@@ -37,12 +37,9 @@ class Checkpoints(contextlib.AbstractContextManager):
   ):
     """Opens a directory for writing, by one run at a time; made if absent.
 
-    What a killed process left is removed; a damaged newest step is renamed to
-    `<step>.corrupt`, with a warning. The `keep_last` newest checkpoints are
-    kept, and besides the `keep_best` with the lowest loss.
-
-    Raises:
-      StorageError: there are steps, and each is damaged.
+    What a killed process left is removed, and a damaged newest step is moved
+    aside; StorageError if all are damaged. The `keep_last` newest checkpoints
+    are kept, and besides the `keep_best` with the lowest loss.
     """
     if keep_last < 1 or keep_best < 0:
       raise errors.InputError(
@@ -79,12 +76,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     """Starts a save; the arrays may be donated as soon as this returns.
 
     `data` and `meta` are JSON, the same on all processes; a loss makes the step
-    a candidate for the best.
-
-    Raises:
-      InputError: this step or a later one is saved already.
-      StorageError: this save or the one before failed; earlier ones are kept.
-      LostProcess: other processes do not take part.
+    a candidate for the best. Raises StorageError if this save or the one before
+    failed, and LostProcess if other processes do not take part.
     """
     if (latest := self.latest()) is not None and latest >= step:
       raise errors.InputError(

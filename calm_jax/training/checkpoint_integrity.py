@@ -58,9 +58,7 @@ def recover(directory: Path) -> None:
 def intact_step(directory: Path, step: int | None) -> int:
   """The step that is asked for, or if None the newest intact one.
 
-  Raises:
-    InputError: there is no such step.
-    StorageError: it is damaged, or each step is.
+  Raises InputError if there is none, StorageError if it or each is damaged.
   """
   steps = ocp.utils.checkpoint_steps(directory) if directory.exists() else []
   if not steps:

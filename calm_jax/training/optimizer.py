@@ -16,11 +16,11 @@ Tree = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """Updates the trainable leaves of a tree; knows the others by name only.
+  """Updates the leaves of a tree at which the mask is True.
 
-  `optax.masked` builds the transformation over the whole tree, in which the
-  mask is True at trainable leaves. State and gradients exist for these only:
-  optax's `MaskedNode` stands for each frozen leaf.
+  `optax.masked` builds the transformation over the whole tree. State and
+  gradients exist for trainable leaves only: optax's `MaskedNode` stands for
+  each frozen one.
   """
 
   transformation: optax.GradientTransformation

@@ -80,12 +80,9 @@ def check(saved: dict, current: dict, directory: Path) -> None:
     )
 
 
-def mark_complete(
-  directory: Path, step: int, seconds: float, identity: dict
-) -> None:
-  """Marks a stage as finished, once its last step is saved."""
+def mark_complete(directory: Path, **mark: Any) -> None:
+  """Marks a stage as finished: step, seconds and identity, once it is saved."""
   if jax.process_index() == 0:
-    mark = {"step": step, "seconds": seconds, "identity": identity}
     files.write_json(directory / "complete.json", mark)
 
 

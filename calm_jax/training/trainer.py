@@ -91,7 +91,9 @@ def run_stage(
       keep_best=stage.keep_best if eval_batches else 0,
     ) as run.checkpoints:
       result = _train(run, spec, mask, trainable, frozen)
-    run_identity.mark_complete(directory, stage.steps, result[1], identity)
+    run_identity.mark_complete(
+      directory, step=stage.steps, seconds=result[1], identity=identity
+    )
   trained, seconds = result
   return trees.merge(trained, frozen), seconds
 
@@ -179,9 +181,9 @@ class _Run:
 
 
 class _StepLog:
-  """Writes the metrics of each step once the next one is dispatched.
+  """Fetches and writes a step's metrics once the next step is dispatched.
 
-  Fetching them waits for the step: this way the device is never idle.
+  So the device is never idle.
   """
 
   def __init__(self, run: _Run, writer: MetricWriter, progress: Progress):
