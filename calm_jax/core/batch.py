@@ -34,9 +34,8 @@ class Batch(NamedTuple):
   prompt_ends: Array | None = None
   # Int32 [B, L]: the next token of the segment, 0 where there is none.
   targets: Array | None = None
-  weights: Array | None = (
-    None  # float32 [B, L], 1 where a target counts, else 0
-  )
+  # Float32 [B, L]: 1 where a target counts, else 0.
+  weights: Array | None = None
 
 
 def plain_batch(tokens_BL: Array) -> Batch:

@@ -36,8 +36,8 @@ def sha256(path: Path) -> str:
 def to_json(value: Any) -> Any:
   """Returns arrays, tuples and paths as values of JSON's types.
 
-  A number that is not finite becomes a string such as "NaN". What JSON does
-  not know is left as it is.
+  A number that is not finite becomes a string such as "NaN"; what JSON does not
+  know stays as it is.
   """
   if isinstance(value, Mapping):
     return {str(name): to_json(item) for name, item in value.items()}
@@ -92,11 +92,9 @@ def read_json_lines(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
   """Yields (line number from 1, JSON object) of each line that is not blank.
 
+  Raises InputError where a line is no object with the `fields`.
   `drop_unfinished` leaves out a last line without a newline, which a process
   that was killed may have cut short.
-
-  Raises:
-    InputError: no such file, or a line is no object with the `fields`.
   """
   for number, line in read_lines(path):
     if drop_unfinished and not line.endswith(b"\n"):

@@ -49,11 +49,7 @@ def locate(
   """Finds a checkpoint's folder; downloads the `files` that match if need be.
 
   It is a folder, or `org/name` on the Hugging Face hub with a branch, tag or
-  commit as its revision, by default its main branch.
-
-  Raises:
-    InputError: no such folder, a revision of a folder, or the hub does not
-      have it or cannot be reached.
+  commit as its revision, by default its main branch; InputError if neither.
   """
   name = str(path_or_hub_id)
   path = pathlib.Path(name).expanduser()

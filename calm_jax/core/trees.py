@@ -98,8 +98,7 @@ def fingerprint(tree: Tree, fetch: Callable = np.asarray) -> str:
   """Returns the sha256 (hex) of names, shapes, dtypes and bytes, in any order.
 
   `fetch` makes a numpy array of one leaf after the other, so that the tree may
-  be larger than the host's memory. The default cannot fetch leaves that are
-  spread over several processes.
+  be larger than the host's memory.
   """
   digest = hashlib.sha256()
   for name, leaf in sorted(flatten(tree).items()):
@@ -113,8 +112,7 @@ def fingerprint(tree: Tree, fetch: Callable = np.asarray) -> str:
 def check_same_structure(got: Tree, want: Tree, what: str) -> None:
   """Raises InputError unless two trees have equal names, shapes and dtypes.
 
-  It lists the missing, the unexpected and the misshapen leaves of `got`, which
-  is called `what`.
+  The message lists where `got`, which it calls `what`, differs from `want`.
   """
   found, wanted = (
     {name: _describe(leaf) for name, leaf in flatten(tree).items()}

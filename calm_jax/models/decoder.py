@@ -231,8 +231,8 @@ def unstack(params: dict) -> dict:
   """Returns the parameters with "layers" as a tuple of trees, one a layer.
 
   XLA's CPU backend copies a layer's weights out of the stack at each step of a
-  scan, which makes decoding several times slower. Parameters on one CPU come as
-  views of the stack; others are returned as they are.
+  scan, so decoding is several times slower. Parameters on one CPU come as views
+  of the stack; others are returned as they are.
   """
   leaves = jax.tree.leaves(params["layers"])
   devices = set().union(*(leaf.devices() for leaf in leaves))
@@ -247,9 +247,8 @@ def split_layers(
   params: dict, layer: Callable[[jax.Array, int], jax.Array] = operator.getitem
 ) -> dict:
   """The parameters with "layers" as a tuple of trees, by `layer(stack, i)`."""
-  layers = params["layers"]
-  split = (
-    jax.tree.map(lambda stack, i=i: layer(stack, i), layers)
-    for i in range(len(jax.tree.leaves(layers)[0]))
-  )
+  stacks, tree = jax.tree.flatten(params["layers"])
+  split = [
+    tree.unflatten(layer(x, i) for x in stacks) for i in range(len(stacks[0]))
+  ]
   return params | {"layers": tuple(split)}

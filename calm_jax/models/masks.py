@@ -23,12 +23,12 @@ class Context(NamedTuple):
 
   # (cos, sin), each float32 or more [B, L, 1, R/2]; None without rope.
   rope: tuple[Array, Array] | None
-  local_rope: tuple[Array, Array] | None  # of layers with a window
   # bool [B, 1, L, S], True where query l may read key s.
   mask: Array | SegmentMask
-  # The same of layers with a window, of which a `SegmentMask` says nothing.
-  local_mask: Array | SegmentMask
   index: Array | None  # the cache's slot of the first query, int32 []
+  # Those of layers with a window, of which a `SegmentMask` says nothing.
+  local_rope: tuple[Array, Array] | None
+  local_mask: Array | SegmentMask
 
 
 def make_context(
@@ -46,11 +46,8 @@ def make_context(
     mask_BLS: from `self_attention_mask`; or a `SegmentMask`, if the config's
       kernel reads those.
     index: int32 [], the cache's slot of the first token; None without one.
-    lengths: as for `rope.tables`. Without a cache the mask tells.
-
-  Raises:
-    InputError: such a scaling without lengths, for a cache of more slots than
-      it leaves unscaled.
+    lengths: as for `rope.tables`. Without a cache the mask tells; with one,
+      a scaling that needs them raises InputError if they are None.
   """
   by_segments = isinstance(mask_BLS, SegmentMask)
   slots = (mask_BLS.keys if by_segments else mask_BLS).shape[-1]
@@ -82,7 +79,7 @@ def make_context(
 
   rope = turn(config.rope)
   local_rope = turn(config.local_rope) or rope
-  return Context(rope, local_rope, mask, local_mask, index)
+  return Context(rope, mask, index, local_rope, local_mask)
 
 
 def self_attention_mask(

@@ -39,18 +39,18 @@ def check(kind: str) -> None:
 
 
 def quantise(params: dict, kind: str) -> dict:
-  """Quantises a decoder's matrices, leaf by leaf.
+  """Quantises a decoder's linear layers, experts, head and embeddings.
 
-  These are linear layers, experts, head and embeddings; norms, biases, routers,
-  learned positions and LoRA stay as they are. The kind "" changes nothing. An
-  unknown kind, or a tree that is quantised already, raises InputError.
+  All else stays as it is. The kind "" changes nothing. An unknown kind, or a
+  tree that is quantised already, raises InputError.
   """
   check(kind)
   if kind and (before := kind_of(params)):
     raise InputError(f"the model is in {before} already: load it anew")
   leaves = trees.flatten(params).items()
-  quantised = {name: quantise_leaf(name, leaf, kind) for name, leaf in leaves}
-  return trees.unflatten(quantised)
+  return trees.unflatten(
+    {n: quantise_leaf(n, leaf, kind) for n, leaf in leaves}
+  )
 
 
 def quantise_leaf(name: str, leaf: Array, kind: str) -> Any:
@@ -104,11 +104,11 @@ def _quantised(weight: Array, kind: str, axis: int) -> dict[str, Array]:
     scale = jnp.where(better, made.scale, scale)
     return (values, scale, jnp.minimum(error, least)), None
 
-  start = (
-    jnp.zeros(wide.shape, jnp.int8),
-    jnp.zeros(largest.shape, jnp.bfloat16),
-    jnp.full(largest.shape, jnp.inf, dtype),
+  values, scale = (
+    jnp.zeros(wide.shape, "int8"),
+    jnp.zeros(largest.shape, "bfloat16"),
   )
+  start = values, scale, jnp.full(largest.shape, jnp.inf, dtype)
   ends = jnp.array(_ENDS["int4" if packs else "int8"], dtype)
   (values, scale, _), _ = jax.lax.scan(attempt, start, ends)
   values = jax.lax.slice_in_dim(values, 0, inputs, axis=axis)

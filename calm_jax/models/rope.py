@@ -62,14 +62,12 @@ class Rope:
         f"llama3 has high_freq_factor={self.high_freq_factor}, which does not "
         f"exceed low_freq_factor={self.low_freq_factor}"
       )
-    if self.kind == "longrope":
-      for name in ("short_factors", "long_factors"):
-        count = len(getattr(self, name))
-        if count != self.rotary_dim // 2:
-          raise InputError(
-            f"longrope has {count} {name}, but "
-            f"rotary_dim={self.rotary_dim} needs half as many"
-          )
+    counts = len(self.short_factors), len(self.long_factors)
+    if self.kind == "longrope" and {*counts} != {self.rotary_dim // 2}:
+      raise InputError(
+        f"longrope has {counts[0]} short_factors and {counts[1]} long_factors, "
+        f"but rotary_dim={self.rotary_dim} needs half as many of each"
+      )
 
 
 def _frequencies(rope: Rope) -> np.ndarray:
@@ -105,16 +103,14 @@ def tables(
   """Computes cosines and sines of the rotary angles.
 
   "dynamic" and "longrope" turn differently in longer sequences. transformers
-  asks the longest row of a batch; here batch-mates change nothing, so every
-  row, or every token, has a length of its own. To decode with a cache, give
-  the length that the sequence will end with at every step: all steps then
-  agree with one forward pass over the whole.
+  asks the longest row of a batch; here batch-mates change nothing.
 
   Args:
     rope, positions_BL: the rotation, and each token's position from 0.
     dtype: of the angles and the result, but at least float32.
     lengths: tokens in the whole sequence, [B], or [B, L] where rows are packed;
-      by default each row's largest position + 1.
+      by default each row's largest position + 1. In decoding with a cache,
+      the length at the end, at every step: so all steps agree with one pass.
 
   Returns (cos, sin), each [B, L, 1, R/2], times the attention factor.
   """

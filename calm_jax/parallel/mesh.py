@@ -17,27 +17,27 @@ def make_mesh(
   """The mesh that a config asks for; None for one device.
 
   `axes` has the number of devices along each of AXES, of which one may be -1:
-  what the others leave. `devices` are all of all processes by default.
-
-  Raises:
-    InputError: other axes, no such number, or not as many as there are devices.
+  what the others leave. `devices` are all of all processes by default. Numbers
+  that do not fit them raise InputError.
   """
   devices = jax.devices() if devices is None else list(devices)
   if set(axes) != set(AXES):
     raise InputError(f"mesh={dict(axes)} does not have the axes {AXES}")
   sizes = {name: axes[name] for name in AXES}
-  if any(n < 1 and n != -1 for n in sizes.values()):
-    raise InputError(f"mesh={sizes}: an axis is 1 or more, or one of them -1")
-  given = math.prod(n for n in sizes.values() if n != -1)
   rest = [name for name, n in sizes.items() if n == -1]
-  if len(rest) > 1:
-    raise InputError(f"mesh={sizes}: only one axis can take what is left, -1")
-  if rest and len(devices) % given == 0:
-    sizes[rest[0]] = len(devices) // given
-  elif rest:
+  given = [n for n in sizes.values() if n != -1]
+  if len(rest) > 1 or min(given) < 1:
     raise InputError(
-      f"mesh={sizes}: {len(devices)} devices are not a multiple of {given}"
+      f"mesh={sizes}: an axis is 1 or more, and only one axis can take what is "
+      "left, -1"
     )
+  if rest:
+    sizes[rest[0]], odd = divmod(len(devices), math.prod(given))
+    if odd:
+      raise InputError(
+        f"mesh={dict(axes)}: {len(devices)} devices are not a multiple of "
+        f"{math.prod(given)}"
+      )
   total = math.prod(sizes.values())
   if total == 1 and len({d.process_index for d in devices}) == 1:
     return None

@@ -27,12 +27,9 @@ def start(heartbeat: int = 100) -> None:
 
   TPU pods, Slurm, Open MPI and Kubernetes tell each process its number.
   Elsewhere the environment has to: JAX_COORDINATOR_ADDRESS (host:port of the
-  first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID, from 0. JAX ends all
-  processes when one is silent for `heartbeat` seconds.
-
-  Raises:
-    InputError: the environment gives some of them only, or no number.
-    LostProcess: not all processes came.
+  first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID, from 0; InputError if
+  not. JAX ends all processes when one is silent for `heartbeat` seconds, and
+  LostProcess is raised if not all come.
   """
   if jax.distributed.is_initialized():
     return

@@ -1,15 +1,14 @@
 """Layouts of arrays on a mesh of devices: rules from leaf names to axes.
 
-The axes are `data` and `fsdp`, which share the rows of a batch, `tensor`, which
-shares the work of a matrix, and `sequence`, which shares the tokens of a row.
-`fsdp` besides cuts the parameters, which are gathered a layer at a time.
+`data` and `fsdp` share the rows of a batch, `tensor` the work of a matrix,
+`sequence` the tokens of a row; `fsdp` also cuts the parameters, which are
+gathered a layer at a time.
 
 A rule is (regex, axes); the first whose regex matches a leaf's whole name
 holds. Its axes belong to the leaf's last dimensions: each is None, the name of
-an axis, or a tuple of names; the dimensions before them are not cut. Other
-arrays have names too: "states" are the hidden states [B, L, D], "heads" what
-kernels of attention read [B, N, L, H], "batch/.*" the arrays of a batch [B, L]
-("batch/tokens"), "cache/.*" those of a decoding cache.
+an axis, or a tuple of names. Other arrays have names too: "states" are the
+hidden states [B, L, D], "heads" what attention kernels read [B, N, L, H],
+"batch/.*" the arrays of a batch [B, L], "cache/.*" those of a decoding cache.
 
 Where an axis does not divide its dimension, a parameter is cut along another
 one, a batch is an error, and all else is computed whole by each device.
@@ -166,14 +165,12 @@ class Layout:
     shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), rows
     )
-    return jax.tree.map(
-      lambda x, shape, sharding: jax.make_array_from_process_local_data(
-        sharding, x, shape.shape
-      ),
-      rows,
-      shapes,
-      self.batch_shardings(shapes),
-    )
+
+    def global_array(x, sharding):
+      shape = (batch_size, *x.shape[1:])
+      return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return jax.tree.map(global_array, rows, self.batch_shardings(shapes))
 
   def batch_shardings(self, shapes: Batch) -> Batch:
     """NamedShardings for the arrays of a whole batch; raises as `batch`."""
