@@ -41,10 +41,9 @@ class LanguageModel(Model):
   def logits(self, tokens_BL) -> Array:
     """Next-token logits of full rows: integers [B, L] to float32 [B, L, V].
 
-    Raises:
-      InputError: tokens_BL is not that, has an id outside the vocabulary or
-        rows beyond the models' length limit; or visibility="encoder", which
-        needs to know where prompts end.
+    Raises InputError if tokens_BL is not that, has an id outside the vocabulary
+    or rows beyond the models' length limit; and for visibility="encoder", which
+    needs to know where prompts end.
     """
     tokens_BL = batching.check_tokens(self.spec, tokens_BL)
     batch = batching.token_batch(self, tokens_BL)

@@ -66,7 +66,7 @@ def save(
         f"{folder} holds a composition already ({name}); give another folder"
       )
   names = ["anchor", *(f"augmenting/{n}" for n, _ in model.spec.augmenting)]
-  config = {
+  config: dict[str, Any] = {
     "format": _FORMAT,
     "calm_jax_version": __version__,
     "num_params": model.num_composition_params,

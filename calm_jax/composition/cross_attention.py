@@ -155,7 +155,6 @@ def fold(params: dict) -> dict:
   position of the augmenting model then costs 2 D_A D_B instead of
   D_A D_B + 2 D_B^2. Training needs the factors apart.
   """
-
   if "composition" not in params:
     return params
 

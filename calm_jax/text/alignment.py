@@ -116,12 +116,10 @@ class ChunkEncoder:
   def encode(
     self, prompt: str, completion: str
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the tokens that a text makes visible, BOS first if there is one.
+    """The tokens that a text makes visible, BOS first if there is one.
 
-    The end of `prompt` closes a chunk; it is "" for plain text.
-
-    Returns:
-      (int64 [M] token ids, int64 [M] their closes), closes not decreasing.
+    The end of `prompt`, "" for plain text, closes a chunk. Returns (int64 [M]
+    token ids, int64 [M] their closes), closes not decreasing.
     """
     chunker = Chunker()
     closed = [*chunker.push(prompt.encode()), *chunker.cut()]

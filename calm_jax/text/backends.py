@@ -44,11 +44,8 @@ class Spelling(NamedTuple):
 class HuggingFaceBackend:
   """A tokenizer.json.
 
-  Attributes:
-    pieces: the vocabulary by id; "" at ids that it skips.
-    vocab: id by piece.
-    special_ids: "bos" and "eos" of the model file itself.
-    spelling: the bytes of the tokens.
+  It has `pieces` by id ("" at ids that the vocabulary skips), the `vocab` by
+  piece, `special_ids` ("bos" and "eos" of the model file) and a `spelling`.
   """
 
   def __init__(self, tokenizer: tokenizers.Tokenizer):
