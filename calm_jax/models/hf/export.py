@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from calm_jax.core import files, hub, trees
@@ -22,7 +23,6 @@ from calm_jax.models.hf.loading import DTYPES
 from calm_jax.models.hf.tensor_tables import Entry
 
 MAX_SHARD_SIZE = 5 * 10**9
-_SHOWN = 8
 
 
 def save_params(
@@ -84,19 +84,15 @@ def save_params(
 
 def _check_tree(params: Mapping[str, Any], config: ModelConfig) -> str:
   """Returns the dtype of a tree that is one of the config, of one dtype."""
-  leaves = trees.flatten(params)
-  ours = {name: tuple(np.shape(leaf)) for name, leaf in leaves.items()}
-  theirs = tensor_tables.leaf_shapes(config)
-  if ours != theirs:
-    raise InputError(
-      "the parameters are not those of the config; only in the parameters: "
-      f"{sorted(ours.items() - theirs.items())[:_SHOWN]}, only in the config: "
-      f"{sorted(theirs.items() - ours.items())[:_SHOWN]}"
-    )
-  dtypes = {str(leaf.dtype) for leaf in leaves.values()}
+  dtypes = {str(leaf.dtype) for leaf in trees.flatten(params).values()}
   if len(dtypes) != 1 or not dtypes <= set(DTYPES):
     raise InputError(f"parameters must be of one of {DTYPES}, got {dtypes}")
-  return dtypes.pop()
+  [dtype] = dtypes
+  shapes = tensor_tables.leaf_shapes(config).items()
+  leaves = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes}
+  what = "the tree of parameters, compared with the config,"
+  trees.check_same_structure(params, leaves, what)
+  return dtype
 
 
 def _gather(entries: list[Entry], leaves, dtype: str) -> np.ndarray:

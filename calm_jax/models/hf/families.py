@@ -3,7 +3,7 @@
 A key that the family's table lacks raises, as does what is not computed here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, NamedTuple
 
 from calm_jax.core.errors import InputError, check_choice
@@ -47,16 +47,13 @@ class ConfigTable(NamedTuple):
 
   # config.json with its defaults -> the fields that take more than copying.
   read: Callable[[Json], Json]
-  # {their key: transformers' default}, for keys that older files lack.
-  defaults: Json
+  defaults: Json  # transformers', of keys that a file may lack
   # Fields that are the same in the whole family.
   fixed: Json = {}  # noqa: RUF012
   # {their key: the values that are computed here}.
   only: dict[str, tuple] = {}  # noqa: RUF012
-  # Keys that change no arithmetic in this family.
-  ignored: frozenset[str] | set[str] = frozenset()
-  # Keys that have no default.
-  required: frozenset[str] | set[str] = _REQUIRED
+  ignored: Set[str] = frozenset()  # keys that change no arithmetic here
+  required: Set[str] = _REQUIRED  # keys that have no default
 
   def copied(self) -> list[tuple[str, str]]:
     """Returns the fields that are copied in this family, and their keys."""
@@ -109,10 +106,6 @@ _NEVER = {
 }
 
 
-def _without(table: Json, key: str) -> Json:
-  return {k: v for k, v in table.items() if k != key}
-
-
 _DEFAULTS = {
   "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu",
   "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
@@ -136,7 +129,7 @@ _GEMMA = _DEFAULTS | _NO_BIAS | {
   "max_position_embeddings": 8192, "hidden_act": "gelu_pytorch_tanh",
   "hidden_activation": None,
 }
-_GEMMA2 = _without(_GEMMA, "hidden_act") | {
+_GEMMA2 = {k: v for k, v in _GEMMA.items() if k != "hidden_act"} | {
   "num_key_value_heads": 4, "hidden_activation": "gelu_pytorch_tanh",
   "query_pre_attn_scalar": 256, "final_logit_softcapping": 30.0,
   "sliding_window": 4096, "layer_types": None,
@@ -312,9 +305,9 @@ def to_hf(config: ModelConfig, dtype: str) -> Json:
   names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
   hf["hidden_act"] = names[config.activation]
   hf["rope_theta"] = config.rope.theta if config.rope else None
+  hf["torch_dtype"] = dtype
   # transformers' defaults are ids of Llama's own vocabulary.
-  ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-  hf |= {"torch_dtype": dtype, **ids}
+  hf |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
   back = from_hf(hf)
   differ = [
     f"{name}={value!r}"

@@ -61,14 +61,14 @@ def load_params(
     on a CPU; with shardings `jax.Array`s.
 
   Raises:
-    InputError: as `open_model`; or shardings of another tree, or float64 arrays
-      while JAX has them disabled.
+    InputError: as `open_model`; shardings of another tree, or of float64 while
+      JAX has it disabled.
   """
   check_choice("dtype", dtype, DTYPES)
   quantisation.check(quantise)
   stored = open_model(pathlib.Path(folder), config)
-  shapes = quantisation.shapes(decoder.param_shapes(config), quantise)
-  kept = trees.flatten(shapes)
+  shapes = decoder.param_shapes(config)
+  kept = trees.flatten(quantisation.shapes(shapes, quantise))
   plain = [name for name in stored.shapes if name in kept]
   places, groups = None, [plain]
   if shardings is not None:

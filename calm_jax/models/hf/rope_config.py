@@ -16,19 +16,15 @@ FRACTION = ("partial_rotary_factor", "rotary_pct")
 _COMMON = {*_KIND, *THETA, *FRACTION}
 _LISTS = ("short_factor", "long_factor")
 _FREQUENCIES = ("low_freq_factor", "high_freq_factor")
-_BETAS = ("beta_fast", "beta_slow")
 _MSCALES = ("mscale", "mscale_all_dim")
-_NUMBERS = ("factor", "attention_factor", *_FREQUENCIES, *_BETAS)
+_YARN = ("attention_factor", "beta_fast", "beta_slow", "truncate")
 # The options that each kind needs, and those that it may have besides.
 _OPTIONS = {
   "default": ((), ()),
   "linear": (("factor",), ()),
   "dynamic": (("factor",), ()),
   "llama3": (("factor", *_FREQUENCIES), (_LENGTH,)),
-  "yarn": (
-    ("factor",),
-    (_LENGTH, "attention_factor", *_BETAS, "truncate", *_MSCALES),
-  ),
+  "yarn": (("factor",), (_LENGTH, *_MSCALES, *_YARN)),
   "longrope": (_LISTS, (_LENGTH, "factor", "attention_factor")),
 }
 
@@ -65,7 +61,10 @@ def read_rope(
   fields["rotary_dim"] = int(head_dim * _number(FRACTION[0], share))
   fields["theta"] = _number(THETA[0], _value(hf, options, THETA, theta))
   if kind not in ("default", "linear"):
-    original = _original_length(kind, hf, options)
+    # Phi-3 has it beside the other options, where it counts more than there.
+    original = hf.get(_LENGTH) or options.get(_LENGTH)
+    if kind == "dynamic" or (kind in ("llama3", "yarn") and not original):
+      original = hf.get(_LONGEST)
     fields["original_length"] = int(_number(_LENGTH, original))
     if kind == "longrope" and "factor" not in fields:
       fields["factor"] = _number(_LONGEST, hf.get(_LONGEST)) / original
@@ -149,18 +148,9 @@ def _option_fields(kind: str, options: Json) -> Json:
       if not isinstance(value, bool):
         raise _wrong(name, value, "bool")
       fields[name] = value
-    elif name in _NUMBERS:
+    elif name in ("factor", *_FREQUENCIES, *_YARN):
       fields[name] = _number(name, value)
   return fields
-
-
-def _original_length(kind: str, hf: Json, options: Json) -> int | None:
-  """The length that the model was first trained for."""
-  # Phi-3 has it beside the other options, where it counts more than among them.
-  original = hf.get(_LENGTH) or options.get(_LENGTH)
-  if kind == "dynamic" or (kind in ("llama3", "yarn") and not original):
-    return hf.get(_LONGEST)
-  return original
 
 
 def _attention_factor(fields: Json, options: Json) -> float:
