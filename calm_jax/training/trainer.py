@@ -55,14 +55,11 @@ def run_stage(
   Args:
     source: indexable batches, with `describe(index)` and `fingerprint`; all
       rows of a batch, or this process's share (`Layout.share`).
-    origins: where each frozen model came from; see `run_identity.describe`.
-    watchdog: seconds after which a step counts as hung; 0 for never.
+    origins, watchdog: see `run_identity.describe` and `Settings`.
 
-  Raises:
-    InputError: the directory holds a run of other settings or other models.
-    TrainingDiverged: the loss is not finite.
-    StorageError: a batch cannot be read, or no checkpoint written or read.
-    Preempted: a signal came, and what was done is saved.
+  Raises InputError if the directory holds another run, TrainingDiverged if the
+  loss is not finite, StorageError if a batch or a checkpoint cannot be read or
+  written, and Preempted after a signal, once what was done is saved.
   """
   if stage.batch_size % stage.accumulate:
     raise InputError(
