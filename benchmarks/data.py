@@ -2,7 +2,7 @@
 
   python -m benchmarks.data [--repeats 5]
 
-Packed rows through `make_iterator`, for a pair that shares a tokenizer, one
+Packed rows through `BatchIterator`, for a pair that shares a tokenizer, one
 that does not, and a mixture of plain text and prompts for the latter. The
 training step is the composition's, of the small pair of benchmarks.pairs.
 Tokenisation comes once, when a run starts, and is timed apart. Nothing of the
@@ -69,7 +69,7 @@ def tokens_of(batch) -> int:
 
 def pipeline_rate(source) -> float:
   """Tokens of the anchor a second, read ahead as in training."""
-  iterator = pipeline.make_iterator(source)
+  iterator = pipeline.BatchIterator(source)
   next(iterator)
   began, tokens = time.perf_counter(), 0
   for _ in range(BATCHES):

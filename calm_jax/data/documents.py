@@ -7,6 +7,7 @@ every token is a target once. An example with a prompt has one window only.
 """
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -69,19 +70,15 @@ class RowOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Truncation:
-  """Counts of examples that are too long for a row, and of their tokens.
+  """Counts of examples that are too long for a row, and of their tokens."""
 
-  Attributes:
-    examples, tokens: all examples, and all their tokens in the anchor's.
-    split: how many plain texts go on in further windows, and the tokens there.
-    cut: how many completions lost their end, and how many tokens that was.
-    dropped: how many examples were left out, and their tokens.
-  """
-
-  examples: int
-  tokens: int
+  examples: int  # all of them
+  tokens: int  # all of theirs, in the anchor's
+  # Plain texts that go on in further windows, and the tokens there.
   split: tuple[int, int] = (0, 0)
+  # Completions that lost their end, and the tokens that they lost.
   cut: tuple[int, int] = (0, 0)
+  # Examples that were left out, and their tokens.
   dropped: tuple[int, int] = (0, 0)
 
   def __str__(self) -> str:
@@ -100,19 +97,13 @@ class Truncation:
 
 
 class Segment(NamedTuple):
-  """An example, or a window of one, that fits a row.
+  """An example, or a window of one, that fits a row."""
 
-  Attributes:
-    tokens: the anchor's token ids, int32.
-    prompt_length: how many of them are BOS and prompt (at least 1).
-    origin: where the example came from.
-    augmenting: by name, the token ids that an augmenting model reads, and for
-      each of `tokens` how many of those it sees.
-  """
-
-  tokens: np.ndarray
-  prompt_length: int
+  tokens: np.ndarray  # int32, of the anchor
+  prompt_length: int  # of BOS and prompt, at least 1
   origin: str
+  # By name the tokens that an augmenting model reads, and for each of `tokens`
+  # how many of those it sees.
   augmenting: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -134,46 +125,45 @@ def make_segments(
   example with a prompt is too long and `options` make that an error, if all
   were dropped, or if an example has nothing to predict.
   """
-  documents = [_tokenise(example, options) for example in examples]
-  order = np.arange(len(documents))
-  if seed is not None:
-    # Neighbours in a file are often alike and would share their rows.
-    order = np.random.default_rng(seed).permutation(len(documents))
-  segments: list[Segment] = []
+  fitted: list[list[Segment]] = []
   lost: dict[str, list[int]] = {"split": [], "cut": [], "dropped": []}
-  refused: list[int] = []
-  for i in order:
-    document = documents[i]
+  refused: list[_Document] = []
+  num_tokens = 0
+  for example in examples:
+    document = _tokenise(example, options)
     windows = _windows(document, options)
     total, kept = len(document.tokens), len(windows[0].tokens)
-    if kept == total:
-      segments += windows
-    elif not document.example.prompt:
-      segments += windows
-      lost["split"].append(total - kept)
-    elif options.too_long == "error":
-      refused.append(i)
-    elif options.too_long == "cut" and kept > document.prompt_length:
-      segments += windows
-      lost["cut"].append(total - kept)
-    else:
-      lost["dropped"].append(total)
+    num_tokens += total
+    if kept < total:
+      if not example.prompt:
+        lost["split"].append(total - kept)
+      elif options.too_long == "error":
+        refused.append(document)
+      elif options.too_long == "cut" and kept > document.prompt_length:
+        lost["cut"].append(total - kept)
+      else:
+        lost["dropped"].append(total)
+        windows = []
+    fitted.append(windows)
   if refused:
-    first = documents[min(refused)]
-    excess = _excess(first, options.length, options.augmenting_length)
+    excess = _excess(refused[0], options.length, options.augmenting_length)
     more = f" (and {len(refused) - 1:,} more)" if len(refused) > 1 else ""
     raise InputError(
       f"{excess}{more}; raise that length, have too_long cut or drop such"
       " examples, or shorten or remove them"
     )
+  if seed is not None:
+    # Neighbours in a file are often alike and would share their rows.
+    order = np.random.default_rng(seed).permutation(len(fitted))
+    fitted = [fitted[i] for i in order]
+  segments = list(itertools.chain(*fitted))
   if not segments:
     raise InputError(
-      f"all {len(documents):,} examples are longer than a row of"
+      f"all {len(examples):,} examples are longer than a row of"
       f" {options.length} and were dropped; raise length"
     )
-  tokens = sum(len(document.tokens) for document in documents)
   counts = {kind: (len(each), sum(each)) for kind, each in lost.items()}
-  return segments, Truncation(len(documents), tokens, **counts)
+  return segments, Truncation(len(examples), num_tokens, **counts)
 
 
 def _tokenise(example: TextExample, options: RowOptions) -> _Document:
@@ -184,10 +174,11 @@ def _tokenise(example: TextExample, options: RowOptions) -> _Document:
   if options.augmenting:
     given, given_ends = prompt_ends(tokenizer, prompt)
     new, new_ends = tokenizer.continuation_ends(prompt, completion)
-    size = len(prompt.encode()) + len(completion.encode())
+    size = len((prompt + completion).encode())
     ends = np.concatenate([given_ends, new_ends, [size] * len(eos)])
   else:
-    given = tokenizer.with_bos(tokenizer.encode(prompt))
+    given = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    given += tokenizer.encode(prompt)
     new = tokenizer.encode_continuation(prompt, completion)
   ids = np.array(given + new + eos, np.int32)
   if len(ids) < 2:

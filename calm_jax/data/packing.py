@@ -34,12 +34,9 @@ class TokenLists:
     """Indices in `tokens` of the tokens of the picked examples."""
     return ragged_range(self.starts_N[picked], self.lengths_N[picked])
 
-  def take(
-    self, picked: np.ndarray, places: np.ndarray | None = None
-  ) -> "TokenLists":
-    """The picked examples; `places` are theirs, if they are known."""
-    places = self.places(picked) if places is None else places
-    return TokenLists(self.tokens[places], self.lengths_N[picked])
+  def take(self, picked: np.ndarray) -> "TokenLists":
+    """The picked examples."""
+    return TokenLists(self.tokens[self.places(picked)], self.lengths_N[picked])
 
 
 def pack_rows(

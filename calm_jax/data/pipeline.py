@@ -10,11 +10,11 @@ from calm_jax.core.batch import Batch
 from calm_jax.core.errors import InputError
 from calm_jax.data.documents import RowOptions, make_segments
 from calm_jax.data.examples import TextExample
-from calm_jax.data.rows import Epochs, RowTable, TextSource
+from calm_jax.data.rows import TextSource
 
 
 class BatchSource(Protocol):
-  """Random access to global batches, as `make_iterator` takes it."""
+  """Random access to global batches, as `BatchIterator` takes it."""
 
   def __len__(self) -> int: ...
 
@@ -45,45 +45,31 @@ def text_source(
     InputError: parts that cannot be mixed, an example that is too long or has
       nothing to predict, or a tokenizer that cannot tell where its tokens end.
   """
-  several = len(parts) > 1
   if not parts:
     raise InputError("a mixture without parts")
-  if several and options.seed is None:
+  if len(parts) > 1 and options.seed is None:
     raise InputError("a mixture has no end, so it takes a seed")
-  for name, part in parts.items():
-    _check_part(name, *part)
-  segments, truncation, seeds = {}, {}, {}
-  for name, (examples, _) in parts.items():
-    seeds[name] = _part_seed(options.seed, name) if several else options.seed
-    segments[name], truncation[name] = make_segments(
-      examples, options, seeds[name]
-    )
-  table = RowTable(segments, options)
-  if options.seed is None:
-    return TextSource(table, None, options, {}, truncation)
-  orders = [Epochs(table.ranges[name], seeds[name]) for name in parts]
-  if not several:
-    return TextSource(table, orders[0], options, {}, truncation)
-  least = min(weight for _, weight in parts.values())
-  # grain scales the least to 100 and drops the rest; here, nothing is left.
-  weights = {n: round(100 * w / least) for n, (_, w) in parts.items()}
-  mixed = map(grain.MapDataset.source, orders)
-  order = grain.MapDataset.mix(list(mixed), list(weights.values()))
-  return TextSource(table, order, options, weights, truncation)
-
-
-def _check_part(name: str, examples: Sequence, weight: float) -> None:
-  if not examples:
-    raise InputError(
-      f"the part {name!r} of the mixture has no examples"
-      if name
-      else "there are no examples to make batches of"
-    )
-  if not 0 < weight < float("inf"):
-    raise InputError(
-      f"the part {name!r} of the mixture has the weight {weight}; it must be"
-      " above 0: leave the part out to have none of it"
-    )
+  for name, (examples, weight) in parts.items():
+    if not examples:
+      where = f"the part {name!r} of the mixture has no examples"
+      nothing = "there are no examples to make batches of"
+      raise InputError(where if name else nothing)
+    if not 0 < weight < float("inf"):
+      raise InputError(
+        f"the part {name!r} of the mixture has the weight {weight}; it must be"
+        " above 0: leave the part out to have none of it"
+      )
+  seeds, weights = dict.fromkeys(parts, options.seed), {}
+  if len(parts) > 1:
+    seeds = {name: _part_seed(options.seed, name) for name in parts}
+    least = min(weight for _, weight in parts.values())
+    # grain scales the least to 100 and drops the rest; here, nothing is left.
+    weights = {n: round(100 * w / least) for n, (_, w) in parts.items()}
+  segments = {
+    name: make_segments(examples, options, seeds[name])
+    for name, (examples, _) in parts.items()
+  }
+  return TextSource(segments, seeds, weights, options)
 
 
 def _part_seed(seed: int, name: str) -> int:
@@ -93,23 +79,20 @@ def _part_seed(seed: int, name: str) -> int:
 
 
 class BatchIterator(Iterator[Batch]):
-  """Iterates over a source. Made by `make_iterator`."""
+  """Iterates over a source, reads ahead in a thread, and can be resumed."""
 
-  def __init__(self, source: BatchSource, iterator):
-    self._source = source
-    self._iterator = iterator
+  def __init__(self, source: BatchSource):
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    batches = grain.MapDataset.source(source).to_iter_dataset(options)
+    self._source, self._iterator = source, iter(batches)
 
   def __next__(self) -> Batch:
     return next(self._iterator)
 
-  @property
-  def next_index(self) -> int:
-    """Index in the source of the batch that comes next."""
-    return self._iterator.get_state()["next_index"]
-
   def get_state(self) -> dict:
     """The position of the iteration, as JSON can hold it."""
-    return {"next_index": self.next_index, "source": self._source.fingerprint}
+    index = self._iterator.get_state()["next_index"]
+    return {"next_index": index, "source": self._source.fingerprint}
 
   def set_state(self, state: dict) -> None:
     """Continues exactly from a state of `get_state` of the same batches."""
@@ -124,21 +107,3 @@ class BatchIterator(Iterator[Batch]):
   def close(self) -> None:
     """Stops reading ahead."""
     self._iterator.close()
-
-
-def make_iterator(
-  source: BatchSource, *, start: int = 0, prefetch: int = 2, threads: int = 1
-) -> BatchIterator:
-  """Iterates over `source` from batch `start`, reading ahead in threads.
-
-  The order of the batches does not depend on `prefetch`, the number of batches
-  that are prepared ahead, or `threads`.
-  """
-  if not 0 <= start <= len(source):
-    raise InputError(f"start {start}: the data has {len(source)} batches")
-  options = grain.ReadOptions(
-    num_threads=threads, prefetch_buffer_size=prefetch
-  )
-  iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
-  iterator.set_state({"next_index": start})
-  return BatchIterator(source, iterator)

@@ -1,6 +1,5 @@
 """Rows of packed text, and global batches of them in a given order."""
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -8,6 +7,7 @@ import operator
 import sys
 from collections.abc import Mapping, Sequence
 
+import grain
 import numpy as np
 
 from calm_jax.core.batch import Batch
@@ -17,18 +17,30 @@ from calm_jax.data.documents import RowOptions, Segment, Truncation
 _NAMED = 8
 
 
-class RowTable:
-  """All rows of the parts of a mixture, the rows of a part one after the other.
+class TextSource:
+  """Random access to global batches of text. Made by `pipeline.text_source`.
 
   Attributes:
-    num_rows: of all parts.
-    ranges: the rows of each part, by its name.
+    truncation: counts of what was too long, by part.
+    num_rows: of all parts, the rows of a part one after the other.
     augmenting_lengths: M of each augmenting model with other tokens.
   """
 
-  def __init__(self, parts: Mapping[str, list[Segment]], options: RowOptions):
-    segments = [segment for part in parts.values() for segment in part]
-    self._length = options.length
+  def __init__(
+    self,
+    parts: Mapping[str, tuple[list[Segment], Truncation]],
+    seeds: Mapping[str, int | None],
+    weights: Mapping[str, int],
+    options: RowOptions,
+  ):
+    """The order of a part's rows follows its seed, all of None is one pass.
+
+    `weights` are the numbers of rows that the parts of a mixture take turns
+    with, none for a single part.
+    """
+    self.options, self._weights = options, weights
+    self.truncation = {name: counts for name, (_, counts) in parts.items()}
+    segments = [segment for part, _ in parts.values() for segment in part]
     self._origins = [segment.origin for segment in segments]
     self._prompt_lengths_N = np.array([s.prompt_length for s in segments])
     join = packing.TokenLists.join
@@ -38,32 +50,47 @@ class RowTable:
       ids, seen = zip(*(s.augmenting[name] for s in segments), strict=True)
       self._augmenting[name] = join(ids)
       self._visible[name] = np.concatenate(seen)
-    models = [(self._anchor.lengths_N, options.length)]
-    if limit := options.augmenting_length:
-      models += [(x.lengths_N, limit) for x in self._augmenting.values()]
-    self.ranges: dict[str, range] = {}
-    rows, self.num_rows, first = [], 0, 0
-    for name, part in parts.items():
-      last = first + len(part)
-      lengths = [(lengths_N[first:last], limit) for lengths_N, limit in models]
-      first = last
-      rows.append(self.num_rows + packing.pack_rows(lengths, pack=options.pack))
-      self.ranges[name] = range(self.num_rows, int(rows[-1][-1]) + 1)
-      self.num_rows = self.ranges[name].stop
-    rows_N = np.concatenate(rows)
+    rows_N = self._pack({name: len(part) for name, (part, _) in parts.items()})
     # Segments of row r: _bounds[r] to _bounds[r + 1].
     self._bounds = np.searchsorted(rows_N, np.arange(self.num_rows + 1))
     self.augmenting_lengths = {
       name: options.augmenting_length or _longest(other.lengths_N, rows_N)
       for name, other in self._augmenting.items()
     }
+    self._order: Sequence[int] | None = None
+    if options.seed is not None:
+      orders = [
+        Epochs(rows, seeds[name]) for name, rows in self._ranges.items()
+      ]
+      self._order = _mix(orders, list(weights.values()))
 
-  def batch(self, rows_B: np.ndarray) -> Batch:
-    """The rows of these numbers as a batch; empty where the number is -1."""
+  def _pack(self, counts: Mapping[str, int]) -> np.ndarray:
+    """The row of each segment, and the rows of each part, of so many."""
+    options = self.options
+    models = [(self._anchor.lengths_N, options.length)]
+    if limit := options.augmenting_length:
+      models += [(x.lengths_N, limit) for x in self._augmenting.values()]
+    self._ranges: dict[str, range] = {}
+    rows, self.num_rows, first = [], 0, 0
+    for name, count in counts.items():
+      part = slice(first, first + count)
+      lengths = [(lengths_N[part], limit) for lengths_N, limit in models]
+      rows.append(self.num_rows + packing.pack_rows(lengths, pack=options.pack))
+      self._ranges[name] = range(self.num_rows, int(rows[-1][-1]) + 1)
+      self.num_rows, first = self._ranges[name].stop, part.stop
+    return np.concatenate(rows)
+
+  def __len__(self) -> int:
+    rows = self.num_rows if self._order is None else len(self._order)
+    return -(-rows // self.options.batch_size)
+
+  def __getitem__(self, index: int) -> Batch:
+    """The batch at `index`: this process's rows [B / processes, L]."""
+    rows_B = self._rows(index)[self.options.share]
     firsts_B = self._bounds[rows_B]
     counts_B = np.where(rows_B < 0, 0, self._bounds[rows_B + 1] - firsts_B)
     picked = packing.ragged_range(firsts_B, counts_B)
-    places = self._anchor.places(picked)
+    anchor, places = self._anchor, self._anchor.places(picked)
     augmenting = {
       name: (other.take(picked), self._visible[name][places], length)
       for (name, other), length in zip(
@@ -71,34 +98,79 @@ class RowTable:
       )
     }
     return packing.make_batch(
-      self._anchor.take(picked, places),
+      packing.TokenLists(anchor.tokens[places], anchor.lengths_N[picked]),
       self._prompt_lengths_N[picked],
       np.repeat(np.arange(len(rows_B)), counts_B),
       batch_size=len(rows_B),
-      length=self._length,
+      length=self.options.length,
       augmenting=augmenting,
     )
 
-  def origins(self, row: int) -> list[str]:
-    """The origins of the examples of a row; none in row -1."""
-    if row < 0:
-      return []
-    return self._origins[self._bounds[row] : self._bounds[row + 1]]
+  def describe(self, index: int) -> str:
+    """Names the examples of the global batch at `index`, for messages."""
+    several, epoch = len(self._ranges) > 1, ""
+    origins = dict.fromkeys(
+      f"{name}: {origin}" if several else origin
+      for row in self._rows(index).tolist()
+      for name, rows in self._ranges.items()
+      if row in rows
+      for origin in self._row_origins(row)
+    )
+    named = ", ".join(list(origins)[:_NAMED])
+    if len(origins) > _NAMED:
+      named += f" and {len(origins) - _NAMED} more"
+    if not several:  # Else each part is in an epoch of its own.
+      first_row = operator.index(index) * self.options.batch_size
+      epoch = f" (epoch {first_row // self.num_rows})"
+    return f"batch {index}{epoch}: {named}"
 
-  def part(self, row: int) -> str:
-    """The name of the part that a row is of."""
-    # `in range` is quick for an int, and a search for a NumPy integer.
-    row = int(row)
-    return next(name for name, rows in self.ranges.items() if row in rows)
+  def describe_truncation(self) -> str:
+    """One line on what was too long for a row, and what became of it."""
+    return "; ".join(
+      f"{name}: {truncation}" if name else str(truncation)
+      for name, truncation in self.truncation.items()
+    )
 
-  def update(self, digest) -> None:
-    """Adds all tokens to a hash."""
+  def row_origins(self, index: int) -> list[list[str]]:
+    """The origins of the examples in each of this process's rows."""
+    rows_B = self._rows(index)[self.options.share]
+    return [self._row_origins(row) for row in rows_B]
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Names the sequence of global batches, whatever the number of hosts."""
+    digest, options = hashlib.sha256(), self.options
     digest.update(self._anchor.tokens.tobytes())
     arrays = [self._anchor.lengths_N, self._prompt_lengths_N]
     for name, other in self._augmenting.items():
       arrays += [other.tokens, other.lengths_N, self._visible[name]]
     for array in arrays:
       digest.update(array.astype(np.int64).tobytes())
+    parts: list = [options.seed, options.batch_size, options.length]
+    parts.append(self.num_rows)
+    for name, length in self.augmenting_lengths.items():
+      parts += [name, length]
+    for name, weight in self._weights.items():
+      parts += [name, weight, len(self._ranges[name])]
+    digest.update(json.dumps(parts).encode())
+    return digest.hexdigest()
+
+  def _rows(self, index: int) -> np.ndarray:
+    """Rows of the global batch [B], -1 past the end of a single pass."""
+    index = operator.index(index)
+    if not 0 <= index < len(self):
+      raise IndexError(f"batch {index} of {len(self)}")
+    size = self.options.batch_size
+    places = np.arange(index * size, (index + 1) * size)
+    if self._order is None:
+      return np.where(places < self.num_rows, places, -1)
+    return np.array([self._order[int(place)] for place in places])
+
+  def _row_origins(self, row: int) -> list[str]:
+    """The origins of the examples of a row; none in row -1."""
+    if row < 0:
+      return []
+    return self._origins[self._bounds[row] : self._bounds[row + 1]]
 
 
 class Epochs(Sequence[int]):
@@ -125,84 +197,12 @@ class Epochs(Sequence[int]):
     return rng.permutation(np.arange(len(self._rows), dtype=np.int32))
 
 
-@dataclasses.dataclass(eq=False)
-class TextSource:
-  """Random access to global batches of text. Made by `pipeline.text_source`.
-
-  Attributes:
-    table, options: all rows, and their shape.
-    order: numbers of rows, the first `batch_size` of them are the first batch;
-      None for one pass over all rows.
-    weights: of the parts of a mixture, as they went into `order`.
-    truncation: counts of what was too long, by part.
-  """
-
-  table: RowTable
-  order: Sequence[int] | None
-  options: RowOptions
-  weights: Mapping[str, int]
-  truncation: Mapping[str, Truncation]
-
-  def __len__(self) -> int:
-    rows = self.table.num_rows if self.order is None else len(self.order)
-    return -(-rows // self.options.batch_size)
-
-  def __getitem__(self, index: int) -> Batch:
-    """The batch at `index`: this process's rows [B / processes, L]."""
-    return self.table.batch(self._rows(index)[self.options.share])
-
-  def describe(self, index: int) -> str:
-    """Names the examples of the global batch at `index`, for messages."""
-    several, epoch = len(self.table.ranges) > 1, ""
-    origins = dict.fromkeys(
-      f"{self.table.part(row)}: {origin}" if several else origin
-      for row in self._rows(index)
-      for origin in self.table.origins(row)
-    )
-    named = ", ".join(list(origins)[:_NAMED])
-    if len(origins) > _NAMED:
-      named += f" and {len(origins) - _NAMED} more"
-    if not several:  # Else each part is in an epoch of its own.
-      first_row = operator.index(index) * self.options.batch_size
-      epoch = f" (epoch {first_row // self.table.num_rows})"
-    return f"batch {index}{epoch}: {named}"
-
-  def describe_truncation(self) -> str:
-    """One line on what was too long for a row, and what became of it."""
-    return "; ".join(
-      f"{name}: {truncation}" if name else str(truncation)
-      for name, truncation in self.truncation.items()
-    )
-
-  def row_origins(self, index: int) -> list[list[str]]:
-    """The origins of the examples in each of this process's rows."""
-    rows_B = self._rows(index)[self.options.share]
-    return [self.table.origins(row) for row in rows_B]
-
-  @functools.cached_property
-  def fingerprint(self) -> str:
-    """Names the sequence of global batches, whatever the number of hosts."""
-    digest, options, table = hashlib.sha256(), self.options, self.table
-    table.update(digest)
-    parts: list = [options.seed, options.batch_size, options.length]
-    parts.append(table.num_rows)
-    for name, length in table.augmenting_lengths.items():
-      parts += [name, length]
-    for name, weight in self.weights.items():
-      parts += [name, weight, len(table.ranges[name])]
-    digest.update(json.dumps(parts).encode())
-    return digest.hexdigest()
-
-  def _rows(self, index: int) -> np.ndarray:
-    """Rows of the global batch [B], -1 past the end of a single pass."""
-    index = operator.index(index)
-    if not 0 <= index < len(self):
-      raise IndexError(f"batch {index} of {len(self)}")
-    size = self.options.batch_size
-    places = np.arange(index * size, (index + 1) * size)
-    if self.order is None:
-      return np.where(places < self.table.num_rows, places, -1)
-    return np.array([self.order[int(place)] for place in places])
+def _mix(orders: list[Epochs], weights: list[int]) -> Sequence[int]:
+  if len(orders) == 1:
+    return orders[0]
+  return grain.MapDataset.mix(
+    [grain.MapDataset.source(order) for order in orders], weights
+  )
 
 
 def _longest(lengths_N: np.ndarray, rows_N: np.ndarray) -> int:

@@ -136,7 +136,7 @@ class _Run:
 
   def resume(self, state: Tree) -> tuple[Tree, Iterator[Batch], float]:
     """The newest state, the batches that follow, and the seconds spent."""
-    iterator = pipeline.make_iterator(self.source)
+    iterator = pipeline.BatchIterator(self.source)
     saved = self.checkpoints.restore(state, self.check_identity)
     if saved is None:
       return state, iterator, 0.0

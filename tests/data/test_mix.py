@@ -17,7 +17,7 @@ from text_data import (
 )
 
 from calm_jax.core.errors import InputError
-from calm_jax.data.pipeline import make_iterator
+from calm_jax.data.pipeline import BatchIterator
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_stopped_at_100_random_steps(tokenizer, augmenting, kind):
     return make(tokenizer, kind, **options)
 
   length = 400  # tens of epochs
-  unbroken = make_iterator(fresh())
+  unbroken = BatchIterator(fresh())
   batches, states = [], []
   for _ in range(length):
     states.append(json.dumps(unbroken.get_state()))
@@ -68,7 +68,7 @@ def test_stopped_at_100_random_steps(tokenizer, augmenting, kind):
   stops = np.random.default_rng(0).integers(0, length - 2, 100)
   for stop in stops.tolist():
     state = json.loads(states[stop])
-    resumed = make_iterator(fresh())
+    resumed = BatchIterator(fresh())
     resumed.set_state(state)
     for batch in batches[stop : stop + 3]:
       assert_same(next(resumed), batch)
@@ -145,15 +145,15 @@ def test_rows_of_two_tokenizers_have_the_shape_of_the_longest(
     make_source(
       examples, tokenizer, augmenting=augmenting, batch_size=4, length=32,
       seed=None,
-    ).table.augmenting_lengths["letters"]
+    ).augmenting_lengths["letters"]
     for examples, _ in PARTS.values()
   ]  # fmt: skip
   source = make(tokenizer, augmenting=augmenting)
   # Each part is shuffled before it is packed, so its longest row may differ.
-  assert source.table.augmenting_lengths["letters"] >= max(alone) - 16
+  assert source.augmenting_lengths["letters"] >= max(alone) - 16
   for i in range(50):
     batch = source[i]
-    shape = (4, source.table.augmenting_lengths["letters"])
+    shape = (4, source.augmenting_lengths["letters"])
     assert batch.augmenting["letters"].tokens.shape == shape
   given = make(tokenizer, augmenting=augmenting, augmenting_length=160)
   assert given[0].augmenting["letters"].tokens.shape == (4, 160)

@@ -142,7 +142,7 @@ def test_the_fraction_of_the_data(tmp_path, model):
     data=mixture(data=1.0, fraction=0.1), batch_size=10, length=LENGTH
   )
   source = experiment.source(stage, model, seed=0)
-  assert source.table.num_rows == 10
+  assert source.num_rows == 10
   batch = experiment.eval_batches(stage, model)
   assert sum(b.weights.sum() for b in batch) == sum(
     by_hand(model, r)[1] for r in LINES
