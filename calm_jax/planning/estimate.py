@@ -33,7 +33,7 @@ class Estimate:
   # chip's speed is not known.
   seconds: dict[str, float] | None = None
   bound: str = ""  # the longest of them
-  step: float = 0  # its seconds: what the program takes at the least
+  step: float = 0.0  # its seconds: what the program takes at the least
 
 
 def estimate(
@@ -57,7 +57,8 @@ def estimate(
   worked = (counts.flops + program.in_kernels / len(devices)) / tokens
   moved = counts.memory / tokens
   sent = {kind: n / tokens for kind, n in counts.sent.items()}
-  seconds, bound = None, ""
+  work = {"flops": flops, "worked": worked, "moved": moved, "sent": sent}
+  work |= {"kernels": hlo.kernels(text), "unknown_loops": counts.unknown_loops}
   if chip.flops:
     seconds = {
       "compute": worked / chip.flops,
@@ -65,21 +66,8 @@ def estimate(
       "links": sum(sent.values()) / chip.links,
     }
     bound = max(seconds, key=seconds.get)
-  return Estimate(
-    memory=memory,
-    total=total,
-    fits=total <= chip.hbm,
-    unread=unread,
-    flops=flops,
-    worked=worked,
-    moved=moved,
-    sent=sent,
-    unknown_loops=counts.unknown_loops,
-    kernels=hlo.kernels(text),
-    seconds=seconds,
-    bound=bound,
-    step=seconds[bound] if seconds else 0.0,
-  )
+    work |= {"seconds": seconds, "bound": bound, "step": seconds[bound]}
+  return Estimate(memory, total, total <= chip.hbm, unread, **work)
 
 
 def _bytes_read(program: CompiledProgram) -> int:

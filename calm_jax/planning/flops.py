@@ -25,9 +25,7 @@ def count(function: Callable, *arguments: Any) -> int:
   Norms, softmax and other elementwise work are not counted, nor is a gather
   of embeddings. Of the branches of a `cond` the most expensive counts. Of the
   arguments, trees of arrays or ShapeDtypeStructs, only shapes are read.
-
-  Raises:
-    ValueError: a product is in a loop whose number of turns depends on data.
+  ValueError if the turns of a loop around a product depend on data.
   """
   return count_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -37,9 +35,8 @@ def count_jaxpr(
 ) -> int:
   """Does what `count` does for a program that is already traced.
 
-  Args:
-    trips: turns of loops whose number depends on data; an error if None.
-    kernels_only: whether to count only what Pallas kernels compute.
+  `trips` is the number of turns of loops where that depends on data, an error
+  if None; `kernels_only` counts only what Pallas kernels compute.
   """
   return sum(_count_equation(e, trips, kernels_only) for e in jaxpr.eqns)
 
@@ -79,10 +76,9 @@ def multiplied_weights(config: ModelConfig, layers: int) -> int:
 
   Of a mixture of experts those that a token goes through count.
   """
+  leaves = trees.flatten(decoder.param_shapes(config)["layers"])
   total = 0.0
-  for name, leaf in trees.flatten(
-    decoder.param_shapes(config)["layers"]
-  ).items():
+  for name, leaf in leaves.items():
     if name.endswith("kernel"):
       share = 1.0
       if "experts" in name:

@@ -58,9 +58,8 @@ class CostRow(NamedTuple):
 def parameters(spec: Composition) -> dict[str, int]:
   """Counts the parameters of a composition (C.1).
 
-  Returns:
-    Numbers of "anchor", "augmenting" (all together), "composition" (Θ_C) and
-    "composed" (all); the same by C.1's formulas with "paper_" before each.
+  Returns numbers of "anchor", "augmenting" (all together), "composition" (Θ_C)
+  and "composed" (all); the same by C.1's formulas with "paper_" before each.
   """
   counts = {}
   for prefix, count_model, theta in (
@@ -93,15 +92,13 @@ def training_flops(
   Only matrix products count, attention without its causal half. A step is a
   forward and a backward pass; what the optimizer does is elementwise. Rows of
   augmenting models have `augmenting_length` tokens; if 0, the anchor's.
+  InputError if there is no augmenting model.
 
   Returns:
     "composed_step" (training Θ_C), "anchor_step", "augmenting_step" (all of
     each augmenting model by itself), "lora_step" (a LoRA of the anchor of
     "lora_rank", about as large as Θ_C; None for a mixture of experts); a
     "_forward" for each but LoRA; and "batch", "length", "augmenting_length".
-
-  Raises:
-    InputError: there is no augmenting model.
   """
   if not spec.augmenting:
     raise InputError("there is no augmenting model, so no overhead to count")
@@ -111,19 +108,16 @@ def training_flops(
   )
   shapes = decoder.param_shapes(spec.anchor)
   theta = cross_attention.param_shapes(spec)
-  others = {name: joined.config for name, joined in spec.augmenting}
-  other_shapes = {n: decoder.param_shapes(c) for n, c in others.items()}
+  others = {n: decoder.param_shapes(a.config) for n, a in spec.augmenting}
   other_length = augmenting_length or length
-  sizes, other_sizes = (
-    (batch, length, other_length),
-    (batch, *[other_length] * 2),
-  )
-  params = {"anchor": shapes, "augmenting": other_shapes, "composition": theta}
+  sizes = batch, length, other_length
+  other_sizes = batch, other_length, other_length
+  params = {"anchor": shapes, "augmenting": others, "composition": theta}
   composed = spec, params, sizes
   anchor = Composition(spec.anchor), {"anchor": shapes}, sizes
   alone = [
-    (Composition(config), {"anchor": other_shapes[name]}, other_sizes)
-    for name, config in others.items()
+    (Composition(joined.config), {"anchor": others[name]}, other_sizes)
+    for name, joined in spec.augmenting
   ]
   lora_step = rank = None
   if not spec.anchor.num_experts:
@@ -190,12 +184,10 @@ def table(
     {part: counts[by + part] / counts[by + "anchor"] for part in _PARTS}
     for by in ("", "paper_")
   )
-  rows = [
-    CostRow(
-      part, f"parameters of {name}", counts[f"paper_{part}"], counts[part]
-    )
-    for part, name in zip(_PARTS, ("m_B", "m_A", "Θ_C", "all"), strict=True)
-  ]
+  rows = []
+  for part, name in zip(_PARTS, ("m_B", "m_A", "Θ_C", "all"), strict=True):
+    both = counts[f"paper_{part}"], counts[part]
+    rows.append(CostRow(part, f"parameters of {name}", *both))
   for part, name in ("composition", "Θ_C"), ("augmenting", "m_A"):
     shares = paper[part], model[part]
     rows.append(CostRow(f"{part}_share", f"{name} / m_B", *shares))

@@ -58,11 +58,7 @@ class Placed(NamedTuple):
 
 
 def place(job: Job, target: Target, axes: dict[str, int]) -> Placed:
-  """Places a job on a mesh of a topology.
-
-  Raises:
-    InputError: the devices do not form such a mesh.
-  """
+  """Places a job on a mesh; InputError if the devices do not form it."""
   settings = job.settings
   try:
     layout = sharded_models.make_layout(
@@ -97,8 +93,7 @@ class Given(NamedTuple):
 def training_given(placed: Placed, rows: int) -> Given:
   """Describes the arguments of a step of training on `rows` rows.
 
-  Raises:
-    InputError: the devices cannot share the rows.
+  InputError if the devices cannot share the rows.
   """
   job, layout = placed.job, placed.layout
   mask = trees.mask(job.params, job.stage.trainable)
@@ -161,33 +156,20 @@ def decoding(placed: Placed, rows: int, slots: int) -> CompiledProgram:
     prompt_ends=prompts_BL,
   )
   seeds_B, stop_S = np.zeros(rows, np.int32), np.zeros(1, np.int32)
+  lengths = dict.fromkeys(same_tokens, seeds_B)
+  given = spec, batch, seeds_B, stop_S, lengths
+  options = {"slots": tuple((n, slots) for n in names), "sampler": GREEDY}
   state = jax.eval_shape(
-    lambda params: decode_steps.start(
-      params,
-      spec,
-      batch,
-      seeds_B,
-      stop_S,
-      dict.fromkeys(same_tokens, seeds_B),
-      slots=tuple((name, slots) for name in names),
-      sampler=GREEDY,
-    ),
-    params,
+    lambda params: decode_steps.start(params, *given, **options), params
   )
   of_caches = None if layout is None else layout.caches(state.cache)
   caches = placed.at(state.cache, of_caches)
   params, rest = placed.params(params), placed.at(state._replace(cache=None))
   stop, steps = placed.at(stop_S), placed.at(np.int32(decode.CHUNK))
   state = rest._replace(cache=caches)
+  options = {"along": tuple(same_tokens[1:]), "size": decode.CHUNK}
   traced = decode_steps.advance.trace(
-    params,
-    spec,
-    state,
-    stop,
-    steps,
-    along=tuple(same_tokens[1:]),
-    sampler=GREEDY,
-    size=decode.CHUNK,
+    params, spec, state, stop, steps, sampler=GREEDY, **options
   )
   by_kind = {"frozen": params, "caches": caches, "batch": (rest, stop, steps)}
   given = Given((params, state, stop, steps), by_kind)

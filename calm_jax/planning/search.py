@@ -167,18 +167,11 @@ def search(
   until: float,
   say: Callable[[str], None],
 ) -> list[Case]:
-  """Returns all cases, the best first.
+  """Returns all cases, the best first; InputError if no mesh shares the rows.
 
   Those that were compiled and fit come first, ordered by the least time of a
-  step to two digits, then by memory.
-
-  Args:
-    compiles: how many cases are compiled at most.
-    until: `time.monotonic()` after which no further one is begun.
-    say: called with lines on the progress.
-
-  Raises:
-    InputError: no mesh of the topology can share the rows.
+  step to two digits, then by memory. At most `compiles` are compiled, none
+  begun after `until` by `time.monotonic()`; `say` gets lines on the progress.
   """
   left = [guessed(job, target, case) for case in cases(job, target, rows)]
   if not left:
@@ -231,10 +224,8 @@ def largest(
 ) -> tuple[int, list[Case]]:
   """Finds the most rows that fit: by a line through two compiles, and a third.
 
-  `case` is compiled already; `until` is as for `search`.
-
-  Returns:
-    (rows, all cases that were compiled); 0 rows if none was seen to fit.
+  `case` is compiled already; `until` is as for `search`. Returns the rows, 0 if
+  none was seen to fit, and all cases that were compiled.
   """
   unit = case.axes["data"] * case.axes["fsdp"] * job.stage.accumulate
   seen = {case.rows: case}

@@ -30,17 +30,13 @@ class Job(NamedTuple):
 def job(settings: Settings, stage: str = "") -> Job:
   """Makes the job of a stage; of the recipe's last if it is empty.
 
-  A model may also be a config.json by itself.
-
-  Raises:
-    InputError: there is no such stage or model.
+  A model may also be a config.json by itself. InputError if there is none.
   """
   stage = stage or settings.recipe[-1]
   errors.check_choice("stage", stage, list(settings.stages))
   options, configs = settings.stages[stage], _models(settings)
   spec, params = run_models.stage_shapes(settings, stage, configs)
-  own = {}
-  sizes = {config.vocab_size for config in configs.values()}
+  own, sizes = {}, {config.vocab_size for config in configs.values()}
   if options.augmenting_length or len(sizes) > 1:
     length = options.augmenting_length or options.length
     own[settings.augmenting_name] = length

@@ -115,9 +115,8 @@ def _memory_table(programs: dict[str, Estimate], hbm: int) -> Table:
 
 
 def _speed_table(programs: dict[str, Estimate]) -> Table:
-  table = Table(
-    "", *programs, title="work, and the time that it takes at least"
-  )
+  title = "work, and the time that it takes at least"
+  table = Table("", *programs, title=title)
   estimates = list(programs.values())
   rows = {
     "FLOPs, each once": [f"{e.flops:.3g}" for e in estimates],

@@ -31,8 +31,7 @@ class Target(NamedTuple):
 def parse(name: str) -> tuple[str, str, int]:
   """Returns (platform, kind of chip, how many) of "v5e:4x4" and the like.
 
-  Raises:
-    InputError: it is no topology, or its chips are not in the table.
+  InputError if it is no topology, or its chips are not in the table.
   """
   if match := re.fullmatch(r"(v\d\w*):(\d+(?:x\d+){1,2})", name):
     kind, shape = match.groups()
@@ -72,9 +71,8 @@ def prepare(name: str, effort: float = 0.0) -> None:
 def target(name: str) -> Target:
   """Returns the devices of a topology.
 
-  Raises:
-    InputError: as `parse`; libtpu is missing; it does not know the topology; or
-      this process has fewer CPU devices, see `prepare`.
+  InputError as `parse`, if libtpu is missing or does not know the topology, or
+  if this process has fewer CPU devices, see `prepare`.
   """
   platform, kind, count = parse(name)
   if platform != "tpu":

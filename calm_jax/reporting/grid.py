@@ -53,13 +53,11 @@ def grid(
   """Makes a table of rows, with the columns that any of them has.
 
   Args:
-    name: names its files; "table-1" to "table-6" are the paper's.
-    title: without the number of the table.
-    rows, notes: its rows, and full sentences on what the numbers mean.
+    name: of its files; "table-1" to "table-6" are the paper's.
+    title, caption: without what the paper's tables have besides.
     group: the runs whose models the notes name.
     keys: the columns in their order; by default the paper's come first.
     best: min or max, to stress the best number of each row.
-    caption: what a cell is; the paper's tables have their own.
   """
   of_paper = dict.fromkeys(key for row in rows for key in row.paper)
   keys = keys or [*of_paper, *(key for row in rows for key in row.columns)]
@@ -94,7 +92,7 @@ def measure_trials(column: Column, measure: Measure) -> Cell | None:
   cells = [measure(run, column.model) for run in column.runs]
   cells = [cell for cell in cells if cell is not None]
   if len(cells) < 2:
-    return cells[0] if cells else None
+    return next(iter(cells), None)
   values, digits = [cell.ours for cell in cells], cells[0].digits
   mean, trials = sum(values) / len(values), len(values)
   return Cell(mean, min(values), max(values), digits=digits, trials=trials)

@@ -27,9 +27,7 @@ class Picture(NamedTuple):
 def pictures(group: RunGroup) -> list[Picture]:
   """Draws Figure 2, accuracy by length, loss and attention, as far as possible.
 
-  Raises:
-    InputError: a file is not what a run writes.
-    ValueError: a metrics.jsonl holds a line that is not JSON.
+  InputError if a file is not what a run writes.
   """
   first = group.runs[0]
   drawn = [_gains(benchmark, first) for benchmark in group.benchmarks]

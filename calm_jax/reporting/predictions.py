@@ -29,17 +29,16 @@ CountsByTerms = dict[str, dict[str, dict[int, tuple[int, int]]]]
 def read_rows(path: Path) -> Rows:
   """Reads a file of predictions; no rows if there is no such file.
 
-  Raises InputError if a line is not JSON, or lacks "prompt", "prediction", or
-  both "correct" and "score".
+  InputError if a line is not JSON, or lacks "prompt", "prediction", or both
+  "correct" and "score".
   """
   if not path.exists():
     return []
-  rows = []
-  for number, row in files.read_json_lines(path, ("prompt", "prediction")):
+  rows = dict(files.read_json_lines(path, ("prompt", "prediction")))
+  for number, row in rows.items():
     if "correct" not in row and "score" not in row:
       raise InputError(f'{path}, line {number}: needs "correct" or "score"')
-    rows.append(row)
-  return rows
+  return [*rows.values()]
 
 
 def is_right(row: dict[str, Any]) -> bool:

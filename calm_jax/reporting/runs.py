@@ -29,14 +29,11 @@ _SECTIONS = ("table1", "perplexity", "bits_per_byte", "evals")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """The results.json of a run, or of an alternative last stage of it.
-
-  `prefix` begins the names of files of predictions: "<alternative>/" or "".
-  """
+  """The results.json of a run, or of an alternative last stage of it."""
 
   folder: Path
   results: Mapping[str, Any]
-  prefix: str = ""
+  prefix: str = ""  # of files of predictions: "<alternative>/" or ""
 
   @property
   def kind(self) -> str:
@@ -67,10 +64,10 @@ class Run:
 
   def measures(self, model: str) -> bool:
     """True if the results hold any number of a model."""
-    tables = [self.results.get(name, {}) for name in _SECTIONS[:3]]
-    tables += [entry["scores"] for entry in self.evaluations.values()]
-    rows = [row for table in tables for row in (table, *table.values())]
-    return any(isinstance(row, Mapping) and model in row for row in rows)
+    rows = [entry["scores"] for entry in self.evaluations.values()]
+    for name in _SECTIONS[:3]:
+      rows += self.results.get(name, {}).values()
+    return any(model in row for row in rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +85,7 @@ class RunGroup:
 
   name: str
   root: Path
-  runs: tuple[Run, ...]  # the one to describe first
+  runs: tuple[Run, ...]  # the first describes them
   trials: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   questions: Any = None  # equal in runs that may join; None for trials
 

@@ -38,8 +38,8 @@ def accuracies(
 def table1(group: RunGroup) -> Table:
   """Makes Table 1; of `NO_RUNS`, the paper's numbers alone.
 
-  Raises InputError if an accuracy is not from 0 to 100, or a file of
-  predictions is not what a run writes.
+  InputError if an accuracy is not from 0 to 100, or a file of predictions is
+  not what a run writes.
   """
   rows = []
   for row, label in SETS.items():
