@@ -29,7 +29,8 @@ class RowOptions:
 
   Attributes:
     tokenizer: of the model to train, or of a composition's anchor.
-    batch_size, length: B, rows of the global batch, and L, slots of a row.
+    batch_size: B, rows of the global batch.
+    length: L, slots of a row.
     seed: the rows come in an endless random order, another one each epoch,
       and the examples are shuffled before they are packed. None: one pass in
       order, the last batch filled up with empty rows.
@@ -40,7 +41,6 @@ class RowOptions:
     augmenting: by name, the encoders of augmenting models with other tokens.
     augmenting_length: M, slots of a row of theirs; 0 for what the longest
       row needs.
-    process_index, process_count: which share of the rows this process takes.
   """
 
   tokenizer: Tokenizer

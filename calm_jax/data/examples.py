@@ -87,8 +87,7 @@ def read_examples(
   examples, bad = [], []
   for origin, read in _entries(source, kind):
     try:
-      record = read()
-      if record is not None:
+      if (record := read()) is not None:
         examples.append(TextExample(*texts(record), origin))
     except ValueError as error:
       bad.append(f"{origin}: {error}")
@@ -219,9 +218,8 @@ def _entries(source: ExampleSource, kind: str) -> Iterator[records.Entry]:
   elif kind == "hf":
     yield from records.hf(name, source.split)
   elif kind == "parallel":
-    yield from records.parallel(
-      _file(source.path), _file(source.target), columns
-    )
+    paths = _file(source.path), _file(source.target)
+    yield from records.parallel(*paths, columns)
   else:
     for path in _files(source.path):
       match kind or _SUFFIXES.get(path.suffix):
@@ -243,8 +241,8 @@ def _files(path: str) -> list[Path]:
   """The file of this name, or all whose names fit it as a pattern."""
   if Path(path).is_file() or not glob.has_magic(path):
     return [_file(path)]
-  paths = map(Path, sorted(glob.glob(path, recursive=True)))
-  if not (found := [path for path in paths if path.is_file()]):
+  names = sorted(glob.glob(path, recursive=True))
+  if not (found := [Path(name) for name in names if Path(name).is_file()]):
     raise InputError(f"no examples at {path}: no file's name is like it")
   return found
 

@@ -35,12 +35,11 @@ class KeyValueSource:
     options: the expressions. Their `keys` restricts the tasks that ask for
       keys, NUM-MATH is of all values; those of part "eval" are distinct within
       a batch, not between batches.
-    seed: of the expressions and of the mixture.
-    batch_size, length: B, rows of the global batch, and L, slots of a row.
+    batch_size: B, rows of the global batch.
+    length: L, slots of a row.
     any_prompt: each example is under any of the prompts, for a model that
       knows one task only, and does it whatever it is asked.
     pack: fill rows with consecutive examples; else one example a row.
-    process_index, process_count: which share of the rows to take.
 
   Raises:
     InputError: a bad choice, an example longer than `length`, or a tokenizer

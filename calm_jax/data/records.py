@@ -21,7 +21,7 @@ Entry = tuple[str, Callable[[], Record | None]]
 
 def jsonl(path: Path) -> Iterator[Entry]:
   """One JSON object a line."""
-  return _entries(path, files.parse_json_line)
+  return _lines(path, files.parse_json_line)
 
 
 def table(
@@ -41,12 +41,10 @@ def table(
       )
     return dict(zip(columns, values, strict=True))
 
-  return _entries(path, parse)
+  return _lines(path, parse)
 
 
-def _entries(
-  path: Path, parse: Callable[[bytes, int], Record | None]
-) -> Iterator[Entry]:
+def _lines(path: Path, parse: Callable) -> Iterator[Entry]:
   for number, line in files.read_lines(path):
     yield f"{path} line {number}", functools.partial(parse, line, number)
 
@@ -99,13 +97,10 @@ def tfds(name: str, split: str, data_dir: str) -> Iterator[Entry]:
 
 
 def hf(path: str, split: str) -> Iterator[Entry]:
-  """A split of a data set of the Hugging Face hub, or of a local folder.
+  """A split of a data set of the hub, or of a folder of files or save_to_disk.
 
-  Args:
-    path: NAME or NAME:CONFIG, where NAME is on the hub, or a folder: of
-      save_to_disk, or of data files.
-    split: its name, with a slice such as "train[:10%]" if it is not of
-      save_to_disk.
+  `path` is NAME or NAME:CONFIG. A slice such as "train[:10%]" is a split, but
+  not of save_to_disk.
   """
   name, _, config = path.partition(":")
   try:
