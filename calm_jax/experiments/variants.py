@@ -82,12 +82,6 @@ KINDS = {
 }
 
 
-def label(results: Mapping[str, Any]) -> str:
-  """Names the last stage of a run in tables, from its results.json."""
-  kind = results.get("kind", "composed")
-  return KINDS[kind].label if kind in KINDS else kind
-
-
 def apply_kinds(kinds: Sequence[str], config: Config) -> None:
   """Changes a config to one or several of KINDS at once."""
   for kind in kinds:
