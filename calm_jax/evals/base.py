@@ -14,6 +14,7 @@ Row = dict[str, Any]
 Generate = Callable[[list[str]], list[str]]
 # Whether a prompt is short enough for the model.
 Fits = Callable[[str], bool]
+SEPARATOR = "\n\n"  # between exemplars
 
 
 class Prompt(NamedTuple):
@@ -23,52 +24,71 @@ class Prompt(NamedTuple):
   exemplars: list[int]
 
 
+class Question(NamedTuple):
+  """A question, and the exemplars before it by their places in the pool."""
+
+  text: str
+  exemplars: dict[int, str]
+
+  def prompt(self, fits: Fits) -> Prompt:
+    """Puts the question after the last exemplars that fit."""
+    places = list(self.exemplars)
+    while True:
+      shown = [self.exemplars[place] for place in places]
+      text = SEPARATOR.join([*shown, self.text])
+      if not places or fits(text):
+        return Prompt(text, places)
+      places = places[1:]
+
+
 @dataclasses.dataclass(frozen=True)
 class Judgement:
   """A metric of a model's answers, and the rows that it can be traced to.
 
-  Attributes:
-    value: in percent.
-    rows: one for each answer, with its "prompt", "prediction" and "score".
-    parts_NS, metric: the summands of each example, and the function of their
-      sum that is `value`, see `statistics`.
-    note: text to print beside the value, such as sacrebleu's signature.
-    measures: further numbers for results.json.
+  The metric is a function of the sum of each example's parts; see `statistics`.
   """
 
-  value: float
-  rows: list[Row]
+  value: float  # in percent
+  rows: list[Row]  # one an answer, with its "prompt", "prediction" and "score"
   parts_NS: np.ndarray
   metric: statistics.Metric
-  note: str = ""
+  note: str = ""  # to print beside the value, such as sacrebleu's signature
+  # Further numbers for results.json.
   measures: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-  """A test set and how answers to it are judged.
+  """A test set and how answers to it are judged."""
 
-  Attributes:
-    task: the kind, one of `tasks.KINDS`.
-    group, subset: the benchmark, and the language in it, if any.
-    metric: the name of the metric.
-    examples: their number.
-    shots: exemplars asked for; a prompt has fewer where they do not fit.
-    stop: texts that end an answer.
-    prompts: makes the prompts, with as many exemplars as fit.
-    judge: judges the answers to these prompts, in the same order.
-  """
-
-  task: str
-  group: str
-  subset: str = ""
+  task: str  # one of `tasks.KINDS`
+  group: str  # the benchmark
+  subset: str = ""  # the language in it, if any
   metric: str
   examples: int
-  shots: int = 0
+  shots: int = 0  # asked for; a prompt has fewer where they do not fit
   max_new_tokens: int
-  stop: tuple[str, ...]
-  prompts: Callable[[Fits], list[Prompt]]
+  stop: tuple[str, ...]  # texts that end an answer
+  questions: list[Question]
+  # Judges the answers to the prompts of all questions.
   judge: Callable[[list[Prompt], list[str]], Judgement]
+
+  def prompts(self, fits: Fits) -> list[Prompt]:
+    """Makes the prompts, with as many exemplars as fit."""
+    return [question.prompt(fits) for question in self.questions]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """Options of every evaluation, of the first `limit` examples; 0 for all.
+
+  `group` names the benchmark, `path` the file or folder of the test set.
+  """
+
+  group: str
+  path: str
+  max_new_tokens: int
+  limit: int = 0
 
 
 def judge_correct(rows: list[Row]) -> Judgement:

@@ -12,7 +12,7 @@ from pathlib import Path
 from calm_jax.core import files
 from calm_jax.core.errors import InputError
 from calm_jax.evals import base, fewshot
-from calm_jax.evals.base import Evaluation, Fits, Judgement, Prompt, Row
+from calm_jax.evals.base import Evaluation, Judgement, Prompt, Question, Row
 from calm_jax.sandbox import runner
 from calm_jax.text import stop_strings
 
@@ -25,23 +25,16 @@ HUMANEVAL_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Programming:
-  """Options of the evaluations that run what a model writes.
+class Programming(base.Options):
+  """Options of the evaluations that run what a model writes."""
 
-  Of the file `path` the first `limit` problems are asked; 0 stands for all.
-  """
-
-  group: str
-  path: str
-  max_new_tokens: int
   allow_code_execution: bool
-  limit: int = 0
 
   def pass_at_1(
     self,
     task: str,
     problems: list[Row],
-    prompts: Callable[[Fits], list[Prompt]],
+    questions: list[Question],
     program: Callable[[Row, str], runner.ProgramWithTests],
     stop: tuple[str, ...],
     shots: int = 0,
@@ -77,7 +70,7 @@ class Programming:
       shots=shots,
       max_new_tokens=self.max_new_tokens,
       stop=stop,
-      prompts=prompts,
+      questions=questions,
       judge=judge,
     )
 
@@ -97,12 +90,9 @@ class Mbpp(Programming):
       raise InputError(f"MBPP problems are missing: {sorted(missing)[:5]}")
     template = fewshot.load_template("mbpp", ending="\n[DONE]")
     chosen = [problems[task_id] for task_id in task_ids]
-
-    def prompts(fits: Fits) -> list[Prompt]:
-      return [
-        fewshot.prompt(template, problem, problems, [*MBPP_SHOTS], fits)
-        for problem in chosen
-      ]
+    questions = [
+      template.question(problem, problems, MBPP_SHOTS) for problem in chosen
+    ]
 
     def program(problem: Row, output: str) -> runner.ProgramWithTests:
       # The set-up uses names of the program: it comes after it.
@@ -110,7 +100,7 @@ class Mbpp(Programming):
       return runner.ProgramWithTests(extract_code(output), tests)
 
     return self.pass_at_1(
-      "mbpp", chosen, prompts, program, MBPP_STOP, len(MBPP_SHOTS)
+      "mbpp", chosen, questions, program, MBPP_STOP, len(MBPP_SHOTS)
     )
 
 
@@ -122,9 +112,7 @@ class HumanEval(Programming):
     runner.require(self.allow_code_execution)
     fields = ("task_id", "prompt", "test", "entry_point")
     problems = _read_problems(Path(self.path), fields)[: self.limit or None]
-
-    def prompts(_: Fits) -> list[Prompt]:
-      return [Prompt(problem["prompt"], []) for problem in problems]
+    questions = [Question(problem["prompt"], {}) for problem in problems]
 
     def program(problem: Row, output: str) -> runner.ProgramWithTests:
       body = stop_strings.cut(output, HUMANEVAL_STOP)
@@ -132,7 +120,7 @@ class HumanEval(Programming):
       return runner.ProgramWithTests(problem["prompt"] + body, tests)
 
     stop = HUMANEVAL_STOP
-    return self.pass_at_1("humaneval", problems, prompts, program, stop)
+    return self.pass_at_1("humaneval", problems, questions, program, stop)
 
 
 def read_mbpp(path: Path) -> dict[int, Row]:

@@ -9,38 +9,39 @@ import numpy as np
 
 from calm_jax.core.errors import InputError
 from calm_jax.data.examples import row_slice
-from calm_jax.evals.base import Evaluation, Fits, Judgement, Prompt, Row
+from calm_jax.evals import base
+from calm_jax.evals.base import Evaluation, Judgement, Prompt, Question, Row
 from calm_jax.text import stop_strings
 
+Items = Sequence[Mapping]
+
 PROMPTS = Path(__file__).parent / "prompts"
-SEPARATOR = "\n\n"  # between exemplars
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-  """The text of one exemplar, with {fields}; the last one is the answer.
+  """The text of one exemplar, with {fields}; the last one is the answer."""
 
-  Attributes:
-    question, answer, ending: the text before the answer, the field that the
-      model is asked for, and the text after it.
-    stop: where an answer ends: the line that begins the next question.
-    origin: the file.
-  """
-
-  question: str
-  answer: str
-  ending: str
-  stop: str
-  origin: str
+  before: str  # the text before the answer
+  answer: str  # the field that the model is asked for
+  ending: str  # the text after the answer
+  stop: str  # ends an answer: the line that begins the next question
+  origin: str  # the file
 
   def ask(self, item: Mapping) -> str:
     """Writes an item up to its answer."""
     # Most tokenizers put the space before a word into the word's token.
-    return self._fill(self.question.rstrip(" "), item)
+    return self._fill(self.before.rstrip(" "), item)
 
   def show(self, item: Mapping) -> str:
     """Writes an exemplar with its answer."""
-    return self._fill(f"{self.question}{{{self.answer}}}{self.ending}", item)
+    return self._fill(f"{self.before}{{{self.answer}}}{self.ending}", item)
+
+  def question(
+    self, item: Mapping, pool: Items, places: Sequence[int]
+  ) -> Question:
+    """Asks an item after exemplars of a pool."""
+    return Question(self.ask(item), {i: self.show(pool[i]) for i in places})
 
   def cut(self, output: str) -> str:
     """Returns the answer in what a model wrote."""
@@ -85,7 +86,7 @@ def load_template(name_or_path: str | Path, ending: str = "") -> Template:
       f"with {text[-20:]!r}"
     )
   return Template(
-    question=text.removesuffix(f"{{{fields[-1]}}}"),
+    before=text.removesuffix(f"{{{fields[-1]}}}"),
     answer=fields[-1],
     ending=ending,
     stop="\n" + parts[0][0].strip(),
@@ -94,11 +95,7 @@ def load_template(name_or_path: str | Path, ending: str = "") -> Template:
 
 
 def draw(
-  template: Template,
-  items: Sequence[Mapping],
-  pool: Sequence[Mapping],
-  shots: int,
-  seed: int,
+  template: Template, items: Items, pool: Items, shots: int, seed: int
 ) -> list[list[int]]:
   """Draws exemplars for each item: their places in the pool.
 
@@ -120,72 +117,39 @@ def draw(
   return drawn
 
 
-def prompt(
-  template: Template,
-  item: Mapping,
-  pool: Sequence[Mapping] | Mapping[int, Mapping],
-  exemplars: list[int],
-  fits: Fits,
-) -> Prompt:
-  """Writes an item's question after the last exemplars that fit."""
-  while True:
-    shown = [template.show(pool[i]) for i in exemplars]
-    text = SEPARATOR.join([*shown, template.ask(item)])
-    if not exemplars or fits(text):
-      return Prompt(text, exemplars)
-    exemplars = exemplars[1:]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FewShot:
-  """Options of every evaluation whose exemplars are drawn from a pool.
+class FewShot(base.Options):
+  """Options of every evaluation whose exemplars are drawn from a pool."""
 
-  Attributes:
-    group, language: the benchmark, and the subset of it.
-    path: the file or folder of the test set.
-    shots, seed: exemplars of a prompt, and the seed that they are drawn with.
-    limit: examples at most, from the first; 0 for all.
-    prompt: a template, see `load_template`; by default the kind's own.
-  """
-
-  group: str
-  path: str
-  shots: int
-  max_new_tokens: int
-  language: str = ""
-  limit: int = 0
-  seed: int = 0
-  prompt: str = ""
+  shots: int  # exemplars of a prompt
+  language: str = ""  # the subset of the benchmark
+  seed: int = 0  # of drawing exemplars
+  prompt: str = ""  # of `load_template`; by default the kind's own
 
   def few_shot(
     self,
     task: str,
     metric: str,
-    items: Sequence[Mapping],
-    pool: Sequence[Mapping],
+    items: Items,
+    pool: Items,
     judge: Callable[[list[Row]], Judgement],
   ) -> Evaluation:
     """Makes the evaluation of items, with exemplars drawn from a pool.
 
-    Args:
-      task: the kind of evaluation, and the name of its own template.
-      metric: its name.
-      items, pool: examples with the template's fields.
-      judge: judges rows of "prompt", "exemplars" (places in the pool),
-        "completion" (the right answer) and "prediction".
+    Both have the fields of the template, by default that named as the task.
+    `judge` judges rows of "prompt", "exemplars" (places in the pool),
+    "completion" (the right answer) and "prediction".
     """
     template = load_template(self.prompt or task)
     if not items:
       raise InputError("there are no items to evaluate")
     drawn = draw(template, items, pool, self.shots, self.seed)
+    questions = [
+      template.question(item, pool, places)
+      for item, places in zip(items, drawn, strict=True)
+    ]
     if any(template.answer not in item for item in items):
       raise InputError(f"an item lacks its answer, {template.answer!r}")
-
-    def make_prompts(fits: Fits) -> list[Prompt]:
-      return [
-        prompt(template, item, pool, exemplars, fits)
-        for item, exemplars in zip(items, drawn, strict=True)
-      ]
 
     def judge_outputs(prompts: list[Prompt], outputs: list[str]) -> Judgement:
       rows = []
@@ -204,7 +168,7 @@ class FewShot:
       shots=self.shots,
       max_new_tokens=self.max_new_tokens,
       stop=(template.stop,),
-      prompts=make_prompts,
+      questions=questions,
       judge=judge_outputs,
     )
 

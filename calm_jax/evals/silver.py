@@ -11,7 +11,7 @@ from sacrebleu.metrics import BLEU
 
 from calm_jax.core.errors import InputError
 from calm_jax.evals import fewshot, maths, statistics
-from calm_jax.evals.base import Evaluation, Fits, Judgement, Prompt
+from calm_jax.evals.base import Evaluation, Judgement, Prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,9 +50,6 @@ class Silver(maths.Maths):
       for hypothesis, reference in zip(hypotheses, references, strict=True)
     ]
 
-    def prompts(fits: Fits) -> list[Prompt]:
-      return before.prompts(fits) + after.prompts(fits)
-
     def judge(prompts: list[Prompt], outputs: list[str]) -> Judgement:
       count = len(originals)
       original = before.judge(prompts[:count], outputs[:count])
@@ -69,6 +66,7 @@ class Silver(maths.Maths):
       note = f"overlap: {overlap.name}|{bleu.get_signature()}"
       return dataclasses.replace(back, rows=rows, note=note, measures=measures)
 
+    questions = before.questions + after.questions
     return dataclasses.replace(
-      after, task="silver", prompts=prompts, judge=judge
+      after, task="silver", questions=questions, judge=judge
     )

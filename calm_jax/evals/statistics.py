@@ -59,7 +59,6 @@ def compare(
   *,
   seed: int = 0,
   resamples: int = 2000,
-  level: float = 0.95,
 ) -> Difference:
   """Compares two models: bootstrap interval and permutation test, paired.
 
@@ -74,7 +73,7 @@ def compare(
     )
   delta = float(metric(a_NS.sum(0)) - metric(b_NS.sum(0)))
   a_RS, b_RS = _resampled([a_NS, b_NS], seed, resamples)
-  low, high = _quantiles(metric(a_RS) - metric(b_RS), level)
+  low, high = _quantiles(metric(a_RS) - metric(b_RS))
   swapped = _swapped(a_NS, b_NS, metric, seed, resamples)
   # A difference by rounding alone counts as equal.
   extreme = np.abs(swapped) >= abs(delta) - 1e-9 * max(1.0, abs(delta))
@@ -135,6 +134,8 @@ def _swapped(a_NS, b_NS, metric, seed: int, resamples: int) -> np.ndarray:
   return np.concatenate(deltas)
 
 
-def _quantiles(values_R: np.ndarray, level: float) -> tuple[float, float]:
+def _quantiles(
+  values_R: np.ndarray, level: float = 0.95
+) -> tuple[float, float]:
   low, high = np.quantile(values_R, [(1 - level) / 2, (1 + level) / 2])
   return float(low), float(high)

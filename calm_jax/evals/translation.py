@@ -10,27 +10,25 @@ from calm_jax.evals import chrf, fewshot
 from calm_jax.evals.base import Evaluation
 
 TARGET = "eng_Latn"
+File = Path | zipfile.Path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Translation(fewshot.FewShot):
   """Translation into English: FLORES-200, or two aligned files.
 
-  Attributes:
-    path: FLORES (see `read_flores`), or text in the language.
-    target: the English of `path`, line by line; empty for FLORES.
-    rows, pool_rows: the slices of aligned files, such as "6000:", that are the
-      test set, and that exemplars are drawn from.
+  `path` is FLORES (see `read_flores`), or text in the language.
   """
 
-  target: str = ""
+  target: str = ""  # the English of `path`, line by line; empty for FLORES
+  # Slices of aligned files, such as "6000:": the test set, and the exemplars'.
   rows: str = ""
   pool_rows: str = ""
 
   def evaluation(self) -> Evaluation:
     """Reads the files; InputError if they are not as they must be."""
     if self.target:
-      pairs = read_pairs(self.path, self.target, self.language)
+      pairs = read_pairs(Path(self.path), Path(self.target), self.language)
       items = fewshot.take(pairs, self.rows, self.limit)
       pool = fewshot.take(pairs, self.pool_rows)
     else:
@@ -55,39 +53,32 @@ def read_flores(
   Returns rows of "id" (the line, from 1), "language", "source" and "target";
   raises InputError if the language or its pairs are not there.
   """
-  sources, targets = (
-    _flores_lines(Path(path), code, split) for code in (language, TARGET)
-  )
-  if len(sources) != len(targets):
-    raise InputError(
-      f"{path}: {split} has {len(sources)} lines of {language} and "
-      f"{len(targets)} of {TARGET}; they must be the same sentences"
-    )
-  return _pairs(language, sources, targets)
+  codes = language, TARGET
+  files = (_flores_file(Path(path), code, split) for code in codes)
+  return read_pairs(*files, language)
 
 
-def read_pairs(
-  path: str | Path, target: str | Path, language: str
-) -> list[dict[str, Any]]:
+def read_pairs(path: File, target: File, language: str) -> list[dict[str, Any]]:
   """Reads lines of `path` and their English in `target`, as `read_flores`."""
-  sources, targets = (_file_lines(Path(file)) for file in (path, target))
+  sources, targets = _lines(path), _lines(target)
   if len(sources) != len(targets):
     raise InputError(
       f"{path} has {len(sources)} lines and {target} has {len(targets)}; line "
       "i of one must translate line i of the other"
     )
-  return _pairs(language, sources, targets)
-
-
-def _pairs(
-  language: str, sources: list[str], targets: list[str]
-) -> list[dict[str, Any]]:
   name = language_name(language)
   pairs = enumerate(zip(sources, targets, strict=True), start=1)
   return [
     {"id": i, "language": name, "source": source, "target": target}
     for i, (source, target) in pairs
   ]
+
+
+def _lines(path: File) -> list[str]:
+  if not path.is_file():
+    raise InputError(f"no sentences at {path}: there is no such file")
+  # Not splitlines(): it also splits at rarer characters within a sentence.
+  return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
 
 
 def language_name(code: str) -> str:
@@ -102,48 +93,32 @@ def language_name(code: str) -> str:
   return names[code]
 
 
-def _flores_lines(path: Path, language: str, split: str) -> list[str]:
-  wanted = f"{split}/{language}.{split}"
-  if path.is_dir() and not (path / split).is_dir():
+def _flores_file(path: Path, language: str, split: str) -> File:
+  folder, name = _flores_folder(path, split), f"{language}.{split}"
+  if not (folder / name).is_file():
+    here = sorted(Path(file.name).stem for file in folder.iterdir())
+    raise InputError(
+      f"{path} has no {split}/{name}; of that split it has {here}"
+    )
+  return folder / name
+
+
+def _flores_folder(path: Path, split: str) -> File:
+  """The folder dev/ or devtest/ of FLORES, or of a zip file of it."""
+  if (path / split).is_dir():
+    return path / split
+  if path.is_dir():
     zips = sorted(path.glob("*.zip"))
     if len(zips) != 1:
       raise InputError(
         f"{path} holds neither FLORES' folder {split}/ nor one zip file"
       )
     (path,) = zips
-  if path.is_dir():
-    if not (path / wanted).is_file():
-      raise _missing(path, wanted, [p.stem for p in (path / split).iterdir()])
-    return _file_lines(path / wanted)
-  return _split(_from_zip(path, wanted, split))
-
-
-def _file_lines(path: Path) -> list[str]:
-  if not path.is_file():
-    raise InputError(f"no sentences at {path}: there is no such file")
-  return _split(path.read_text(encoding="utf-8"))
-
-
-def _split(text: str) -> list[str]:
-  # Not splitlines(): it also splits at rarer characters within a sentence.
-  return text.removesuffix("\n").split("\n")
-
-
-def _from_zip(path: Path, wanted: str, split: str) -> str:
   try:
-    with zipfile.ZipFile(path) as archive:
-      inside = {
-        "/".join(name.split("/")[-2:]): name for name in archive.namelist()
-      }
-      if wanted not in inside:
-        here = [Path(n).stem for n in inside if n.startswith(f"{split}/")]
-        raise _missing(path, wanted, here)
-      return archive.read(inside[wanted]).decode("utf-8")
+    archive = zipfile.Path(path)
   except (OSError, zipfile.BadZipFile) as error:
     raise InputError(f"cannot read FLORES from {path}: {error}") from error
-
-
-def _missing(path: Path, wanted: str, here: list[str]) -> InputError:
-  return InputError(
-    f"{path} has no {wanted}; of that split it has {sorted(here)}"
-  )
+  for top in (archive, *archive.iterdir()):
+    if (top / split).is_dir():
+      return top / split
+  raise InputError(f"{path} holds no folder {split}/")

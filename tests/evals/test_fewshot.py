@@ -36,7 +36,7 @@ def always(prompt):
 def write(mine, shots, fits=always):
   """The prompt of the first item, and its exemplars."""
   [chosen] = fewshot.draw(mine, ITEMS[:1], POOL, shots, 0)
-  return fewshot.prompt(mine, ITEMS[0], POOL, chosen, fits)
+  return mine.question(ITEMS[0], POOL, chosen).prompt(fits)
 
 
 def test_a_prompt_reads_as_its_file(mine):
@@ -114,7 +114,7 @@ def test_what_is_missing_is_named(mine, tmp_path):
   with pytest.raises(InputError, match=r"asks for the field 'q'.*\['a'\]"):
     fewshot.draw(mine, [{"a": "1"}], POOL, 1, 0)
   with pytest.raises(InputError, match=r"asks for the field 'a'.*\['q'\]"):
-    fewshot.prompt(mine, ITEMS[0], [{"q": "1"}], [0], always)
+    mine.question(ITEMS[0], [{"q": "1"}], [0])
   with pytest.raises(InputError, match=r"10 exemplars .* only 9 others"):
     fewshot.draw(mine, ITEMS, POOL, 10, 0)
   with pytest.raises(InputError, match=r"one of .*'maths'.*'translation'"):
@@ -125,4 +125,4 @@ def test_what_is_missing_is_named(mine, tmp_path):
 
 @pytest.mark.parametrize("name", ["translation", "maths", "code_to_text"])
 def test_the_prompts_that_come_along_can_be_read(name):
-  assert fewshot.load_template(name).question
+  assert fewshot.load_template(name).before
