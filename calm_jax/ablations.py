@@ -189,12 +189,8 @@ def _spread(scores: list[dict[str, float]]) -> dict[str, dict[str, float]]:
   spread = {}
   for label in scores[0]:
     values = [run[label] for run in scores if label in run]
-    mean = sum(values) / len(values)
-    spread[label] = {
-      "mean": mean,
-      "lowest": min(values),
-      "highest": max(values),
-    }
+    ends = {"lowest": min(values), "highest": max(values)}
+    spread[label] = {"mean": sum(values) / len(values)} | ends
   return spread
 
 

@@ -99,13 +99,9 @@ def _draw(maps: dict[str, Any], path: str) -> None:
   from calm_jax.reporting.attention import attention_figure
   from calm_jax.reporting.figures import save_figure
 
-  figure = attention_figure(
-    maps["weights"],
-    maps["tokens"].tolist(),
-    maps["connections"].tolist(),
-    maps["prompt_length"],
-    maps.get("augmenting_tokens"),
-  )
+  names = ("weights", "tokens", "connections", "prompt_length")
+  shown = [maps[name] for name in names]
+  figure = attention_figure(*shown, maps.get("augmenting_tokens"))
   save_figure(figure, path)
 
 

@@ -57,11 +57,8 @@ def _arguments() -> argparse.Namespace:
   given = (arguments.model, arguments.example, arguments.anchor)
   if sum(x is not None for x in given) != 1:
     parser.error("give a model, or --anchor and --augmenting, or --example")
-  for name, least in (
-    ("batch_size", 1),
-    ("length", 1),
-    ("augmenting_length", 0),
-  ):
+  least_values = {"batch_size": 1, "length": 1, "augmenting_length": 0}
+  for name, least in least_values.items():
     if getattr(arguments, name) < least:
       parser.error(f"--{name} is at least {least}")
   return arguments
@@ -173,29 +170,28 @@ def _model_table(configs: dict[str, ModelConfig]) -> Table:
   names = "layers width vocab length parameters memory cache/token"
   table = Table("", *names.split())
   for name, config in configs.items():
-    count = trees.count(decoder.param_shapes(config))
-    cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    shapes = decoder.param_shapes(config)
     memory = [
-      f"{_bytes(_size(config, kind))} {kind or 'bf16'}"
+      f"{_bytes(_size(shapes, kind))} {kind or 'bf16'}"
       for kind in quantisation.KINDS
     ]
+    counts = config.vocab_size, config.max_length, trees.count(shapes)
     table.add_row(
       name,
       str(config.num_layers),
       str(config.width),
-      *(f"{n:,}" for n in (config.vocab_size, config.max_length, count)),
+      *(f"{n:,}" for n in counts),
       "\n".join(memory),
-      _bytes(2 * cached),
+      _bytes(4 * config.num_layers * config.num_kv_heads * config.head_dim),
     )
   return table
 
 
-def _size(config: ModelConfig, kind: str) -> int:
+def _size(shapes: dict, kind: str) -> int:
   """Bytes of the parameters; of what is not quantised in bfloat16."""
-  shapes = quantisation.shapes(decoder.param_shapes(config), kind)
   return sum(
     math.prod(leaf.shape) * min(leaf.dtype.itemsize, 2)
-    for leaf in jax.tree.leaves(shapes)
+    for leaf in jax.tree.leaves(quantisation.shapes(shapes, kind))
   )
 
 
