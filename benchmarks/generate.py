@@ -39,6 +39,7 @@ from rich.table import Table
 from benchmarks import machine, pairs, traffic
 from calm_jax.composition import forward
 from calm_jax.composition.connections import Composition
+from calm_jax.composition.model import Model
 from calm_jax.generation import batching, decode, decode_steps
 from calm_jax.models import decoder
 
@@ -92,8 +93,9 @@ def ours(params: dict, spec: Composition, prompts, new: int, short: int) -> Run:
   # A token picked as the k-th has length + k - 2 before the one that is read.
   before = range(length + short - 1, length + new - 1)
   read = traffic.bytes_per_token(params, spec, rows, before) if before else None
+  model = Model(spec, params)
   return Run(
-    lambda n: decode.generate(params, spec, prompts, max_new_tokens=n),
+    lambda n: decode.generate(model, prompts, max_new_tokens=n),
     sum(x.size for x in jax.tree.leaves(params)),
     read,
   )

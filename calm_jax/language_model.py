@@ -1,7 +1,7 @@
 """Models as a user holds them: loaded, composed, asked and saved."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -13,7 +13,6 @@ from calm_jax.composition.model import Model
 from calm_jax.core import hub
 from calm_jax.core.batch import Batch
 from calm_jax.generation import attention_maps, batching, text
-from calm_jax.generation.sampling import Sampler
 
 Array = jax.Array
 
@@ -32,6 +31,7 @@ class LanguageModel(Model):
 
   # These functions of the rooms below take the model as their first argument.
   generate = text.generate
+  stream = text.stream
   score = text.score
   cross_attention = attention_maps.cross_attention
   export_hf = hf_checkpoint.export_hf
@@ -45,22 +45,8 @@ class LanguageModel(Model):
     or rows beyond the models' length limit; and for visibility="encoder", which
     needs to know where prompts end.
     """
-    tokens_BL = batching.check_tokens(self.spec, tokens_BL)
     batch = batching.token_batch(self, tokens_BL)
     return _logits(self.params, self.spec, batch)
-
-  def stream(
-    self,
-    prompt: str,
-    max_new_tokens: int = 64,
-    *,
-    stop: str | Sequence[str] = (),
-    seed: int = 0,
-    **sampling,
-  ) -> Iterator[str]:
-    """The continuation of one text in pieces; arguments of `generate`."""
-    sampler = Sampler(**sampling)
-    return text.stream(self, prompt, max_new_tokens, sampler, stop, seed)
 
   def attention(self, prompt: str, completion: str) -> dict[str, np.ndarray]:
     """`cross_attention` of a text, and "prompt_length" in tokens."""

@@ -70,9 +70,8 @@ class CalmJax(TemplateLM):
       raise InputError("calm_jax has no max_batch_size: give batch_size")
     self.model = language_model.load_any(pretrained, dtype, quantise)
     self._text = self.model.text()
-    self._readers = batching.readers(self.model)
     self._batch_size = _AUTO if batch_size == "auto" else int(batch_size)
-    limit = batching.max_length(self.model.spec, self._readers)
+    limit = batching.max_length(self.model)
     if max_length is not None and not 0 < max_length <= limit:
       raise InputError(f"max_length={max_length} must be from 1 to {limit}")
     self.max_length = limit if max_length is None else max_length
@@ -128,12 +127,7 @@ class CalmJax(TemplateLM):
       prompts.append(ids[: -len(continuation)])
       completions.append(continuation)
     scores = scoring.score(
-      self.model.params,
-      self.model.spec,
-      prompts,
-      completions,
-      readers=self._readers,
-      batch_size=self._batch_size,
+      self.model, prompts, completions, batch_size=self._batch_size
     )
     answers = [(score.logprob, score.is_greedy) for score in scores]
     for (texts, _, _), answer in zip(requests, answers, strict=True):
@@ -169,11 +163,12 @@ class CalmJax(TemplateLM):
       groups.setdefault(key, []).append(number)
     texts = [""] * len(requests)
     for numbers in groups.values():
-      arguments = [requests[number].args for number in numbers]
-      contexts = [pair[0] for pair in arguments]
-      written = self._generate(contexts, numbers, arguments[0][1])
-      for number, key, text in zip(numbers, arguments, written, strict=True):
+      contexts = [requests[number].args[0] for number in numbers]
+      options = requests[numbers[0]].args[1]
+      written = self._generate(contexts, numbers, options)
+      for number, text in zip(numbers, written, strict=True):
         texts[number] = text
+        key = requests[number].args
         self.cache_hook.add_partial("generate_until", key, text)
     return texts
 
@@ -204,14 +199,11 @@ class CalmJax(TemplateLM):
     first = [self.prefix_token_id]
     prompts = [self.tok_encode(text)[-room:] or first for text in contexts]
     out = decode.generate(
-      self.model.params,
-      self.model.spec,
+      self.model,
       prompts,
       max_new_tokens=longest,
-      stop_ids=self._text.stop_ids,
       sampler=Sampler(**options),
       seeds=[self._seed + number for number in numbers],
-      readers=self._readers,
       finished=stopped if until else None,
       batch_size=self._batch_size,
     )

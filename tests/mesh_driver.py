@@ -9,6 +9,7 @@ of several processes.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -126,7 +127,7 @@ def run(
     np.savez(folder / "trained.npz", **trained)
   if generates:
     texts = decode.generate(
-      params, model.spec, PROMPTS, max_new_tokens=24,
+      dataclasses.replace(model, params=params), PROMPTS, max_new_tokens=24,
       sampler=Sampler(temperature=1.0), seeds=range(len(PROMPTS)),
     )  # fmt: skip
     if jax.process_index() == 0:

@@ -123,10 +123,7 @@ def test_generation_stops_where_it_is_told_to(adapter):
   # A context that is too long loses its beginning; none is BOS alone.
   ids = [adapter.tok_encode(context)[-room:] for context in contexts]
   assert ids[1] == [model.tokenizer.bos_id] and len(ids[2]) == room
-  new = decode.generate(
-    model.params, model.spec, ids, max_new_tokens=6, batch_size=1,
-    stop_ids=model.tokenizer.stop_ids,
-  )  # fmt: skip
+  new = decode.generate(model, ids, max_new_tokens=6, batch_size=1)
   assert whole == [model.tokenizer.decode(each) for each in new]
   context, text = max(
     zip(contexts, whole, strict=True), key=lambda c: len(c[1])

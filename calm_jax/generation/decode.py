@@ -1,4 +1,4 @@
-"""Generation for one model or a composition: one engine.
+"""Generation for one model or a composition: the part on the host.
 
 A batch is laid out once (`batching`), read by `decode_steps.start` and
 continued by `decode_steps.advance` for up to CHUNK tokens at a time. An
@@ -8,19 +8,20 @@ augmenting model with a tokenizer of its own cannot read along on the device: a
 B rows, S stop tokens, T new tokens.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from calm_jax.composition import visibility
-from calm_jax.composition.connections import Composition
+from calm_jax.composition.connections import Augmenting
+from calm_jax.composition.model import Model
+from calm_jax.core.batch import Batch, Sequence
 from calm_jax.generation import batching, decode_steps
-from calm_jax.generation.batching import Ids, Readers
+from calm_jax.generation.batching import Ids
 from calm_jax.generation.decode_steps import DecodeState
-from calm_jax.generation.follower import Follower
 from calm_jax.generation.sampling import GREEDY, Sampler
 from calm_jax.parallel import processes
 from calm_jax.text.alignment import AlignedReader
@@ -29,28 +30,22 @@ CHUNK = 16  # tokens that are generated before the host looks at them
 
 
 def stream(
-  params: dict,
-  spec: Composition,
+  model: Model,
   prompts: Ids,
   *,
   max_new_tokens: int,
-  stop_ids: Rows[int] = (),
   sampler: Sampler = GREEDY,
   seeds: Rows[int] | None = None,
-  readers: Readers | None = None,
   finished: Callable[[int, list[int]], bool] | None = None,
   batch_size: int = 64,
 ) -> Iterator[tuple[int, list[int]]]:
   """Continues prompts, a few tokens at a time.
 
   Args:
-    params, spec: of a composition or one model.
+    model: its tokenizer, if any, says which tokens end a continuation; these
+      are not returned.
     prompts: non-empty lists of token ids, any lengths.
-    max_new_tokens: longest continuation.
-    stop_ids: token ids that end a continuation (not returned).
-    sampler: how the next token is picked.
     seeds: one a prompt, 0 if None; other prompts change no prompt's samples.
-    readers: of `batching.readers`.
     finished: called with (index of the prompt, its new tokens so far); ends
       the continuation if True.
     batch_size: rows that decode together.
@@ -61,92 +56,83 @@ def stream(
   Raises:
     InputError: a prompt is empty, or too long for the models.
   """
-  readers = readers or {}
-  limit = batching.max_length(spec, readers)
-  batching.check_prompts(prompts, max_new_tokens, limit)
+  batching.check_prompts(model, prompts, max_new_tokens)
   if not prompts or not max_new_tokens:
     return
-  params = decode_steps.prepare(params)
-  stop_S = np.array(list(stop_ids) or [-1], np.int32)
-  longest = batching.round_up(max(map(len, prompts)))
+  params = decode_steps.prepare(model.params)
+  model = dataclasses.replace(model, params=params)
+  lengths = [len(ids) for ids in prompts]
   # `advance` writes whole chunks of slots, the last one too.
+  longest = batching.round_up(max(lengths))
   slots = batching.round_up(longest + max_new_tokens + CHUNK)
-  request = _Request(
-    params, spec, stop_S, sampler, max_new_tokens, slots, finished
-  )
   seeds = [0] * len(prompts) if seeds is None else seeds
-  for chosen, rows in batching.batches(prompts, batch_size):
-    ids, row_seeds = [prompts[i] for i in chosen], [seeds[i] for i in chosen]
-    row_readers = {n: [make() for _ in ids] for n, make in readers.items()}
-    state, followers = _prefill(request, ids, row_seeds, row_readers, rows)
-    yield from _continue(request, state, followers, chosen)
+  batches = batching.batches(model, prompts, lengths, batch_size)
+  for indices, batch, readers in batches:
+    followers = [
+      Follower(name, joined, readers[name], batch.augmenting[name])
+      for name, joined in model.spec.augmenting
+      if name in readers and visibility.reads_new_text(joined.visibility)
+    ]
+    row_seeds = [seeds[i] for i in indices]
+    state = _prefill(
+      model, batch, followers, row_seeds, sampler, max_new_tokens, slots
+    )
+    yield from _continue(
+      model, state, followers, indices, sampler, max_new_tokens, finished
+    )
 
 
-class _Request(NamedTuple):
-  """The arguments of `stream` that all batches share."""
-
-  params: dict  # from `decode_steps.prepare`
-  spec: Composition
-  stop_S: np.ndarray
-  sampler: Sampler
-  max_new_tokens: int
-  slots: int  # of the caches of models that read the anchor's tokens
-  finished: Callable[[int, list[int]], bool] | None
+def generate(model: Model, prompts: Ids, **options) -> list[list[int]]:
+  """`stream`, all at once: the continuations in the order of the prompts."""
+  out: list[list[int]] = [[] for _ in prompts]
+  for i, tokens in stream(model, prompts, **options):
+    out[i] += tokens
+  return out
 
 
 def _prefill(
-  request: _Request,
-  prompts: list[Rows[int]],
+  model: Model,
+  batch: Batch,
+  followers: list["Follower"],
   seeds: list[int],
-  readers: dict[str, list[AlignedReader]],
-  rows: int,
-) -> tuple[DecodeState, list[Follower]]:
-  """Lays out a batch and reads it.
-
-  Returns the state, and a follower for each augmenting model with tokens of its
-  own that also reads the new text.
-  """
-  params, spec, stop_S, sampler = request[:4]
-  lengths = [len(ids) for ids in prompts]
-  batch = batching.lay_out(spec, prompts, lengths, readers, rows=rows)
-  followers = [
-    Follower(name, joined, readers[name], batch.augmenting[name])
-    for name, joined in spec.augmenting
-    if name in readers and visibility.reads_new_text(joined.visibility)
-  ]
-  names = ["anchor", *(name for name, _ in spec.augmenting)]
-  slots = dict.fromkeys(names, request.slots)
-  slots |= {n: row.tokens.shape[1] for n, row in batch.augmenting.items()}
-  slots |= {follower.name: follower.slots for follower in followers}
-  spare = [0] * (rows - len(prompts))
-  seeds_B = np.asarray(jnp.array(seeds + spare))
-  longest_B = np.array(lengths + spare, np.int32) + request.max_new_tokens
-  longest = {name: longest_B for name in names if name not in readers}
-  static = {"slots": tuple(slots.items()), "sampler": sampler}
-  state = decode_steps.start(
-    params, spec, batch, seeds_B, stop_S, longest, **static
+  sampler: Sampler,
+  max_new_tokens: int,
+  slots: int,
+) -> DecodeState:
+  """Reads a batch; `slots` are of models that read the anchor's tokens."""
+  names = ["anchor", *(name for name, _ in model.spec.augmenting)]
+  all_slots = dict.fromkeys(names, slots)
+  for name, row in batch.augmenting.items():
+    all_slots[name] = row.tokens.shape[1]
+  all_slots |= {follower.name: follower.slots for follower in followers}
+  spare = len(batch.anchor.tokens) - len(seeds)
+  seeds_B = np.asarray(jnp.array(seeds + [0] * spare))
+  stop_ids = list(model.tokenizer.stop_ids) if model.tokenizer else []
+  return decode_steps.start(
+    model.params,
+    model.spec,
+    batch,
+    seeds_B,
+    np.array(stop_ids or [-1], np.int32),
+    np.int32(max_new_tokens),
+    slots=tuple(all_slots.items()),
+    sampler=sampler,
   )
-  return state, followers
 
 
 def _continue(
-  request: _Request,
+  model: Model,
   state: DecodeState,
-  followers: list[Follower],
+  followers: list["Follower"],
   indices: list[int],
+  sampler: Sampler,
+  max_new_tokens: int,
+  finished: Callable[[int, list[int]], bool] | None,
 ) -> Iterator[tuple[int, list[int]]]:
   """Continues the rows of a batch, which are the prompts `indices`."""
-  params, spec, stop_S, sampler = request[:4]
-  size = 1 if followers else min(CHUNK, request.max_new_tokens)
-  fed = {follower.name for follower in followers}
-  along = tuple(
-    name
-    for name, joined in spec.augmenting
-    if name not in fed and visibility.reads_new_text(joined.visibility)
-  )
-  static = {"along": along, "sampler": sampler, "size": size}
+  size = 1 if followers else min(CHUNK, max_new_tokens)
   made: list[list[int]] = [[] for _ in indices]
-  left = request.max_new_tokens - 1
+  left = max_new_tokens - 1
   token_B, done_B = processes.fetch((state.token_B, state.done_B))
   new_BT = np.where(done_B, -1, token_B)[:, None]
   while True:
@@ -156,28 +142,67 @@ def _continue(
       if tokens:
         made[row] += tokens
         yield i, tokens
-        if request.finished and request.finished(i, made[row]):
+        if finished and finished(i, made[row]):
           done_B[row] = True
     if not left or done_B.all():
       return
     cache = state.cache
     for follower in followers:
       newest_B = np.where(done_B, -1, new_BT[:, -1])
-      cache = follower.follow(params, spec, cache, newest_B)
+      cache = follower.follow(model, cache, newest_B)
     steps = min(left, size)
-    state = state._replace(done_B=done_B, cache=cache)
     state, new_BT = decode_steps.advance(
-      params, spec, state, stop_S, np.int32(steps), **static
+      model.params,
+      model.spec,
+      state._replace(done_B=done_B, cache=cache),
+      np.int32(steps),
+      sampler=sampler,
+      size=size,
     )
     new_BT, done_B = processes.fetch((new_BT, state.done_B))
     left -= steps
 
 
-def generate(
-  params: dict, spec: Composition, prompts: Ids, **options
-) -> list[list[int]]:
-  """`stream`, all at once: the continuations in the order of the prompts."""
-  out: list[list[int]] = [[] for _ in prompts]
-  for i, tokens in stream(params, spec, prompts, **options):
-    out[i] += tokens
-  return out
+class Follower:
+  """Feeds one augmenting model the tokens that growing texts complete.
+
+  Its cache has `slots`, and grows if they do not suffice.
+  """
+
+  def __init__(
+    self,
+    name: str,
+    joined: Augmenting,
+    readers: list[AlignedReader],
+    prompt: Sequence,
+  ):
+    self.name, self._joined, self._readers = name, joined, readers
+    self._lengths_B = prompt.segments.sum(axis=1)  # tokens read so far
+    self._slot = prompt.tokens.shape[1]  # the next free one
+    self.slots = batching.round_up(2 * self._slot)
+
+  def follow(self, model: Model, cache: dict, new_B: np.ndarray) -> dict:
+    """Reads what the newest token of each row (-1 for none) completes.
+
+    The cache of all models is donated; returns the new one. Raises InputError
+    if the model would read beyond its length limit.
+    """
+    ids = [
+      reader.push(int(token)) if token >= 0 else []
+      for reader, token in zip(self._readers, new_B, strict=False)
+    ]
+    longest = max(map(len, ids))
+    if not longest:
+      return cache
+    size = 1 << (longest - 1).bit_length()
+    if self._slot + size > self.slots:
+      self.slots = batching.round_up(2 * self.slots)
+      cache = decode_steps.grow(cache, self.name, self.slots)
+    sequence = batching.pad(ids, len(new_B), size, first=self._lengths_B)
+    self._lengths_B = self._lengths_B + (sequence.segments > 0).sum(axis=1)
+    batching.check_length(self.name, self._joined, self._lengths_B.max())
+    slot = np.int32(self._slot)
+    self._slot += size
+    return decode_steps.feed(
+      model.params, model.spec, cache, sequence, slot, name=self.name
+    )

@@ -1,19 +1,25 @@
-"""The two jitted programs of generation: reading prompts, and continuing them.
+"""Generation: the part on the device, which is three jitted programs.
 
 `start` reads a batch into the caches of all models; `advance` continues it in
-a loop that stays on the device.
+a loop that stays on the device; `feed` reads further tokens into the cache of
+an augmenting model with a tokenizer of its own.
 
 B rows, S stop tokens, T new tokens, V vocabulary.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from calm_jax.composition import cross_attention, forward
+from calm_jax.composition import (
+  augmenting,
+  cross_attention,
+  forward,
+  visibility,
+)
 from calm_jax.composition.connections import Composition
 from calm_jax.core.batch import Batch, Sequence
 from calm_jax.generation.sampling import Sampler
@@ -21,6 +27,8 @@ from calm_jax.models import cache as cache_lib
 from calm_jax.models import decoder
 
 Array = jax.Array
+
+_AUGMENTING = ("augmenting", "cross")  # kinds of caches, by the models' names
 
 
 class DecodeState(NamedTuple):
@@ -33,6 +41,7 @@ class DecodeState(NamedTuple):
   # scalings that depend on the length take it for the text's. Models with other
   # tokenizers are not there.
   lengths: dict[str, Array]
+  stop_S: Array  # the tokens that end a row
   logits_BV: Array  # float32, that `token_B` was picked from
   token_B: Array  # the newest token of each row, not read yet
   keys_B: Array  # the random key of each row
@@ -55,28 +64,21 @@ def change_models(params: dict, change: Callable[[dict], dict]) -> dict:
   return params | models
 
 
-def _pick(
-  sampler: Sampler,
-  stop_S: Array,
-  logits_BV: Array,
-  keys_B: Array,
-  seen_BV: Array | None,
-  done_B: Array,
-) -> dict[str, Any]:
-  """The next token of each row, as the fields of `DecodeState` that change."""
-  draw_B = None
+def _pick(state: DecodeState, sampler: Sampler) -> DecodeState:
+  """Picks the next token of each row from the logits."""
+  keys_B, seen_BV, draw_B = state.keys_B, state.seen_BV, None
   if sampler.temperature > 0:
     keys_B, draw_B = jax.vmap(jax.random.split, out_axes=1)(keys_B)
-  token_B = sampler(draw_B, logits_BV, seen_BV)
+  token_B = sampler(draw_B, state.logits_BV, seen_BV)
   if seen_BV is not None:
     seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
-  return {
-    "logits_BV": logits_BV,
-    "token_B": token_B,
-    "keys_B": keys_B,
-    "seen_BV": seen_BV,
-    "done_B": done_B | (token_B[:, None] == stop_S).any(-1),
-  }
+  is_stop_B = (token_B[:, None] == state.stop_S).any(-1)
+  return state._replace(
+    token_B=token_B,
+    keys_B=keys_B,
+    seen_BV=seen_BV,
+    done_B=state.done_B | is_stop_B,
+  )
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "slots", "sampler"))
@@ -86,7 +88,7 @@ def start(
   batch: Batch,
   seeds_B: Array,
   stop_S: Array,
-  lengths: dict[str, Array],
+  max_new_tokens: Array,
   *,
   slots: tuple[tuple[str, int], ...],
   sampler: Sampler,
@@ -95,15 +97,16 @@ def start(
 
   Args:
     params: from `prepare`; of the models in `spec`.
-    batch: from `batching.lay_out`.
-    seeds_B: int32, of the random key of each row.
-    stop_S: token ids that end a row.
-    lengths: see `DecodeState`.
+    batch: from `batching.batches`.
+    seeds_B, stop_S, max_new_tokens: int32; a seed a row, and the token ids
+      that end it.
     slots: (model, slots of its cache), for all models.
-    sampler: how the next token is picked.
   """
   B, P = batch.anchor.tokens.shape
-  keys_B = jax.vmap(jax.random.key)(seeds_B)
+  is_real_BL = batch.anchor.segments > 0
+  longest_B = batch.anchor.segments.sum(axis=1) + max_new_tokens
+  names = ["anchor", *(name for name, _ in spec.augmenting)]
+  lengths = {n: longest_B for n in names if n not in batch.augmenting}
   stacked = not isinstance(params["anchor"]["layers"], tuple)
   cache = forward.empty_cache(spec, B, dict(slots), stacked)
   with jax.named_scope("prefill"):
@@ -111,29 +114,37 @@ def start(
       params, spec, batch, cache, jnp.int32(0), lengths
     )
     logits_BV = forward.logits(params, spec, x_BLD[:, -1:])[:, 0]
-  is_real_BL = batch.anchor.segments > 0
   seen_BV = None
   if sampler.repetition_penalty != 1:
     rows_B1 = jnp.arange(B)[:, None]
     seen_BV = jnp.zeros(logits_BV.shape, bool)
     seen_BV = seen_BV.at[rows_B1, batch.anchor.tokens].max(is_real_BL)
-  done_B = ~is_real_BL.any(-1)
-  return DecodeState(
+  state = DecodeState(
     cache=cache,
     position_B=batch.anchor.positions[:, -1] + 1,
     slot=jnp.int32(P),
     lengths=lengths,
-    **_pick(sampler, stop_S, logits_BV, keys_B, seen_BV, done_B),
+    stop_S=stop_S,
+    logits_BV=logits_BV,
+    token_B=batch.anchor.tokens[:, -1],
+    keys_B=jax.vmap(jax.random.key)(seeds_B),
+    seen_BV=seen_BV,
+    done_B=~is_real_BL.any(-1),
   )
+  return _pick(state, sampler)
+
+
+def _same_tokens(spec: Composition, state: DecodeState) -> list[str]:
+  """The augmenting models that read the anchor's new tokens."""
+  return [
+    name
+    for name, joined in spec.augmenting
+    if name in state.lengths and visibility.reads_new_text(joined.visibility)
+  ]
 
 
 def _step(
-  params: dict,
-  spec: Composition,
-  state: DecodeState,
-  stop_S: Array,
-  along: tuple[str, ...],
-  sampler: Sampler,
+  params: dict, spec: Composition, state: DecodeState, sampler: Sampler
 ) -> DecodeState:
   """Reads the newest token of each row and picks the next."""
   B = len(state.token_B)
@@ -142,43 +153,39 @@ def _step(
     state.token_B[:, None], segments_B1, state.position_B[:, None]
   )
   nothing = Sequence(*(jnp.zeros((B, 0), jnp.int32) for _ in token))
-  others = [name for name, _ in spec.augmenting if name not in along]
+  reading = _same_tokens(spec, state)
+  others = [name for name, _ in spec.augmenting if name not in reading]
   batch = Batch(token, dict.fromkeys(others, nothing), {})
   x_BLD, cache = forward.states(
     params, spec, batch, state.cache, state.slot, state.lengths
   )
-  logits_BV = forward.logits(params, spec, x_BLD)[:, 0]
-  picked = _pick(
-    sampler, stop_S, logits_BV, state.keys_B, state.seen_BV, state.done_B
+  state = state._replace(
+    cache=cache,
+    position_B=state.position_B + 1,
+    slot=state.slot + 1,
+    logits_BV=forward.logits(params, spec, x_BLD)[:, 0],
   )
-  return state._replace(
-    cache=cache, position_B=state.position_B + 1, slot=state.slot + 1, **picked
-  )
+  return _pick(state, sampler)
 
 
 @functools.partial(
-  jax.jit,
-  static_argnames=("spec", "along", "sampler", "size"),
-  donate_argnames="state",
+  jax.jit, static_argnames=("spec", "sampler", "size"), donate_argnames="state"
 )
 def advance(
   params: dict,
   spec: Composition,
   state: DecodeState,
-  stop_S: Array,
   steps: Array,
   *,
-  along: tuple[str, ...],
   sampler: Sampler,
   size: int,
 ) -> tuple[DecodeState, Array]:
   """Reads the newest tokens and picks the next, again and again.
 
   Args:
-    params, spec, stop_S, sampler: as for `start`.
+    params, spec, sampler: as for `start`.
     state: is donated.
     steps: int32 [], at most `size`; fewer are made if all rows are done.
-    along: augmenting models that read the anchor's tokens on the device.
     size: columns of the result.
 
   Returns:
@@ -191,37 +198,75 @@ def advance(
 
   def body(carry):
     i, state, out_BT = carry
-    state = _step(params, spec, state, stop_S, along, sampler)
+    state = _step(params, spec, state, sampler)
     column_B = jnp.where(state.done_B, -1, state.token_B)
     return i + 1, state, out_BT.at[:, i].set(column_B)
 
-  first = state.slot
+  names, first = _same_tokens(spec, state), state.slot
   cache = _change_caches(
-    state.cache, along, lambda c: cache_lib.begin(c, size, first)
+    state.cache, names, lambda c: cache_lib.begin(c, size, first)
   )
   out_BT = jnp.full((len(state.token_B), size), -1, jnp.int32)
   with jax.named_scope("decode"):
     _, state, out_BT = jax.lax.while_loop(
       go_on, body, (jnp.int32(0), state._replace(cache=cache), out_BT)
     )
-  cache = _change_caches(state.cache, along, cache_lib.settle)
+  cache = _change_caches(state.cache, names, cache_lib.settle)
   return state._replace(cache=cache), out_BT
 
 
 def _change_caches(
-  cache: dict, along: tuple[str, ...], change: Callable[[dict], dict]
+  cache: dict, names: list[str], change: Callable[[dict], dict]
 ) -> dict:
-  """Changes the caches of the models that read the anchor's tokens."""
+  """Changes the caches of the anchor and of the augmenting models `names`."""
 
-  def model(kept):
-    layers = kept["layers"]
-    if isinstance(layers, tuple):
-      return kept | {"layers": tuple(map(change, layers))}
-    return kept | {"layers": change(layers)}
+  def is_cache(node) -> bool:
+    return isinstance(node, dict) and "key" in node
 
-  new = {"anchor": model(cache["anchor"])}
-  new |= {kind: dict(cache[kind]) for kind in ("augmenting", "cross")}
-  for name in along:
-    new["augmenting"][name] = model(cache["augmenting"][name])
-    new["cross"][name] = {c: change(x) for c, x in cache["cross"][name].items()}
+  def changed(tree):
+    return jax.tree.map(
+      lambda node: change(node) if is_cache(node) else node,
+      tree,
+      is_leaf=is_cache,
+    )
+
+  new = {"anchor": changed(cache["anchor"])}
+  for kind in _AUGMENTING:
+    by_name = {name: changed(cache[kind][name]) for name in names}
+    new[kind] = cache[kind] | by_name
   return new
+
+
+@functools.partial(
+  jax.jit, static_argnames=("spec", "name"), donate_argnames="cache"
+)
+def feed(
+  params: dict,
+  spec: Composition,
+  cache: dict,
+  sequence: Sequence,
+  index: Array,
+  *,
+  name: str,
+) -> dict:
+  """An augmenting model reads tokens [B, M] into slots index .. of the cache.
+
+  The cache of all models, which is returned, is donated.
+  """
+  new = augmenting.keys_values(params, spec, name, sequence, cache, index)
+  return cache | {kind: cache[kind] | {name: new[kind]} for kind in _AUGMENTING}
+
+
+def grow(cache: dict, name: str, slots: int) -> dict:
+  """The cache with so many slots for one augmenting model."""
+
+  def grown(x):
+    axis = 1 if x.ndim == 2 else 3  # of segments, or of keys and values
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, slots - x.shape[axis])
+    return jnp.pad(x, widths)
+
+  return cache | {
+    kind: cache[kind] | {name: jax.tree.map(grown, cache[kind][name])}
+    for kind in _AUGMENTING
+  }

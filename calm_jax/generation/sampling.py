@@ -14,24 +14,16 @@ Array = jax.Array
 class Sampler:
   """Greedy at temperature 0; else a draw from what the filters leave.
 
-  The filters act in this order, on logits divided by the temperature.
-
-  Attributes:
-    temperature: divides the logits; 0 takes the likeliest token.
-    top_k: keeps the k likeliest tokens; 0 keeps all.
-    top_p: keeps the fewest tokens whose probabilities sum to at least p.
-    min_p: keeps tokens at least min_p times as likely as the likeliest.
-    repetition_penalty: positive logits of tokens seen before, in the prompt or
-      since, are divided by it and negative ones multiplied; greedily too.
-
-  Raises:
-    InputError: a value outside its range.
+  The filters act in this order, on logits divided by the temperature. Raises
+  InputError for a value outside its range.
   """
 
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  min_p: float = 0.0
+  temperature: float = 0.0  # 0 takes the likeliest token
+  top_k: int = 0  # keeps the k likeliest tokens; 0 keeps all
+  top_p: float = 1.0  # keeps the fewest whose probabilities sum to at least p
+  min_p: float = 0.0  # keeps tokens at least min_p times as likely as the best
+  # Positive logits of tokens seen before, in the prompt or since, are divided
+  # by it and negative ones multiplied; greedily too.
   repetition_penalty: float = 1.0
 
   def __post_init__(self):

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm_jax.composition import forward
-from calm_jax.composition.connections import Composition
+from calm_jax.composition.model import Model
 from calm_jax.core.batch import Batch
 from calm_jax.generation import batching
-from calm_jax.generation.batching import Ids, Readers
+from calm_jax.generation.batching import Ids
 from calm_jax.parallel import processes
 
 
@@ -39,37 +39,26 @@ def _token_scores(params, spec, batch: Batch, targets_BL):
 
 
 def score(
-  params: dict,
-  spec: Composition,
-  prompts: Ids,
-  completions: Ids,
-  *,
-  readers: Readers | None = None,
-  batch_size: int = 16,
+  model: Model, prompts: Ids, completions: Ids, *, batch_size: int = 16
 ) -> list[Score]:
-  """Log-likelihood of completions after prompts.
+  """Log-likelihood of token ids, which may be none, after prompts.
 
-  Arguments are those of `decode.stream`; a completion may be empty. Raises
-  InputError if a prompt is empty, or too long for the models.
+  Raises InputError if a prompt is empty, or too long for the models.
   """
-  readers = readers or {}
-  limit = batching.max_length(spec, readers)
   # The last token is only predicted: the models need not read it.
   pairs = zip(prompts, completions, strict=True)
   rows_of_ids = [[*prompt, *completion[:-1]] for prompt, completion in pairs]
-  batching.check_prompts(prompts, 0, limit)
-  batching.check_prompts(rows_of_ids, 0, limit)
+  batching.check_prompts(model, prompts)
+  batching.check_prompts(model, rows_of_ids)
   scores: list[Score] = [Score(0.0, 0, True)] * len(prompts)
-  for chosen, rows in batching.batches(rows_of_ids, batch_size):
-    ids = [rows_of_ids[i] for i in chosen]
-    given = [len(prompts[i]) for i in chosen]
-    row_readers = {n: [make() for _ in ids] for n, make in readers.items()}
-    batch = batching.lay_out(spec, ids, given, row_readers, rows=rows)
+  lengths = [len(prompt) for prompt in prompts]
+  batches = batching.batches(model, rows_of_ids, lengths, batch_size)
+  for chosen, batch, _ in batches:
     targets_BL = np.roll(batch.anchor.tokens, -1, axis=1)
     for row, i in enumerate(chosen):
       targets_BL[row, -1:] = completions[i][-1:] or 0
     logprob_BL, likeliest_BL = processes.fetch(
-      _token_scores(params, spec, batch, targets_BL)
+      _token_scores(model.params, model.spec, batch, targets_BL)
     )
     for row, i in enumerate(chosen):
       here = slice(len(targets_BL[row]) - len(completions[i]), None)

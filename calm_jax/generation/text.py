@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from calm_jax.composition.model import Model
 from calm_jax.core.errors import InputError
-from calm_jax.generation import batching, decode, scoring
+from calm_jax.generation import decode, scoring
 from calm_jax.generation.sampling import Sampler
 from calm_jax.generation.scoring import Score
 from calm_jax.text import stop_strings
@@ -48,16 +48,13 @@ def generate(
     InputError: the model has no tokenizer, or a prompt is too long.
   """
   sampler = Sampler(**sampling)
-  is_one = isinstance(prompts, str)
-  prompts = _several(prompts)
+  texts, stop = _several(prompts), _several(stop)
   if isinstance(seed, int):
-    seed = range(seed, seed + len(prompts))
-  seeds = list(seed)
-  if len(seeds) != len(prompts):
-    raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts")
-  stop = _several(stop)
+    seed = range(seed, seed + len(texts))
+  if len(seed) != len(texts):
+    raise InputError(f"{len(seed)} seeds for {len(texts)} prompts")
   tokenizer = model.text()
-  ids = [tokenizer.with_bos(tokenizer.encode(p)) for p in prompts]
+  ids = [tokenizer.with_bos(tokenizer.encode(text)) for text in texts]
 
   def text(i, new):
     return tokenizer.decode_continuation(ids[i], new)
@@ -66,45 +63,41 @@ def generate(
     return stop_strings.find(text(i, new), stop) >= 0
 
   out = decode.generate(
-    model.params,
-    model.spec,
+    model,
     ids,
     max_new_tokens=max_new_tokens,
-    stop_ids=tokenizer.stop_ids,
     sampler=sampler,
-    seeds=seeds,
-    readers=batching.readers(model),
+    seeds=seed,
     finished=stopped if stop else None,
     batch_size=batch_size,
   )
-  texts = [stop_strings.cut(text(i, new), stop) for i, new in enumerate(out)]
-  return texts[0] if is_one else texts
+  made = [stop_strings.cut(text(i, new), stop) for i, new in enumerate(out)]
+  return made[0] if isinstance(prompts, str) else made
 
 
 def stream(
   model: Model,
   prompt: str,
-  max_new_tokens: int,
-  sampler: Sampler,
-  stop: str | Sequence[str],
-  seed: int,
+  max_new_tokens: int = 64,
+  *,
+  stop: str | Sequence[str] = (),
+  seed: int = 0,
+  **sampling,
 ) -> Iterator[str]:
-  """Pieces of one continuation as they come; joined, what generate gives."""
+  """The continuation of one text in pieces; arguments of `generate`."""
+  # Not in the generator: wrong options are to raise at once.
+  options = {"max_new_tokens": max_new_tokens, "sampler": Sampler(**sampling)}
+  return _stream(model, prompt, _several(stop), seeds=[seed], **options)
+
+
+def _stream(
+  model: Model, prompt: str, stop: list[str], **options
+) -> Iterator[str]:
   tokenizer = model.text()
   ids = tokenizer.with_bos(tokenizer.encode(prompt))
-  stop = _several(stop)
   new: list[int] = []
   sent, text = 0, ""
-  for _, tokens in decode.stream(
-    model.params,
-    model.spec,
-    [ids],
-    max_new_tokens=max_new_tokens,
-    stop_ids=tokenizer.stop_ids,
-    sampler=sampler,
-    seeds=[seed],
-    readers=batching.readers(model),
-  ):
+  for _, tokens in decode.stream(model, [ids], **options):
     new += tokens
     text = tokenizer.decode_continuation(ids, new)
     if stop_strings.find(text, stop) >= 0:
@@ -146,11 +139,5 @@ def score(
   pairs = [
     token_ids(model, *texts) for texts in zip(prompts, completions, strict=True)
   ]
-  return scoring.score(
-    model.params,
-    model.spec,
-    [ids for ids, _ in pairs],
-    [new for _, new in pairs],
-    readers=batching.readers(model),
-    batch_size=batch_size,
-  )
+  prompt_ids, completion_ids = zip(*pairs, strict=True) if pairs else ((), ())
+  return scoring.score(model, prompt_ids, completion_ids, batch_size=batch_size)

@@ -147,7 +147,6 @@ def decoding(placed: Placed, rows: int, slots: int) -> CompiledProgram:
       lambda p: decode_steps.change_models(p, decoder.split_layers), params
     )
   names = ["anchor", *(name for name, _ in spec.augmenting)]
-  same_tokens = [name for name in names if name not in job.own]
   # Of the prompts only the shape matters.
   prompts_BL = np.zeros((rows, batching.SHORTEST), np.int32)
   batch = plain_batch(prompts_BL)._replace(
@@ -156,8 +155,7 @@ def decoding(placed: Placed, rows: int, slots: int) -> CompiledProgram:
     prompt_ends=prompts_BL,
   )
   seeds_B, stop_S = np.zeros(rows, np.int32), np.zeros(1, np.int32)
-  lengths = dict.fromkeys(same_tokens, seeds_B)
-  given = spec, batch, seeds_B, stop_S, lengths
+  given = spec, batch, seeds_B, stop_S, np.int32(0)
   options = {"slots": tuple((n, slots) for n in names), "sampler": GREEDY}
   state = jax.eval_shape(
     lambda params: decode_steps.start(params, *given, **options), params
@@ -165,14 +163,13 @@ def decoding(placed: Placed, rows: int, slots: int) -> CompiledProgram:
   of_caches = None if layout is None else layout.caches(state.cache)
   caches = placed.at(state.cache, of_caches)
   params, rest = placed.params(params), placed.at(state._replace(cache=None))
-  stop, steps = placed.at(stop_S), placed.at(np.int32(decode.CHUNK))
+  steps = placed.at(np.int32(decode.CHUNK))
   state = rest._replace(cache=caches)
-  options = {"along": tuple(same_tokens[1:]), "size": decode.CHUNK}
   traced = decode_steps.advance.trace(
-    params, spec, state, stop, steps, sampler=GREEDY, **options
+    params, spec, state, steps, sampler=GREEDY, size=decode.CHUNK
   )
-  by_kind = {"frozen": params, "caches": caches, "batch": (rest, stop, steps)}
-  given = Given((params, state, stop, steps), by_kind)
+  by_kind = {"frozen": params, "caches": caches, "batch": (rest, steps)}
+  given = Given((params, state, steps), by_kind)
   return _compile(traced, given, decode.CHUNK)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import types
 
 import helpers
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from calm_jax.composition.connections import Composition
+from calm_jax.composition.model import Model
 from calm_jax.core.batch import plain_sequence
 from calm_jax.core.errors import InputError
 from calm_jax.generation import batching, decode, decode_steps
@@ -44,9 +46,10 @@ def naive(params, spec, prompt, new=NEW):
   return ids[len(prompt) :]
 
 
-def generate(params, spec, prompts=PROMPTS, **options):
+def generate(params, spec, prompts=PROMPTS, stop_ids=(), **options):
   options = {"max_new_tokens": NEW} | options
-  return decode.generate(params, spec, prompts, **options)
+  tokenizer = types.SimpleNamespace(stop_ids=stop_ids)
+  return decode.generate(Model(spec, params, tokenizer), prompts, **options)
 
 
 @pytest.mark.parametrize("kind", ["single", "causal", "encoder"])
@@ -84,6 +87,19 @@ class Spelled:
     return out, counts
 
 
+@pytest.fixture
+def spelled(monkeypatch):
+  """Makes a model, some of whose augmenting models read other tokens."""
+  monkeypatch.setattr(batching, "AlignedReader", lambda *_: Spelled())
+
+  def model(spec, params, own=()) -> Model:
+    tokenizer = types.SimpleNamespace(stop_ids=())
+    others = dict.fromkeys(own, tokenizer)
+    return Model(spec, params, tokenizer, tokenizers=others)
+
+  return model
+
+
 CASES = {
   "single": {"names": ()},
   "causal": {"names": ("kv",)},
@@ -105,10 +121,10 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_while_generating_are_those_of_the_finished_text(
-  case, monkeypatch
+  case, monkeypatch, spelled
 ):
   options = dict(CASES[case])
-  own = dict.fromkeys(options.pop("own", ()), Spelled)
+  own = options.pop("own", ())
   window = options.pop("window", None)
   spec, params = helpers.compose(options.pop("names"), **options)
   spec = helpers.retype(spec, window=window)
@@ -129,16 +145,15 @@ def test_logits_while_generating_are_those_of_the_finished_text(
   for name in ("start", "advance"):
     step = watched(getattr(decode_steps, name))
     monkeypatch.setattr(decode_steps, name, step)
-  got = decode.generate(params, spec, PROMPTS, max_new_tokens=new, readers=own)
+  model = spelled(spec, params, own)
+  got = decode.generate(model, PROMPTS, max_new_tokens=new)
   assert len(seen) == new
   order = sorted(range(len(PROMPTS)), key=lambda i: len(PROMPTS[i]))
   worst = 0.0
   for row, i in enumerate(order):
     ids = PROMPTS[i] + got[i]
     given = len(PROMPTS[i])
-    batch = batching.lay_out(
-      spec, [ids], [given], {n: [make()] for n, make in own.items()}, rows=1
-    )
+    [(_, batch, _)] = batching.batches(model, [ids], [given], 1)
     # The plain forward pass: nothing folded, cached or unstacked.
     full = helpers.composed(params, spec, *batch[:4])
     full = np.asarray(full)[0, -new - 1 : -1]
@@ -154,18 +169,16 @@ def test_positions_that_depend_on_the_length_of_the_text():
   scaled = Rope(8, theta=100.0, kind="dynamic", factor=2.0, original_length=10)
   new = 30  # more slots than the original length, some texts shorter
   spec = Composition(dataclasses.replace(config, rope=scaled))
-  got = decode.generate({"anchor": params}, spec, PROMPTS, max_new_tokens=new)
+  got = generate({"anchor": params}, spec, max_new_tokens=new)
   for prompt, ids in zip(PROMPTS, got, strict=True):
     whole = plain_sequence(jnp.array([prompt + ids]))
     full = helpers.composed({"anchor": params}, spec, whole)
     assert ids == full[0, len(prompt) - 1 : -1].argmax(-1).tolist()
-  plain = decode.generate(
-    {"anchor": params}, Composition(config), PROMPTS, max_new_tokens=new
-  )
+  plain = generate({"anchor": params}, Composition(config), max_new_tokens=new)
   assert plain != got
 
 
-def test_an_own_tokenizer_that_reads_too_much_is_an_error():
+def test_an_own_tokenizer_that_reads_too_much_is_an_error(spelled):
   spec, params = helpers.compose()
   joined = dict(spec.augmenting)["kv"]
   short = dataclasses.replace(
@@ -173,9 +186,7 @@ def test_an_own_tokenizer_that_reads_too_much_is_an_error():
   )
   spec = Composition(spec.anchor, (("kv", short),))
   with pytest.raises(InputError, match=r"'kv' would read .* limit is 6"):
-    decode.generate(
-      params, spec, PROMPTS, max_new_tokens=40, readers={"kv": Spelled}
-    )
+    decode.generate(spelled(spec, params, ["kv"]), PROMPTS, max_new_tokens=40)
 
 
 def test_many_lengths_are_few_programs():
@@ -183,7 +194,7 @@ def test_many_lengths_are_few_programs():
   programs = decode_steps.start, decode_steps.advance
   before = sum(program._cache_size() for program in programs)
   prompts = [[1 + i % 60] * (3 * i + 1) for i in range(32)]
-  decode.generate(params, spec, prompts, max_new_tokens=3, batch_size=8)
+  generate(params, spec, prompts, max_new_tokens=3, batch_size=8)
   after = sum(program._cache_size() for program in programs)
   assert 2 <= after - before <= 6
 
@@ -247,7 +258,7 @@ def test_sampling_follows_the_seed():
 
 def test_prompts_that_cannot_be_continued():
   spec, params = made("single")
-  limit = batching.max_length(spec)
+  limit = batching.max_length(Model(spec, params))
   with pytest.raises(InputError, match="prompt 1 has no tokens"):
     generate(params, spec, [[3], []])
   too_long = [3] * (limit - NEW + 1)
@@ -266,9 +277,14 @@ def test_a_prompt_of_the_longest_length_is_continued():
 def test_the_limit_is_that_of_the_shortest_model():
   spec, _ = helpers.compose()
   shorter = helpers.retype(Composition(spec.anchor), max_length=10)
-  assert batching.max_length(Composition(shorter.anchor, spec.augmenting)) == 10
+  limited = Composition(shorter.anchor, spec.augmenting)
+  assert batching.max_length(Model(limited, {})) == 10
   augmenting = helpers.retype(spec, max_length=10).augmenting
-  assert batching.max_length(Composition(spec.anchor, augmenting)) == 10
+  limited = Composition(spec.anchor, augmenting)
+  assert batching.max_length(Model(limited, {})) == 10
+  # Tokens of its own are counted for themselves.
+  own = Model(limited, {}, tokenizers={"kv": None})
+  assert batching.max_length(own) == spec.anchor.max_length
 
 
 def test_no_prompts():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from calm_jax.composition.connections import Composition
+from calm_jax.composition.model import Model
 from calm_jax.core.errors import InputError
 from calm_jax.generation import scoring
 
@@ -19,8 +20,8 @@ def test_the_last_token_is_predicted_and_not_read():
   ids = np.random.default_rng(0).integers(0, config.vocab_size, LIMIT + 1)
   prompts = [ids[:1].tolist(), ids[:4].tolist(), ids[:LIMIT].tolist()]
   completions = [ids[1:].tolist(), [], ids[LIMIT:].tolist()]
-  spec, tree = Composition(config), {"anchor": params}
-  scores = scoring.score(tree, spec, prompts, completions)
+  model = Model(Composition(config), {"anchor": params})
+  scores = scoring.score(model, prompts, completions)
   logits_LV = helpers.decode_rows(
     params, config, helpers.rows([ids[:LIMIT]], length=LIMIT)
   )[0]
@@ -34,7 +35,7 @@ def test_the_last_token_is_predicted_and_not_read():
   )
   assert scores[1].is_greedy
   likeliest = [int(logits_LV[-1].argmax())]
-  [best] = scoring.score(tree, spec, prompts[2:], [likeliest])
+  [best] = scoring.score(model, prompts[2:], [likeliest])
   assert best.is_greedy
   with pytest.raises(InputError, match="length limit of 9"):
-    scoring.score(tree, spec, prompts[2:], [[1, 2]])
+    scoring.score(model, prompts[2:], [[1, 2]])

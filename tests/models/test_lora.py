@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from calm_jax.composition.connections import Composition
+from calm_jax.composition.model import Model
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError
 from calm_jax.generation import decode, decode_steps
@@ -138,8 +139,9 @@ def test_in_steps_and_while_generating():
   np.testing.assert_array_equal(
     in_steps(params), helpers.decode_rows(params, config, SEQUENCE)
   )
-  prompts, spec = [[1, 2, 3], [7], [5, 4]], Composition(config)
-  new = decode.generate({"anchor": params}, spec, prompts, max_new_tokens=5)
+  prompts = [[1, 2, 3], [7], [5, 4]]
+  adapted_model = Model(Composition(config), {"anchor": params})
+  new = decode.generate(adapted_model, prompts, max_new_tokens=5)
   texts = [np.array(p + n) for p, n in zip(prompts, new, strict=True)]
   rows = helpers.rows(*([t, 9 - len(t)] for t in texts), length=9)
   best = helpers.decode_rows(lora.merge(params), config, rows).argmax(-1)

@@ -17,6 +17,7 @@ import tiny
 import calm_jax
 from calm_jax.composition import cross_attention
 from calm_jax.composition.connections import Augmenting, Composition, Connection
+from calm_jax.composition.model import Model
 from calm_jax.core import trees
 from calm_jax.core.batch import plain_sequence
 from calm_jax.core.errors import InputError
@@ -153,9 +154,8 @@ def test_a_model_computes_with_what_its_weights_stand_for(kind, changes):
 
 def test_decoding_says_what_the_whole_pass_does():
   config, params = model("int4")
-  [new] = decode.generate(
-    {"anchor": params}, Composition(config), [[1, 2, 3]], max_new_tokens=6
-  )
+  quantised = Model(Composition(config), {"anchor": params})
+  [new] = decode.generate(quantised, [[1, 2, 3]], max_new_tokens=6)
   row = plain_sequence(jnp.array([[1, 2, 3, *new]]))
   best = helpers.decode_rows(params, config, row).argmax(-1)[0]
   np.testing.assert_array_equal(new, best[2:-1])
