@@ -36,10 +36,7 @@ def choose(asked: str, device: jax.Device, config: ModelConfig) -> str:
   """Chooses the kernel of a model on a device, one of config.ATTENTIONS.
 
   "auto" asks for splash on TPUs, cudnn on GPUs, and xla elsewhere and for
-  models that those do not take.
-
-  Raises:
-    InputError: the device or the model cannot have the kernel asked for.
+  models that those do not take. What cannot be had raises InputError.
   """
   check_choice("attention", asked, ("auto", *ATTENTIONS))
   if asked == "auto":
@@ -65,12 +62,10 @@ def _why_not(kernel: str, device: jax.Device, config: ModelConfig) -> str:
     return f"takes {' or '.join(_HALVES)}, not {config.compute.dtype}"
   if config.attention_cap is not None:
     return "has no soft cap of scores, and this model has one"
-  capability = str(device.compute_capability)
-  generation = capability.split(".")[0]  # "9"; other makers' GPUs have a name
+  version = str(device.compute_capability)  # other makers' GPUs have a name
+  generation = version.split(".")[0]
   if not generation.isdigit() or int(generation) < 8:
-    return (
-      f"runs on GPUs of compute capability 8.0 or more, not on {capability}"
-    )
+    return f"runs on GPUs of compute capability 8.0 or more, not on {version}"
   # The gradient's limit; the forward pass of later ones takes wider heads.
   widest = 256 if generation == "9" else 128
   if config.head_dim > widest or config.head_dim % 8:

@@ -122,10 +122,9 @@ def run_layers(
       x_BLD, caches[i] = _layer(config, weights, x_BLD, context, caches[i], i)
     return x_BLD, None if cache is None else tuple(caches)
   # The gradient of indexing would add into the whole stack once per layer, so
-  # a scan over all layers slices the stack itself. But slicing some layers
-  # before the scan would copy them, so these are indexed inside; and so are
-  # experts in decoding, since the scan would copy all of a layer's, where a
-  # step needs few.
+  # a scan over all layers slices the stack itself. To slice some layers before
+  # the scan would copy them, so these are indexed inside; and so are experts in
+  # decoding, of which the scan would copy a layer's all, where few are needed.
   sliced = (start, stop) == (0, config.num_layers)
   sliced = sliced and not (config.num_experts and cache is not None)
   place = config.compute.place

@@ -21,10 +21,8 @@ _ADAPTED = re.compile(r"layers/(attention|mlp)/\w+/kernel")
 def add(params: dict, rank: int, rng: jax.Array) -> dict:
   """Adds float32 A and B of a rank to a decoder's tree.
 
-  A is normal with variance 1 / in, and B is zero, so nothing changes yet.
-
-  Raises:
-    InputError: the rank is below 1, or the MLPs are mixtures of experts.
+  A is normal with variance 1 / in, and B is zero, so nothing changes yet. A
+  rank below 1, or MLPs that are mixtures of experts, raise InputError.
   """
   if rank < 1:
     raise InputError(f"a LoRA of rank {rank}: give 1 or more")

@@ -134,8 +134,7 @@ class Layout:
   def share(self, batch_size: int, pieces: int = 1) -> tuple[int, int]:
     """This process's part of the B rows of a batch: (index, of how many).
 
-    Raises:
-      InputError: the devices cannot share the rows of each piece evenly.
+    Raises InputError if the devices cannot share each piece's rows evenly.
     """
     axes = (self.rule("batch/tokens") or ((),))[0]
     if batch_size % (multiple := self.size(axes) * pieces):
