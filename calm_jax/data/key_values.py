@@ -42,7 +42,7 @@ class KeyDictionary:
 
 @dataclasses.dataclass(frozen=True)
 class ExpressionOptions:
-  """Which expressions D_KV-EXP (§4.1) to draw.
+  """The expressions D_KV-EXP (§4.1) that are drawn.
 
   A hash of the expression reserves 1/16 of all for evaluation, so the parts
   are disjoint for any seeds. An expression of one term is a line of the

@@ -237,7 +237,7 @@ class Layout:
     return cut, undivided
 
   def _real(self, names: Axes) -> Axes:
-    """Those axes that have more than one device."""
+    """The axes that have more than one device."""
     return tuple(n for n in names if self.mesh.shape[n] > 1)
 
 
