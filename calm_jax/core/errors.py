@@ -1,11 +1,19 @@
 """Errors with a cause outside of the program, and their exit codes.
 
 The command lines print the message of such an error without a traceback;
-docs/faults.md has the whole table.
+docs/faults.md has the whole table. The checks here are for what a user gives:
+functions and commands that a user calls check their arguments by them, and
+what is below those does not check again.
 """
 
-from collections.abc import Collection
+import math
+import operator
+import os
+import reprlib
+from collections.abc import Collection, Iterable, Mapping, Set
 from typing import Any
+
+LARGEST_SEED = 2**32 - 1  # JAX would drop the higher bits without a word.
 
 
 class InputError(ValueError):
@@ -16,6 +24,87 @@ def check_choice(name: str, value: Any, known: Collection) -> None:
   """Raises InputError unless `value`, of an option `name`, is a known one."""
   if value not in known:
     raise InputError(f"{name}={value!r} is none of {known}")
+
+
+def check_int(
+  name: str, value: Any, least: int = 0, most: int | None = None
+) -> int:
+  """Returns a whole number, which may be numpy's, as an int.
+
+  Raises InputError if it is something else, or outside its range.
+  """
+  try:
+    number = None if isinstance(value, bool) else operator.index(value)
+  except TypeError:
+    number = None
+  if number is None or number < least or (most is not None and number > most):
+    end = "or more" if most is None else f"to {most}"
+    raise InputError(
+      f"{name}={reprlib.repr(value)} must be a whole number, {least} {end}"
+    )
+  return number
+
+
+def check_seed(name: str, value: Any) -> int:
+  """`check_int` of a seed, which has 32 bits."""
+  return check_int(name, value, 0, LARGEST_SEED)
+
+
+def check_float(
+  name: str,
+  value: Any,
+  least: float,
+  most: float,
+  *,
+  excluded: float = math.nan,
+) -> float:
+  """Returns a number of a range, whole or not, as a float; or InputError.
+
+  `excluded` is one of its ends that does not belong to it.
+  """
+  try:
+    number = math.nan if isinstance(value, str | bool) else float(value)
+  except (TypeError, ValueError, OverflowError):
+    number = math.nan
+  if not least <= number <= most or number == excluded:
+    but = "" if math.isnan(excluded) else f", but not {excluded}"
+    raise InputError(
+      f"{name}={reprlib.repr(value)} must be a number from {least} to "
+      f"{most}{but}"
+    )
+  return number
+
+
+def check_text(name: str, value: Any) -> str:
+  """Returns a string; InputError if it is none, or UTF-8 cannot hold it."""
+  if not isinstance(value, str):
+    kind = type(value).__name__
+    raise InputError(f"{name} is a {kind}, where a string is expected")
+  try:
+    value.encode()  # JSON, and a command line, can hold half a character.
+  except UnicodeEncodeError as error:
+    raise InputError(
+      f"{name} is not text that UTF-8 can hold ({error})"
+    ) from error
+  return str(value)
+
+
+def check_texts(name: str, value: Any) -> list[str]:
+  """Returns the strings of a list or the like; one string is an InputError."""
+  unordered = str | bytes | Mapping | Set
+  if isinstance(value, unordered) or not isinstance(value, Iterable):
+    kind = type(value).__name__
+    raise InputError(f"{name} is a {kind}, where a list of strings is expected")
+  return [check_text(f"{name}[{i}]", text) for i, text in enumerate(value)]
+
+
+def check_path(name: str, value: Any) -> str:
+  """Returns a path as a string; InputError if it is none, or empty."""
+  if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+    raise InputError(
+      f"{name}={reprlib.repr(value)} must be a path: a string or a pathlib.Path"
+    )
+  return check_text(name, os.fspath(value))
 
 
 class TrainingDiverged(RuntimeError):

@@ -8,7 +8,7 @@ import re
 import string
 from collections.abc import Callable, Sequence
 
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_text
 from calm_jax.data.records import Record
 
 Texts = Callable[[Record], tuple[str, str]]
@@ -99,21 +99,13 @@ def _template(template: str, columns: Sequence[str]) -> Callable[[Record], str]:
 def _checked(prompt: str, completion: str) -> tuple[str, str]:
   if not completion:
     raise ValueError("there is no text to learn; remove the line")
-  try:
-    (prompt + completion).encode()  # JSON can write half a surrogate pair.
-  except UnicodeEncodeError as error:
-    raise ValueError(f"not text that UTF-8 can hold ({error})") from error
+  check_text("it", prompt + completion)
   return prompt, completion
 
 
 def string_field(record: Record, name: str) -> str:
-  """Returns a field of a record; raises ValueError if it is no string."""
-  value = record[name]
-  if not isinstance(value, str):
-    raise ValueError(
-      f"{name!r} is a {type(value).__name__}, where a string is expected"
-    )
-  return value
+  """Returns a field of a record; raises ValueError if it is no text."""
+  return check_text(repr(name), record[name])
 
 
 def _names(fields) -> str:

@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 
-import jax.numpy as jnp
 import numpy as np
 
 from calm_jax.composition import visibility
@@ -106,7 +105,7 @@ def _prefill(
     all_slots[name] = row.tokens.shape[1]
   all_slots |= {follower.name: follower.slots for follower in followers}
   spare = len(batch.anchor.tokens) - len(seeds)
-  seeds_B = np.asarray(jnp.array(seeds + [0] * spare))
+  seeds_B = np.array(seeds + [0] * spare, np.uint32)
   stop_ids = list(model.tokenizer.stop_ids) if model.tokenizer else []
   return decode_steps.start(
     model.params,

@@ -98,8 +98,8 @@ def start(
   Args:
     params: from `prepare`; of the models in `spec`.
     batch: from `batching.batches`.
-    seeds_B, stop_S, max_new_tokens: int32; a seed a row, and the token ids
-      that end it.
+    seeds_B: a seed a row, uint32.
+    stop_S, max_new_tokens: int32; the token ids that end a row.
     slots: (model, slots of its cache), for all models.
   """
   B, P = batch.anchor.tokens.shape

@@ -5,16 +5,19 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import check_float, check_int
 
 Array = jax.Array
+_MOST = 1e20  # Logits times it, or over it, are finite.
+_ROUNDING = 1e-6  # of sums of probabilities in float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
   """Greedy at temperature 0; else a draw from what the filters leave.
 
-  The filters act in this order, on logits divided by the temperature. Raises
+  The filters act in this order, on logits divided by the temperature. Of tokens
+  that are equally likely, top_k and top_p keep those with low ids. Raises
   InputError for a value outside its range.
   """
 
@@ -27,17 +30,17 @@ class Sampler:
   repetition_penalty: float = 1.0
 
   def __post_init__(self):
-    is_whole = self.top_k >= 0 and self.top_k == int(self.top_k)
-    checks = {
-      "temperature": (self.temperature >= 0, "at least 0"),
-      "top_k": (is_whole, "a whole number, 0 for no limit"),
-      "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-      "min_p": (0 <= self.min_p < 1, "at least 0 and below 1"),
-      "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+    checked = {
+      "temperature": check_float("temperature", self.temperature, 0, _MOST),
+      "top_k": check_int("top_k", self.top_k),
+      "top_p": check_float("top_p", self.top_p, 0, 1, excluded=0),
+      "min_p": check_float("min_p", self.min_p, 0, 1, excluded=1),
+      "repetition_penalty": check_float(
+        "repetition_penalty", self.repetition_penalty, 1 / _MOST, _MOST
+      ),
     }
-    for name, (is_allowed, allowed) in checks.items():
-      if not is_allowed:
-        raise InputError(f"{name}={getattr(self, name)} must be {allowed}")
+    for name, value in checked.items():
+      object.__setattr__(self, name, value)  # numpy's numbers as Python's
 
   def __call__(self, keys_B: Array, logits_BV: Array, seen_BV: Array) -> Array:
     """The next token of each row, int32 [B], drawn with a random key a row.
@@ -50,30 +53,42 @@ class Sampler:
       logits_BV = jnp.where(seen_BV, logits_BV * scale, logits_BV)
     if self.temperature == 0:
       return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = self.filter(logits_BV / self.temperature)
+    logits_BV = self.filter(logits_BV / max(self.temperature, 1 / _MOST))
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
   def filter(self, logits_BV: Array) -> Array:
     """The logits, with -inf at the tokens that may not be drawn."""
     if 0 < self.top_k < logits_BV.shape[-1]:
-      least = jax.lax.top_k(logits_BV, self.top_k)[0][..., -1:]
-      logits_BV = _at_least(logits_BV, least)
+      sorted_BV = jax.lax.top_k(logits_BV, self.top_k)[0]
+      logits_BV = _likeliest(logits_BV, sorted_BV, self.top_k)
     if self.top_p < 1:
       sorted_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
       p_BV = jax.nn.softmax(sorted_BV, axis=-1)
       # A token stays if the likelier ones do not make up top_p already.
-      stays_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < self.top_p
-      kept_BV = jnp.where(stays_BV, sorted_BV, jnp.inf)
-      least = jnp.min(kept_BV, axis=-1, keepdims=True)
-      logits_BV = _at_least(logits_BV, least)
+      before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
+      stays_BV = before_BV < self.top_p * (1 - _ROUNDING)
+      count_B1 = stays_BV.sum(axis=-1, keepdims=True).clip(1)
+      logits_BV = _likeliest(logits_BV, sorted_BV, count_B1)
     if self.min_p > 0:
       most = logits_BV.max(axis=-1, keepdims=True)
-      logits_BV = _at_least(logits_BV, most + jnp.log(self.min_p))
+      is_kept_BV = logits_BV >= most + jnp.log(self.min_p)
+      logits_BV = jnp.where(is_kept_BV, logits_BV, -jnp.inf)
     return logits_BV
 
 
-def _at_least(logits: Array, least: Array) -> Array:
-  return jnp.where(logits >= least, logits, -jnp.inf)
+def _likeliest(
+  logits_BV: Array, sorted_BV: Array, count_B1: Array | int
+) -> Array:
+  """Keeps so many of the likeliest tokens; of equal ones, those of low ids.
+
+  `sorted_BV` begins with that many, the likeliest first.
+  """
+  last_B1 = jnp.broadcast_to(count_B1 - 1, (*logits_BV.shape[:-1], 1))
+  least_B1 = jnp.take_along_axis(sorted_BV, last_B1, axis=-1)
+  above_BV, equal_BV = logits_BV > least_B1, logits_BV == least_B1
+  room_B1 = count_B1 - above_BV.sum(axis=-1, keepdims=True)
+  is_kept_BV = above_BV | (equal_BV & (equal_BV.cumsum(axis=-1) <= room_B1))
+  return jnp.where(is_kept_BV, logits_BV, -jnp.inf)
 
 
 GREEDY = Sampler()

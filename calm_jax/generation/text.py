@@ -3,7 +3,13 @@
 from collections.abc import Iterator, Sequence
 
 from calm_jax.composition.model import Model
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import (
+  InputError,
+  check_int,
+  check_seed,
+  check_text,
+  check_texts,
+)
 from calm_jax.generation import decode, scoring
 from calm_jax.generation.sampling import Sampler
 from calm_jax.generation.scoring import Score
@@ -48,11 +54,10 @@ def generate(
     InputError: the model has no tokenizer, or a prompt is too long.
   """
   sampler = Sampler(**sampling)
-  texts, stop = _several(prompts), _several(stop)
-  if isinstance(seed, int):
-    seed = range(seed, seed + len(texts))
-  if len(seed) != len(texts):
-    raise InputError(f"{len(seed)} seeds for {len(texts)} prompts")
+  texts, stop = _several("prompts", prompts), _several("stop", stop)
+  max_new_tokens = check_int("max_new_tokens", max_new_tokens)
+  batch_size = check_int("batch_size", batch_size, 1)
+  seeds = _seeds(seed, len(texts))
   tokenizer = model.text()
   ids = [tokenizer.with_bos(tokenizer.encode(text)) for text in texts]
 
@@ -67,7 +72,7 @@ def generate(
     ids,
     max_new_tokens=max_new_tokens,
     sampler=sampler,
-    seeds=seed,
+    seeds=seeds,
     finished=stopped if stop else None,
     batch_size=batch_size,
   )
@@ -86,8 +91,13 @@ def stream(
 ) -> Iterator[str]:
   """The continuation of one text in pieces; arguments of `generate`."""
   # Not in the generator: wrong options are to raise at once.
-  options = {"max_new_tokens": max_new_tokens, "sampler": Sampler(**sampling)}
-  return _stream(model, prompt, _several(stop), seeds=[seed], **options)
+  prompt, stop = check_text("prompt", prompt), _several("stop", stop)
+  options = {
+    "max_new_tokens": check_int("max_new_tokens", max_new_tokens),
+    "seeds": [check_seed("seed", seed)],
+    "sampler": Sampler(**sampling),
+  }
+  return _stream(model, prompt, stop, **options)
 
 
 def _stream(
@@ -111,8 +121,21 @@ def _stream(
     yield text[sent:]
 
 
-def _several(texts: str | Sequence[str]) -> list[str]:
-  return [texts] if isinstance(texts, str) else list(texts)
+def _several(name: str, texts: str | Sequence[str]) -> list[str]:
+  if isinstance(texts, str):
+    return [check_text(name, texts)]
+  return check_texts(name, texts)
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+  try:
+    seeds = list(seed)
+  except TypeError:
+    first = check_seed("seed", seed)
+    seeds = [first + i for i in range(count)]
+  if len(seeds) != count:
+    raise InputError(f"{len(seeds)} seeds for {count} prompts")
+  return [check_seed(f"seed of prompt {i}", s) for i, s in enumerate(seeds)]
 
 
 def score(
@@ -131,6 +154,9 @@ def score(
     InputError: the model has no tokenizer, a prompt is too long, or has no
       tokens while there is no BOS to begin with.
   """
+  prompts = check_texts("prompts", prompts)
+  completions = check_texts("completions", completions)
+  batch_size = check_int("batch_size", batch_size, 1)
   if len(prompts) != len(completions):
     raise InputError(
       f"{len(prompts)} prompts and {len(completions)} completions: give as "

@@ -154,7 +154,7 @@ def decoding(placed: Placed, rows: int, slots: int) -> CompiledProgram:
     visible=dict.fromkeys(job.own, prompts_BL),
     prompt_ends=prompts_BL,
   )
-  seeds_B, stop_S = np.zeros(rows, np.int32), np.zeros(1, np.int32)
+  seeds_B, stop_S = np.zeros(rows, np.uint32), np.zeros(1, np.int32)
   given = spec, batch, seeds_B, stop_S, np.int32(0)
   options = {"slots": tuple((n, slots) for n in names), "sampler": GREEDY}
   state = jax.eval_shape(

@@ -88,11 +88,71 @@ def test_the_repetition_penalty_acts_on_both_signs():
   np.testing.assert_array_equal(weak(None, logits, seen), [0, 0])
 
 
+TIES = np.array(
+  [
+    np.zeros(10),
+    [1, 0, 0, 1, 0, 0, 0, 0, 0, 0],
+    [9, 9, 0, 0, 0, 0, 0, 0, 0, 0],
+  ],
+  np.float32,
+)
+
+
+@pytest.mark.parametrize(
+  ("filters", "counts"),
+  [
+    ({"top_p": 0.3}, [3, 2, 1]), ({"top_p": 0.5}, [5, 4, 2]),
+    ({"top_p": 0.9}, [9, 9, 2]), ({"top_k": 1}, [1, 1, 1]),
+    ({"top_k": 4}, [4, 4, 4]), ({"top_p": 1e-46}, [1, 1, 1]),
+    ({"top_k": 4, "top_p": 0.5}, [2, 2, 2]),
+    ({"min_p": 0.5}, [10, 2, 2]),
+  ],
+)  # fmt: skip
+def test_the_fewest_are_kept_among_ties(filters, counts):
+  sampler = Sampler(1.0, **filters)
+  got = np.isfinite(np.asarray(sampler.filter(jnp.asarray(TIES))))
+  for row, logits, count in zip(got, TIES, counts, strict=True):
+    first = np.argsort(-logits, kind="stable")[:count]
+    assert set(np.flatnonzero(row)) == set(first)
+
+
+def test_many_ties_against_float64():
+  random = np.random.default_rng(1)
+  logits = random.integers(-3, 4, (200, 37)).astype(np.float32)
+  for p in (0.05, 0.35, 0.6, 0.97):
+    got = np.isfinite(np.asarray(Sampler(1.0, top_p=p).filter(logits)))
+    share = np.exp(logits.astype(np.float64))
+    share = -np.sort(-share / share.sum(-1, keepdims=True), axis=-1)
+    fewest = 1 + np.argmax(np.cumsum(share, axis=-1) >= p, axis=-1)
+    np.testing.assert_array_equal(got.sum(-1), fewest)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e20])
+def test_extreme_temperatures_draw_a_token(temperature):
+  logits = jnp.asarray(LOGITS)
+  keys = jax.random.split(jax.random.key(0), len(logits))
+  drawn = Sampler(temperature, top_p=0.9)(keys, logits, None)
+  assert (drawn >= 0).all()
+  assert (drawn < logits.shape[1]).all()
+  if temperature < 1:
+    np.testing.assert_array_equal(drawn, logits.argmax(-1))
+
+
+def test_numbers_of_numpy_are_numbers():
+  given = Sampler(np.float32(0.5), np.int64(3), jnp.float32(0.75), np.array(0))
+  assert given == Sampler(0.5, 3, 0.75, 0.0)
+  assert hash(given) == hash(Sampler(0.5, 3, 0.75))
+
+
 @pytest.mark.parametrize(
   "wrong",
   [
     {"temperature": -1}, {"top_k": -1}, {"top_k": 1.5}, {"top_p": 0},
     {"top_p": 1.1}, {"min_p": 1}, {"repetition_penalty": 0},
+    {"temperature": float("nan")}, {"temperature": float("inf")},
+    {"temperature": "1"}, {"temperature": None}, {"temperature": True},
+    {"top_k": "5"}, {"top_k": True}, {"top_p": float("nan")},
+    {"min_p": -0.1}, {"repetition_penalty": [1.1]},
   ],
 )  # fmt: skip
 def test_values_outside_their_range(wrong):
