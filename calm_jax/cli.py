@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import signal
 import sys
 import time
 import traceback
@@ -20,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 from calm_jax.core import errors
 from calm_jax.core.errors import InputError
+from calm_jax.experiments.settings import Settings
 from calm_jax.training import signals
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -73,12 +75,10 @@ def run_with_config(main: Callable, options: type | None = None) -> None:
       given = {field.name: flags.FLAGS[field.name].value for field in fields}
       arguments = [options(**given)] if options else []
 
-      def resumption() -> str:
-        if options:
-          return "the same command starts from the beginning"
+      def kept() -> str:
         return _kept_checkpoints(Path(loaded.workdir))
 
-      with signals.raised(loaded.grace, resumption):
+      with signals.raised(loaded.grace, _nothing_kept if options else kept):
         main(loaded, *arguments)
 
   app.run(run, flags_parser=_parse)
@@ -86,7 +86,7 @@ def run_with_config(main: Callable, options: type | None = None) -> None:
 
 def guarded(main: Callable[[], None]) -> None:
   """Runs main(); its errors end as for `run_with_config`."""
-  with _exit_codes():
+  with _exit_codes(), signals.raised(Settings.grace, _nothing_kept):
     main()
 
 
@@ -162,6 +162,10 @@ def _several() -> bool:
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
+def _nothing_kept() -> str:
+  return "the same command starts from the beginning"
+
+
 def _kept_checkpoints(workdir: Path) -> str:
   """Names the newest step of each stage, for the message of a signal."""
   kept = []
@@ -176,6 +180,9 @@ def _kept_checkpoints(workdir: Path) -> str:
 
 
 def _stop(error: BaseException) -> NoReturn:
+  if isinstance(error, errors.Preempted):
+    # A second one, during the exit, would change its code.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
   print(f"error: {error}", file=sys.stderr)
   _exit(errors.EXIT_CODES[type(error)])
 

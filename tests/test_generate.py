@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
+import signal
 
 import helpers
 import pytest
@@ -87,6 +89,34 @@ def test_bad_prompts_end_with_code_2(
     run(generate, f"--model={folder / 'anchor'}", f"--prompts={asked}")
   assert stopped.value.code == 2
   assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)]
+)
+def test_a_signal_ends_a_command_in_words(
+  folder, run, number, code, monkeypatch, capsys
+):
+  def stream(*_, **__):
+    yield "a"
+    signal.raise_signal(number)
+    pytest.fail("not reached")
+
+  monkeypatch.setattr(calm_jax.LanguageModel, "stream", stream)
+  with pytest.raises(SystemExit) as stopped, handlers_kept():
+    run(generate, f"--model={folder / 'anchor'}", "--prompt=a")
+  assert stopped.value.code == code
+  said = f"error: {signal.Signals(number).name}: the same command starts from"
+  assert capsys.readouterr().err.startswith(said)
+
+
+@contextlib.contextmanager
+def handlers_kept():
+  before = signal.getsignal(signal.SIGTERM)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_what_a_model_is(folder, run):

@@ -50,6 +50,14 @@ def start(heartbeat: int = 100) -> None:
     jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat, **numbers)
   except jax.errors.JaxRuntimeError as error:
     raise LostProcess(f"not all processes came together: {error}") from error
+  except (ValueError, LookupError, RuntimeError, OSError) as error:
+    raise InputError(
+      "--config.distributed: nothing tells this process of the others (JAX: "
+      f"{error}). Start all of them on a TPU pod, by Slurm, Open MPI or as an "
+      f"indexed job of Kubernetes, or set {_COORDINATOR}=HOST:PORT of the "
+      "first one, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each. A run of one "
+      "process leaves --config.distributed out"
+    ) from error
 
 
 class Poll:

@@ -14,9 +14,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from calm_jax.core.errors import EXIT_CODES, Interrupted, Preempted
+from calm_jax.core import errors
+from calm_jax.core.errors import Interrupted, Preempted
 
 SIGNALS = {signal.SIGTERM: Preempted, signal.SIGINT: Interrupted}
+# A signal to a group of processes also ends the compiler's own, such as ptxas;
+# their failure may be known this many seconds before the signal is.
+_LATENESS = 0.5
+# These say what is wrong with the input, whatever signal came meanwhile.
+_NEVER_CAUSED = (errors.InputError, errors.TrainingDiverged)
 
 
 class Request:
@@ -32,28 +38,23 @@ class Request:
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[Request]:
+def deferred(kept: Callable[[], str]) -> Iterator[Request]:
   """Records signals for a loop instead of raising; a second SIGINT raises.
 
-  A signal after which the block ends without an exception is sent again. Only
-  the main thread can record signals.
+  A signal after which the block ends without an exception is sent again; one
+  that ends it in an exception, of a compiler's process that got it too or of a
+  file that went away, is raised as the request's error. `kept` says what is on
+  disk, for its message. Only the main thread can record signals.
   """
   request = Request()
-  if threading.current_thread() is not threading.main_thread():
-    yield request
-    return
 
   def note(number, frame):
     request.signal = signal.Signals(number)
     if number == signal.SIGINT:
       signal.signal(number, before[number])
 
-  before = {number: signal.signal(number, note) for number in SIGNALS}
-  try:
+  with _handled_by(note, request, kept) as before:
     yield request
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
   if request.signal is not None:
     signal.raise_signal(request.signal)
 
@@ -64,30 +65,62 @@ def raised(grace: float, kept: Callable[[], str]) -> Iterator[None]:
 
   Python runs a handler only once the main thread comes back from, say, the
   compiler; so a thread ends a process that is still there when the machine is
-  about to go. `kept` says what is on disk, for the message.
+  about to go. For exceptions and `kept` see `deferred`.
   """
+  request = Request()
 
   def stop(number, frame):
-    if number == signal.SIGTERM:  # Some send it twice; the first one holds.
-      signal.signal(number, signal.SIG_IGN)
-    raise SIGNALS[number](f"{signal.Signals(number).name}: {kept()}")
+    if number == signal.SIGTERM == request.signal:
+      return  # Some send it twice; the first one holds.
+    request.signal = signal.Signals(number)
+    raise request.error(kept())
 
-  reader, writer = os.pipe()
-  os.set_blocking(writer, False)
-  before = {number: signal.signal(number, stop) for number in SIGNALS}
-  wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-  args = reader, grace, kept
-  thread = threading.Thread(target=_end_after, args=args, daemon=True)
-  thread.start()
+  with _handled_by(stop, request, kept) as before:
+    if not before:
+      yield
+      return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    args = reader, grace, kept
+    thread = threading.Thread(target=_end_after, args=args, daemon=True)
+    thread.start()
+    try:
+      yield
+    finally:
+      signal.set_wakeup_fd(wakeup)
+      os.close(writer)
+      thread.join()
+      os.close(reader)
+
+
+@contextlib.contextmanager
+def _handled_by(
+  handler: Callable, request: Request, kept: Callable[[], str]
+) -> Iterator[dict]:
+  """Sets the handler of all signals, and yields those that were there before.
+
+  An exception that a signal may have caused becomes the request's error.
+  """
+  before = {}
+  if threading.current_thread() is threading.main_thread():
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
   try:
-    yield
+    yield before
+  except _NEVER_CAUSED:
+    raise
+  except Exception as error:
+    deadline = time.monotonic() + _LATENESS
+    while before and request.signal is None and time.monotonic() < deadline:
+      time.sleep(0.01)
+    if request.signal is None:
+      raise
+    [first, *_] = str(error).splitlines() or [""]
+    said = f"{kept()} (it ended in {type(error).__name__}: {first:.200})"
+    raise request.error(said) from error
   finally:
-    signal.set_wakeup_fd(wakeup)
-    for number, handler in before.items():
-      signal.signal(number, handler)
-    os.close(writer)
-    thread.join()
-    os.close(reader)
+    for number, previous in before.items():
+      signal.signal(number, previous)
 
 
 def _end_after(reader: int, grace: float, kept: Callable[[], str]) -> None:
@@ -104,4 +137,4 @@ def _end_after(reader: int, grace: float, kept: Callable[[], str]) -> None:
   number = signal.Signals(received[0])
   message = f"error: {number.name}: not at an end after {grace:g} s; {known}"
   print(message, file=sys.stderr, flush=True)
-  os._exit(EXIT_CODES[SIGNALS[number]])
+  os._exit(errors.EXIT_CODES[SIGNALS[number]])

@@ -171,9 +171,10 @@ class _Run:
     return f"stage {self.name!r}, step {number}"
 
   def last_checkpoint(self) -> str:
+    if (step := self.checkpoints.latest()) is None:
+      return f"{self.checkpoint_folder} has no checkpoint yet"
     return (
-      f"the last good checkpoint is step {self.checkpoints.latest()} in "
-      f"{self.checkpoint_folder}"
+      f"the last good checkpoint is step {step} in {self.checkpoint_folder}"
     )
 
 
@@ -232,7 +233,7 @@ def _train(
   with (
     MetricWriter(run.directory, resume_step=first, active=writes) as writer,
     Progress(stage.steps, first, run.name) as progress,
-    signals.deferred() as request,
+    signals.deferred(run.last_checkpoint) as request,
     Watchdog(run.watchdog) as watch,
   ):
     log, poll = _StepLog(run, writer, progress), processes.Poll()

@@ -17,6 +17,28 @@ def test_processes_are_told_apart(monkeypatch):
     processes.start()
 
 
+@pytest.mark.parametrize(
+  ("environment", "said"),
+  [
+    ({}, "coordinator_address should be defined"),
+    ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "coordinator_address"),
+    ({"JAX_COORDINATOR_ADDRESS": "localhost"}, "index out of range"),
+    ({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_PROCESS_ID": "2"}, "process_id=2"),
+    ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:2"}, "OMPI_COMM_WORLD_SIZE"),
+  ],
+)
+def test_a_process_that_knows_of_no_others(environment, said, monkeypatch):
+  numbers = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+  monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+  if "JAX_COORDINATOR_ADDRESS" in environment:
+    environment = numbers | environment
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  with pytest.raises(InputError, match=said) as caught:
+    processes.start()
+  assert "set JAX_COORDINATOR_ADDRESS=HOST:PORT" in str(caught.value)
+
+
 def test_only_the_first_writes_and_prints(monkeypatch, tmp_path, capsys):
   run = tmp_path / "run"
   monkeypatch.setattr(jax, "process_index", lambda: 1)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
+import jax
 import pytest
+import spelled
 import tiny
 
-from calm_jax.core.errors import Interrupted, Preempted
-from calm_jax.training import signals
+from calm_jax.core.errors import InputError, Interrupted, Preempted
+from calm_jax.training import signals, trainer
+
+ROOT = Path(__file__).parents[2]
 
 
 def send(number):
@@ -61,7 +67,7 @@ def test_a_signal_is_noted_within_a_loop():
     before = handlers()
     with (
       pytest.raises(Preempted, match="SIGTERM: saved"),
-      signals.deferred() as request,
+      signals.deferred(kept) as request,
     ):
       assert request.signal is None
       send(signal.SIGTERM)
@@ -75,14 +81,14 @@ def test_a_signal_that_was_not_heeded_is_sent_again():
   with (
     pytest.raises(Preempted, match="step 4 is kept"),
     signals.raised(60, kept),
-    signals.deferred() as request,
+    signals.deferred(kept) as request,
   ):
     send(signal.SIGTERM)
     assert request.signal
 
 
 def test_a_second_interrupt_is_not_deferred():
-  with pytest.raises(KeyboardInterrupt), signals.deferred() as request:
+  with pytest.raises(KeyboardInterrupt), signals.deferred(kept) as request:
     send(signal.SIGINT)
     assert request.signal == signal.SIGINT
     send(signal.SIGINT)
@@ -93,7 +99,7 @@ def test_a_thread_hears_of_no_signal():
   heard = []
 
   def work():
-    with signals.deferred() as request:
+    with signals.deferred(kept) as request:
       heard.append(request.signal)
 
   before = handlers()
@@ -101,6 +107,63 @@ def test_a_thread_hears_of_no_signal():
   thread.start()
   thread.join()
   assert heard == [None] and handlers() == before
+
+
+def a_broken_compiler(*_):
+  """Fails as XLA does when a signal ends ptxas, which it waits for."""
+  with subprocess.Popen(["sleep", "60"]) as ptxas:
+    ptxas.terminate()
+  code = -ptxas.returncode
+  message = f"INTERNAL: ptxas exited with non-zero error code {code}"
+  raise jax.errors.JaxRuntimeError(f"{message}\nand more")
+
+
+BLAMED = r"step 4 is kept \(it ended in JaxRuntimeError: .* error code 15\)$"
+
+
+@pytest.mark.parametrize("late", [0, 0.2])
+@pytest.mark.parametrize("way", ["raised", "deferred", "both"])
+@pytest.mark.parametrize(
+  ("number", "kind"),
+  [(signal.SIGTERM, Preempted), (signal.SIGINT, Interrupted)],
+)
+def test_what_a_signal_broke_is_no_failure(number, kind, way, late):
+  before = handlers()
+  with pytest.raises(kind) as caught, contextlib.ExitStack() as stack:
+    if way != "deferred":
+      stack.enter_context(signals.raised(60, kept))
+    if way != "raised":
+      stack.enter_context(signals.deferred(kept))
+    timer = threading.Timer(late, send, [number])
+    timer.start()
+    if not late:
+      timer.join()
+    a_broken_compiler()
+  cause = caught.value.__cause__ or caught.value.__context__
+  if way != "raised":  # There the signal itself is raised, wherever it comes.
+    assert caught.match(f"{number.name}: {BLAMED}")
+    assert isinstance(cause, jax.errors.JaxRuntimeError)
+  assert type(caught.value) is kind and handlers() == before
+
+
+def test_a_swallowed_signal_is_blamed_too():
+  with pytest.raises(Preempted, match=BLAMED), signals.raised(60, kept):
+    with contextlib.suppress(Preempted):  # As in __del__, or in a callback.
+      send(signal.SIGTERM)
+    a_broken_compiler()
+
+
+@pytest.mark.parametrize("context", [signals.deferred, None])
+def test_without_a_signal_an_error_stays_what_it_is(context):
+  context = context(kept) if context else signals.raised(60, kept)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="code 15"), context:
+    a_broken_compiler()
+
+
+def test_wrong_input_stays_wrong_whatever_comes():
+  with pytest.raises(InputError), signals.deferred(kept):
+    send(signal.SIGTERM)
+    raise InputError("no such file")
 
 
 # The main thread is in C, where Python hears of no signal.
@@ -161,3 +224,64 @@ def test_a_run_saves_and_goes_on_bit_by_bit(tmp_path):
     got = tiny.Run(tmp_path / "run", stage)()
   for name, leaf in tiny.leaves(want).items():
     assert tiny.leaves(got)[name].tobytes() == leaf.tobytes(), name
+
+
+def test_a_compiler_that_a_signal_ends_leaves_what_is_kept(
+  tmp_path, monkeypatch
+):
+  def make_step(*_):
+    def step(*_):
+      threading.Timer(0.1, send, [signal.SIGTERM]).start()
+      a_broken_compiler()
+
+    return step
+
+  run = tiny.Run(tmp_path, tiny.stage())
+  with monkeypatch.context() as patch:
+    patch.setattr(trainer.step_lib, "make_step", make_step)
+    with pytest.raises(Preempted, match=r"has no checkpoint yet .*code 15"):
+      run()
+  with pytest.raises(Preempted):
+    tiny.Run(tmp_path, tiny.stage(), Signalling(3, signal.SIGTERM))()
+  [saved] = (tmp_path / "checkpoints").iterdir()
+  with monkeypatch.context() as patch:
+    patch.setattr(trainer.step_lib, "make_step", make_step)
+    said = f"SIGTERM: the last good checkpoint is step {saved.name} in .*15"
+    with pytest.raises(Preempted, match=said):
+      run()
+  run()  # It goes on.
+
+
+def test_a_command_ends_with_75_while_its_first_step_compiles(tmp_path):
+  models = [
+    f"--config.{side}={spelled.save(tmp_path / side, seed)}"
+    for seed, side in enumerate(("anchor", "augmenting"))
+  ]
+  text = tmp_path / "text.txt"
+  text.write_text("abc def\n\n" * 40)
+  workdir = tmp_path / "run"
+  command = [
+    sys.executable, "-m", "calm_jax.train", "--config=configs/compose.py",
+    *models, f"--config.data={text}", f"--config.eval_data={text}",
+    f"--config.workdir={workdir}", "--config.stages.compose.length=16",
+    "--config.stages.compose.data.mixture.data.fraction=1.0",
+    "--config.task.num_samples=0",
+  ]  # fmt: skip
+  env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+  env |= {"JAX_LOG_COMPILES": "1", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+  run = subprocess.Popen(
+    command, env=env, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    start_new_session=True,
+  )  # fmt: skip
+  said = []
+  try:
+    for line in run.stderr:
+      said.append(line)
+      if "Compiling jit(step)" in line:
+        os.killpg(run.pid, signal.SIGTERM)
+    code = run.wait(timeout=60)
+  finally:
+    run.kill()
+  assert code == 75, "".join(said[-30:])
+  assert said[-1] == "error: SIGTERM: stage 'compose', step 1 is saved\n"
+  assert (workdir / "compose" / "checkpoints" / "1").is_dir()
