@@ -22,7 +22,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from calm_jax import cli, language_model
 from calm_jax.core.errors import InputError
-from calm_jax.generation import batching, decode, scoring
+from calm_jax.generation import decode, scoring
 from calm_jax.generation.sampling import Sampler
 from calm_jax.text import stop_strings
 
@@ -71,7 +71,7 @@ class CalmJax(TemplateLM):
     self.model = language_model.load_any(pretrained, dtype, quantise)
     self._text = self.model.text()
     self._batch_size = _AUTO if batch_size == "auto" else int(batch_size)
-    limit = batching.max_length(self.model)
+    limit = self.model.max_length
     if max_length is not None and not 0 < max_length <= limit:
       raise InputError(f"max_length={max_length} must be from 1 to {limit}")
     self.max_length = limit if max_length is None else max_length

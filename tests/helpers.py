@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from calm_jax.core.batch import Batch, Sequence
 from calm_jax.models import decoder, masks
 from calm_jax.models.config import Compute, ModelConfig
 from calm_jax.models.rope import Rope
+from calm_jax.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,6 +107,13 @@ def model(seed: int, **changes) -> tuple[ModelConfig, dict]:
   shape.setdefault("rope", Rope(shape["head_dim"], theta=100.0))
   config = ModelConfig(**shape)
   return config, random_params(decoder.param_shapes(config), seed)
+
+
+def numbers(size: int, stop_ids=()) -> Tokenizer:
+  """A tokenizer of the pieces "0" to str(size - 1), which encodes nothing."""
+  pieces = tuple(map(str, range(size)))
+  backend = types.SimpleNamespace(vocab={p: i for i, p in enumerate(pieces)})
+  return Tokenizer(pieces, None, None, tuple(stop_ids), "numbers", backend)
 
 
 def compose(

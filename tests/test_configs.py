@@ -51,14 +51,14 @@ def settings_of(file, variant) -> Settings:
 
 def shapes(settings) -> tuple[Composition, dict]:
   """The whole composition of a config without one array."""
-  tokenizer = types.SimpleNamespace(vocab_size=26_000, fingerprint="")
+  tokenizer = helpers.numbers(26_000)
   loaded = {}
   if settings.experiment == "text":
     joint = settings.composition
     ends = [layer for pair in joint.connections for layer in pair[:1]]
     layers = max(4, joint.num_connections, *ends)
     config, params = helpers.model(1, num_layers=layers)
-    tokenizer.vocab_size = config.vocab_size
+    tokenizer = helpers.numbers(config.vocab_size)
     model = LanguageModel(Composition(config), {"anchor": params}, tokenizer)
     # A config that names no model takes the user's two.
     named = [s for s in settings.parts if getattr(settings, s)]

@@ -66,11 +66,15 @@ def save(
         f"{folder} holds a composition already ({name}); give another folder"
       )
   names = ["anchor", *(f"augmenting/{n}" for n, _ in model.spec.augmenting)]
+  models = {part: _describe(model, part, keep_paths) for part in names}
+  for name, _ in model.spec.augmenting:
+    same = name not in model.tokenizers
+    models[f"augmenting/{name}"]["same_tokens"] = same
   config: dict[str, Any] = {
     "format": _FORMAT,
     "calm_jax_version": __version__,
     "num_params": model.num_composition_params,
-    "models": {part: _describe(model, part, keep_paths) for part in names},
+    "models": models,
     "augmenting": [
       {"name": n} | {k: v for k, v in vars(joined).items() if k != "config"}
       for n, joined in model.spec.augmenting
@@ -215,14 +219,26 @@ def load(
   compositions = []
   for options in config["augmenting"]:
     name = options.pop("name")
-    augmenting = {name: frozen[f"augmenting/{name}"]}
-    compositions.append(untrained(frozen["anchor"], augmenting, **options))
+    one, saved = frozen[f"augmenting/{name}"], config["models"]
+    same = saved[f"augmenting/{name}"].get("same_tokens")
+    if same is None:
+      same = _had_same_tokens(frozen["anchor"], one)
+    options["same_tokens"] = same
+    compositions.append(untrained(frozen["anchor"], {name: one}, **options))
   composed = join_compositions(compositions)
   theta = _read_theta(folder, config["sha256"], composed.params["composition"])
   params = composed.params | {"composition": theta}
   return dataclasses.replace(
     composed, params=params, origin=str(path_or_hub_id)
   )
+
+
+def _had_same_tokens(anchor: Model, augmenting: Model) -> bool:
+  """The rule of older compositions, which do not say how they are aligned."""
+  both = anchor, augmenting
+  sizes = {model.spec.anchor.vocab_size for model in both}
+  prints = {model.tokenizer.fingerprint for model in both if model.tokenizer}
+  return len(sizes) == 1 and len(prints) < 2
 
 
 def _locations(

@@ -14,6 +14,7 @@ from calm_jax.composition.connections import Composition, connect
 from calm_jax.core import hub, trees
 from calm_jax.core.errors import InputError
 from calm_jax.models import quantisation
+from calm_jax.models.config import ModelConfig
 from calm_jax.text.tokenizer import Tokenizer
 
 
@@ -33,6 +34,31 @@ class Model:
   sources: dict[str, hub.CheckpointRef] = dataclasses.field(
     default_factory=dict
   )
+
+  def __post_init__(self):
+    # Tokenizers refuse tokens for which their model's table has no row.
+    joined, others = dict(self.spec.augmenting), {}
+    for name, tokenizer in self.tokenizers.items():
+      others[name] = tokenizer.with_rows(joined[name].config.vocab_size)
+    object.__setattr__(self, "tokenizers", others)
+    if self.tokenizer is not None:
+      tokenizer = self.tokenizer.with_rows(self.num_ids)
+      object.__setattr__(self, "tokenizer", tokenizer)
+
+  @property
+  def num_ids(self) -> int:
+    """Rows of the smallest table of the models that read the anchor's ids."""
+    return min(config.vocab_size for config in self._anchor_readers())
+
+  @property
+  def max_length(self) -> int:
+    """The most of the anchor's tokens that all models which read them can."""
+    return min(config.max_length for config in self._anchor_readers())
+
+  def _anchor_readers(self) -> list[ModelConfig]:
+    joined, others = self.spec.augmenting, self.tokenizers
+    configs = [a.config for name, a in joined if name not in others]
+    return [self.spec.anchor, *configs]
 
   @property
   def is_composed(self) -> bool:
@@ -144,16 +170,25 @@ def untrained(
   anchor: AnyModel,
   augmenting: Mapping[str, Model],
   connections: int | Sequence[tuple[int, int]] | None = None,
+  *,
+  same_tokens: bool | None = None,
   **options,
 ) -> AnyModel:
-  """`compose`, with shapes in place of the composition's parameters."""
+  """`compose`, with shapes in place of the composition's parameters.
+
+  `same_tokens` says whether the models read the anchor's ids or are aligned by
+  the text, as they were when the composition was trained; None to look.
+  """
   if not augmenting:
     raise InputError("there is no augmenting model to compose the anchor with")
   joined, tokenizers, sources = [], {}, dict(anchor.sources)
   for name, model in augmenting.items():
     if model.is_composed or anchor.is_composed:
       raise InputError("compose takes single models, not compositions")
-    if not _has_same_tokens(name, model, anchor):
+    same = same_tokens
+    if same is None:
+      same = _has_same_tokens(name, model, anchor)
+    if not same:
       tokenizers[name] = model.tokenizer
     configs = model.spec.anchor, anchor.spec.anchor
     joined.append((name, connect(*configs, connections, **options)))
@@ -181,7 +216,9 @@ def _has_same_tokens(name: str, augmenting: Model, anchor: Model) -> bool:
       f"of {anchor_size}, and different tokens are aligned by the text: both "
       "models need a tokenizer (tokenizer.json or tokenizer.model)"
     )
-  if size == anchor_size and ours.fingerprint == anchors.fingerprint:
+  # Models of a family pad their tables differently.
+  holds_all = size >= min(anchor_size, anchors.vocab_size)
+  if holds_all and ours.fingerprint == anchors.fingerprint:
     return True
   # Both raise if the tokenizer cannot tell what its ids spell.
   anchors.byte_ends("a b")

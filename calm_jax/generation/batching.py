@@ -82,15 +82,25 @@ def _check_tokens(model: Model, tokens_BL: np.ndarray) -> None:
   if tokens_BL.ndim != 2 or tokens_BL.dtype.kind not in "iu":
     got = f"{tokens_BL.dtype} {list(tokens_BL.shape)}"
     raise InputError(f"tokens must be integers [B, L], got {got}")
-  V, limit = model.spec.anchor.vocab_size, max_length(model)
-  if tokens_BL.size and not 0 <= tokens_BL.min() <= tokens_BL.max() < V:
-    raise InputError(
-      f"token ids run from {tokens_BL.min()} to {tokens_BL.max()}; the "
-      f"vocabulary has ids 0 to {V - 1}"
-    )
+  check_ids(model, tokens_BL, "the rows")
+  limit = model.max_length
   if (length := tokens_BL.shape[1]) > limit:
     raise InputError(
       f"rows of {length} tokens exceed the models' length limit of {limit}"
+    )
+
+
+def check_ids(model: Model, ids: np.ndarray | Rows[int], where: str) -> None:
+  """Raises InputError for ids that a model which reads them has no row for."""
+  ids, V = np.asarray(ids), model.num_ids
+  if not ids.size:
+    return
+  if ids.dtype.kind not in "iu":
+    raise InputError(f"{where}: token ids are integers, got {ids.dtype}")
+  if not 0 <= ids.min() <= ids.max() < V:
+    raise InputError(
+      f"{where}: token ids run from {ids.min()} to {ids.max()}; the vocabulary "
+      f"has ids 0 to {V - 1}, the rows of the smallest table that is read"
     )
 
 
@@ -196,11 +206,20 @@ def round_up(n: int) -> int:
   return max(SHORTEST, 1 << (n - 1).bit_length())
 
 
-def max_length(model: Model) -> int:
-  """The longest sequence of the anchor's tokens that every model can read."""
-  spec, others = model.spec, model.tokenizers
-  configs = [a.config for name, a in spec.augmenting if name not in others]
-  return min(c.max_length for c in [spec.anchor, *configs])
+def allowed_ids(model: Model) -> np.ndarray | None:
+  """True at the ids that may be picked, bool [V]; None if all of them may.
+
+  Tables are padded with rows that are no token of the tokenizer, and what
+  training never touched there may be the likeliest.
+  """
+  V, ids = model.spec.anchor.vocab_size, np.arange(model.num_ids)
+  if model.tokenizer is not None:
+    ids = model.tokenizer.ids[model.tokenizer.ids < model.num_ids]
+  if len(ids) == V:
+    return None
+  allowed_V = np.zeros(V, bool)
+  allowed_V[ids] = True
+  return allowed_V
 
 
 def check_length(name: str, joined: Augmenting, length: int) -> None:
@@ -213,11 +232,13 @@ def check_length(name: str, joined: Augmenting, length: int) -> None:
 
 
 def check_prompts(model: Model, prompts: Ids, max_new_tokens: int = 0) -> None:
-  """Raises InputError for a prompt that is empty, or too long to continue."""
-  limit = max_length(model)
+  """Raises InputError for a prompt that is empty, too long to continue, or has
+  an id outside the vocabulary."""
+  limit = model.max_length
   for i, ids in enumerate(prompts):
     if not ids:
       raise InputError(f"prompt {i} has no tokens: nothing to continue from")
+    check_ids(model, ids, f"prompt {i}")
     if len(ids) + max_new_tokens > limit:
       raise InputError(
         f"prompt {i} has {len(ids)} tokens; with max_new_tokens="

@@ -114,6 +114,7 @@ def _prefill(
     seeds_B,
     np.array(stop_ids or [-1], np.int32),
     np.int32(max_new_tokens),
+    batching.allowed_ids(model),
     slots=tuple(all_slots.items()),
     sampler=sampler,
   )

@@ -42,6 +42,7 @@ class DecodeState(NamedTuple):
   # tokenizers are not there.
   lengths: dict[str, Array]
   stop_S: Array  # the tokens that end a row
+  allowed_V: Array | None  # those that may be picked; None for all
   logits_BV: Array  # float32, that `token_B` was picked from
   token_B: Array  # the newest token of each row, not read yet
   keys_B: Array  # the random key of each row
@@ -69,7 +70,10 @@ def _pick(state: DecodeState, sampler: Sampler) -> DecodeState:
   keys_B, seen_BV, draw_B = state.keys_B, state.seen_BV, None
   if sampler.temperature > 0:
     keys_B, draw_B = jax.vmap(jax.random.split, out_axes=1)(keys_B)
-  token_B = sampler(draw_B, state.logits_BV, seen_BV)
+  logits_BV = state.logits_BV
+  if state.allowed_V is not None:
+    logits_BV = jnp.where(state.allowed_V, logits_BV, -jnp.inf)
+  token_B = sampler(draw_B, logits_BV, seen_BV)
   if seen_BV is not None:
     seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
   is_stop_B = (token_B[:, None] == state.stop_S).any(-1)
@@ -89,6 +93,7 @@ def start(
   seeds_B: Array,
   stop_S: Array,
   max_new_tokens: Array,
+  allowed_V: Array | None = None,
   *,
   slots: tuple[tuple[str, int], ...],
   sampler: Sampler,
@@ -100,6 +105,7 @@ def start(
     batch: from `batching.batches`.
     seeds_B: a seed a row, uint32.
     stop_S, max_new_tokens: int32; the token ids that end a row.
+    allowed_V: of `batching.allowed_ids`.
     slots: (model, slots of its cache), for all models.
   """
   B, P = batch.anchor.tokens.shape
@@ -125,6 +131,7 @@ def start(
     slot=jnp.int32(P),
     lengths=lengths,
     stop_S=stop_S,
+    allowed_V=allowed_V,
     logits_BV=logits_BV,
     token_B=batch.anchor.tokens[:, -1],
     keys_B=jax.vmap(jax.random.key)(seeds_B),

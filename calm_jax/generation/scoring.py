@@ -24,8 +24,12 @@ class Score(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _token_scores(params, spec, batch: Batch, targets_BL):
-  """Log-probability of each target [B, L], and whether it is the likeliest."""
+def _token_scores(params, spec, batch: Batch, targets_BL, allowed_V):
+  """Log-probability of each target [B, L], and whether it is the likeliest.
+
+  `allowed_V` are the ids of `batching.allowed_ids`, which greedy decoding picks
+  among.
+  """
   x_BLD, _ = forward.states(params, spec, batch)
 
   def row(x_and_targets):  # one row's logits at a time are held
@@ -33,6 +37,8 @@ def _token_scores(params, spec, batch: Batch, targets_BL):
     logits_LV = forward.logits(params, spec, x_LD[None])[0]
     picked_L = jnp.take_along_axis(logits_LV, targets_L[:, None], -1)[:, 0]
     logprob_L = picked_L - jax.nn.logsumexp(logits_LV, axis=-1)
+    if allowed_V is not None:
+      logits_LV = jnp.where(allowed_V, logits_LV, -jnp.inf)
     return logprob_L, logits_LV.argmax(-1) == targets_L
 
   return jax.lax.map(row, (x_BLD, targets_BL))
@@ -50,15 +56,18 @@ def score(
   rows_of_ids = [[*prompt, *completion[:-1]] for prompt, completion in pairs]
   batching.check_prompts(model, prompts)
   batching.check_prompts(model, rows_of_ids)
+  for i, ids in enumerate(completions):
+    batching.check_ids(model, ids, f"completion {i}")
   scores: list[Score] = [Score(0.0, 0, True)] * len(prompts)
   lengths = [len(prompt) for prompt in prompts]
+  allowed_V = batching.allowed_ids(model)
   batches = batching.batches(model, rows_of_ids, lengths, batch_size)
   for chosen, batch, _ in batches:
     targets_BL = np.roll(batch.anchor.tokens, -1, axis=1)
     for row, i in enumerate(chosen):
       targets_BL[row, -1:] = completions[i][-1:] or 0
     logprob_BL, likeliest_BL = processes.fetch(
-      _token_scores(model.params, model.spec, batch, targets_BL)
+      _token_scores(model.params, model.spec, batch, targets_BL, allowed_V)
     )
     for row, i in enumerate(chosen):
       here = slice(len(targets_BL[row]) - len(completions[i]), None)

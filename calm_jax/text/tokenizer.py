@@ -1,6 +1,7 @@
 """Tokenizers of checkpoints: text to token ids, their bytes, and back."""
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -31,6 +32,9 @@ class Tokenizer:
   stop_ids: tuple[int, ...]
   source: str  # the file or folder that it was loaded from
   _backend: backends.Backend
+  # Of the table of the model that it belongs to, which may be fewer or more
+  # than there are tokens; None if it belongs to none.
+  rows: int | None = None
 
   def __repr__(self) -> str:
     return f"Tokenizer({self.source!r}, vocab_size={self.vocab_size})"
@@ -40,14 +44,41 @@ class Tokenizer:
     """The highest token id plus one (a model's table may be larger)."""
     return len(self.pieces)
 
-  @property
+  @functools.cached_property
   def fingerprint(self) -> str:
     """The sha256 of the vocabulary in order of id."""
     return hashlib.sha256(json.dumps(self.pieces).encode()).hexdigest()
 
+  @functools.cached_property
+  def ids(self) -> np.ndarray:
+    """All token ids, ascending; a vocabulary may skip some numbers."""
+    return np.sort(np.fromiter(self._backend.vocab.values(), np.int64))
+
+  def with_rows(self, rows: int) -> "Tokenizer":
+    """The tokenizer of a model whose embedding table has so many rows."""
+    same = self.rows == rows
+    return self if same else dataclasses.replace(self, rows=rows)
+
+  def check(self, ids: list[int]) -> list[int]:
+    """Returns `ids`; raises InputError if the model has no row for one."""
+    rows = self.vocab_size if self.rows is None else self.rows
+    if ids and max(ids) >= rows:
+      beyond = next(i for i in ids if i >= rows)
+      piece = self.pieces[beyond] if beyond < self.vocab_size else "?"
+      raise InputError(
+        f"the token {piece!r} has id {beyond}, and the model's table has "
+        f"{rows} rows, for ids 0 to {rows - 1}: the tokenizer of {self.source} "
+        "knows more tokens than its model; leave that token out of the text, "
+        "or use a model whose embeddings were resized for it"
+      )
+    return ids
+
   def encode(self, text: str) -> list[int]:
-    """Returns the token ids of `text`; no special token is added."""
-    return list(self._backend.encode(text))
+    """Returns the token ids of `text`; no special token is added.
+
+    Raises as `check`, as does all that makes ids of text.
+    """
+    return self.check(list(self._backend.encode(text)))
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of `ids` without special tokens and unknown ids.
@@ -59,7 +90,7 @@ class Tokenizer:
 
   def with_bos(self, ids: list[int]) -> list[int]:
     """Returns the ids behind the BOS token, if there is one."""
-    return ids if self.bos_id is None else [self.bos_id, *ids]
+    return ids if self.bos_id is None else self.check([self.bos_id]) + ids
 
   def encode_continuation(self, prompt: str, completion: str) -> list[int]:
     """Returns the ids with which a model answers `completion` to `prompt`.
@@ -82,6 +113,7 @@ class Tokenizer:
     InputError if the tokenizer gives no offsets that can be relied upon.
     """
     spans, spelling = self._backend.spans(text), self._backend.spelling
+    self.check(list(spans.ids))
     if spelling.pieces is not None:
       spelled = self.spell(spans.ids)
       if b"".join(spelled) == text.encode():

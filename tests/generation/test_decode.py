@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import types
 
 import helpers
 import jax.numpy as jnp
@@ -48,7 +47,7 @@ def naive(params, spec, prompt, new=NEW):
 
 def generate(params, spec, prompts=PROMPTS, stop_ids=(), **options):
   options = {"max_new_tokens": NEW} | options
-  tokenizer = types.SimpleNamespace(stop_ids=stop_ids)
+  tokenizer = helpers.numbers(spec.anchor.vocab_size, stop_ids)
   return decode.generate(Model(spec, params, tokenizer), prompts, **options)
 
 
@@ -93,7 +92,7 @@ def spelled(monkeypatch):
   monkeypatch.setattr(batching, "AlignedReader", lambda *_: Spelled())
 
   def model(spec, params, own=()) -> Model:
-    tokenizer = types.SimpleNamespace(stop_ids=())
+    tokenizer = helpers.numbers(spec.anchor.vocab_size)
     others = dict.fromkeys(own, tokenizer)
     return Model(spec, params, tokenizer, tokenizers=others)
 
@@ -258,7 +257,7 @@ def test_sampling_follows_the_seed():
 
 def test_prompts_that_cannot_be_continued():
   spec, params = made("single")
-  limit = batching.max_length(Model(spec, params))
+  limit = Model(spec, params).max_length
   with pytest.raises(InputError, match="prompt 1 has no tokens"):
     generate(params, spec, [[3], []])
   too_long = [3] * (limit - NEW + 1)
@@ -278,13 +277,13 @@ def test_the_limit_is_that_of_the_shortest_model():
   spec, _ = helpers.compose()
   shorter = helpers.retype(Composition(spec.anchor), max_length=10)
   limited = Composition(shorter.anchor, spec.augmenting)
-  assert batching.max_length(Model(limited, {})) == 10
+  assert Model(limited, {}).max_length == 10
   augmenting = helpers.retype(spec, max_length=10).augmenting
   limited = Composition(spec.anchor, augmenting)
-  assert batching.max_length(Model(limited, {})) == 10
+  assert Model(limited, {}).max_length == 10
   # Tokens of its own are counted for themselves.
-  own = Model(limited, {}, tokenizers={"kv": None})
-  assert batching.max_length(own) == spec.anchor.max_length
+  own = Model(limited, {}, tokenizers={"kv": helpers.numbers(61)})
+  assert own.max_length == spec.anchor.max_length
 
 
 def test_no_prompts():
