@@ -8,22 +8,19 @@ from typing import Any
 
 from calm_jax.core import files
 from calm_jax.core.errors import InputError
-from calm_jax.evals import fewshot
+from calm_jax.evals import fewshot, numbers
 from calm_jax.evals.base import Evaluation, Judgement, Row, judge_correct
 
 MARK = "####"  # GSM8K's, before the final number
 
-_GROUP = r"[,'’٬\u00a0\u2009\u202f]"  # between groups of digits
-_NUMBER = re.compile(
-  # A minus, unless it subtracts from what is before it.
-  r"(?P<sign>(?<![\w)])(?<![\d)%] )[-−–])?"
-  r"[$€£¥₹]?(?P<minus>(?<=[$€£¥₹])[-−–])?"
-  rf"(?:(?P<grouped>(?!0)\d{{1,3}}(?:{_GROUP}\d{{2,3}})*{_GROUP}\d{{3}}(?!\d)"
-  r"(?:\.\d+)?)"
-  r"|(?P<dotted>\d{1,3}(?:\.\d{3}){2,}(?!\d))"  # 1.000.000, no decimal
-  r"|(?P<plain>\d+(?:[.,٫]\d+)?|(?<!\w)\.\d+))"
+_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+# "The answer is" in the languages of MGSM.
+_STATED = re.compile(
+  r"(?:answer|antwort|respuesta|réponse|ответ|jibu|উত্তর|คำตอบ|答え|答案)(?:"
+  r"\s*[:：=—–]|\s*(?:(?:is|ist|es|est|ni|হল|হলো)\b|คือ|は|是|为|為))"
+  r"|(?:సమాధానం|జవాబు)\s*[:=]?",
+  re.IGNORECASE,
 )
-_STATED = re.compile(r"answer\s*(?:is|:|=)", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +31,7 @@ class Maths(fewshot.FewShot):
 
   def evaluation(self) -> Evaluation:
     """Reads the files; InputError if they are not as they must be."""
-    return self.solve(read_gsm(self.path))
+    return self.solve(read_gsm(self.path, self.language))
 
   def solve(self, problems: list[Row]) -> Evaluation:
     """Asks problems of `read_gsm`, as far as the limit allows."""
@@ -43,10 +40,11 @@ class Maths(fewshot.FewShot):
     def judge(rows: list[Row]) -> Judgement:
       judged = []
       for row, problem in zip(rows, problems, strict=True):
-        number, wanted = final_number(row["prediction"]), problem["number"]
+        number = final_number(row["prediction"], self.language)
+        wanted = problem["number"]
         row = row | {"wanted": wanted, "found": None}
         if number is not None:
-          row["found"] = str(number)
+          row["found"] = f"{number:f}"
         judged.append(row | {"correct": number == Decimal(wanted)})
       return judge_correct(judged)
 
@@ -54,45 +52,37 @@ class Maths(fewshot.FewShot):
     return self.few_shot("maths", "accuracy", problems, pool, judge)
 
 
-def final_number(text: str) -> Decimal | None:
+def final_number(text: str, language: str = "") -> Decimal | None:
   """Returns the number that a solution ends in; None if it has none.
 
-  It is the first after GSM8K's mark ####, else the first after the last "answer
-  is" (after the = of a calculation), else the last. Commas between groups of
-  digits, units, currencies and a minus are understood, in any script's digits.
-  1,5 is read as 1.5; 1.000 is read as 1, for it cannot be told apart.
+  It is the first after GSM8K's mark ####, else the one in the last \\boxed{},
+  else the first after the last "answer is", which is known in the languages of
+  MGSM, else the last. Of a calculation the result after the = counts. What is
+  a number in `language`, and what 1.000 is in it, says `numbers`.
   """
   if MARK in text:
-    return _first(text.split(MARK, 1)[1])
-  stated = [text[match.end() :] for match in _STATED.finditer(text)]
-  found = _first(stated[-1]) if stated else None
-  if found is None:
-    numbers = list(_NUMBER.finditer(text))
-    found = _value(numbers[-1]) if numbers else None
-  return found
+    return _first(text.split(MARK, 1)[1], language)
+  for pattern in (_BOXED, _STATED):
+    if matches := list(pattern.finditer(text)):
+      last = matches[-1]
+      after = last[1] if pattern is _BOXED else text[last.end() :]
+      if (found := _first(after, language)) is not None:
+        return found
+  found = numbers.find_all(text, language)
+  return found[-1] if found else None
 
 
-def _first(text: str) -> Decimal | None:
+def _first(text: str, language: str) -> Decimal | None:
   sentence = re.split(r"[.!?。।]\s|\n", text.strip(), maxsplit=1)[0]
-  number = _NUMBER.search(sentence.rsplit("=", 1)[-1])
-  return _value(number) if number else None
+  found = numbers.find_all(sentence.rsplit("=", 1)[-1], language)
+  return found[0] if found else None
 
 
-def _value(match: re.Match) -> Decimal:
-  if match["grouped"]:
-    digits = re.sub(_GROUP, "", match["grouped"])
-  elif match["dotted"]:
-    digits = match["dotted"].replace(".", "")
-  else:
-    digits = re.sub("[,٫]", ".", match["plain"])
-  value = Decimal(digits)
-  return -value if match["sign"] or match["minus"] else value
-
-
-def read_gsm(path: str | Path) -> list[dict[str, Any]]:
+def read_gsm(path: str | Path, language: str = "") -> list[dict[str, Any]]:
   """Reads problems of GSM8K (.jsonl) or MGSM (.tsv: question, number).
 
-  Calculator annotations (<<1+1=2>>) are taken out of worked solutions.
+  Calculator annotations (<<1+1=2>>) are taken out of worked solutions. Answers
+  are numbers as `language` has them, see `numbers`.
 
   Returns rows of "id" (the line, from 1), "question", "answer" and "number";
   raises InputError if there is no such file, or a line lacks one.
@@ -113,13 +103,12 @@ def read_gsm(path: str | Path) -> list[dict[str, Any]]:
       else:
         question = line["question"]
         answer = re.sub(r"<<[^>]*>>", "", line["answer"])
-      gold = answer.split(MARK)[-1].strip().replace(",", "")
-      Decimal(gold)
+      gold = numbers.parse(answer.split(MARK)[-1], language)
     except (ValueError, TypeError, ArithmeticError) as error:
       raise InputError(
         f"{path}, line {number}: needs a question and an answer that ends in "
         f"{MARK} and a number ({type(error).__name__}: {error})"
       ) from error
     row = {"id": number, "question": question, "answer": answer}
-    items.append(row | {"number": gold})
+    items.append(row | {"number": f"{gold:f}"})
   return items

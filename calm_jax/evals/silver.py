@@ -30,7 +30,7 @@ class Silver(maths.Maths):
   def evaluation(self) -> Evaluation:
     """Reads the files; InputError if they are not as they must be."""
     originals, returned = (
-      fewshot.take(maths.read_gsm(path), limit=self.limit)
+      fewshot.take(maths.read_gsm(path, self.language), limit=self.limit)
       for path in (self.path, self.returned)
     )
     if [p["number"] for p in originals] != [p["number"] for p in returned]:

@@ -59,6 +59,27 @@ def test_final_numbers(text, number):
   assert final_number(text) == (None if number is None else Decimal(number))
 
 
+@pytest.mark.parametrize(
+  ("language", "text", "number"),
+  [
+    ("de", "Die Antwort ist 70.000. Sie zahlt 2 Euro mehr.", 70_000),
+    ("es", "La respuesta es $1.500. Son 2 días.", 1500),
+    ("fr", "La réponse est 1\u202f500 €. Il a 2 amis.", 1500),
+    ("ru", "Ответ: 70 000 рублей. Это 2 дня.", 70_000),
+    ("sw", "Jibu ni 1,800. Ana siku 2.", 1800),
+    ("bn", "উত্তর হল ৭০,০০০। এটা ২ দিন", 70_000),
+    ("te", "సమాధానం ౧,౮౦౦. 2 రోజులు", 1800),
+    ("th", "คำตอบคือ ๑,๘๐๐ บาท ใน 2 วัน", 1800),
+    ("ja", "答えは7万2千円です。2日で", 72_000),
+    ("zh", "答案是1,800。共2天", 1800),
+    ("", r"so \boxed{1{,}800}. They have 3 left; the answer is above.", 1800),
+    ("", r"\boxed{3}, no: \boxed{x = 70\,000\text{ m}^2} in 2 days", 70_000),
+  ],
+)
+def test_the_answer_before_other_numbers(language, text, number):
+  assert final_number(text, language) == number
+
+
 def test_every_gold_answer_of_gsm8k():
   lines = (eval_data.folder("gsm8k") / "test.jsonl").read_text().splitlines()
   answers = [json.loads(line)["answer"] for line in lines]
@@ -127,19 +148,23 @@ def test_the_evaluation_of_a_model_that_knows_the_answers():
 
 def test_by_hand(tmp_path):
   file = tmp_path / "mgsm_de.tsv"
-  file.write_text("Wie viele?\t1,200\nWann?\t3\nWo?\t-4\nWer?\t2.5\n")
+  file.write_text("Wie viele?\t1,200\nWann?\t3\nWo?\t-4\nWer?\t2,5\n")
   items = read_gsm(file)
   assert [item["number"] for item in items] == ["1200", "3", "-4", "2.5"]
   pool = tmp_path / "pool.jsonl"
   line = {"question": "Wieso?", "answer": "Weil 1.\n#### 1"}
   pool.write_text(json.dumps(line) + "\n")
-  given = ["#### 1200", "drei", "4", "es sind 2,5."]
+  given = ["#### 1.200 Euro", "drei", "4", "es sind 2,5."]
   judged = eval_data.answer(
-    evaluation(file, pool, shots=1), lambda prompts: given
+    evaluation(file, pool, shots=1, language="de"), lambda prompts: given
   )
   assert judged.value == 50
   assert [row["correct"] for row in judged.rows] == [True, False, False, True]
   assert [row["found"] for row in judged.rows] == ["1200", None, "4", "2.5"]
+  judged = eval_data.answer(
+    evaluation(file, pool, shots=1), lambda prompts: given
+  )
+  assert [row["found"] for row in judged.rows] == ["1.200", None, "4", "2.5"]
 
 
 def test_what_cannot_be_read_is_said(tmp_path):
