@@ -5,13 +5,12 @@ the share of problems whose program passes all its tests, in percent.
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from calm_jax.core import files
 from calm_jax.core.errors import InputError
-from calm_jax.evals import base, fewshot
+from calm_jax.evals import base, fences, fewshot
 from calm_jax.evals.base import Evaluation, Judgement, Prompt, Question, Row
 from calm_jax.sandbox import runner
 from calm_jax.text import stop_strings
@@ -130,15 +129,9 @@ def read_mbpp(path: Path) -> dict[int, Row]:
 
 
 def extract_code(completion: str) -> str:
-  """The program in a completion: up to [DONE], and out of a code fence."""
+  """Returns the program in a completion: up to [DONE], out of its fences."""
   text = stop_strings.cut(completion.replace("\r\n", "\n"), MBPP_STOP)
-  text = text.rpartition("[BEGIN]")[2]
-  before, fence, _ = text.partition("```")
-  starts = re.search(r"^(def|class|import|from|@)\b", before, re.MULTILINE)
-  if not fence or starts:
-    return before
-  inside = text[text.index("```") :].partition("\n")[2]
-  return stop_strings.cut(inside, ("```",))
+  return fences.find_program(text.rpartition("[BEGIN]")[2])
 
 
 def _read_problems(path: Path, fields: Sequence[str]) -> list[Row]:
