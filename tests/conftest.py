@@ -21,7 +21,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 SLOW = {
   *("test_mesh", "test_faults", "test_kill", "test_plan_truth"),
   *("test_notebook", "test_ablations", "test_benchmarks"),
-  *("test_launch", "test_launch_clusters"),
+  *("test_launch", "test_launch_clusters", "test_documented"),
 }
 # The files that take longest, so that none of them runs alone at the end.
 FIRST = (

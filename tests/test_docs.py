@@ -8,11 +8,10 @@ import pathlib
 import re
 import xml.etree.ElementTree
 
+import documented
 import pytest
+from documented import DOCS, PAGES, ROOT, code_lines
 
-ROOT = pathlib.Path(__file__).parents[1]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 FOLDERS = "calm_jax|configs|docs|tests|benchmarks|launch|notebooks"
 WITH_CONFIG = ("train", "evaluate", "plan", "ablations")
 
@@ -26,12 +25,6 @@ def anchors(page: pathlib.Path) -> set[str]:
   titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
   kept = [re.sub(r"[^\w\- ]", "", title.lower()) for title in titles]
   return {title.replace(" ", "-") for title in kept}
-
-
-def commands(page: pathlib.Path) -> list[str]:
-  """Lines of code, joined where they end in a backslash."""
-  text = page.read_text().replace("\\\n", " ")
-  return re.findall(r"^(?: {4}|> )(.*)$", text, re.MULTILINE)
 
 
 @each_page
@@ -60,14 +53,24 @@ def test_commands_exist(page):
     assert (ROOT / package / f"{name}.py").is_file(), f"{package}.{name}"
   targets = re.findall(r"^([\w. -]+):", (ROOT / "Makefile").read_text(), re.M)
   known = {name for line in targets for name in line.split()}
-  for line in [*commands(page), *re.findall(r"`(make [^`]*)`", text)]:
+  for line in [*code_lines(page), *re.findall(r"`(make [^`]*)`", text)]:
     if named := re.match(r"make ([a-z][a-z-]*)", line):
       assert named[1] in known, line
 
 
+def test_every_command_is_run_by_a_test_or_says_why_not():
+  """tests/test_documented.py runs them."""
+  shown = documented.shown()
+  assert not shown - documented.COMMANDS.keys(), "list them in documented.py"
+  assert not documented.COMMANDS.keys() - shown, "no page shows them any more"
+  for reason in documented.COMMANDS.values():
+    for file in re.findall(r"\btests/[\w/]+\.py", reason):
+      assert (ROOT / file).is_file(), file
+
+
 @each_page
 def test_flags_of_configs_exist(page):
-  for line in commands(page):
+  for line in code_lines(page):
     run = re.search(r"-m calm_jax\.(\w+)", line)
     file = re.search(r"--config=configs/(\w+)\.py(?::([\w,]+))?", line)
     if not run or not file or run[1] not in WITH_CONFIG:

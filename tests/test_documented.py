@@ -1,0 +1,72 @@
+"""Runs the commands that README.md and docs/ show, at tiny size."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import documented
+import made_runs
+import pytest
+import spelled
+
+import calm_jax
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz O.:+="
+# The folders of checkpoints and compositions that the commands name.
+SMOL = "HuggingFaceTB/SmolLM2-"
+MODELS = ("DIR_OR_ID", "PATH_OR_ID", f"{SMOL}360M", f"{SMOL}135M")
+COMPOSITIONS = ("my-composition", "runs/mine/composition")
+RUN = {
+  command: flags
+  for command, flags in documented.COMMANDS.items()
+  if not flags.endswith(".")
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """A folder with all files and folders that the commands name."""
+  place = tmp_path_factory.mktemp("place")
+  (place / "configs").symlink_to(documented.ROOT / "configs")
+  for seed, name in enumerate(MODELS):
+    spelled.save(place / name, seed, LETTERS, max_length=256)
+  anchor, augmenting = (
+    calm_jax.load_model(str(place / name)) for name in MODELS[:2]
+  )
+  composed = calm_jax.compose(anchor, augmenting, 1)
+  made_runs.key_values(place / "runs" / "kv")
+  made_runs.ablations(place / "runs")
+  for name in (*COMPOSITIONS, "runs/kv/composition"):
+    composed.save(place / name)
+  lines = [json.dumps({"text": "once upon a time."}) + "\n"] * 40
+  for name in ("train.jsonl", "test.jsonl"):
+    (place / name).write_text("".join(lines))
+  (place / "file.jsonl").write_text('{"prompt": "Once"}\n{"prompt": "a"}\n')
+  return place
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_the_command_runs(command, place):
+  arguments = shlex.split(f"{command} {RUN[command]}")
+  assert arguments.pop(0) == "python"
+  environment = os.environ | {
+    "PYTHONPATH": str(documented.ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+  }
+  run = subprocess.run(
+    [sys.executable, *arguments],
+    cwd=place,
+    env=environment,
+    capture_output=True,
+    text=True,
+    input="Once\n",
+    timeout=300,
+  )
+  assert run.returncode == 0, run.stderr[-3000:]
+  assert run.stdout.strip()
