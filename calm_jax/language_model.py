@@ -50,9 +50,9 @@ class LanguageModel(Model):
 
   def attention(self, prompt: str, completion: str) -> dict[str, np.ndarray]:
     """`cross_attention` of a text, and "prompt_length" in tokens."""
-    ids, new = text.token_ids(self, prompt, completion)
+    ids, new = self.text().encode_pair(prompt, completion)
     weights = self.cross_attention(ids + new, len(ids))
-    return weights | {"prompt_length": len(ids)}
+    return weights | {"prompt_length": max(len(ids), 1)}
 
 
 def load_model(

@@ -104,10 +104,9 @@ class CalmJax(TemplateLM):
     self, string: str, add_special_tokens: bool | None = None, **kwargs
   ) -> list[int]:
     """Token ids; BOS only if the text does not spell it already."""
-    ids = self._text.encode(string)
-    bos = self._text.bos_id
     wanted = self._add_bos if add_special_tokens is None else add_special_tokens
-    return [bos, *ids] if wanted and bos not in (None, *ids[:1]) else ids
+    encode = self._text.encode_prompt if wanted else self._text.encode
+    return encode(string)
 
   def _loglikelihood_tokens(
     self,

@@ -27,10 +27,11 @@ TEXTS = [
 
 
 def toys(folder: Path) -> dict[str, Tokenizer]:
-  """Byte-level BPE with and without NFC, and four SentencePiece models."""
+  """Byte-level BPE, with NFC, with chat markers; four SentencePiece models."""
   made = {
     "byte_level": _byte_level(folder / "byte_level"),
     "byte_level_nfc": _byte_level(folder / "nfc", normalizers.NFC()),
+    "chat": _chat(folder / "chat"),
     "one_dropped": _metaspace(folder / "dropped"),
   }
   made["unigram_folding"] = _folding(folder / "folding")
@@ -67,6 +68,18 @@ def _byte_level(folder: Path, normalizer=None) -> Tokenizer:
     ),
   )
   return _saved(backend, folder)
+
+
+def _chat(folder: Path) -> Tokenizer:
+  """NFC, two special markers, one that is not, and a BOS that is not either."""
+  _byte_level(folder, normalizers.NFC())
+  backend = Backend.from_file(str(folder / "tokenizer.json"))
+  backend.add_special_tokens(["<|user|>", "<|end|>"])
+  backend.add_tokens(["<b>", "<|begin|>"])
+  backend.save(str(folder / "tokenizer.json"))
+  config = {"bos_token": "<|begin|>", "eos_token": "</s>"}
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  return load_tokenizer(folder)
 
 
 def _metaspace(folder: Path) -> Tokenizer:

@@ -17,7 +17,7 @@ import numpy as np
 from calm_jax.core.errors import InputError, check_choice
 from calm_jax.data.examples import TextExample
 from calm_jax.data.packing import host_rows
-from calm_jax.text.alignment import ChunkEncoder, align, prompt_ends
+from calm_jax.text.alignment import AlignedReader, ChunkEncoder
 from calm_jax.text.tokenizer import Tokenizer
 
 TOO_LONG = ("error", "cut", "drop")
@@ -108,12 +108,11 @@ class Segment(NamedTuple):
 
 
 class _Document(NamedTuple):
-  """A tokenised example; `ends` are the bytes at which its tokens end."""
+  """A tokenised example."""
 
   example: TextExample
   tokens: np.ndarray
-  prompt_length: int
-  ends: np.ndarray | None  # None if there is nothing to align
+  prompt_length: int  # of BOS and prompt, 0 if there is neither
 
 
 def make_segments(
@@ -130,7 +129,7 @@ def make_segments(
   refused: list[_Document] = []
   num_tokens = 0
   for example in examples:
-    document = _tokenise(example, options)
+    document = _tokenise(example, options.tokenizer)
     windows = _windows(document, options)
     total, kept = len(document.tokens), len(windows[0].tokens)
     num_tokens += total
@@ -166,28 +165,16 @@ def make_segments(
   return segments, Truncation(len(examples), num_tokens, **counts)
 
 
-def _tokenise(example: TextExample, options: RowOptions) -> _Document:
-  tokenizer, prompt = options.tokenizer, example.prompt
-  completion = example.completion
+def _tokenise(example: TextExample, tokenizer: Tokenizer) -> _Document:
+  given, new = tokenizer.encode_pair(example.prompt, example.completion)
   eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-  ends = None
-  if options.augmenting:
-    given, given_ends = prompt_ends(tokenizer, prompt)
-    new, new_ends = tokenizer.continuation_ends(prompt, completion)
-    size = len((prompt + completion).encode())
-    ends = np.concatenate([given_ends, new_ends, [size] * len(eos)])
-  else:
-    given = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    given += tokenizer.encode(prompt)
-    new = tokenizer.encode_continuation(prompt, completion)
   ids = np.array(given + new + eos, np.int32)
   if len(ids) < 2:
     raise InputError(
       f"{example.origin}: {len(ids)} tokens, so there is nothing to predict;"
       " remove it"
     )
-  # Without a BOS nothing predicts the first token.
-  return _Document(example, ids, max(len(given), 1), ends)
+  return _Document(example, ids, len(given))
 
 
 def _windows(document: _Document, options: RowOptions) -> list[Segment]:
@@ -203,14 +190,14 @@ def _windows(document: _Document, options: RowOptions) -> list[Segment]:
 
 def _window(document: _Document, start: int, options: RowOptions) -> Segment:
   """The longest segment from token `start` on that fits all models' rows."""
-  stop = min(start + options.length, len(document.tokens))
+  tokens = document.tokens[start : start + options.length]
+  given = document.prompt_length if start == 0 else 0
   limit = options.augmenting_length or sys.maxsize
-  aligned = {
-    name: _align(document, start, stop, encoder)
-    for name, encoder in options.augmenting.items()
-  }
-  size = stop - start
-  for _, visible in aligned.values():
+  size, aligned = len(tokens), {}
+  for name, encoder in options.augmenting.items():
+    reader = AlignedReader(options.tokenizer, encoder)
+    ids, visible = map(np.array, reader.read(tokens.tolist(), given))
+    aligned[name] = ids, visible
     size = min(size, int(np.searchsorted(visible, limit, "right")))
   if size < 2 and not document.example.prompt:
     raise InputError(
@@ -218,8 +205,8 @@ def _window(document: _Document, start: int, options: RowOptions) -> Segment:
       " augmenting_length, or shorten or remove the example"
     )
   return Segment(
-    document.tokens[start : start + size],
-    document.prompt_length if start == 0 else 1,
+    tokens[:size],
+    max(given, 1),  # Without a BOS nothing predicts the first token.
     document.example.origin,
     {
       # Without a token of the anchor's, nothing is seen.
@@ -227,23 +214,6 @@ def _window(document: _Document, start: int, options: RowOptions) -> Segment:
       for name, (ids, visible) in aligned.items()
     },
   )
-
-
-def _align(
-  document: _Document, start: int, stop: int, encoder: ChunkEncoder
-) -> tuple[np.ndarray, np.ndarray]:
-  """Augmenting ids of a window's text, and how many each anchor token sees."""
-  ends, example = document.ends[start:stop], document.example
-  if start == 0:
-    ids, closes = encoder.encode(example.prompt, example.completion)
-    return ids, align(ends, closes)
-  data = (example.prompt + example.completion).encode()
-  begin = int(document.ends[start - 1])
-  while data[begin : begin + 1] and data[begin] & 0xC0 == 0x80:
-    begin -= 1  # Within a character, whose beginning has been read.
-  text = data[begin : int(ends[-1])].decode(errors="ignore")
-  ids, closes = encoder.encode("", text)
-  return ids, align(ends - begin, closes)
 
 
 def _excess(document: _Document, length: int, augmenting_length: int) -> str:

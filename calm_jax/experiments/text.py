@@ -238,8 +238,8 @@ class TextExperiment:
       if text
     ]
 
-  def _fits(self, prompt: str) -> bool:  # with BOS before it
-    return len(self.tokenizer.encode(prompt)) < self._task.prompt_tokens
+  def _fits(self, prompt: str) -> bool:
+    return len(self.tokenizer.encode_prompt(prompt)) <= self._task.prompt_tokens
 
   def _score(
     self, model: LanguageModel, texts: list[TextExample]
@@ -272,13 +272,13 @@ class TextExperiment:
     """Cross-attention over the start of the first held-out example."""
     del data
     example = next(iter(self.held_out.values()))[0]
-    prompt = self.tokenizer.with_bos(self.tokenizer.encode(example.prompt))
-    new = self.tokenizer.encode_continuation(example.prompt, example.completion)
+    encode = self.tokenizer.encode_pair
+    prompt, new = encode(example.prompt, example.completion)
     ids = (prompt + new)[:PICTURE_TOKENS]
-    # Without a BOS nothing predicts the first token: it is given.
-    prompt_length = min(max(len(prompt), 1), len(ids))
+    prompt_length = min(len(prompt), len(ids))
     maps = model.cross_attention(ids, prompt_length)
-    return maps | {"prompt_length": np.array(prompt_length)}
+    # Without a BOS nothing predicts the first token: it is given.
+    return maps | {"prompt_length": np.array(max(prompt_length, 1))}
 
 
 def _evaluations(task: TextTask) -> dict[str, Evaluation]:

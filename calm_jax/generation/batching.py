@@ -68,7 +68,8 @@ def token_batch(
   batch = plain_batch(tokens_BL.astype(np.int32))
   shape = batch.anchor.tokens.shape
   if prompt_length is not None:
-    ends_BL = np.full(shape, prompt_length, np.int32)
+    # Without a prompt or BOS nothing predicts the first token: it is given.
+    ends_BL = np.full(shape, max(prompt_length, 1), np.int32)
     batch = batch._replace(prompt_ends=ends_BL)
   readers = _readers(model, _encoders(model), shape[0])
   ids, given = batch.anchor.tokens.tolist(), [prompt_length or 0] * shape[0]

@@ -16,15 +16,6 @@ from calm_jax.generation.scoring import Score
 from calm_jax.text import stop_strings
 
 
-def token_ids(
-  model: Model, prompt: str, completion: str
-) -> tuple[list[int], list[int]]:
-  """The anchor's ids of a prompt, with BOS, and of its completion."""
-  tokenizer = model.text()
-  ids = tokenizer.with_bos(tokenizer.encode(prompt))
-  return ids, tokenizer.encode_continuation(prompt, completion)
-
-
 def generate(
   model: Model,
   prompts: str | Sequence[str],
@@ -59,7 +50,7 @@ def generate(
   batch_size = check_int("batch_size", batch_size, 1)
   seeds = _seeds(seed, len(texts))
   tokenizer = model.text()
-  ids = [tokenizer.with_bos(tokenizer.encode(text)) for text in texts]
+  ids = [tokenizer.encode_prompt(text) for text in texts]
 
   def text(i, new):
     return tokenizer.decode_continuation(ids[i], new)
@@ -104,7 +95,7 @@ def _stream(
   model: Model, prompt: str, stop: list[str], **options
 ) -> Iterator[str]:
   tokenizer = model.text()
-  ids = tokenizer.with_bos(tokenizer.encode(prompt))
+  ids = tokenizer.encode_prompt(prompt)
   new: list[int] = []
   sent, text = 0, ""
   for _, tokens in decode.stream(model, [ids], **options):
@@ -162,8 +153,6 @@ def score(
       f"{len(prompts)} prompts and {len(completions)} completions: give as "
       "many of the one as of the other"
     )
-  pairs = [
-    token_ids(model, *texts) for texts in zip(prompts, completions, strict=True)
-  ]
+  pairs = list(map(model.text().encode_pair, prompts, completions))
   prompt_ids, completion_ids = zip(*pairs, strict=True) if pairs else ((), ())
   return scoring.score(model, prompt_ids, completion_ids, batch_size=batch_size)

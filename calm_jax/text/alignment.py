@@ -1,29 +1,27 @@
 """Two tokenizers on one text: what an anchor token may see of the other's.
 
+An augmenting model with other tokens reads the text that the anchor's token
+ids spell (`Tokenizer.spell`), whatever they were made of. So it reads the same
+in training, scoring and generation, and nothing where the anchor's tokens are
+special (BOS, EOS, chat markers) or unknown.
+
 The first tokens of a text can depend on what follows it. So the augmenting
 model reads the tokens of one chunk of the text after the other, and those of a
-chunk become visible together when it is closed: at the byte at which it is
-known where it ends. What an anchor token sees thus follows from the text up to
-its own last byte, whether that text is finished or still being generated.
+chunk become visible together when it is closed: with the anchor token that
+makes known where it ends. What an anchor token sees thus follows from the
+tokens up to itself, whether the text is finished or still being generated.
 
 A chunk is a word with the whitespace before it, closed by the whitespace after
 it; an ideograph or kana by itself, closed at once; or MAX_CHUNK characters of
 anything longer. The end of a prompt closes a chunk too, unless that is nothing
 but whitespace. The price: the augmenting model is up to a word behind, and
 words longer than MAX_CHUNK get tokens that it would not have split them into.
-
-    ends     e_t, the byte of the text at which anchor token t ends
-    closes   the byte at which each token of the augmenting model is visible
-    visible  how many of them have closes <= e_t (see `composition.visibility`)
 """
 
 import codecs
 import functools
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
-
-import numpy as np
 
 from calm_jax.text.tokenizer import Tokenizer
 
@@ -36,70 +34,41 @@ _ALONE = re.compile(
 )
 
 
-class Chunk(NamedTuple):
-  """Bytes start .. end of a text, known to be a chunk at byte `close`."""
-
-  text: str
-  start: int
-  end: int
-  close: int
-
-
 class Chunker:
   """Cuts a text that grows into chunks, in whatever pieces it arrives."""
 
   def __init__(self):
     self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    self._read = 0  # bytes
-    self._text, self._start, self._end = "", 0, 0  # of the open chunk
+    self._text = ""  # of the open chunk
 
-  def push(self, data: bytes) -> list[Chunk]:
+  def push(self, data: bytes) -> list[str]:
     """Returns the chunks that more of the text closes.
 
     `data` may begin and end within a character; what is no UTF-8 is U+FFFD.
     """
-    closed: list[Chunk] = []
-    rest, _ = self._decoder.getstate()
-    try:
-      text = (rest + data).decode()
-    except UnicodeDecodeError:
-      # Byte by byte, to know at which of them each character is complete.
-      for i in range(len(data)):
-        self._read += 1
-        for character in self._decoder.decode(data[i : i + 1]):
-          self._add(character, closed)
-      return closed
-    self._decoder.reset()
-    self._read -= len(rest)
-    for character in text:
-      self._read += 1 if character < "\x80" else len(character.encode())
-      self._add(character, closed)
+    closed: list[str] = []
+    for character in self._decoder.decode(data):
+      alone = _ALONE.match(character) is not None
+      ends_word = character.isspace() and not self._text[-1:].isspace()
+      if self._text and (alone or ends_word):
+        closed.append(self._close())
+      self._text += character
+      if alone or len(self._text) == MAX_CHUNK:
+        closed.append(self._close())
     return closed
 
-  def cut(self) -> list[Chunk]:
+  def cut(self) -> list[str]:
     """Closes the open chunk where the text stands, as a prompt's end does.
 
     Whitespace stays open: it belongs to the word that follows.
     """
     if not self._text or self._text.isspace():
       return []
-    return [self._close(self._end)]
+    return [self._close()]
 
-  def _add(self, character: str, closed: list[Chunk]) -> None:
-    """Reads one more character, which ends where the bytes read do."""
-    alone = _ALONE.match(character) is not None
-    ends_word = character.isspace() and not self._text[-1:].isspace()
-    if self._text and (alone or ends_word):
-      closed.append(self._close(self._read))
-    self._text += character
-    self._end = self._read
-    if alone or len(self._text) == MAX_CHUNK:
-      closed.append(self._close(self._read))
-
-  def _close(self, close: int) -> Chunk:
-    chunk = Chunk(self._text, self._start, self._end, close)
-    self._text, self._start = "", self._end
-    return chunk
+  def _close(self) -> str:
+    text, self._text = self._text, ""
+    return text
 
 
 class ChunkEncoder:
@@ -107,34 +76,17 @@ class ChunkEncoder:
 
   def __init__(self, tokenizer: Tokenizer):
     self.tokenizer = tokenizer
-    self._remembered = functools.lru_cache(_CACHED)(self._tokens)
+    self.tokens = functools.lru_cache(_CACHED)(self._tokens)
 
-  def tokens(self, chunk: Chunk) -> tuple[int, ...]:
-    """Returns the token ids of a chunk where it stands in its text."""
-    return self._remembered(chunk.text, chunk.start == 0)
+  def _tokens(self, chunk: str, first: bool) -> tuple[int, ...]:
+    """The token ids of a chunk, which is the first of its text or a later one.
 
-  def encode(
-    self, prompt: str, completion: str
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that a text makes visible, BOS first if there is one.
-
-    The end of `prompt`, "" for plain text, closes a chunk. Returns (int64 [M]
-    token ids, int64 [M] their closes), closes not decreasing.
+    A BOS that the text begins with is left out: the model has read one.
     """
-    chunker = Chunker()
-    closed = [*chunker.push(prompt.encode()), *chunker.cut()]
-    closed += chunker.push(completion.encode())
-    ids = self.tokenizer.with_bos([])
-    closes = [0] * len(ids)
-    for chunk in closed:
-      tokens = self.tokens(chunk)
-      ids += tokens
-      closes += [chunk.close] * len(tokens)
-    return np.array(ids, np.int64), np.array(closes, np.int64)
-
-  def _tokens(self, text: str, first: bool) -> tuple[int, ...]:
-    encode = self.tokenizer.encode if first else self.tokenizer.encode_within
-    return tuple(encode(text))
+    if not first:
+      return tuple(self.tokenizer.encode_within(chunk))
+    ids = self.tokenizer.encode_prompt(chunk)
+    return tuple(ids[len(self.tokenizer.with_bos([])) :])
 
 
 class AlignedReader:
@@ -146,6 +98,7 @@ class AlignedReader:
   def __init__(self, anchor: Tokenizer, encoder: ChunkEncoder):
     self._anchor, self._encoder, self._chunker = anchor, encoder, Chunker()
     self._anchor_ids: list[int] = []
+    self._is_first = True  # whether no chunk is closed yet
     self.ids = encoder.tokenizer.with_bos([])
 
   def read(
@@ -164,7 +117,8 @@ class AlignedReader:
       if len(self._anchor_ids) == prompt_length:
         closed += self._chunker.cut()
       for chunk in closed:
-        self.ids += self._encoder.tokens(chunk)
+        self.ids += self._encoder.tokens(chunk, self._is_first)
+        self._is_first = False
       counts.append(len(self.ids))
     return self.ids, counts
 
@@ -173,25 +127,3 @@ class AlignedReader:
     before = len(self.ids)
     self.read([token])
     return self.ids[before:]
-
-
-def prompt_ends(anchor: Tokenizer, prompt: str) -> tuple[list[int], np.ndarray]:
-  """Returns an anchor's ids of a prompt, BOS first if any, and their ends.
-
-  The last of them ends with the prompt, whatever its tokenizer drops there.
-  Raises as `Tokenizer.byte_ends`.
-  """
-  ids, ends = anchor.byte_ends(prompt)
-  with_bos = anchor.with_bos(ids)
-  ends = np.pad(ends, (len(with_bos) - len(ids), 0))
-  ends[-1:] = len(prompt.encode())
-  return with_bos, ends
-
-
-def align(ends_L: np.ndarray, closes_M: np.ndarray) -> np.ndarray:
-  """Returns how many augmenting tokens each anchor token may see, int64 [L].
-
-  `ends_L` are the bytes at which anchor tokens end (a BOS: 0), and `closes_M`
-  those of `ChunkEncoder.encode`.
-  """
-  return np.searchsorted(closes_M, ends_L, side="right")

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import sentencepiece
 import tokenizers
 
@@ -19,18 +18,6 @@ _SPACE = "\u2581"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class Spans(NamedTuple):
-  """Token ids of a text, and the bytes of it that each covers.
-
-  A token that ends within a character begins and ends where that begins; one
-  that goes on in a character ends after it.
-  """
-
-  ids: list[int]
-  begins: Sequence[int]
-  ends: Sequence[int]
-
-
 class Spelling(NamedTuple):
   """The bytes of a tokenizer's tokens."""
 
@@ -38,7 +25,6 @@ class Spelling(NamedTuple):
   # decoder whose bytes are not known.
   pieces: tuple[bytes, ...] | None
   strips: bool  # whether the decoder takes away one space before the text
-  skips: bool  # whether characters without a piece are in no token
 
 
 class HuggingFaceBackend:
@@ -65,7 +51,8 @@ class HuggingFaceBackend:
     unknown = model.get("unk_id"), self.vocab.get(model.get("unk_token") or "")
     self._skipped.update(unknown)
     steps = _decoder_steps(description["decoder"])
-    self.spelling = _huggingface_spelling(model, steps, pieces, self._skipped)
+    own = tokenizer.get_vocab(with_added_tokens=False)
+    self.spelling = _huggingface_spelling(steps, pieces, own, self._skipped)
 
   def encode(self, text: str) -> list[int]:
     return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -74,15 +61,6 @@ class HuggingFaceBackend:
     """The text of ids that are all of the vocabulary."""
     kept = [i for i in ids if i not in self._skipped]
     return self._tokenizer.decode(kept, skip_special_tokens=True)
-
-  def spans(self, text: str) -> Spans:
-    """The token ids and the bytes that they cover, as the library says."""
-    encoding = self._tokenizer.encode(text, add_special_tokens=False)
-    # The library counts characters.
-    sizes = [len(character.encode()) for character in text]
-    bytes_before = np.cumsum([0, *sizes])
-    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-    return Spans(encoding.ids, *bytes_before[offsets].T)
 
 
 class SentencePieceBackend:
@@ -107,35 +85,13 @@ class SentencePieceBackend:
     # The decoder takes away what the encoder puts in front.
     first = self.encode("a")
     strips = bool(first) and spelled[first[0]].startswith(b" ")
-    self.spelling = Spelling(tuple(spelled), strips, skips=False)
+    self.spelling = Spelling(tuple(spelled), strips)
 
   def encode(self, text: str) -> list[int]:
     return self._processor.encode(text)
 
   def decode(self, ids: Sequence[int]) -> str:
     return self._processor.decode([i for i in ids if i not in self._skipped])
-
-  def spans(self, text: str) -> Spans:
-    pieces = self._processor.encode(text, return_type="proto").pieces
-    ids, begins = [p.id for p in pieces], [p.begin for p in pieces]
-    ends, data = [p.end for p in pieces], text.encode()
-    for i, piece in enumerate(pieces):
-      # It counts characters that it drops to the piece before them, and spaces
-      # that end a text to the last one.
-      covered = data[piece.begin : piece.end].decode()
-      if covered[-1:] != piece.piece[-1:].replace(_SPACE, " "):
-        after = "a" if i < len(pieces) - 1 else ""
-        kept = self._without_dropped(covered, after)
-        ends[i] = piece.begin + len(kept.encode())
-    return Spans(ids, begins, ends)
-
-  def _without_dropped(self, text: str, after: str) -> str:
-    """A text without what normalisation takes from its end, before `after`."""
-    normalize = self._processor.normalize
-    whole = normalize(f"a{text}{after}")
-    while text and normalize(f"a{text[:-1]}{after}") == whole:
-      text = text[:-1]
-    return text
 
 
 Backend = HuggingFaceBackend | SentencePieceBackend
@@ -172,16 +128,18 @@ def _decoder_steps(step: dict | None) -> list[dict]:
 
 
 def _huggingface_spelling(
-  model: dict, steps: list[dict], pieces: Sequence[str], left_out: set[int]
+  steps: list[dict],
+  pieces: Sequence[str],
+  own: dict[str, int],
+  left_out: set[int],
 ) -> Spelling:
-  """Spells byte-level and SentencePiece-like tokens of a tokenizer.json."""
+  """Spells byte-level and SentencePiece-like tokens of a tokenizer.json.
+
+  `own` is the vocabulary without added tokens.
+  """
   kinds = [step["type"] for step in steps]
-  covers = kinds == ["ByteLevel"] or all(
-    f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)
-  )
-  skips = model["type"] == "BPE" and model["unk_token"] is None and not covers
   if kinds == ["ByteLevel"]:
-    known, strips = _byte_level(pieces), False
+    known, strips = _byte_level(pieces, own), False
   elif steps and all(map(_only_makes_spaces, steps)):
     known = _with_spaces(pieces)
     if "ByteFallback" in kinds:
@@ -191,9 +149,9 @@ def _huggingface_spelling(
       for step in steps
     )
   else:
-    return Spelling(None, False, skips)
+    return Spelling(None, False)
   kept = tuple(b"" if i in left_out else b for i, b in enumerate(known))
-  return Spelling(kept, strips, skips)
+  return Spelling(kept, strips)
 
 
 def _only_makes_spaces(step: dict) -> bool:
@@ -208,17 +166,16 @@ def _only_makes_spaces(step: dict) -> bool:
   return step["type"] in ("ByteFallback", "Fuse")
 
 
-def _byte_level(pieces: Iterable[str]) -> list[bytes]:
+def _byte_level(pieces: Sequence[str], own: dict[str, int]) -> list[bytes]:
   """Bytes of pieces in GPT-2's alphabet, one character for each byte."""
   printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   others = [byte for byte in range(256) if byte not in printable]
   alphabet = {chr(byte): byte for byte in printable}
   alphabet |= {chr(256 + i): byte for i, byte in enumerate(others)}
-  # An added token that is not spelled in the alphabet is itself.
   return [
     bytes(alphabet[c] for c in piece)
-    if all(c in alphabet for c in piece)
-    else piece.encode()
+    if piece in own and all(c in alphabet for c in piece)
+    else piece.encode()  # an added token, written as it is
     for piece in pieces
   ]
 

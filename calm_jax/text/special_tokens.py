@@ -9,7 +9,7 @@ from calm_jax.core.errors import InputError
 def special_ids(
   folder: Path | None, vocab: dict[str, int], own: dict[str, int]
 ) -> dict:
-  """Returns bos_id, eos_id and stop_ids of `Tokenizer`.
+  """Returns bos_id, eos_id, stop_ids and named_special_ids of `Tokenizer`.
 
   They are looked up by name in tokenizer_config.json, special_tokens_map.json,
   the model file itself (`own`), then by number in generation_config.json and
@@ -32,7 +32,26 @@ def special_ids(
   }
   stops = [ids["eos_id"], *_as_list(generation.get("eos_token_id"))]
   ids["stop_ids"] = tuple(dict.fromkeys(i for i in stops if i is not None))
+  named = [
+    text
+    for config in by_name.values()
+    for key, value in config.items()
+    if key.endswith(("_token", "_special_tokens"))
+    for text in _token_texts(value)
+  ]
+  ids["named_special_ids"] = frozenset(vocab[t] for t in named if t in vocab)
   return ids
+
+
+def _token_texts(value) -> list[str]:
+  """The texts of a token, of a list of them, or of a dict by name."""
+  if isinstance(value, str):
+    return [value]
+  if isinstance(value, dict):
+    value = [value["content"]] if "content" in value else [*value.values()]
+  if not isinstance(value, list):  # a flag, such as add_bos_token, or null
+    return []
+  return [text for token in value for text in _token_texts(token)]
 
 
 def _special_id(kind, by_name, by_number, vocab, own) -> int | None:

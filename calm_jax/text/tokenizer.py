@@ -5,7 +5,6 @@ import functools
 import hashlib
 import io
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -30,6 +29,8 @@ class Tokenizer:
   eos_id: int | None
   # They end a generation: `eos_id`, then others of generation_config.json.
   stop_ids: tuple[int, ...]
+  # All that its files call special, padding too.
+  named_special_ids: frozenset[int]
   source: str  # the file or folder that it was loaded from
   _backend: backends.Backend
   # Of the table of the model that it belongs to, which may be fewer or more
@@ -89,56 +90,48 @@ class Tokenizer:
     return self._backend.decode([int(i) for i in ids if 0 <= i < size])
 
   def with_bos(self, ids: list[int]) -> list[int]:
-    """Returns the ids behind the BOS token, if there is one."""
-    return ids if self.bos_id is None else self.check([self.bos_id]) + ids
+    """Returns the ids with one BOS first, if there is such a token."""
+    if self.bos_id in (None, *ids[:1]):
+      return ids
+    return self.check([self.bos_id]) + ids
+
+  def encode_prompt(self, text: str) -> list[int]:
+    """Returns the ids of a text, with one BOS whether it spells one or not."""
+    return self.with_bos(self.encode(text))
+
+  def encode_pair(
+    self, prompt: str, completion: str
+  ) -> tuple[list[int], list[int]]:
+    """Returns `encode_prompt`, and the ids of the completion behind it.
+
+    A BOS that plain text (an empty prompt) spells is the prompt's.
+    """
+    given = self.encode_prompt(prompt)
+    new = self.encode_continuation(prompt, completion)
+    spells_bos = not self.encode(prompt) and given == new[: len(given)]
+    return given, new[len(given) :] if spells_bos else new
 
   def encode_continuation(self, prompt: str, completion: str) -> list[int]:
     """Returns the ids with which a model answers `completion` to `prompt`.
 
     They follow `encode(prompt)`, even if `encode(prompt + completion)` differs.
     """
-    return self._continue(prompt, completion)[1]
+    ids = self.encode(prompt)
+    joined = self.encode(prompt + completion)
+    if joined[: len(ids)] == ids:
+      return joined[len(ids) :]
+    # A token straddles the boundary. Encoding the completion alone would add
+    # the space that Llama-style tokenizers put before a text.
+    return self.encode_within(completion)
 
   def encode_within(self, text: str) -> list[int]:
     """Returns the token ids of `text` where other text stands before it."""
-    return self._behind_joint(text)[1]
-
-  def byte_ends(self, text: str) -> tuple[list[int], np.ndarray]:
-    """Returns `encode(text)` and the byte of its UTF-8 that each id ends at.
-
-    Exact for byte-level BPE and SentencePiece; if they normalise the text, and
-    for other tokenizers, by the offsets that they give. A token without text
-    ends where the one before it does, and one that ends within a character that
-    the offsets do not divide, before it. The ends never decrease. Raises
-    InputError if the tokenizer gives no offsets that can be relied upon.
-    """
-    spans, spelling = self._backend.spans(text), self._backend.spelling
-    self.check(list(spans.ids))
-    if spelling.pieces is not None:
-      spelled = self.spell(spans.ids)
-      if b"".join(spelled) == text.encode():
-        sizes = [len(part) for part in spelled]
-        return spans.ids, np.cumsum(sizes, dtype=np.int64)
-      if spelling.skips:
-        # Its own offsets leave out the characters that it passes over.
-        ends = _searched_ends(spelled, text)
-        if ends is not None:
-          return spans.ids, ends
-    if spelling.skips:
-      raise self._unfit("passes over characters and changes others")
-    return spans.ids, _covered_ends(spans)
-
-  def continuation_ends(
-    self, prompt: str, completion: str
-  ) -> tuple[list[int], np.ndarray]:
-    """Returns `encode_continuation` and the byte that each id ends at.
-
-    Bytes count from the start of `prompt`. Raises as `byte_ends`.
-    """
-    context, ids = self._continue(prompt, completion)
-    ends = self.byte_ends(context + completion)[1]
-    ends = ends[len(ends) - len(ids) :] - len(context.encode())
-    return ids, len(prompt.encode()) + np.maximum(ends, 0)
+    for context in _JOINTS:
+      ids = self.encode(context)
+      joined = self.encode(context + text)
+      if ids and joined[: len(ids)] == ids:
+        return joined[len(ids) :]
+    return self.encode(text)
 
   def spell(
     self, ids: Sequence[int], previous: Sequence[int] = ()
@@ -146,17 +139,17 @@ class Tokenizer:
     """Returns the bytes that each of `ids` adds to the text of `previous`.
 
     A token may hold a part of a character, and lose a space where it starts a
-    text. Special and unknown tokens add nothing. Raises InputError if the
-    tokenizer's decoder changes text that it has written.
+    text. Special tokens, whether they are flagged so, named so in a file, or
+    used as BOS, EOS or stop, and unknown tokens add nothing. Raises InputError
+    if the tokenizer's decoder changes text that it has written.
     """
-    pieces, strips, _ = self._backend.spelling
-    if pieces is None:
+    spelled = self._spelled
+    if spelled is None:
       return self._spell_by_decoding(ids, previous)
-    size = self.vocab_size
-    parts = [pieces[i] if 0 <= i < size else b"" for i in ids]
+    parts = [spelled.get(i, b"") for i in ids]
     first = next((n for n, part in enumerate(parts) if part), None)
-    begins = not any(pieces[i] for i in previous if 0 <= i < size)
-    if strips and begins and first is not None:
+    begins = not any(map(spelled.get, previous))
+    if self._backend.spelling.strips and begins and first is not None:
       parts[first] = parts[first].removeprefix(b" ")
     return parts
 
@@ -171,42 +164,36 @@ class Tokenizer:
       prompt = prompt.rstrip("\ufffd")
     return joined.removeprefix(prompt)
 
-  def _continue(self, prompt: str, completion: str) -> tuple[str, list[int]]:
-    """Returns a text to encode `completion` behind, and its ids there."""
-    ids = self.encode(prompt)
-    joined = self.encode(prompt + completion)
-    if joined[: len(ids)] == ids:
-      return prompt, joined[len(ids) :]
-    # A token straddles the boundary. Encoding the completion alone would add
-    # the space that Llama-style tokenizers put before a text.
-    return self._behind_joint(completion)
+  @functools.cached_property
+  def _silent_ids(self) -> frozenset[int | None]:
+    used = self.bos_id, self.eos_id, *self.stop_ids
+    return self.named_special_ids.union(used)
 
-  def _behind_joint(self, text: str) -> tuple[str, list[int]]:
-    for context in _JOINTS:
-      ids = self.encode(context)
-      joined = self.encode(context + text)
-      if ids and joined[: len(ids)] == ids:
-        return context, joined[len(ids) :]
-    return "", self.encode(text)
+  @functools.cached_property
+  def _spelled(self) -> dict[int, bytes] | None:
+    """The bytes of each token that has some; None if only decoding can tell."""
+    pieces = self._backend.spelling.pieces
+    if pieces is None:
+      return None
+    silent = self._silent_ids
+    return {i: b for i, b in enumerate(pieces) if b and i not in silent}
 
   def _spell_by_decoding(self, ids, previous) -> list[bytes]:
-    before, parts = list(previous), []
-    text = self.decode(before)
+    before = [i for i in previous if i not in self._silent_ids]
+    text, parts = self.decode(before), []
     for index in ids:
-      before.append(int(index))
+      if index not in self._silent_ids:
+        before.append(index)
       longer = self.decode(before)
       if not longer.startswith(text):
-        raise self._unfit("changes text that it has already written")
+        raise InputError(
+          f"the tokenizer of {self.source} changes text that it has already "
+          "written, so that nobody can tell what its tokens spell; it cannot "
+          "be the anchor's of models with different tokenizers"
+        )
       parts.append(longer[len(text) :].encode())
       text = longer
     return parts
-
-  def _unfit(self, reason: str) -> InputError:
-    return InputError(
-      f"the tokenizer of {self.source} {reason}, so that nobody can tell where "
-      "its tokens end in a text; it cannot be the anchor's of models with "
-      "different tokenizers"
-    )
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -240,35 +227,6 @@ def _load(file: Path, source: Path) -> Tokenizer:
   folder = file.parent if file.name in _FILES else None
   ids = special_ids(folder, backend.vocab, backend.special_ids)
   return Tokenizer(backend.pieces, source=str(source), _backend=backend, **ids)
-
-
-def _searched_ends(spelled: list[bytes], text: str) -> np.ndarray | None:
-  """Ends of tokens that leave out characters of a text.
-
-  None if the tokens are not found in the text in their order.
-  """
-  data, at, ends = text.encode(), 0, []
-  for part in spelled:
-    if part:
-      # Both stand for a space.
-      pattern = re.escape(part).replace(rb"\ ", b"(?: |\xe2\x96\x81)")
-      match = re.compile(pattern).search(data, at)
-      if match is None:
-        return None
-      at = match.end()
-    ends.append(at)
-  return np.array(ends, np.int64)
-
-
-def _covered_ends(spans: backends.Spans) -> np.ndarray:
-  """Ends by the bytes that tokens cover, never within a character.
-
-  Of several tokens that share a character, all but the last end before it.
-  """
-  begins, ends = (np.array(x, np.int64) for x in (spans.begins, spans.ends))
-  later = np.minimum.accumulate(begins[::-1])[::-1]
-  ends[:-1] = np.minimum(ends[:-1], later[1:])
-  return np.maximum.accumulate(ends)
 
 
 def train_sentencepiece(

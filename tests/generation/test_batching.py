@@ -20,7 +20,7 @@ from calm_jax.data.documents import RowOptions
 from calm_jax.data.examples import TextExample
 from calm_jax.generation import batching
 from calm_jax.language_model import LanguageModel
-from calm_jax.text.alignment import ChunkEncoder, align, prompt_ends
+from calm_jax.text.alignment import AlignedReader, ChunkEncoder
 
 TEXTS = [
   ("", "the cat sat on a mat; 日本 ﬁn é  end of it"),
@@ -115,14 +115,8 @@ def test_scrambling_the_future_changes_no_logit(anchor, augmenting):
         augmenting_length=96,
       )
       logits = logits_of(model, batch)
-      ends = [prompt_ends(anchor.tokenizer, t)[1] for t in both]
-      size = len(text[:at].encode())
-      for t, pair in enumerate(zip(*ends, strict=False)):
-        before = slice(0, t + 1)
-        same = (
-          batch.anchor.tokens[0, before] == batch.anchor.tokens[1, before]
-        ).all()
-        if not same or max(pair) > size:
+      for t, pair in enumerate(batch.anchor.tokens.T):
+        if pair[0] != pair[1]:
           changed += (logits[0, t] != logits[1, t]).any()
           break
         np.testing.assert_array_equal(logits[0, t], logits[1, t])
@@ -157,21 +151,19 @@ def test_the_batch_by_hand(toys):
   part, seen_L = batch.augmenting["a"], batch.visible["a"][0]
   encoder, anchor = ChunkEncoder(toys["bpe_bytes"]), toys["byte_level"]
   slot = first = 0
-  for number, (prompt, completion) in enumerate(TEXTS[1:3], start=1):
-    ids, closes = encoder.encode(prompt, completion)
-    given, ends = prompt_ends(anchor, prompt)
-    new, new_ends = anchor.continuation_ends(prompt, completion)
-    ends = [*ends, *new_ends]
-    visible = align(np.array(ends), closes)
+  for number, texts in enumerate(TEXTS[1:3], start=1):
+    given, new = anchor.encode_pair(*texts)
+    eos = [anchor.eos_id] if anchor.eos_id is not None else []
+    reader = AlignedReader(anchor, encoder)
+    ids, visible = reader.read(given + new + eos, len(given))
     assert visible[len(given) - 1] > 1  # The prompt's last word is closed.
-    ids = ids[: visible[-1]]
     where = part.segments[0] == number
     assert np.flatnonzero(where)[0] == first
-    assert part.tokens[0, where].tolist() == ids.tolist()
+    assert part.tokens[0, where].tolist() == ids
     assert part.positions[0, where].tolist() == list(range(len(ids)))
-    seen = seen_L[slot : slot + len(ends)]
-    assert seen.tolist() == (first + visible).tolist()
-    slot, first = slot + len(given + new), first + len(ids)
+    seen = seen_L[slot : slot + len(visible)]
+    assert seen.tolist() == [first + count for count in visible]
+    slot, first = slot + len(visible), first + len(ids)
   assert part.tokens.shape[1] % 8 == 0
   assert not part.segments[0, first:].any() and not seen_L[slot:].any()
 
@@ -220,6 +212,12 @@ def test_long_text_goes_on_in_windows_of_both(anchor, augmenting):
       for name in augmenting:
         rows = batch.augmenting[name].segments > 0
         assert not limit or rows.sum(1).max() <= limit
+        for row in range(batch.anchor.segments[:, 0].sum()):
+          real = batch.anchor.segments[row] > 0
+          reader = AlignedReader(anchor.tokenizer, encoders(model)[name])
+          ids, counts = reader.read(batch.anchor.tokens[row, real].tolist())
+          assert batch.augmenting[name].tokens[row, rows[row]].tolist() == ids
+          assert batch.visible[name][row, real].tolist() == counts
         # All that it has read is of use to the window's last token.
         seen = batch.visible[name].max(1)
         assert seen.tolist() == rows.sum(1).tolist()
