@@ -42,6 +42,7 @@ class EvaluateOptions:
   quantise: str = cli.option(
     "the frozen models: int8, int4 or none; as saved if empty", ""
   )
+  ignore: str = cli.option("keys of a config.json, with commas", "")
 
 
 def main(config: ConfigDict, options: EvaluateOptions) -> dict[str, Any]:
@@ -77,7 +78,9 @@ def _evaluate(
     )
   layout = recipe.make_layout(settings)
   bits = _QUANTISE.get(options.quantise, options.quantise)
-  model = sharded_models.load(options.model, layout, settings.dtype, bits)
+  model = sharded_models.load(
+    options.model, layout, settings.dtype, bits, options.ignore
+  )
   spec = run_models.with_compute(model.spec, settings)
   columns = _columns(dataclasses.replace(model, spec=spec))
   model = columns["composed"] if model.is_composed else columns["anchor"]

@@ -50,6 +50,7 @@ def _arguments() -> argparse.Namespace:
   flag("--batch_size", type=int, default=64)
   flag("--dtype", help="of weights and computation")
   flag("--quantise", choices=quantisation.KINDS, help="the models' matrices")
+  flag("--ignore", default="", help="keys of config.json, with commas")
   flag("--mesh", help="devices along axes: tensor=4, or fsdp=-1 for all")
   flag("--attention", help="a .png file: where a composition looks meanwhile")
   return parser.parse_args()
@@ -61,7 +62,11 @@ def main() -> None:
   cli.keep_compiled_programs()
   layout = _layout(arguments.mesh) if arguments.mesh else None
   model = sharded_models.load(
-    arguments.model, layout, arguments.dtype, arguments.quantise
+    arguments.model,
+    layout,
+    arguments.dtype,
+    arguments.quantise,
+    arguments.ignore,
   )
   options = {name: getattr(arguments, name) for name in (*_OPTIONS, "stop")}
   if arguments.prompts:

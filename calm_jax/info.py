@@ -12,6 +12,7 @@ m_B costs. The example is Appendix C's own.
 
 import argparse
 import math
+from collections.abc import Collection
 
 import jax
 from rich.console import Console
@@ -50,6 +51,9 @@ def _arguments() -> argparse.Namespace:
     ("data_share", float, share, "Θ_C's data, of that of fine-tuning m_B"),
   ):
     parser.add_argument(f"--{name}", type=kind, default=default, help=described)
+  parser.add_argument(
+    "--ignore", default="", help="keys of config.json, with commas"
+  )
   arguments = parser.parse_args()
   planned = arguments.anchor, arguments.augmenting
   if any(planned) != all(planned):
@@ -72,13 +76,15 @@ def main() -> None:
     spec = overhead.bert()
     lines = ["BERT-small (m_A) and BERT-large (m_B), as in Appendix C.1"]
   elif anchor:
-    spec = plan(anchor, arguments.augmenting, arguments.connections)
+    spec = plan(
+      anchor, arguments.augmenting, arguments.connections, arguments.ignore
+    )
     lines = [f"anchor: {anchor}", f"augmenting/m_A: {arguments.augmenting}"]
   elif checkpoint.describes_composition(name):
     spec, lines = _saved_composition(name)
   else:
     console.print(name, soft_wrap=True)
-    console.print(_model_table({"": _config(name)}))
+    console.print(_model_table({"": _config(name, ignore=arguments.ignore)}))
     return
   for line in lines:
     console.print(line, soft_wrap=True)
@@ -87,15 +93,16 @@ def main() -> None:
 
 
 def plan(
-  anchor: str, augmenting: str, connections: int | None = None
+  anchor: str, augmenting: str, connections: int | None = None, ignore: str = ""
 ) -> Composition:
   """Joins two checkpoints as `compose` would.
 
   Raises:
     InputError: one is not there, or so many connections are impossible.
   """
-  config = _config(anchor)
-  joined = connect(_config(augmenting), config, connections)
+  config = _config(anchor, ignore=ignore)
+  augmenting_config = _config(augmenting, ignore=ignore)
+  joined = connect(augmenting_config, config, connections)
   return Composition(config, (("m_A", joined),))
 
 
@@ -104,7 +111,8 @@ def _saved_composition(name: str) -> tuple[Composition, list[str]]:
   saved = checkpoint.read_config(hub.locate(name, None, _FILES).folder)
   configs, lines = {}, []
   for part, model in saved["models"].items():
-    configs[part] = _config(model["name"], model["revision"])
+    ignore = model.get("ignore", ())
+    configs[part] = _config(model["name"], model["revision"], ignore)
     revision = f" at {model['revision']}" if model["revision"] else ""
     lines.append(f"{part}: {model['name']}{revision}")
   joined = []
@@ -162,8 +170,10 @@ def _shown(value: float | None) -> str:
   return f"{value:,}" if isinstance(value, int) else f"{value:.1%}"
 
 
-def _config(name: str, revision: str | None = None) -> ModelConfig:
-  return loading.load_config(hub.locate(name, revision, _FILES).folder)
+def _config(
+  name: str, revision: str | None = None, ignore: Collection[str] = ()
+) -> ModelConfig:
+  return loading.load_config(hub.locate(name, revision, _FILES).folder, ignore)
 
 
 def _model_table(configs: dict[str, ModelConfig]) -> Table:

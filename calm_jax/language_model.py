@@ -1,7 +1,7 @@
 """Models as a user holds them: loaded, composed, asked and saved."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import numpy as np
@@ -62,6 +62,7 @@ def load_model(
   revision: str | None = None,
   shardings: Callable[[dict], dict] | None = None,
   quantise: str = "",
+  ignore: Collection[str] = (),
 ) -> LanguageModel:
   """Loads a Hugging Face checkpoint: safetensors only, never pickle.
 
@@ -72,13 +73,15 @@ def load_model(
     shardings: the model's tree of shapes to a tree of `jax.sharding.Sharding`:
       each process then reads what its devices hold. None for one device.
     quantise: "int8" or "int4" for matrices in few bits (docs/quantisation.md).
+    ignore: keys to read config.json without: a list, or one string of them
+      with commas.
 
   Raises:
     InputError: a missing folder, a family or option that is not supported, or
       tensors that are unknown, missing, duplicate, misshapen or truncated.
   """
   source = hub.locate(path_or_hub_id, revision)
-  loaded = hf_checkpoint.load(source, dtype, shardings, quantise)
+  loaded = hf_checkpoint.load(source, dtype, shardings, quantise, ignore)
   return LanguageModel(**vars(loaded))
 
 
@@ -122,6 +125,7 @@ def load_any(
   quantise: str | None = None,
   *,
   shardings: Callable[[str], Callable] | None = None,
+  ignore: Collection[str] = (),
 ) -> LanguageModel:
   """`load_composed` or `load_model`, whichever the folder or id is for."""
   if checkpoint.describes_composition(path_or_hub_id):
@@ -133,4 +137,5 @@ def load_any(
     dtype or "float32",
     quantise=quantise or "",
     shardings=shardings("anchor") if shardings else None,
+    ignore=ignore,
   )

@@ -50,6 +50,7 @@ class CalmJax(TemplateLM):
     seed: of sampling; request i draws with seed + i.
     device: not used, for the harness always names one: JAX_PLATFORMS does.
     max_batch_size: must be left out.
+    ignore: keys to read config.json without, with plus signs between.
   """
 
   def __init__(
@@ -64,11 +65,14 @@ class CalmJax(TemplateLM):
     device: str | None = None,
     max_batch_size: int | None = None,
     quantise: str | None = None,
+    ignore: str = "",
   ):
     super().__init__()
     if max_batch_size is not None:
       raise InputError("calm_jax has no max_batch_size: give batch_size")
-    self.model = language_model.load_any(pretrained, dtype, quantise)
+    self.model = language_model.load_any(
+      pretrained, dtype, quantise, ignore=ignore
+    )
     self._text = self.model.text()
     self._batch_size = _AUTO if batch_size == "auto" else int(batch_size)
     limit = self.model.max_length

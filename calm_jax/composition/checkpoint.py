@@ -115,9 +115,11 @@ def _describe(model: Model, part: str, keep_paths: bool) -> dict[str, Any]:
   described = None
   if text is not None:
     described = {"fingerprint": text.fingerprint, "vocab_size": text.vocab_size}
+  read = source.config or {}
   return {
     "name": name,
     "revision": source.revision,
+    "ignore": sorted(hub.read_config(source.folder).keys() - read.keys()),
     "dtype": config.compute.dtype,
     "quantise": quantisation.kind_of(params),
     "sha256": _hashes(source.folder),
@@ -207,7 +209,9 @@ def load(
     # Older compositions do not say how they were quantised.
     kind = saved.get("quantise", "") if quantise is None else quantise
     places = shardings(part) if shardings else None
-    model = hf_checkpoint.load(source, dtype or saved["dtype"], places, kind)
+    model = hf_checkpoint.load(
+      source, dtype or saved["dtype"], places, kind, saved.get("ignore", ())
+    )
     ours = model.tokenizer.fingerprint if model.tokenizer else None
     theirs = saved["tokenizer"]["fingerprint"] if saved["tokenizer"] else None
     if ours != theirs:

@@ -3,7 +3,7 @@
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 
@@ -21,16 +21,17 @@ def load(
   dtype: str,
   shardings: Callable[[dict], dict] | None = None,
   quantise: str = "",
+  ignore: Collection[str] = (),
 ) -> Model:
   """Loads the checkpoint at `source`; see `language_model.load_model`."""
   folder = source.folder
-  config = loading.load_config(folder).with_compute(dtype=dtype)
+  config = loading.load_config(folder, ignore).with_compute(dtype=dtype)
   places = None
   if shardings is not None:
     shapes = quantisation.shapes(decoder.param_shapes(config), quantise)
     places = shardings(shapes)
   params = loading.load_params(folder, config, dtype, places, quantise)
-  source = source._replace(config=hub.read_config(folder))
+  source = source._replace(config=hub.read_config(folder, ignore))
   return Model(
     Composition(config),
     # Unlike jnp.asarray, it takes aligned memory over without a copy.

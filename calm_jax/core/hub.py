@@ -7,7 +7,7 @@ runs any code it likes when it is read.
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import huggingface_hub
@@ -83,11 +83,19 @@ def locate(
   return CheckpointRef(name, pathlib.Path(folder).name, pathlib.Path(folder))
 
 
-def read_config(folder: pathlib.Path) -> dict[str, Any]:
-  """Reads a folder's config.json; raises InputError if it has none."""
+def read_config(
+  folder: pathlib.Path, ignore: Collection[str] = ()
+) -> dict[str, Any]:
+  """Reads a folder's config.json, but for the keys that `ignore` names.
+
+  A string names them with commas or plus signs between. Raises InputError if
+  there is no config.json.
+  """
   path = folder / CONFIG
+  if isinstance(ignore, str):
+    ignore = re.split("[,+]", ignore)
   if path.exists():
-    return read_json(path)
+    return {k: v for k, v in read_json(path).items() if k not in ignore}
   raise InputError(
     f"{path} is missing: {folder} holds no Hugging Face checkpoint"
   )

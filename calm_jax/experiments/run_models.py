@@ -25,12 +25,16 @@ def load(settings: Settings, layout: Layout | None) -> dict[str, LanguageModel]:
   """Loads the models that the settings name, quantised if they stay so."""
   loaded = {}
   for side, name in settings.checkpoints.items():
-    config = loading.load_config(hub.locate(name).folder)
+    config = loading.load_config(hub.locate(name).folder, settings.ignore)
     shapes = decoder.param_shapes(config)
     bits = quantisation_plan.bits_when_loaded(settings, side, shapes)
     shardings = sharded_models.shardings(layout, settings.parts[side])
     loaded[side] = load_model(
-      name, settings.dtype, shardings=shardings, quantise=bits
+      name,
+      settings.dtype,
+      shardings=shardings,
+      quantise=bits,
+      ignore=settings.ignore,
     )
   return loaded
 

@@ -101,6 +101,7 @@ class Settings:
   # shape of anchor_model or augmenting_model.
   anchor: str = ""
   augmenting: str = ""
+  ignore: str = ""  # keys to read their config.json without, with commas
   augmenting_name: str = "augmenting"  # m_A's in the tree of parameters
   quantise: Bits = Bits()
   anchor_model: DecoderShape = DecoderShape()

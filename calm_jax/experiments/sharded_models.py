@@ -46,13 +46,16 @@ def load(
   layout: Layout | None,
   dtype: str | None = None,
   quantise: str | None = None,
+  ignore: str = "",
 ) -> LanguageModel:
   """Loads a model or composition; each process keeps what its devices hold.
 
   To check a composition's hashes each reads all of its files.
   """
   part_shardings = functools.partial(shardings, layout)
-  loaded = load_any(path_or_hub_id, dtype, quantise, shardings=part_shardings)
+  loaded = load_any(
+    path_or_hub_id, dtype, quantise, shardings=part_shardings, ignore=ignore
+  )
   return shard(loaded, layout)
 
 

@@ -45,7 +45,9 @@ def job(settings: Settings, stage: str = "") -> Job:
 
 def _models(settings: Settings) -> dict[str, ModelConfig]:
   names = {side: getattr(settings, side) for side in settings.parts}
-  configs = {side: _read(name) for side, name in names.items() if name}
+  configs = {
+    side: _read(name, settings.ignore) for side, name in names.items() if name
+  }
   # Models from scratch read the other's tokens, or those of the experiment.
   sizes = [config.vocab_size for config in configs.values()]
   for side in settings.parts:
@@ -55,11 +57,11 @@ def _models(settings: Settings) -> dict[str, ModelConfig]:
   return configs
 
 
-def _read(path_or_hub_id: str) -> ModelConfig:
+def _read(path_or_hub_id: str, ignore: str) -> ModelConfig:
   if path_or_hub_id.endswith(".json"):
     return families.from_hf(files.read_json(Path(path_or_hub_id)))
   folder = hub.locate(path_or_hub_id, files=[hub.CONFIG]).folder
-  return loading.load_config(folder)
+  return loading.load_config(folder, ignore)
 
 
 def _vocabulary_size(settings: Settings) -> int:

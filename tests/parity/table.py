@@ -28,8 +28,32 @@ HEAD = """# Model families
 
 For those who want to know whether a checkpoint can be read.
 `calm_jax.load_model` goes by the `model_type` of its config.json. Another
-`model_type`, an unknown key, or an option that is not supported raises an error
-that names it.
+`model_type`, or an option that transformers reads and calm_jax does not
+compute, raises an error that names it: quantised weights, attention that is not
+causal, an option with different values in two places. Keys that transformers'
+code of the family does not read, such as those of tools, change nothing: they
+are passed over, and one warning names them. Null is as if the key were not
+there.
+
+Keys of generation (`temperature`, `bad_words_ids`, `suppress_tokens`, ...) are
+passed over too: give them to `generate` where it has them.
+
+To read a config.json without some of its keys, say so: `load_model(FOLDER,
+ignore=["quantization_config"])` where a merge left that key beside plain
+weights, and `--ignore=KEY,KEY` for `generate`, `evaluate` and `info`,
+`--config.ignore=KEY,KEY` for a run, `ignore=KEY+KEY` for lm-eval. A composition
+remembers it.
+
+A model of text and images, such as Gemma 3 from 4B on, is refused. If its text
+model is of a family below, transformers writes that by itself:
+
+```python
+whole = transformers.AutoModelForImageTextToText.from_pretrained(FOLDER)
+text = transformers.AutoModelForCausalLM.from_config(whole.config.text_config)
+text.model, text.lm_head = whole.model.language_model, whole.lm_head
+text.save_pretrained(NEW)
+transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW)
+```
 
 `python tests/parity/table.py` wrote this, with transformers {version}. For
 the base of each family, and for every option on top of it, transformers writes

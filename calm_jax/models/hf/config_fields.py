@@ -134,27 +134,12 @@ def phi3(hf: Json) -> Json:
 
 
 def mixtral(hf: Json) -> Json:
-  return experts(hf) | rotary(hf, 1e6) | _windows(hf)
+  fields = experts(hf) | {"normalise_experts": True}
+  return fields | rotary(hf, 1e6) | _windows(hf)
 
 
 def qwen3_moe(hf: Json) -> Json:
-  return experts(hf) | windowed(hf)
-
-
-def experts(hf: Json) -> Json:
-  """Reads a mixture of experts in every layer, Mixtral's or Qwen3-MoE's."""
-  # transformers 5 writes Qwen3-MoE's with Mixtral's name, 4 did not.
-  names = ("num_experts", "num_local_experts")
-  counts = {hf[n] for n in names if hf.get(n) is not None}
-  per_token = hf["num_experts_per_tok"]
-  if len(counts) != 1 or max(counts) < max(1, per_token):
-    raise InputError(
-      f"{' / '.join(names)} are {sorted(counts)} with "
-      f"num_experts_per_tok={per_token}"
-    )
-  fields = {"experts_per_token": per_token, "num_experts": counts.pop()}
-  if hf["model_type"] == "mixtral":
-    return fields | {"normalise_experts": True}
+  """Reads a mixture of experts, which every layer must have."""
   step, never = hf["decoder_sparse_step"], hf["mlp_only_layers"]
   layers = range(hf["num_hidden_layers"])
   dense = [i for i in layers if (i + 1) % step or i in (never or ())]
@@ -163,10 +148,21 @@ def experts(hf: Json) -> Json:
       f"decoder_sparse_step={step} and mlp_only_layers={never} give ordinary "
       f"MLPs to the layers {dense}, from 0; only experts are computed here"
     )
-  return fields | {
+  fields = experts(hf) | {
     "mlp_width": hf["moe_intermediate_size"],
     "normalise_experts": hf["norm_topk_prob"],
   }
+  return fields | windowed(hf)
+
+
+def experts(hf: Json) -> Json:
+  """Reads the numbers of experts, of all and of those of a token."""
+  count, per_token = hf["num_local_experts"], hf["num_experts_per_tok"]
+  if count < max(1, per_token):
+    raise InputError(
+      f"num_local_experts={count} with num_experts_per_tok={per_token}"
+    )
+  return {"experts_per_token": per_token, "num_experts": count}
 
 
 def granite(hf: Json) -> Json:
@@ -176,9 +172,11 @@ def granite(hf: Json) -> Json:
 def neox(hf: Json) -> Json:
   # Some versions of transformers write both spellings; all read their own.
   nested = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-  for general, neox_key in (rope_config.THETA, rope_config.FRACTION):
+  defaults = (10_000.0, 0.25)
+  pairs = (rope_config.THETA, rope_config.FRACTION)
+  for (general, neox_key), default in zip(pairs, defaults, strict=True):
     alone = hf.get(neox_key) is None and nested.get(general) is None
-    if alone and hf.get(general) is not None:
+    if alone and hf.get(general) not in (None, default):
       raise InputError(f"{general} is given without {neox_key}, the one read")
   heads = {"num_kv_heads": hf["num_attention_heads"]}
   return rotary(hf, fraction=0.25) | heads

@@ -1,8 +1,11 @@
 """Reads and writes each family's config.json, strictly.
 
-A key that the family's table lacks raises, as does what is not computed here.
+What transformers reads of a family is computed here or refused by name. A key
+that it does not read cannot change what is computed: it is passed over, named.
 """
 
+import re
+import warnings
 from collections.abc import Callable, Set
 from typing import Any, NamedTuple
 
@@ -50,9 +53,9 @@ class ConfigTable(NamedTuple):
   defaults: Json  # transformers', of keys that a file may lack
   # Fields that are the same in the whole family.
   fixed: Json = {}  # noqa: RUF012
-  # {their key: the values that are computed here}.
+  # {their key: the values that are computed here}, of this family alone.
   only: dict[str, tuple] = {}  # noqa: RUF012
-  ignored: Set[str] = frozenset()  # keys that change no arithmetic here
+  aliases: dict[str, str] = {}  # noqa: RUF012  # {other spelling: key}
   required: Set[str] = _REQUIRED  # keys that have no default
 
   def copied(self) -> list[tuple[str, str]]:
@@ -60,50 +63,90 @@ class ConfigTable(NamedTuple):
     keys = self.required | self.defaults.keys()
     return [(f, k) for f, names in COPIED.items() for k in names if k in keys]
 
-  def check_keys(self, hf: Json) -> None:
-    """Raises InputError for keys, or values of them, not computed here."""
-    only = _NEVER | self.only
-    known = self.required | self.defaults.keys() | only.keys() | self.ignored
-    if not self.fixed.get("learned_positions"):
-      known |= rope_config.KEYS
-    if unknown := set(hf) - known - set(_NO_ARITHMETIC.split()):
-      raise InputError(f"there are unknown options: {sorted(unknown)}")
-    for key, computed in only.items():
-      if hf.get(key) not in computed:
+  def computed(self) -> Set[str]:
+    """Returns the keys that change what is computed here."""
+    ropes = () if self.fixed.get("learned_positions") else rope_config.KEYS
+    return self.required | self.defaults.keys() | set(ropes)
+
+  def check_keys(self, hf: Json) -> Json:
+    """Returns the keys that are computed, with defaults for those that lack.
+
+    Keys that transformers does not read are named in a warning. Null is as if
+    the key were not there, but where it has a meaning of its own.
+
+    Raises:
+      InputError: for what transformers reads and is not computed here, and for
+        two spellings of a key with different values.
+    """
+    hf = {k: v for k, v in hf.items() if v is not None or k in _NULLABLE}
+    for alias, key in self.aliases.items():
+      value = hf.pop(alias, None)
+      if value is not None and hf.setdefault(key, value) != value:
         raise InputError(
-          f"{key}={hf[key]!r} is not computed here (only {computed})"
+          f"{alias}={value!r} contradicts {key}={hf[key]!r}: they are two "
+          f"spellings of one option; {_REMEDY.format(key=alias)}"
         )
+    computed, refused = self.computed(), REFUSED | self.only
+    for key, values in refused.items():
+      if key not in computed and hf.get(key) is not None:
+        _check_value(key, hf[key], values)
+    passed = hf.keys() - computed - refused.keys()
+    if passed := sorted(k for k in passed if not SILENT.fullmatch(k)):
+      warnings.warn(
+        f"config.json of a {hf.get('model_type')} has keys that transformers "
+        f"does not read there, and they are passed over: {', '.join(passed)}",
+        stacklevel=2,
+      )
+    return self.defaults | {k: v for k, v in hf.items() if k in computed}
 
 
-# Bookkeeping, dropout, initialisation, generation: no arithmetic of inference.
-_NO_ARITHMETIC = """
-  model_type architectures _name_or_path name_or_path auto_map
-  transformers_version torch_dtype dtype use_cache _num_labels
-  cache_implementation initializer_range attention_dropout attn_pdrop
-  resid_pdrop embd_pdrop hidden_dropout classifier_dropout residual_dropout
-  embedding_dropout attention_probs_dropout_prob hidden_dropout_prob
-  bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id
-  mask_token_id decoder_start_token_id pretraining_tp chunk_size_feed_forward
-  gradient_checkpointing output_attentions output_hidden_states return_dict
-  id2label label2id problem_type tokenizer_class prefix is_decoder torchscript
-  use_bfloat16 tf_legacy_loss finetuning_task task_specific_params
-  tie_encoder_decoder generation_config cross_attention_hidden_size
-  _attn_implementation _attn_implementation_autoset max_length min_length
-  do_sample early_stopping num_beams num_beam_groups diversity_penalty
-  temperature top_k top_p typical_p repetition_penalty length_penalty
-  no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-  num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
-  forced_eos_token_id remove_invalid_values suppress_tokens
-  exponential_decay_length_penalty begin_suppress_tokens transformers.js_config
-"""
-_NEVER = {
-  "quantization_config": (None,),
-  "is_encoder_decoder": (None, False),
-  "add_cross_attention": (None, False),
-  "pruned_heads": (None, {}),
-  "per_layer_config": (None, {}),
-  "use_bidirectional_attention": (None, False),
+def _check_value(key: str, value: Any, values: tuple) -> None:
+  """Raises InputError for a value of a key that is not computed here."""
+  is_full = key == "layer_types" and set(value) == {"full_attention"}
+  if value in values or is_full:
+    return
+  remedy = _REMEDY.format(key=key)
+  if key in _QUANTISED:
+    method = value.get("quant_method") if isinstance(value, dict) else value
+    raise InputError(
+      f"{key} says that the weights are quantised ({method}), which is not "
+      "read: take the checkpoint that they were made from, or write them as "
+      "floats with transformers, AutoModelForCausalLM.from_pretrained(FOLDER)"
+      f".dequantize().save_pretrained(NEW). If they are floats, {remedy}"
+    )
+  known = f" (only {', '.join(map(repr, values))})" if values else ""
+  raise InputError(
+    f"{key}={value!r} is not computed here{known}. If it changes nothing in "
+    f"this model, {remedy}"
+  )
+
+
+_REMEDY = "leave it out: ignore=({key!r},), or --ignore={key} of a command"
+# Keys whose null differs from their default in transformers.
+_NULLABLE = {
+  "num_key_value_heads", "sliding_window", "attn_logit_softcapping",
+  "final_logit_softcapping",
 }
+_QUANTISED = ("quantization_config", "quantization", "compression_config")
+# Keys that transformers reads in all families, and the values computed here.
+REFUSED = {
+  **dict.fromkeys(_QUANTISED, ()), "is_encoder_decoder": (False,),
+  "is_causal": (True,), "per_layer_config": ({},), "layer_types": (),
+  "sliding_window": (), "attention_chunk_size": (), "kv_sharing_modes": (),
+  **dict.fromkeys(("text_config", "decoder", "generator", "text_encoder"), ()),
+}
+# Keys that transformers reads or writes, and that change no logit: bookkeeping,
+# dropout, initialisation, other outputs, and ids of special tokens.
+SILENT = re.compile(
+  "model_type|architectures|_?name_or_path|_commit_hash|transformers_version|"
+  "(torch_)?dtype|use_cache|initializer_range|pretraining_tp|"
+  "(.+_)?(dropout|pdrop)|(bos|eos|pad|unk|sep|cls|mask)_token_id|"
+  "_?(attn|experts)_implementation|_attn_implementation_autoset|"
+  "chunk_size_feed_forward|_?output_attentions|output_hidden_states|"
+  "output_router_logits|router_(aux_loss_coef|jitter_noise)|return_dict|"
+  "id2label|label2id|num_labels|problem_type|is_decoder|summary_.+|"
+  "reorder_and_upcast_attn|_sliding_window_pattern"
+)
 
 
 _DEFAULTS = {
@@ -135,30 +178,26 @@ _GEMMA2 = {k: v for k, v in _GEMMA.items() if k != "hidden_act"} | {
   "sliding_window": 4096, "layer_types": None,
 }
 _SANDWICH = {"norm": "rms_plus_one", "post_norm": True}
-_ROUTER_TRAINING = {
-  "output_router_logits", "router_aux_loss_coef", "router_jitter_noise"
-}
+_GEMMA_ONLY = {"use_bidirectional_attention": (False,)}
+_EXPERTS = {"num_experts": "num_local_experts"}
 
 FAMILIES = {
-  "llama": ConfigTable(
-    config_fields.rotary, _LLAMA,
-    only={"rope_interleaved": (None, False)}, ignored={"is_llama_config"},
-  ),
+  "llama": ConfigTable(config_fields.rotary, _LLAMA),
   "mistral": ConfigTable(config_fields.windowed, _MISTRAL),
   "qwen2": ConfigTable(
-    config_fields.qwen, _QWEN, fixed={"attention_bias": True},
-    only={"use_mrope": (None, False)},
+    config_fields.qwen, _QWEN, fixed={"attention_bias": True}
   ),
   "qwen3": ConfigTable(
     config_fields.qwen, _QWEN | _NO_BIAS | {"head_dim": 128},
     fixed={"qk_norm": "head"},
   ),
   "gemma": ConfigTable(
-    config_fields.gemma, _GEMMA, fixed={"norm": "rms_plus_one"}
+    config_fields.gemma, _GEMMA, fixed={"norm": "rms_plus_one"},
+    only=_GEMMA_ONLY,
   ),
   "gemma2": ConfigTable(
     config_fields.gemma2, _GEMMA2 | {"attn_logit_softcapping": 50.0},
-    fixed=_SANDWICH, ignored={"hidden_act", "sliding_window_size"},
+    fixed=_SANDWICH, only=_GEMMA_ONLY,
   ),
   "gemma3_text": ConfigTable(
     config_fields.gemma3, _GEMMA2 | {
@@ -166,8 +205,7 @@ FAMILIES = {
       "sliding_window_pattern": 6, "rope_local_base_freq": None,
     },
     fixed=_SANDWICH | {"qk_norm": "head"},
-    only={"attn_logit_softcapping": (None,)},
-    ignored={"hidden_act", "_sliding_window_pattern"},
+    only=_GEMMA_ONLY | {"attn_logit_softcapping": ()},
   ),
   "gpt2": ConfigTable(
     config_fields.gpt2, {
@@ -179,10 +217,10 @@ FAMILIES = {
       "norm": "layer", "learned_positions": True, "gated_mlp": False,
       "attention_bias": True, "output_bias": True, "mlp_bias": True,
     },
-    ignored={
-      "n_ctx", "summary_type", "summary_use_proj", "summary_activation",
-      "summary_proj_to_labels", "summary_first_dropout",
-      "reorder_and_upcast_attn",
+    only={"add_cross_attention": (False,)},
+    aliases={
+      "hidden_size": "n_embd", "max_position_embeddings": "n_positions",
+      "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
     },
     required={"vocab_size", "n_embd", "n_layer", "n_head"},
   ),
@@ -190,7 +228,7 @@ FAMILIES = {
     config_fields.neox, {
       "hidden_act": "gelu", "layer_norm_eps": 1e-5, "attention_bias": True,
       "max_position_embeddings": 2048, "use_parallel_residual": True,
-      "tie_word_embeddings": False,
+      "tie_word_embeddings": False, "head_dim": None,
       **dict.fromkeys(rope_config.NEOX_KEYS),
     },
     fixed={"norm": "layer", "gated_mlp": False, "mlp_bias": True},
@@ -199,11 +237,6 @@ FAMILIES = {
     config_fields.phi3, _DEFAULTS | {
       "rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
       "original_max_position_embeddings": 4096, "sliding_window": None,
-    },
-    only={
-      "attention_bias": (None, False), "mlp_bias": (None, False),
-      "lm_head_bias": (None, False), "full_attn_mod": (None, 1),
-      "interpolate_factor": (None, 1),
     },
   ),
   "olmo2": ConfigTable(
@@ -216,7 +249,6 @@ FAMILIES = {
       "no_rope_layers": None, "no_rope_layer_interval": 4,
       "tie_word_embeddings": True,
     },
-    ignored={"max_window_layers"},
   ),
   "starcoder2": ConfigTable(
     config_fields.windowed, {
@@ -225,8 +257,6 @@ FAMILIES = {
       "sliding_window": None, "use_bias": True, "tie_word_embeddings": True,
     },
     fixed={"norm": "layer", "gated_mlp": False},
-    only={"mlp_type": (None, "default"), "norm_type": (None, "layer_norm")},
-    ignored={"layer_norm_epsilon"},
   ),
   "granite": ConfigTable(
     config_fields.granite, _LLAMA | {
@@ -239,17 +269,17 @@ FAMILIES = {
       "rms_norm_eps": 1e-5, "sliding_window": None, "num_local_experts": 8,
       "num_experts_per_tok": 2,
     },
-    ignored=_ROUTER_TRAINING,
+    aliases=_EXPERTS,
   ),
   "qwen3_moe": ConfigTable(
     config_fields.qwen3_moe, _DEFAULTS | _WINDOW | _NO_BIAS | {
-      "num_key_value_heads": 4, "num_experts": None, "num_local_experts": None,
+      "num_key_value_heads": 4, "num_local_experts": 128,
       "num_experts_per_tok": 8, "moe_intermediate_size": 768,
       "decoder_sparse_step": 1, "mlp_only_layers": None,
-      "norm_topk_prob": False,
+      "norm_topk_prob": False, "intermediate_size": None,
     },
     fixed={"qk_norm": "head"},
-    ignored=_ROUTER_TRAINING | {"intermediate_size", "max_window_layers"},
+    aliases=_EXPERTS,
     required=_REQUIRED - {"intermediate_size"},
   ),
 }
@@ -273,7 +303,13 @@ def from_hf(hf: Json) -> ModelConfig:
     InputError: an unknown family, a missing key, an option that is not computed
       here. Never an approximation.
   """
-  name = hf.get("model_type")
+  name, text = hf.get("model_type"), hf.get("text_config")
+  if name not in FAMILIES and isinstance(text, dict):
+    raise InputError(
+      f"model_type={name!r} is not of text alone; only its text model, "
+      f"{text.get('model_type')!r}, could be read, and only if it is one of "
+      f"{sorted(FAMILIES)}: docs/families.md says how to write it by itself"
+    )
   check_choice("model_type", name, sorted(FAMILIES))
   try:
     return ModelConfig(**_fields(FAMILIES[name], hf))
@@ -284,8 +320,7 @@ def from_hf(hf: Json) -> ModelConfig:
 
 
 def _fields(family: ConfigTable, hf: Json) -> Json:
-  family.check_keys(hf)
-  hf = family.defaults | hf
+  hf = family.check_keys(hf)
   fields = family.fixed | {field: hf[key] for field, key in family.copied()}
   fields |= family.read(hf)
   if fields["num_kv_heads"] is None:

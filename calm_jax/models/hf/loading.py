@@ -3,7 +3,7 @@
 import itertools
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -21,13 +21,15 @@ DTYPES = ("float32", "bfloat16", "float64")
 _SHOWN = 8
 
 
-def load_config(folder: str | os.PathLike) -> ModelConfig:
-  """Reads config.json.
+def load_config(
+  folder: str | os.PathLike, ignore: Collection[str] = ()
+) -> ModelConfig:
+  """Reads config.json as if it had none of the keys in `ignore`.
 
   Raises InputError if it is missing, no JSON, or no model computed here.
   """
   folder = pathlib.Path(folder)
-  config_json = hub.read_config(folder)
+  config_json = hub.read_config(folder, ignore)
   try:
     return families.from_hf(config_json)
   except InputError as error:

@@ -1,6 +1,7 @@
 """Reads rotary positions from a Hugging Face config.json."""
 
 import math
+import warnings
 from typing import Any
 
 from calm_jax.core.errors import InputError, check_choice
@@ -45,11 +46,27 @@ def read_rope(
   The family's defaults are the base `theta` and the `fraction` of a head that
   is rotated, None if it must be all of it.
 
+  Options that the kind does not have are named in a warning.
+
   Raises:
-    InputError: the kind is unknown; an option of it is unknown, missing, of
-      the wrong type, or given twice with different values.
+    InputError: the kind is unknown; an option of it is missing, of the wrong
+      type, or given twice with different values.
   """
-  options = _options(hf)
+  given = [key for key in _DICTS if hf.get(key)]
+  ropes = [
+    _read_options(hf, _options(hf, key), head_dim, theta, fraction)
+    for key in given or _DICTS[:1]
+  ]
+  if ropes[0] != ropes[-1]:
+    both = " and ".join(f"{key}={hf[key]!r}" for key in given)
+    raise InputError(f"config.json has {both}, which differ; leave one out")
+  return ropes[0]
+
+
+def _read_options(
+  hf: Json, options: Json, head_dim: int, theta: float, fraction: float | None
+) -> Rope:
+  """Reads rotary positions from one mapping, and from what is beside it."""
   kind = _value(hf, options, _KIND, "default")
   fields = _option_fields(kind, options)
   share = _value(hf, options, FRACTION, fraction or 1.0)
@@ -61,8 +78,7 @@ def read_rope(
   fields["rotary_dim"] = int(head_dim * _number(FRACTION[0], share))
   fields["theta"] = _number(THETA[0], _value(hf, options, THETA, theta))
   if kind not in ("default", "linear"):
-    # Phi-3 has it beside the other options, where it counts more than there.
-    original = hf.get(_LENGTH) or options.get(_LENGTH)
+    original = _value(hf, options, (_LENGTH,), None)  # Phi-3's is beside
     if kind == "dynamic" or (kind in ("llama3", "yarn") and not original):
       original = hf.get(_LONGEST)
     fields["original_length"] = int(_number(_LENGTH, original))
@@ -84,36 +100,32 @@ def read_ropes(
   Args:
     thetas: the default base of each layer type that is known.
   """
-  nested = hf.get("rope_parameters")
-  if nested is None:
-    base = hf.get("rope_local_base_freq")
-    local = hf | {"rope_scaling": None, "rope_theta": base}
-    each = {n: local if n == "sliding_attention" else hf for n in thetas}
-  else:
-    older = ("rope_scaling", "rope_theta", "rope_local_base_freq")
-    beside = {key: hf[key] for key in older if hf.get(key)}
-    if set(nested) - set(thetas) or beside:
-      raise InputError(
-        f"config.json has rope_parameters for {sorted(nested)}, known are "
-        f"{sorted(thetas)}; and {beside}, which must not be beside them"
-      )
-    lengths = {key: hf.get(key) for key in (_LENGTH, _LONGEST)}
-    each = {n: lengths | {"rope_parameters": nested.get(n)} for n in thetas}
-  return {n: read_rope(each[n], head_dim, thetas[n]) for n in thetas}
+  nested = hf.get("rope_parameters") or {}
+  if set(nested) - set(thetas):
+    raise InputError(
+      f"config.json has rope_parameters for {sorted(nested)}, known are "
+      f"{sorted(thetas)}"
+    )
+  lengths = {key: hf.get(key) for key in (_LENGTH, _LONGEST)}
+  ropes = {}
+  for name, theta in thetas.items():
+    each = lengths | {"rope_parameters": nested.get(name)}
+    if name == "sliding_attention":
+      each["rope_theta"] = hf.get("rope_local_base_freq")
+    else:
+      each |= {key: hf.get(key) for key in ("rope_theta", "rope_scaling")}
+    ropes[name] = read_rope(each, head_dim, theta)
+  return ropes
 
 
-def _options(hf: Json) -> Json:
-  """Returns the mapping of rotary options, without those that are null."""
-  given = [hf[key] for key in _DICTS if hf.get(key)]
-  if len(given) > 1:
-    raise InputError(f"config.json has both {' and '.join(_DICTS)}")
-  options = given[0] if given else {}
+def _options(hf: Json, key: str) -> Json:
+  """Returns a mapping of rotary options, without those that are null."""
+  options = hf.get(key) or {}
   if not isinstance(options, dict):
-    raise _wrong("rotary options", options, "mapping")
+    raise _wrong(key, options, "mapping")
   options = {k: v for k, v in options.items() if v is not None}
-  if options.get("type") == "su":  # longrope's name in older Phi-3
-    options["type"] = "longrope"
-  return options
+  older = {k: "longrope" for k in _KIND if options.get(k) == "su"}
+  return options | older  # longrope's name in older Phi-3
 
 
 def _value(hf: Json, options: Json, names: tuple[str, ...], default: Any):
@@ -131,15 +143,23 @@ def _option_fields(kind: str, options: Json) -> Json:
   """Checks the options of a kind; returns those that are fields of Rope."""
   check_choice("rope_type", kind, KINDS)
   needed, allowed = _OPTIONS[kind]
-  unknown = set(options) - _COMMON - {*needed, *allowed}
   missing = set(needed) - set(options)
-  if unknown or missing:
+  passed = sorted(set(options) - _COMMON - {*needed, *allowed})
+  nested = [name for name in passed if isinstance(options[name], dict)]
+  if missing or nested:
     raise InputError(
       f"rope_type={kind!r} in config.json lacks {sorted(missing)}, and has "
-      f"unknown options: {sorted(unknown)}"
+      f"options of their own for {nested}, which this family has not"
+    )
+  if passed:
+    warnings.warn(
+      f"rope_type={kind!r} in config.json does not read these options, and "
+      f"they are passed over: {', '.join(passed)}",
+      stacklevel=2,
     )
   fields: Json = {"kind": kind}
-  for name, value in options.items():
+  for name in (n for n in options if n not in passed):
+    value = options[name]
     if name in _LISTS:
       if not isinstance(value, list | tuple):
         raise _wrong(name, value, "list")

@@ -44,12 +44,8 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
   Raises InputError if there are none, two sets of them, or one is missing.
   """
   single, index = folder / WEIGHTS, folder / INDEX
-  if single.exists() and index.exists():
-    raise InputError(
-      f"{folder} has two sets of weights, {WEIGHTS} and {INDEX}: move one away"
-    )
-  if single.exists():
-    return [single]
+  paths = folder.glob("*.safetensors")
+  others = sorted(path.name for path in paths if path.exists())
   if index.exists():
     shards = files.read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
@@ -58,13 +54,26 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     for name in names:
       if pathlib.PurePath(name).name != name:
         raise InputError(f"{index} names a file outside its folder: {name!r}")
-      if not (folder / name).exists():
-        raise InputError(
-          f"{index} names {name}, which is missing: finish the download"
-        )
+    missing = sorted(set(names) - set(others))
+    if others and missing == names:
+      raise InputError(
+        f"{index} is stale: of the files that it names none is there, only "
+        f"{others[:_SHOWN]}; remove it, or get the files {names[:_SHOWN]}"
+      )
+    if missing:
+      raise InputError(
+        f"{index} names {missing[0]}, which is missing: finish the download, "
+        "or remove the index if it is stale"
+      )
+    if single.exists() and WEIGHTS not in names:
+      raise InputError(
+        f"{folder} has two sets of weights, {WEIGHTS} and {INDEX}: move one "
+        "away"
+      )
     return [folder / name for name in names]
+  if single.exists():
+    return [single]
   missing = f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}"
-  others = sorted(p.name for p in folder.glob("*.safetensors"))
   if others:
     raise InputError(f"{missing}, only {others[:_SHOWN]}")
   pickled = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLES)

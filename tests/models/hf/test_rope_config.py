@@ -41,7 +41,7 @@ def scaling(kind, **options):
    Rope(R, 1e4, "llama3", 5.0, 23, 1.0, 0.7, 2.9)),
   ({"max_position_embeddings": 92} | scaling("llama3", **LLAMA3),
    Rope(R, 1e4, "llama3", 5.0, 92, 1.0, 0.7, 2.9)),
-  (LENGTHS | scaling("yarn", factor=4, original_max_position_embeddings=46),
+  (LENGTHS | scaling("yarn", factor=4, original_max_position_embeddings=23),
    Rope(R, 1e4, "yarn", 4.0, 23, 1 + 0.1 * math.log(4))),
   (LENGTHS | scaling("yarn", factor=0.5), Rope(R, 1e4, "yarn", 0.5, 23)),
   (LENGTHS | scaling("yarn", factor=4, mscale=2, mscale_all_dim=0.5,
@@ -59,6 +59,12 @@ def scaling(kind, **options):
               | LONGROPE},
    Rope(R, 1e4, "longrope", 3.0, 23, 2.0,
         short_factors=SHORT, long_factors=LONG)),
+  # In both of their places, with equal values.
+  ({"rope_theta": 313, "rope_scaling": {"type": "linear", "factor": 2}, "rope_"
+    "parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 313.0}},
+   Rope(R, THETA, "linear", 2.0)),
+  ({"rope_scaling": {}, "rope_parameters": {"rope_theta": 313}},
+   Rope(R, THETA)),
 ])  # fmt: skip
 def test_reading(hf, expected):
   assert rope_config.read_rope(hf, R) == expected
@@ -80,14 +86,11 @@ def test_reading_of_fractions():
 @pytest.mark.parametrize(("hf", "named"), [
   (scaling("ntk"), "'ntk'"),
   (scaling("proportional"), "'proportional'"),
-  (scaling("default", factor=2), "factor"),
   (scaling("linear"), "factor"),
   (scaling("linear", factor=None), "factor"),
   (scaling("linear", factor=True), "factor"),
-  (scaling("linear", factor=2, mrope_section=[1]), "mrope_section"),
   (scaling("linear", type="dynamic", factor=2), "rope_type"),
   (scaling("dynamic", factor=2), "max_position_embeddings"),
-  (LENGTHS | scaling("dynamic", factor=2, alpha=1), "alpha"),
   (LENGTHS | scaling("llama3", factor=2, low_freq_factor=1),
    "high_freq_factor"),
   (LENGTHS | scaling("llama3", factor=2, low_freq_factor=2, high_freq_factor=2),
@@ -104,13 +107,29 @@ def test_reading_of_fractions():
    "1 short_factors"),
   ({"rope_theta": 3, "rope_parameters": {"rope_theta": 4}}, "rope_theta"),
   ({"rope_theta": -3}, "rope_theta=-3"),
-  (scaling("default") | {"rope_parameters": {"rope_type": "default"}}, "both"),
+  (scaling("default") | {"rope_parameters": {"rope_theta": 7}},
+   "rope_parameters=.* and rope_scaling=.*differ"),
+  (LENGTHS | scaling("yarn", factor=4, original_max_position_embeddings=46),
+   "original_max_position_embeddings several"),
   ({"rope_scaling": ["linear"]}, "no mapping"),
   ({"rope_parameters": {"full_attention": {}}}, "full_attention"),
 ])  # fmt: skip
 def test_reading_names_what_is_wrong(hf, named):
   with pytest.raises(InputError, match=named):
     rope_config.read_rope(hf, R)
+
+
+@pytest.mark.parametrize(("hf", "named"), [
+  (scaling("default", factor=2), "factor"),
+  (scaling("linear", factor=2, mrope_section=[1]), "mrope_section"),
+  (LENGTHS | scaling("yarn", factor=2, finetuned=True), "finetuned"),
+  (LENGTHS | scaling("dynamic", factor=2, alpha=1), "alpha"),
+])  # fmt: skip
+def test_options_that_a_kind_does_not_read_are_named(hf, named):
+  options = {k: v for k, v in hf["rope_scaling"].items() if k != named}
+  with pytest.warns(UserWarning, match=f"passed over: {named}"):
+    read = rope_config.read_rope(hf, R)
+  assert read == rope_config.read_rope(hf | {"rope_scaling": options}, R)
 
 
 def test_reading_by_layer_type():
@@ -127,8 +146,16 @@ def test_reading_by_layer_type():
   assert read(rope_theta=3, rope_local_base_freq=5) == (Rope(R, 3), Rope(R, 5))
   both = {"sliding_attention": {"rope_theta": 5}, "full_attention": None}
   assert read(rope_parameters=both) == (Rope(R, 1e6), Rope(R, 5))
+  # Both forms at once, with equal values.
+  given = {"rope_theta": 3}
+  assert read(
+    rope_parameters=both | {"full_attention": linear | given},
+    rope_scaling=linear, rope_local_base_freq=5, **given
+  ) == (Rope(R, 3, "linear", 8.0), Rope(R, 5))  # fmt: skip
   for bad in (linear, both | {"chunked_attention": {}}):
     with pytest.raises(InputError, match="full_attention"):
       read(rope_parameters=bad)
   with pytest.raises(InputError, match="linear"):
-    read(rope_parameters=both, rope_scaling=linear)
+    read(rope_parameters=both | {"full_attention": given}, rope_scaling=linear)
+  with pytest.raises(InputError, match="rope_theta"):
+    read(rope_parameters=both, rope_local_base_freq=6)
