@@ -15,6 +15,7 @@ import helpers
 import jax
 import numpy as np
 import pytest
+import real_tokenizers
 
 import calm_jax
 from calm_jax.core.errors import InputError
@@ -91,6 +92,18 @@ def test_log_likelihoods(adapter):
   best = int(logits(adapter, wanted[0][0])[-1].argmax())
   [found] = adapter._loglikelihood_tokens([(None, wanted[0][0], [best])])
   assert found[1]
+
+
+def test_a_text_that_spells_the_bos_gets_no_second_one(
+  adapter, tmp_path, monkeypatch
+):
+  chat = real_tokenizers.toys(tmp_path)["chat"]
+  monkeypatch.setattr(adapter, "_text", chat)
+  ids = [chat.bos_id, *chat.encode("the cat")]
+  for text in ("the cat", "<|begin|>the cat"):
+    assert adapter.tok_encode(text) == ids
+    assert adapter.tok_encode(text, add_special_tokens=True) == ids
+  assert adapter.tok_encode("a", add_special_tokens=False) == chat.encode("a")
 
 
 def test_rolling_log_likelihoods_predict_each_token_once(adapter):

@@ -301,7 +301,7 @@ def _evaluations(task: TextTask) -> dict[str, Evaluation]:
 
 def _spelled_bytes(tokenizer: Tokenizer, example: TextExample) -> int:
   """Bytes of the completion that its tokens spell; no unknown characters."""
-  ids = tokenizer.encode_continuation(example.prompt, example.completion)
-  text = tokenizer.decode_continuation(tokenizer.encode(example.prompt), ids)
+  ids = tokenizer.encode_pair(example.prompt, example.completion)
+  text = tokenizer.decode_continuation(*ids)
   # Normalisation may write more than there was.
   return min(len(text.encode()), len(example.completion.encode()))

@@ -179,12 +179,13 @@ class Tokenizer:
     return {i: b for i, b in enumerate(pieces) if b and i not in silent}
 
   def _spell_by_decoding(self, ids, previous) -> list[bytes]:
+    # A character that is begun decodes to U+FFFD until its last token.
     before = [i for i in previous if i not in self._silent_ids]
-    text, parts = self.decode(before), []
+    text, parts = self.decode(before).rstrip("\ufffd"), []
     for index in ids:
       if index not in self._silent_ids:
         before.append(index)
-      longer = self.decode(before)
+      longer = self.decode(before).rstrip("\ufffd")
       if not longer.startswith(text):
         raise InputError(
           f"the tokenizer of {self.source} changes text that it has already "

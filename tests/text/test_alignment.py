@@ -200,6 +200,23 @@ def test_a_text_that_spells_the_augmenting_models_bos_gives_it_one(toys):
   ] == ["</s>", "Ġa"]
 
 
+def test_decoders_of_unknown_kinds_spell_whole_characters(toys):
+  toy = next(iter(toys()))
+  backend = types.SimpleNamespace(
+    spelling=Spelling(None, False), decode=toy._backend.decode
+  )
+  unknown = dataclasses.replace(toy, _backend=backend)
+  ids = toy.encode("a日 b</s>c")
+  assert [*filter(None, unknown.spell(ids))] == [
+    b"a",
+    "日".encode(),
+    b" ",
+    b"b",
+    b"c",
+  ]
+  assert unknown.spell(ids[-2:], ids[:-2]) == [b"", b"c"]
+
+
 def test_what_cannot_be_aligned_is_said(toys):
   toy = next(iter(toys()))
   backend = types.SimpleNamespace(
