@@ -102,8 +102,8 @@ class ConfigTable(NamedTuple):
 
 def _check_value(key: str, value: Any, values: tuple) -> None:
   """Raises InputError for a value of a key that is not computed here."""
-  is_full = key == "layer_types" and set(value) == {"full_attention"}
-  if value in values or is_full:
+  each = value if isinstance(value, list) else [value]
+  if all(part in values for part in each):
     return
   remedy = _REMEDY.format(key=key)
   if key in _QUANTISED:
@@ -116,7 +116,7 @@ def _check_value(key: str, value: Any, values: tuple) -> None:
     )
   known = f" (only {', '.join(map(repr, values))})" if values else ""
   raise InputError(
-    f"{key}={value!r} is not computed here{known}. If it changes nothing in "
+    f"{key}={value!r} is not computed here{known}; if it changes nothing in "
     f"this model, {remedy}"
   )
 
@@ -131,7 +131,8 @@ _QUANTISED = ("quantization_config", "quantization", "compression_config")
 # Keys that transformers reads in all families, and the values computed here.
 REFUSED = {
   **dict.fromkeys(_QUANTISED, ()), "is_encoder_decoder": (False,),
-  "is_causal": (True,), "per_layer_config": ({},), "layer_types": (),
+  "is_causal": (True,), "per_layer_config": ({},),
+  "layer_types": ("full_attention",),
   "sliding_window": (), "attention_chunk_size": (), "kv_sharing_modes": (),
   **dict.fromkeys(("text_config", "decoder", "generator", "text_encoder"), ()),
 }

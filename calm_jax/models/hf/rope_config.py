@@ -44,9 +44,8 @@ def read_rope(
   """Reads the rotary positions of a config.json of transformers 4 or 5.
 
   The family's defaults are the base `theta` and the `fraction` of a head that
-  is rotated, None if it must be all of it.
-
-  Options that the kind does not have are named in a warning.
+  is rotated, None if it must be all of it. Options that the kind does not have
+  are named in a warning.
 
   Raises:
     InputError: the kind is unknown; an option of it is missing, of the wrong
@@ -59,7 +58,9 @@ def read_rope(
   ]
   if ropes[0] != ropes[-1]:
     both = " and ".join(f"{key}={hf[key]!r}" for key in given)
-    raise InputError(f"config.json has {both}, which differ; leave one out")
+    raise InputError(
+      f"config.json has {both}, which differ; leave one out, by ignore="
+    )
   return ropes[0]
 
 
@@ -73,7 +74,7 @@ def _read_options(
   if fraction is None and share != 1:
     raise InputError(
       f"config.json asks for {' / '.join(FRACTION)}={share}, but this family "
-      "rotates whole heads"
+      "rotates whole heads; if that key means nothing, leave it out, by ignore="
     )
   fields["rotary_dim"] = int(head_dim * _number(FRACTION[0], share))
   fields["theta"] = _number(THETA[0], _value(hf, options, THETA, theta))
@@ -134,7 +135,8 @@ def _value(hf: Json, options: Json, names: tuple[str, ...], default: Any):
   values = [v for v in values if v is not None]
   if any(v != values[0] for v in values):
     raise InputError(
-      f"config.json gives {' / '.join(names)} several values: {values}"
+      f"config.json gives {' / '.join(names)} several values: {values}; "
+      "leave the wrong key out, by ignore="
     )
   return values[0] if values else default
 
@@ -143,13 +145,15 @@ def _option_fields(kind: str, options: Json) -> Json:
   """Checks the options of a kind; returns those that are fields of Rope."""
   check_choice("rope_type", kind, KINDS)
   needed, allowed = _OPTIONS[kind]
-  missing = set(needed) - set(options)
-  passed = sorted(set(options) - _COMMON - {*needed, *allowed})
-  nested = [name for name in passed if isinstance(options[name], dict)]
-  if missing or nested:
+  if missing := set(needed) - set(options):
     raise InputError(
-      f"rope_type={kind!r} in config.json lacks {sorted(missing)}, and has "
-      f"options of their own for {nested}, which this family has not"
+      f"rope_type={kind!r} in config.json lacks {sorted(missing)}"
+    )
+  passed = sorted(set(options) - _COMMON - {*needed, *allowed})
+  if nested := [name for name in passed if isinstance(options[name], dict)]:
+    raise InputError(
+      f"config.json has rotary options for each of {nested}, but this family "
+      "has the same ones in all layers"
     )
   if passed:
     warnings.warn(
