@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -138,6 +139,8 @@ def _exit_codes() -> Iterator[None]:
   One of several processes ends at once, so that the others learn that it is
   gone. An orderly end would wait for them, while they wait for it.
   """
+  # In one line, without the place in the source.
+  warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
   try:
     yield
   except tuple(errors.EXIT_CODES) as error:
