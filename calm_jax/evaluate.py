@@ -43,6 +43,12 @@ class EvaluateOptions:
     "the frozen models: int8, int4 or none; as saved if empty", ""
   )
   ignore: str = cli.option("keys of a config.json, with commas", "")
+  anchor: str = cli.option(
+    "where a composition's anchor is, if it was moved", ""
+  )
+  augmenting: str = cli.option(
+    "the same of its m_A; of several NAME=DIR,NAME=DIR", ""
+  )
 
 
 def main(config: ConfigDict, options: EvaluateOptions) -> dict[str, Any]:
@@ -79,7 +85,13 @@ def _evaluate(
   layout = recipe.make_layout(settings)
   bits = _QUANTISE.get(options.quantise, options.quantise)
   model = sharded_models.load(
-    options.model, layout, settings.dtype, bits, options.ignore
+    options.model,
+    layout,
+    dtype=settings.dtype,
+    quantise=bits,
+    ignore=options.ignore,
+    anchor=options.anchor,
+    augmenting=options.augmenting,
   )
   spec = run_models.with_compute(model.spec, settings)
   columns = _columns(dataclasses.replace(model, spec=spec))

@@ -39,6 +39,8 @@ def _arguments() -> argparse.Namespace:
   flag(
     "--model", required=True, help="a checkpoint or composition: folder or id"
   )
+  flag("--anchor", help="where a composition's anchor is, if it was moved")
+  flag("--augmenting", help="the same of its m_A; of several NAME=DIR,NAME=DIR")
   which = parser.add_mutually_exclusive_group()
   which.add_argument("--prompt", help="the text to continue")
   which.add_argument("--prompts", type=Path, help='a file of lines {"prompt"}')
@@ -61,13 +63,9 @@ def main() -> None:
   arguments = _arguments()
   cli.keep_compiled_programs()
   layout = _layout(arguments.mesh) if arguments.mesh else None
-  model = sharded_models.load(
-    arguments.model,
-    layout,
-    arguments.dtype,
-    arguments.quantise,
-    arguments.ignore,
-  )
+  names = ("dtype", "quantise", "ignore", "anchor", "augmenting")
+  given = {name: getattr(arguments, name) for name in names}
+  model = sharded_models.load(arguments.model, layout, **given)
   options = {name: getattr(arguments, name) for name in (*_OPTIONS, "stop")}
   if arguments.prompts:
     prompts = read_prompts(arguments.prompts)

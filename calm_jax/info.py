@@ -1,6 +1,7 @@
 """Says what a checkpoint or a composition is, without reading its weights.
 
   python -m calm_jax.info DIR_OR_ID
+  python -m calm_jax.info COMPOSITION --anchor=DIR_OR_ID    if that was moved
   python -m calm_jax.info --anchor=DIR_OR_ID --augmenting=DIR_OR_ID
   python -m calm_jax.info --example=bert
 
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from calm_jax import cli
-from calm_jax.composition import checkpoint, cross_attention
+from calm_jax.composition import checkpoint, cross_attention, model_files
 from calm_jax.composition.connections import Composition, connect
 from calm_jax.core import hub, trees
 from calm_jax.models import decoder, quantisation
@@ -40,8 +41,12 @@ def _arguments() -> argparse.Namespace:
     "model", nargs="?", help="a checkpoint or composition: folder or id"
   )
   parser.add_argument("--example", choices=["bert"], help="of Appendix C")
-  parser.add_argument("--anchor", help="m_B of a planned composition")
-  parser.add_argument("--augmenting", help="its m_A")
+  parser.add_argument(
+    "--anchor", help="m_B of a composition, also a planned one"
+  )
+  parser.add_argument(
+    "--augmenting", help="its m_A; several: NAME=DIR,NAME=DIR"
+  )
   share = overhead.PAPER_DATA_SHARE
   for name, kind, default, described in (
     ("connections", int, None, "its number; by default m_A's layers / 4"),
@@ -56,11 +61,14 @@ def _arguments() -> argparse.Namespace:
   )
   arguments = parser.parse_args()
   planned = arguments.anchor, arguments.augmenting
-  if any(planned) != all(planned):
-    parser.error("a plan has both: --anchor and --augmenting")
-  given = (arguments.model, arguments.example, arguments.anchor)
-  if sum(x is not None for x in given) != 1:
-    parser.error("give a model, or --anchor and --augmenting, or --example")
+  if arguments.model is None and arguments.example is None:
+    is_right = all(planned)
+  else:
+    is_right = not (arguments.example and (arguments.model or any(planned)))
+  if not is_right:
+    parser.error(
+      "give a model, or both --anchor and --augmenting, or --example"
+    )
   least_values = {"batch_size": 1, "length": 1, "augmenting_length": 0}
   for name, least in least_values.items():
     if getattr(arguments, name) < least:
@@ -71,17 +79,15 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
   """Runs the command line."""
   arguments, console = _arguments(), Console()
-  name, anchor = arguments.model, arguments.anchor
+  name, planned = arguments.model, (arguments.anchor, arguments.augmenting)
   if arguments.example:
     spec = overhead.bert()
     lines = ["BERT-small (m_A) and BERT-large (m_B), as in Appendix C.1"]
-  elif anchor:
-    spec = plan(
-      anchor, arguments.augmenting, arguments.connections, arguments.ignore
-    )
-    lines = [f"anchor: {anchor}", f"augmenting/m_A: {arguments.augmenting}"]
-  elif checkpoint.describes_composition(name):
-    spec, lines = _saved_composition(name)
+  elif not name:
+    spec = plan(*planned, arguments.connections, arguments.ignore)
+    lines = [f"anchor: {planned[0]}", f"augmenting/m_A: {planned[1]}"]
+  elif checkpoint.describes_composition(name, *planned):
+    spec, lines = _saved_composition(name, *planned)
   else:
     console.print(name, soft_wrap=True)
     console.print(_model_table({"": _config(name, ignore=arguments.ignore)}))
@@ -106,15 +112,19 @@ def plan(
   return Composition(config, (("m_A", joined),))
 
 
-def _saved_composition(name: str) -> tuple[Composition, list[str]]:
+def _saved_composition(
+  name: str, anchor: str | None, augmenting: str | None
+) -> tuple[Composition, list[str]]:
   """Returns a saved composition, and a line on each of its models."""
-  saved = checkpoint.read_config(hub.locate(name, None, _FILES).folder)
+  folder = hub.locate(name, None, _FILES).folder
+  saved = checkpoint.read_config(folder)
+  models = model_files.find(folder, saved, anchor, augmenting, _FILES)
   configs, lines = {}, []
-  for part, model in saved["models"].items():
-    ignore = model.get("ignore", ())
-    configs[part] = _config(model["name"], model["revision"], ignore)
-    revision = f" at {model['revision']}" if model["revision"] else ""
-    lines.append(f"{part}: {model['name']}{revision}")
+  for part, source in models.items():
+    ignore = saved["models"][part].get("ignore", ())
+    configs[part] = loading.load_config(source.folder, ignore)
+    revision = f" at {source.revision}" if source.revision else ""
+    lines.append(f"{part}: {source.name}{revision}")
   joined = []
   for options in saved["augmenting"]:
     part = options.pop("name")
@@ -170,10 +180,8 @@ def _shown(value: float | None) -> str:
   return f"{value:,}" if isinstance(value, int) else f"{value:.1%}"
 
 
-def _config(
-  name: str, revision: str | None = None, ignore: Collection[str] = ()
-) -> ModelConfig:
-  return loading.load_config(hub.locate(name, revision, _FILES).folder, ignore)
+def _config(name: str, ignore: Collection[str] = ()) -> ModelConfig:
+  return loading.load_config(hub.locate(name, None, _FILES).folder, ignore)
 
 
 def _model_table(configs: dict[str, ModelConfig]) -> Table:

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from calm_jax.composition import checkpoint, forward, hf_checkpoint
-from calm_jax.composition.checkpoint import Location
 from calm_jax.composition.connections import Composition
 from calm_jax.composition.model import Model
+from calm_jax.composition.model_files import Location
 from calm_jax.core import hub
 from calm_jax.core.batch import Batch
 from calm_jax.generation import attention_maps, batching, text
@@ -100,7 +100,8 @@ def load_composed(
   Args:
     path_or_hub_id: the composition's folder, or its id on the hub.
     anchor: where the anchor is, if not where it was: a folder or hub id.
-    augmenting: the same of the augmenting model, or of some by name.
+    augmenting: the same of the augmenting model; of several a dict by name, or
+      a text such as "kv=FOLDER,code=FOLDER".
     dtype: of the frozen models and the computation; as saved if None. Θ_C
       keeps the dtype that it was saved in.
     revision: of the composition on the hub.
@@ -124,13 +125,20 @@ def load_any(
   dtype: str | None = None,
   quantise: str | None = None,
   *,
+  anchor: Location | None = None,
+  augmenting: Location | Mapping[str, Location] | None = None,
   shardings: Callable[[str], Callable] | None = None,
   ignore: Collection[str] = (),
 ) -> LanguageModel:
   """`load_composed` or `load_model`, whichever the folder or id is for."""
-  if checkpoint.describes_composition(path_or_hub_id):
+  if checkpoint.describes_composition(path_or_hub_id, anchor, augmenting):
     return load_composed(
-      path_or_hub_id, dtype=dtype, quantise=quantise, shardings=shardings
+      path_or_hub_id,
+      anchor,
+      augmenting,
+      dtype=dtype,
+      quantise=quantise,
+      shardings=shardings,
     )
   return load_model(
     path_or_hub_id,

@@ -41,7 +41,7 @@ class CalmJax(TemplateLM):
 
   Args:
     pretrained: a folder or hub id of a model, or of a composition.
-    dtype, quantise: see `load_composed`; as saved if None.
+    dtype, quantise, anchor, augmenting: see `load_composed`.
     batch_size: rows at once, or "auto".
     max_length: tokens that are read at most; the models' limit if None.
     max_gen_toks: tokens of an answer, where a task does not say.
@@ -66,12 +66,19 @@ class CalmJax(TemplateLM):
     max_batch_size: int | None = None,
     quantise: str | None = None,
     ignore: str = "",
+    anchor: str | None = None,
+    augmenting: str | dict[str, str] | None = None,
   ):
     super().__init__()
     if max_batch_size is not None:
       raise InputError("calm_jax has no max_batch_size: give batch_size")
     self.model = language_model.load_any(
-      pretrained, dtype, quantise, ignore=ignore
+      pretrained,
+      dtype,
+      quantise,
+      ignore=ignore,
+      anchor=anchor,
+      augmenting=augmenting,
     )
     self._text = self.model.text()
     self._batch_size = _AUTO if batch_size == "auto" else int(batch_size)

@@ -112,6 +112,8 @@ COMMANDS: dict[str, str] = {
   "python -m calm_jax.generate --model=DIR_OR_ID": "--max_new_tokens=2",
   "python -m calm_jax.generate --model=DIR_OR_ID --quantise=int8"
   ' --prompt="..."': "--max_new_tokens=2",
+  'python -m calm_jax.generate --model=my-composition --prompt="Once upon"'
+  " --anchor=DIR_OR_ID --augmenting=PATH_OR_ID": "--max_new_tokens=2",
   "python -m calm_jax.info --anchor=DIR_OR_ID --augmenting=DIR_OR_ID": (
     "--connections=1"
   ),

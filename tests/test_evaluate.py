@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -48,7 +50,18 @@ def nats_of(model, text):
 
 
 def test_a_composition_beside_its_models(composed, tmp_path):
-  options = EvaluateOptions(str(composed), str(tmp_path / "out"))
+  alone = tmp_path / "alone"
+  shutil.copytree(composed, alone)
+  path = alone / "calm_config.json"
+  path.write_text(path.read_text().replace(f'"{composed}"', '"/nowhere"'))
+  options = EvaluateOptions(str(alone), str(tmp_path / "out"))
+  with pytest.raises(InputError, match=r"--anchor=FOLDER and --augmenting"):
+    evaluate.main(config_of(tmp_path), options)
+  options = dataclasses.replace(
+    options,
+    anchor=str(composed.with_name("anchor")),
+    augmenting=str(composed.with_name("augmenting")),
+  )
   results = evaluate.main(config_of(tmp_path), options)
   found = results["perplexity"]["domain"]
   model = calm_jax.load_composed(composed)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import signal
 
 import helpers
@@ -89,6 +90,29 @@ def test_bad_prompts_end_with_code_2(
     run(generate, f"--model={folder / 'anchor'}", f"--prompts={asked}")
   assert stopped.value.code == 2
   assert message in capsys.readouterr().err
+
+
+def test_a_composition_whose_models_moved(folder, run, tmp_path, capsys):
+  shutil.copytree(folder / "composed", tmp_path / "alone" / "composed")
+  config = tmp_path / "alone" / "composed" / "calm_config.json"
+  text = config.read_text().replace(f'"{folder}/composed"', '"/nowhere/run"')
+  config.write_text(text)
+  given = f"--model={config.parent}", "--prompt=abc", "--max_new_tokens=2"
+  with pytest.raises(SystemExit) as stopped:
+    run(generate, *given)
+  assert stopped.value.code == 2
+  assert "--anchor=FOLDER and --augmenting=FOLDER" in capsys.readouterr().err
+  where = [f"--{n}={folder / n}" for n in ("anchor", "augmenting")]
+  model = calm_jax.load_composed(folder / "composed")
+  assert run(generate, *given, *where) == model.generate("abc", 2) + "\n"
+  with pytest.raises(SystemExit):
+    run(info, config.parent)
+  assert "anchor: no folder" in capsys.readouterr().err
+  assert run(info, config.parent, *where) == run(info, folder / "composed")
+  for module, option in ((info, ""), (generate, "--model=")):
+    with pytest.raises(SystemExit):
+      run(module, f"{option}{folder / 'anchor'}", where[0])
+    assert "is no composition" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,9 @@ def test_the_command_line_on_a_saved_composition(folders, tmp_path):
   folder = folders / "composed"
   run = subprocess.run(
     [sys.executable, "-m", "calm_jax.lm_eval", "--model", "calm_jax",
-     "--model_args", f"pretrained={folder},add_bos_token=True",
+     "--model_args",
+     f"pretrained={folder},add_bos_token=True,anchor={folders / 'anchor'},"
+     f"augmenting={folders / 'kv'}",
      "--tasks", ",".join(harness.TASKS), "--include_path", tasks,
      "--batch_size", "4", "--output_path", tmp_path / "out.json",
      "--log_samples"],

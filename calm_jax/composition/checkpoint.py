@@ -19,20 +19,20 @@ import numpy as np
 import safetensors.numpy
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from calm_jax.composition import hf_checkpoint
+from calm_jax.composition import hf_checkpoint, model_files
 from calm_jax.composition.model import Model, join_compositions, untrained
 from calm_jax.composition.model_card import model_card
+from calm_jax.composition.model_files import Location
 from calm_jax.core import files, hub, trees
 from calm_jax.core.errors import InputError, check_choice
 from calm_jax.core.version import __version__
 from calm_jax.models import quantisation
-from calm_jax.models.hf import loading, weight_files
+from calm_jax.models.hf import loading
 from calm_jax.text.tokenizer import find_tokenizer
 
 WEIGHTS = "composition.safetensors"
 CONFIG = "calm_config.json"
 CARD = "README.md"
-Location = str | os.PathLike  # a folder, or an id on the hub
 
 _FORMAT = 1
 _REMEDY = (
@@ -50,7 +50,9 @@ def save(
   """Saves a composition in a new folder, to be read by `load_composed`.
 
   Writes Θ_C (in `dtype` if given), a model card, and of the frozen models
-  only where they are (local ones in full if `keep_paths`) and their hashes.
+  only where they are and their hashes. Models beside the new folder, or in
+  folders there, are named relative to it: a run can be moved as a whole. Of
+  other folders, `keep_paths` keeps the whole path.
   Raises InputError for a single model, a folder that holds a composition, or a
   model that was not loaded from a checkpoint or is no longer what that holds.
   """
@@ -66,7 +68,8 @@ def save(
         f"{folder} holds a composition already ({name}); give another folder"
       )
   names = ["anchor", *(f"augmenting/{n}" for n, _ in model.spec.augmenting)]
-  models = {part: _describe(model, part, keep_paths) for part in names}
+  run = folder if keep_paths else None
+  models = {part: _describe(model, part, run) for part in names}
   for name, _ in model.spec.augmenting:
     same = name not in model.tokenizers
     models[f"augmenting/{name}"]["same_tokens"] = same
@@ -74,6 +77,8 @@ def save(
     "format": _FORMAT,
     "calm_jax_version": __version__,
     "num_params": model.num_composition_params,
+    # From here a composition that was moved alone finds models beside it.
+    "folder": os.path.abspath(folder) if keep_paths else None,
     "models": models,
     "augmenting": [
       {"name": n} | {k: v for k, v in vars(joined).items() if k != "config"}
@@ -92,7 +97,9 @@ def save(
   files.write_json(folder / CONFIG, config)
 
 
-def _describe(model: Model, part: str, keep_paths: bool) -> dict[str, Any]:
+def _describe(
+  model: Model, part: str, folder: pathlib.Path | None
+) -> dict[str, Any]:
   """A frozen model's entry in calm_config.json: its origin and its hashes."""
   source = model.sources.get(part)
   if source is None:
@@ -107,30 +114,20 @@ def _describe(model: Model, part: str, keep_paths: bool) -> dict[str, Any]:
       f"the {part} is no longer what {source.name} holds ({changed} differs), "
       f"so the composition could not be loaded again: {_REMEDY.format(part)}"
     )
-  name = source.name
-  if source.revision is None:
-    path = pathlib.Path(name).expanduser().resolve()
-    name = str(path) if keep_paths else path.name
   text = find_tokenizer(source.folder)
   described = None
   if text is not None:
     described = {"fingerprint": text.fingerprint, "vocab_size": text.vocab_size}
   read = source.config or {}
   return {
-    "name": name,
+    "name": model_files.name(source, folder),
     "revision": source.revision,
     "ignore": sorted(hub.read_config(source.folder).keys() - read.keys()),
     "dtype": config.compute.dtype,
     "quantise": quantisation.kind_of(params),
-    "sha256": _hashes(source.folder),
+    "sha256": model_files.hashes(source.folder),
     "tokenizer": described,
   }
-
-
-def _hashes(folder: pathlib.Path) -> dict[str, str]:
-  """SHA-256 by name of the files that a checkpoint's weights come from."""
-  paths = [folder / hub.CONFIG, *weight_files.weight_files(folder)]
-  return {path.name: files.sha256(path) for path in paths}
 
 
 def push_to_hub(
@@ -169,10 +166,22 @@ def push_to_hub(
   return str(url)
 
 
-def describes_composition(path_or_hub_id: str | os.PathLike) -> bool:
-  """Tells a composition's folder or hub id from a single model's."""
+def describes_composition(
+  path_or_hub_id: Location, *locations: Location | Mapping | None
+) -> bool:
+  """Tells a composition's folder or hub id from a single model's.
+
+  InputError for a single model with locations of the models of a composition.
+  """
   names = (CONFIG, hub.CONFIG)
-  return (hub.locate(path_or_hub_id, None, names).folder / CONFIG).exists()
+  folder = hub.locate(path_or_hub_id, None, names).folder
+  is_composed = (folder / CONFIG).exists()
+  if any(locations) and not is_composed:
+    raise InputError(
+      f"{path_or_hub_id} is no composition: anchor and augmenting say where "
+      "the models of one are"
+    )
+  return is_composed
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -202,10 +211,11 @@ def load(
   names = (WEIGHTS, CONFIG, CARD)
   folder = hub.locate(path_or_hub_id, revision, names).folder
   config = read_config(folder)
-  locations = _locations(config, anchor, augmenting)
+  sources = model_files.find(folder, config, anchor, augmenting)
   frozen = {}
   for part, saved in config["models"].items():
-    source = _find_frozen(folder, part, saved, locations.get(part))
+    source = sources[part]
+    model_files.check(source.folder, part, config)
     # Older compositions do not say how they were quantised.
     kind = saved.get("quantise", "") if quantise is None else quantise
     places = shardings(part) if shardings else None
@@ -243,62 +253,6 @@ def _had_same_tokens(anchor: Model, augmenting: Model) -> bool:
   sizes = {model.spec.anchor.vocab_size for model in both}
   prints = {model.tokenizer.fingerprint for model in both if model.tokenizer}
   return len(sizes) == 1 and len(prints) < 2
-
-
-def _locations(
-  config: dict[str, Any],
-  anchor: Location | None,
-  augmenting: Location | Mapping[str, Location] | None,
-) -> dict[str, Location]:
-  """The folders or hub ids that the caller gave, by part."""
-  names = [joined["name"] for joined in config["augmenting"]]
-  if isinstance(augmenting, Location):
-    if len(names) != 1:
-      raise InputError(f"say which of {names} is at {augmenting}: give a dict")
-    augmenting = {names[0]: augmenting}
-  locations = {} if anchor is None else {"anchor": anchor}
-  for name, location in (augmenting or {}).items():
-    if name not in names:
-      raise InputError(f"no augmenting model {name!r}; there are {names}")
-    locations[f"augmenting/{name}"] = location
-  return locations
-
-
-def _find_frozen(
-  folder: pathlib.Path,
-  part: str,
-  saved: dict[str, Any],
-  location: Location | None,
-) -> hub.CheckpointRef:
-  """Finds a frozen model, and checks its files against the saved hashes."""
-  try:
-    if location is None:
-      source = hub.locate(saved["name"], saved["revision"])
-    else:
-      source = hub.locate(location)
-  except InputError as error:
-    kind, _, name = part.partition("/")
-    option = f"{kind}={{{name!r}: FOLDER}}" if name else f"{kind}=FOLDER"
-    raise InputError(
-      f"{folder}: the {part} is not found: {error}\nIf it is elsewhere, say "
-      f"where: load_composed(..., {option})"
-    ) from error
-  ours, theirs = _hashes(source.folder), saved["sha256"]
-  for name in sorted(theirs.keys() | ours.keys()):
-    if name not in ours:
-      problem = "is missing"
-    elif name not in theirs:
-      problem = "was not there when the composition was trained"
-    elif ours[name] != theirs[name]:
-      problem = f"has changed: its sha256 is {ours[name]}, not {theirs[name]}"
-    else:
-      continue
-    revision = f" at {saved['revision']}" if saved["revision"] else ""
-    raise InputError(
-      f"{source.folder / name} {problem}. The {part} must be {saved['name']}"
-      f"{revision}, to the bit: a composition works with no other"
-    )
-  return source
 
 
 def _read_theta(folder: pathlib.Path, sha256: str, shapes: dict) -> dict:

@@ -42,21 +42,15 @@ def shard(model: LanguageModel, layout: Layout | None) -> LanguageModel:
 
 
 def load(
-  path_or_hub_id: str | os.PathLike,
-  layout: Layout | None,
-  dtype: str | None = None,
-  quantise: str | None = None,
-  ignore: str = "",
+  path_or_hub_id: str | os.PathLike, layout: Layout | None, **options
 ) -> LanguageModel:
   """Loads a model or composition; each process keeps what its devices hold.
 
-  To check a composition's hashes each reads all of its files.
+  To check a composition's hashes each reads all of its files. The options are
+  those of `load_any`.
   """
-  part_shardings = functools.partial(shardings, layout)
-  loaded = load_any(
-    path_or_hub_id, dtype, quantise, shardings=part_shardings, ignore=ignore
-  )
-  return shard(loaded, layout)
+  places = functools.partial(shardings, layout)
+  return shard(load_any(path_or_hub_id, shardings=places, **options), layout)
 
 
 def shardings(layout: Layout | None, part: str) -> Callable | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 
 import helpers
@@ -247,25 +248,108 @@ def test_other_files_are_refused(copied, bases):
     calm_jax.load_composed(copied / "composition", augmenting=copied / "kv")
 
 
-def test_bases_that_moved(composed, copied):
-  path = copied / "composition" / "calm_config.json"
-  text = path.read_text()
-  for part in ("anchor", "kv"):
-    text = text.replace(
-      str(
-        composed.sources[
-          "anchor" if part == "anchor" else "augmenting/kv"
-        ].folder
-      ),
-      f"/no/{part}",
-    )
-  path.write_text(text)
-  with pytest.raises(InputError, match=r"load_composed\(..., anchor=FOLDER\)"):
-    calm_jax.load_composed(copied / "composition")
-  with pytest.raises(InputError, match=r"augmenting=\{'kv': FOLDER\}"):
-    calm_jax.load_composed(copied / "composition", copied / "anchor")
-  moved = load(copied)
-  assert moved.sources["augmenting/kv"].folder == copied / "kv"
+@pytest.fixture
+def run(bases, tmp_path):
+  """A run's folder: two models and the composition of them."""
+  folder = tmp_path / "here" / "run"
+  for name in ("anchor", "kv"):
+    shutil.copytree(bases[name], folder / "models" / name)
+  models = {n: folder / "models" / n for n in ("anchor", "kv")}
+  compose(models).save(folder / "composition")
+  return folder
+
+
+def change_config(folder: pathlib.Path, change) -> None:
+  path = folder / "calm_config.json"
+  config = json.loads(path.read_text())
+  change(config)
+  path.write_text(json.dumps(config))
+
+
+def as_earlier_versions(run: pathlib.Path) -> None:
+  """Names the models as versions before did: by absolute paths."""
+
+  def change(config):
+    del config["folder"]
+    for part, model in config["models"].items():
+      model["name"] = str(run / "models" / part.removeprefix("augmenting/"))
+
+  change_config(run / "composition", change)
+
+
+def test_models_of_a_run_are_named_relative_to_it(run, bases):
+  config = json.loads((run / "composition" / "calm_config.json").read_text())
+  names = {part: model["name"] for part, model in config["models"].items()}
+  assert names == {
+    "anchor": "../models/anchor",
+    "augmenting/kv": "../models/kv",
+  }
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_run_that_was_moved(run, earlier, tmp_path, monkeypatch):
+  want = calm_jax.load_composed(run / "composition")
+  if earlier:
+    as_earlier_versions(run)
+  moved = tmp_path / "there" / "renamed"
+  moved.parent.mkdir()
+  run.rename(moved)
+  again = calm_jax.load_composed(moved / "composition")
+  assert_same(again, want)
+  folders = {source.folder for source in again.sources.values()}
+  assert folders == {moved / "models" / "anchor", moved / "models" / "kv"}
+  # A link to it, and a name relative to where one stands.
+  (tmp_path / "link").symlink_to(moved / "composition")
+  if not earlier:
+    assert_same(calm_jax.load_composed(tmp_path / "link"), want)
+  monkeypatch.chdir(moved / "composition")
+  assert_same(calm_jax.load_composed("."), want)
+  # What is there is still compared, to the bit.
+  flip(moved / "models" / "kv" / "model.safetensors")
+  with pytest.raises(InputError, match=r"kv.model.safetensors has changed"):
+    calm_jax.load_composed(moved / "composition")
+
+
+def test_a_run_that_was_copied_has_its_own_models(run, tmp_path):
+  shutil.copytree(run, tmp_path / "copy")
+  again = calm_jax.load_composed(tmp_path / "copy" / "composition")
+  folder = again.sources["anchor"].folder
+  assert folder == tmp_path / "copy" / "models" / "anchor"
+
+
+def test_a_composition_that_was_moved_alone(run, tmp_path):
+  alone = tmp_path / "alone" / "best"
+  shutil.move(run / "composition", alone)
+  want = calm_jax.load_composed(alone)
+  assert want.sources["anchor"].folder == run / "models" / "anchor"
+  # On another machine.
+  elsewhere = tmp_path / "elsewhere"
+  shutil.move(run / "models", elsewhere)
+  with pytest.raises(InputError) as caught:
+    calm_jax.load_composed(alone)
+  for said in (
+    f"\n  anchor: no folder '{alone.parent}/models/anchor'",
+    f"\n  augmenting/kv: no folder '{alone.parent}/models/kv'",
+    "--anchor=FOLDER and --augmenting=FOLDER",
+    "load_composed(..., anchor=FOLDER, augmenting=FOLDER)",
+  ):
+    assert said in str(caught.value)
+  with pytest.raises(InputError, match=r"not found:\n  augmenting/kv: no"):
+    calm_jax.load_composed(alone, elsewhere / "anchor")
+  for augmenting in (elsewhere / "kv", f"kv={elsewhere / 'kv'}"):
+    again = calm_jax.load_composed(alone, elsewhere / "anchor", augmenting)
+    assert_same(again, want)
+
+
+def test_a_folder_of_the_same_name_is_not_the_model(run, tmp_path):
+  as_earlier_versions(run)
+  moved = tmp_path / "there"
+  run.rename(moved)
+  shutil.rmtree(moved / "models" / "anchor")
+  shutil.copytree(moved / "models" / "kv", moved / "models" / "anchor")
+  said = f"anchor: no folder '{run}/models/anchor'"
+  with pytest.raises(InputError, match=re.escape(said)):
+    calm_jax.load_composed(moved / "composition")
 
 
 @pytest.mark.parametrize(
@@ -298,8 +382,12 @@ def test_places_of_no_part(saved, bases, tmp_path):
   with pytest.raises(InputError, match=r"no augmenting model 'x'"):
     calm_jax.load_composed(saved, augmenting={"x": "y"})
   compose(bases, ("kv", "code")).save(tmp_path)
-  with pytest.raises(InputError, match=r"which of \['kv', 'code'\]"):
+  several = r"which of \['kv', 'code'\] is at y, by kv=FOLDER,code=FOLDER"
+  with pytest.raises(InputError, match=several):
     calm_jax.load_composed(tmp_path, augmenting="y")
+  given = f"code={bases['code']},kv={bases['kv']}"
+  again = calm_jax.load_composed(tmp_path, augmenting=given)
+  assert again.sources["augmenting/code"].folder == bases["code"]
 
 
 def test_what_cannot_be_saved(composed, saved, tmp_path):
