@@ -4,6 +4,7 @@ Weights are downloaded as safetensors only: a pickled checkpoint (*.bin, *.pt)
 runs any code it likes when it is read.
 """
 
+import glob
 import os
 import pathlib
 import re
@@ -19,8 +20,8 @@ from calm_jax.core.files import read_json
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_TOKENIZER_FILES = ("tokenizer.model", "merges.txt", "vocab.txt")
-HUB_FILES = ("model*.safetensors", "*.json", *_TOKENIZER_FILES)
+_TOKENIZER_FILES = ("tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
+HUB_FILES = ("*.json", *_TOKENIZER_FILES)
 # Files of a tokenizer and of generation, copied along with a model.
 # fmt: off
 TEXT_FILES = (
@@ -44,12 +45,14 @@ class CheckpointRef(NamedTuple):
 def locate(
   path_or_hub_id: str | os.PathLike,
   revision: str | None = None,
-  files: Sequence[str] = HUB_FILES,
+  files: Sequence[str] = (),
 ) -> CheckpointRef:
-  """Finds a checkpoint's folder; downloads the `files` that match if need be.
+  """Finds a checkpoint's folder, or downloads it from the Hugging Face hub.
 
-  It is a folder, or `org/name` on the Hugging Face hub with a branch, tag or
-  commit as its revision, by default its main branch; InputError if neither.
+  It is a folder, or `org/name` on the hub with a branch, tag or commit as its
+  revision, by default its main branch; InputError if neither. Only `files` that
+  match are downloaded; if none are given, the weights that the index names or
+  model.safetensors, and what belongs to the model and its tokenizer.
   """
   name = str(path_or_hub_id)
   path = pathlib.Path(name).expanduser()
@@ -68,9 +71,10 @@ def locate(
       "the Hugging Face hub, which looks like org/name"
     )
   try:
-    folder = huggingface_hub.snapshot_download(
-      name, revision=revision, allow_patterns=list(files)
-    )
+    folder = _download(name, revision, files or HUB_FILES)
+    if not files:
+      # Both steps at one commit, which the cache names the folder by.
+      _download(name, folder.name, _weights(folder))
   except (OSError, HfHubHTTPError, HFValidationError) as error:
     at = "" if revision is None else f" at revision {revision!r}"
     raise InputError(
@@ -79,8 +83,25 @@ def locate(
       "gated model needs `hf auth login`; without a network, run `hf download "
       f"{name} --local-dir FOLDER` elsewhere and give FOLDER"
     ) from error
-  # The cache names a snapshot's folder by its commit, whatever was asked for.
-  return CheckpointRef(name, pathlib.Path(folder).name, pathlib.Path(folder))
+  return CheckpointRef(name, folder.name, folder)
+
+
+def _download(
+  name: str, revision: str | None, files: Sequence[str]
+) -> pathlib.Path:
+  folder = huggingface_hub.snapshot_download(
+    name, revision=revision, allow_patterns=list(files)
+  )
+  return pathlib.Path(folder)
+
+
+def _weights(folder: pathlib.Path) -> list[str]:
+  """Patterns of a checkpoint's weights: the files that its index names."""
+  if not (folder / INDEX).exists():
+    return [WEIGHTS]
+  shards = read_json(folder / INDEX).get("weight_map")
+  names = {str(n) for n in shards.values()} if isinstance(shards, dict) else ()
+  return [glob.escape(n) for n in sorted(names) if n.endswith(".safetensors")]
 
 
 def read_config(

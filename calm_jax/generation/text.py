@@ -45,7 +45,7 @@ def generate(
     InputError: the model has no tokenizer, or a prompt is too long.
   """
   sampler = Sampler(**sampling)
-  texts, stop = _several("prompts", prompts), _several("stop", stop)
+  texts, stop = _several("prompts", prompts), stop_strings.check(stop)
   max_new_tokens = check_int("max_new_tokens", max_new_tokens)
   batch_size = check_int("batch_size", batch_size, 1)
   seeds = _seeds(seed, len(texts))
@@ -82,7 +82,7 @@ def stream(
 ) -> Iterator[str]:
   """The continuation of one text in pieces; arguments of `generate`."""
   # Not in the generator: wrong options are to raise at once.
-  prompt, stop = check_text("prompt", prompt), _several("stop", stop)
+  prompt, stop = check_text("prompt", prompt), stop_strings.check(stop)
   options = {
     "max_new_tokens": check_int("max_new_tokens", max_new_tokens),
     "seeds": [check_seed("seed", seed)],

@@ -13,6 +13,7 @@ import sentencepiece
 import tokenizers
 
 from calm_jax.core.errors import InputError
+from calm_jax.text.side_files import SideFiles
 
 _SPACE = "\u2581"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -50,7 +51,7 @@ class HuggingFaceBackend:
     self._skipped = {index for index, token in added if token.special}
     unknown = model.get("unk_id"), self.vocab.get(model.get("unk_token") or "")
     self._skipped.update(unknown)
-    steps = _decoder_steps(description["decoder"])
+    steps = _steps(description["decoder"])
     own = tokenizer.get_vocab(with_added_tokens=False)
     self.spelling = _huggingface_spelling(steps, pieces, own, self._skipped)
 
@@ -97,34 +98,94 @@ class SentencePieceBackend:
 Backend = HuggingFaceBackend | SentencePieceBackend
 
 
-def read(path: Path) -> Backend:
+def read(path: Path, side: SideFiles) -> Backend:
   """Reads tokenizer.json, a SentencePiece model, or merges.txt's folder.
 
-  Raises InputError if the library cannot read it.
+  Where `side` says more than the file, transformers reads its folder: importing
+  it takes seconds. Raises InputError if a library cannot read it, or adds a
+  token under another id than a file says.
   """
+  known = None
   try:
     if path.suffix == ".json":
-      return HuggingFaceBackend(tokenizers.Tokenizer.from_file(str(path)))
-    if path.suffix == ".txt":
-      import transformers  # slow, and few checkpoints lack tokenizer.json
+      tokenizer = tokenizers.Tokenizer.from_file(str(path))
+      if not _says_more(side, tokenizer):
+        return HuggingFaceBackend(tokenizer)
+      known = tokenizer.get_vocab(with_added_tokens=True)
+    elif path.suffix == ".model" and (
+      not side.of_tokenizer or path.with_name("tokenizer.json").is_file()
+    ):
+      model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+      return SentencePieceBackend(model)
+    import transformers
 
-      slow = transformers.AutoTokenizer.from_pretrained(
-        str(path.parent), trust_remote_code=False
-      )
-      return HuggingFaceBackend(slow.backend_tokenizer)
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    return SentencePieceBackend(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+      str(path.parent), trust_remote_code=False
+    ).backend_tokenizer
+    backend = HuggingFaceBackend(tokenizer)
   except Exception as error:  # `tokenizers` raises bare Exception.
     raise InputError(f"cannot read the tokenizer {path}: {error}") from error
+  if known is None:
+    known = tokenizer.get_vocab(with_added_tokens=False)
+  tokens = side.tokens()
+  # transformers gives what no file numbers the next id: no model knows that.
+  numbered = known.keys() | {t for t, said in tokens.items() if "id" in said}
+  for kind in ("bos", "eos"):
+    side.check_named(kind, numbered)
+  for piece in tokens.keys() - known:
+    index = backend.vocab.get(piece)
+    if (given := tokens[piece].get("id", index)) != index:
+      raise InputError(
+        f"the files beside {path} give the token {piece!r} id {given}, and "
+        f"transformers {index}: the tokenizer files do not belong together"
+      )
+  return backend
 
 
-def _decoder_steps(step: dict | None) -> list[dict]:
-  """The steps of a tokenizer.json's decoder, without nesting."""
+def _says_more(side: SideFiles, tokenizer: tokenizers.Tokenizer) -> bool:
+  """True if files beside a tokenizer.json change how it splits a text."""
+  added = tokenizer.get_added_tokens_decoder().values()
+  known = {token.content: token for token in added}
+  for piece, said in side.tokens().items():
+    flags = said.keys() - {"id"}
+    token = known.get(piece)
+    if token is None or any(getattr(token, f) != said[f] for f in flags):
+      return True
+  description, options = json.loads(tokenizer.to_str()), side.tokenizer_config
+  schemes = {
+    _prefix_scheme(step)
+    for part in ("normalizer", "pre_tokenizer")
+    for step in _steps(description[part])
+  } - {"never"}
+  prefix, legacy = options.get("add_prefix_space"), options.get("legacy")
+  return (
+    bool(options.get("split_special_tokens"))
+    or prefix not in (None, bool(schemes))
+    or (legacy is True and schemes == {"first"})
+    or (legacy is False and schemes == {"always"})
+  )
+
+
+def _prefix_scheme(step: dict) -> str:
+  """Where a step of a tokenizer.json puts a space that the text lacks."""
+  match step["type"]:
+    case "Metaspace":
+      return step["prepend_scheme"]
+    case "ByteLevel":
+      return "bytes" if step.get("add_prefix_space") else "never"
+    case "Prepend":
+      return "text"
+  return "never"
+
+
+def _steps(step: dict | None) -> list[dict]:
+  """The steps of a part of a tokenizer.json, without nesting."""
   if step is None:
     return []
-  if step["type"] != "Sequence":
-    return [step]
-  return [leaf for inner in step["decoders"] for leaf in _decoder_steps(inner)]
+  for name in ("normalizers", "pretokenizers", "decoders"):
+    if name in step:
+      return [leaf for inner in step[name] for leaf in _steps(inner)]
+  return [step]
 
 
 def _huggingface_spelling(

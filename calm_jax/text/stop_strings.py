@@ -2,7 +2,23 @@
 
 from collections.abc import Sequence
 
+from calm_jax.core.errors import InputError, check_texts
+
 _UNFINISHED = "\ufffd"  # what the start of a character decodes to
+
+
+def check(stop: str | Sequence[str]) -> list[str]:
+  """Returns one stop string or several as a list.
+
+  Raises InputError for what is no text, and for an empty one.
+  """
+  texts = check_texts("stop", [stop] if isinstance(stop, str) else stop)
+  if "" in texts:
+    raise InputError(
+      f"stop={stop!r}: a text of no characters would end every answer at its "
+      "start; leave it out, or give the text that ends one"
+    )
+  return texts
 
 
 def find(text: str, stop: Sequence[str]) -> int:

@@ -12,8 +12,7 @@ import numpy as np
 import sentencepiece
 
 from calm_jax.core.errors import InputError
-from calm_jax.text import backends
-from calm_jax.text.special_tokens import special_ids
+from calm_jax.text import backends, side_files
 
 # Texts to encode a continuation behind, of which one does not merge with it.
 _JOINTS = ("\n", ".", "a", "0")
@@ -27,7 +26,7 @@ class Tokenizer:
   pieces: tuple[str, ...]  # by id; "" at ids that the vocabulary skips
   bos_id: int | None
   eos_id: int | None
-  # They end a generation: `eos_id`, then others of generation_config.json.
+  # They end a generation: `eos_id`, then others of the model's configs.
   stop_ids: tuple[int, ...]
   # All that its files call special, padding too.
   named_special_ids: frozenset[int]
@@ -201,8 +200,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
   """Loads a tokenizer's file, or that of a folder.
 
   A folder's tokenizer.json is preferred, then tokenizer.model (SentencePiece),
-  then vocab.json with merges.txt. No code of the folder is run. Raises
-  InputError if nothing is there, or a file cannot be read.
+  then vocab.json with merges.txt. Tokens and options that only the files beside
+  it give count as in transformers; docs/generation.md says which do not. No
+  code of the folder is run. Raises InputError if nothing is there, a file
+  cannot be read, or the files contradict each other.
   """
   path = Path(path).expanduser()
   found = _load(path, path) if path.is_file() else find_tokenizer(path)
@@ -224,9 +225,9 @@ def find_tokenizer(folder: Path) -> Tokenizer | None:
 
 
 def _load(file: Path, source: Path) -> Tokenizer:
-  backend = backends.read(file)
-  folder = file.parent if file.name in _FILES else None
-  ids = special_ids(folder, backend.vocab, backend.special_ids)
+  side = side_files.read(file.parent if file.name in _FILES else None)
+  backend = backends.read(file, side)
+  ids = side.special_ids(backend.vocab, backend.special_ids)
   return Tokenizer(backend.pieces, source=str(source), _backend=backend, **ids)
 
 

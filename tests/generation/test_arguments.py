@@ -36,7 +36,9 @@ def model(tmp_path_factory):
     ({"temperature": float("nan")}, "temperature=nan"),
     ({"top_p": 2}, "top_p=2"), ({"top_k": -1}, "top_k=-1"),
     ({"stop": 3}, "stop is a int"), ({"stop": ["a", b"b"]}, "stop"),
-    ({"stop": "a\ud800"}, "stop is not text"),
+    ({"stop": "a\ud800"}, "stop"), ({"stop": None}, "stop is a NoneType"),
+    ({"stop": ""}, "stop='': a text of no"), ({"stop": ("a", "")}, "no char"),
+    ({"stop": [["a"]]}, r"stop\[0\] is a list"),
     ({"prompts": b"ab"}, "prompts is a bytes"), ({"prompts": 3}, "prompts"),
     ({"prompts": ["a", None]}, r"prompts\[1\] is a NoneType"),
     ({"prompts": ["a", "\udce9"]}, r"prompts\[1\] is not text"),
@@ -52,6 +54,7 @@ def test_a_stream_raises_at_once(model):
   for options in (
     {"prompt": ["ab"]}, {"prompt": "a\ud800"}, {"max_new_tokens": -2},
     {"seed": [1]}, {"temperature": -1}, {"stop": None},
+    {"stop": ["a", ""]},
   ):  # fmt: skip
     with pytest.raises(InputError):
       model.stream(**{"prompt": "ab", "max_new_tokens": 2} | options)

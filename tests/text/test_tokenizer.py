@@ -101,7 +101,7 @@ def test_special_ids_by_name_come_first(tmp_path):
   write(
     tmp_path / "tokenizer_config.json",
     bos_token=None,
-    eos_token={"content": "subs:"},
+    eos_token={"__type": "AddedToken", "content": "subs:"},
   )
   tokenizer = load_tokenizer(tmp_path)
   assert tokenizer.bos_id is None

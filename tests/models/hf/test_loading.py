@@ -86,24 +86,48 @@ def test_resolve_offline_says_what_to_do(monkeypatch, tmp_path):
     hub.locate("org/name", "v1")
 
 
-def test_resolve_downloads_no_pickles(monkeypatch, tmp_path):
-  asked = {}
+@pytest.mark.parametrize(
+  ("weights", "index"),
+  [
+    (["model.safetensors"], False),
+    (["weights-1.safetensors", "part[2].safetensors"], True),
+    (["pytorch_model-00001-of-00002.safetensors", "x.safetensors"], True),
+    (["model.safetensors"], True),
+  ],
+)
+def test_resolve_downloads_what_belongs_to_a_model(
+  monkeypatch, tmp_path, weights, index
+):
+  remote = {
+    "config.json": "{}", "tokenizer.json": "{}", "added_tokens.json": "{}",
+    "tokenizer.model": "", "chat_template.jinja": "", "merges.txt": "",
+    "additional_chat_templates/tools.jinja": "",
+  } | dict.fromkeys(weights, "")  # fmt: skip
+  if index:
+    names = {str(i): name for i, name in enumerate(weights)}
+    remote[hub.INDEX] = json.dumps({"weight_map": names | {"x": "y.bin"}})
+  others = [
+    "pytorch_model.bin", "modeling_llama.py", "consolidated.00.pth", "y.bin",
+    "consolidated.safetensors", "flax_model.msgpack",
+  ]  # fmt: skip
+  revisions = []
 
   def download(name, revision, allow_patterns):
-    asked.update(name=name, revision=revision, patterns=allow_patterns)
-    return str(tmp_path)
+    revisions.append(revision)
+    kept = huggingface_hub.utils.filter_repo_objects(
+      [*remote, *others], allow_patterns=allow_patterns
+    )
+    for file in kept:
+      path = tmp_path / "snapshots" / "c0ffee" / file
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(remote.get(file, ""))
+    return str(tmp_path / "snapshots" / "c0ffee")
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-  assert hub.locate("org/name").folder == tmp_path
-  files = [
-    "config.json", "model.safetensors", "model-00001-of-00002.safetensors",
-    "model.safetensors.index.json", "tokenizer.json", "tokenizer.model",
-    "pytorch_model.bin", "modeling_llama.py", "consolidated.00.pth",
-  ]  # fmt: skip
-  kept = huggingface_hub.utils.filter_repo_objects(
-    files, allow_patterns=asked["patterns"]
-  )
-  assert list(kept) == files[:6]
+  source = hub.locate("org/name", "v1")
+  here = {p.relative_to(source.folder) for p in source.folder.rglob("*.*")}
+  assert {str(path) for path in here} == remote.keys()
+  assert revisions == ["v1", "c0ffee"] and source.revision == "c0ffee"
 
 
 # config.json.

@@ -1,0 +1,119 @@
+"""Files beside a tokenizer's own: tokens, options and ids that they give."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from calm_jax.core import files
+from calm_jax.core.errors import InputError
+
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
+_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
+
+
+class SideFiles(NamedTuple):
+  """JSON objects of a checkpoint's folder; empty where there is no file."""
+
+  tokenizer_config: dict[str, Any]
+  special_tokens_map: dict[str, Any]
+  added_tokens: dict[str, Any]
+  generation_config: dict[str, Any]
+  config: dict[str, Any]
+
+  @property
+  def of_tokenizer(self) -> bool:
+    """True if one of the files is of the tokenizer, not of the model."""
+    return any(self[:3])
+
+  def tokens(self) -> dict[str, dict[str, Any]]:
+    """The "id" and flags of each token that the files give, as far as said."""
+    values = []
+    for file in (self.special_tokens_map, self.tokenizer_config):
+      values += [file[name] for name in file if name.endswith("_token")]
+      for name in _LISTS:
+        several = file.get(name) or []
+        values += several.values() if isinstance(several, dict) else several
+    found = {_content(value): {"special": True} for value in values}
+    added = self.tokenizer_config.get("added_tokens_decoder")
+    if added is None:
+      for content, index in self.added_tokens.items():
+        found.setdefault(content, {})["id"] = index
+    for index, token in (added or {}).items():
+      said = {flag: token[flag] for flag in _FLAGS if flag in token}
+      content = _content(token)
+      found[content] = said | found.get(content, {}) | {"id": int(index)}
+    found.pop(None, None)
+    return found
+
+  def special_ids(self, vocab: dict[str, int], own: dict[str, int]) -> dict:
+    """Returns bos_id, eos_id, stop_ids and named_special_ids of `Tokenizer`.
+
+    They are looked up by name in tokenizer_config.json,
+    special_tokens_map.json, the model file itself (`own`), then by number in
+    generation_config.json and config.json. A null in the tokenizer's files
+    means that there is none, whatever the model's config says (Qwen's bos). The
+    eos ids of generation_config.json, or else of config.json, end a text too.
+    """
+    ids: dict = {
+      f"{kind}_id": self._special_id(kind, vocab, own)
+      for kind in ("bos", "eos")
+    }
+    stops = [ids["eos_id"], *self._numbers("eos")]
+    ids["stop_ids"] = tuple(dict.fromkeys(i for i in stops if i is not None))
+    special = [t for t, said in self.tokens().items() if said.get("special")]
+    ids["named_special_ids"] = frozenset(map(vocab.get, special)) - {None}
+    return ids
+
+  def check_named(self, kind: str, vocab: Collection[str]) -> None:
+    """Raises InputError if a kind of token is named that is not of `vocab`."""
+    piece = self._named(kind)
+    if piece and piece not in vocab:
+      raise InputError(
+        f"the files of a tokenizer name the {kind} token {piece!r}, which the "
+        "vocabulary lacks: they do not belong together"
+      )
+
+  def _named(self, kind: str) -> str | None:
+    """The token of a kind; "" if the files say that there is none."""
+    name = f"{kind}_token"
+    for file in (self.tokenizer_config, self.special_tokens_map):
+      if name in file:
+        return _content(file[name]) or ""
+    return None
+
+  def _special_id(
+    self, kind: str, vocab: dict[str, int], own: dict[str, int]
+  ) -> int | None:
+    self.check_named(kind, vocab)
+    if (piece := self._named(kind)) is not None:
+      return vocab.get(piece)
+    if kind in own:
+      return own[kind]
+    # A number beyond the vocabulary, such as -1, stands for no token.
+    [index, *_] = self._numbers(kind) or [-1]
+    return index if 0 <= index <= max(vocab.values(), default=-1) else None
+
+  def _numbers(self, kind: str) -> list[int]:
+    for config in (self.generation_config, self.config):
+      value = config.get(f"{kind}_token_id")
+      if value is not None:
+        return value if isinstance(value, list) else [value]
+    return []
+
+
+def read(folder: Path | None) -> SideFiles:
+  """Reads the side files of a folder, if any; InputError if one is no JSON."""
+  side = SideFiles({}, {}, {}, {}, {})
+  if folder is None:
+    return side
+  for name, content in side._asdict().items():
+    if (path := folder / f"{name}.json").is_file():
+      content.update(files.read_json(path))
+  return side
+
+
+def _content(token: Any) -> str | None:
+  """The text of a token that is a string or an object; None for no token."""
+  if isinstance(token, dict):
+    return token.get("content")
+  return token if isinstance(token, str) else None
