@@ -1,9 +1,10 @@
 """Text examples as segments of tokens that fit a row, for all tokenizers.
 
 An example is tokenised as BOS + prompt + completion + EOS, as far as the
-tokenizer has them. Plain text (an empty prompt) longer than a row goes on in
-windows, each of which starts with the last token of the one before, so that
-every token is a target once. An example with a prompt has one window only.
+tokenizer has them; a BOS that the text begins with is that one. Plain text (an
+empty prompt) longer than a row goes on in windows, each of which starts with
+the last token of the one before, so that every token is a target once. An
+example with a prompt has one window only.
 """
 
 import dataclasses

@@ -107,8 +107,8 @@ class Tokenizer:
     """
     given = self.encode_prompt(prompt)
     new = self.encode_continuation(prompt, completion)
-    spells_bos = not self.encode(prompt) and given == new[: len(given)]
-    return given, new[len(given) :] if spells_bos else new
+    spells_bos = given == new[:1] == [self.bos_id] and not self.encode(prompt)
+    return given, new[1:] if spells_bos else new
 
   def encode_continuation(self, prompt: str, completion: str) -> list[int]:
     """Returns the ids with which a model answers `completion` to `prompt`.
