@@ -6,6 +6,7 @@ A command that takes a config runs by `run_with_config`, any other by `guarded`.
 import contextlib
 import dataclasses
 import errno
+import io
 import os
 import signal
 import sys
@@ -26,6 +27,11 @@ from calm_jax.experiments.settings import Settings
 from calm_jax.training import signals
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# A path that was given names nothing, or what cannot be read or written.
+_WRONG_PATH = (
+  *(FileNotFoundError, FileExistsError, PermissionError),
+  *(IsADirectoryError, NotADirectoryError),
+)
 _FLAGS = {
   str: flags.DEFINE_string,
   bool: flags.DEFINE_bool,
@@ -141,11 +147,22 @@ def _exit_codes() -> Iterator[None]:
   """
   # In one line, without the place in the source.
   warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      # Of an encoding without a character, its number is written.
+      stream.reconfigure(errors="backslashreplace")
   try:
     yield
+    sys.stdout.flush()
   except tuple(errors.EXIT_CODES) as error:
     _stop(error)
+  except BrokenPipeError:
+    # What reads the output, such as `head`, has left: nobody is to be told.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _exit(128 + signal.SIGPIPE)
   except Exception as error:
+    if isinstance(error, _WRONG_PATH) and error.filename is not None:
+      _stop(InputError(error))
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
       _stop(errors.StorageError(f"{error}; make room and start again"))
     if not _several():

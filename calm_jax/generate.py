@@ -55,20 +55,25 @@ def _arguments() -> argparse.Namespace:
   flag("--ignore", default="", help="keys of config.json, with commas")
   flag("--mesh", help="devices along axes: tensor=4, or fsdp=-1 for all")
   flag("--attention", help="a .png file: where a composition looks meanwhile")
-  return parser.parse_args()
+  arguments = parser.parse_args()
+  if arguments.prompts and arguments.attention:
+    parser.error("--attention draws a --prompt, none of --prompts")
+  return arguments
 
 
 def main() -> None:
   """Runs the command line."""
   arguments = _arguments()
   cli.keep_compiled_programs()
+  options = {name: getattr(arguments, name) for name in (*_OPTIONS, "stop")}
+  # Before the model is loaded, which may take long.
+  Sampler(**{name: options[name] for name in vars(Sampler())})
+  prompts = read_prompts(arguments.prompts) if arguments.prompts else []
   layout = _layout(arguments.mesh) if arguments.mesh else None
   names = ("dtype", "quantise", "ignore", "anchor", "augmenting")
   given = {name: getattr(arguments, name) for name in names}
   model = sharded_models.load(arguments.model, layout, **given)
-  options = {name: getattr(arguments, name) for name in (*_OPTIONS, "stop")}
   if arguments.prompts:
-    prompts = read_prompts(arguments.prompts)
     texts = model.generate(prompts, batch_size=arguments.batch_size, **options)
     for prompt, text in zip(prompts, texts, strict=True):
       print(json.dumps({"prompt": prompt, "completion": text}))
@@ -114,6 +119,8 @@ def _typed_prompts() -> Iterator[str]:
       yield input("> " if sys.stdin.isatty() else "")
     except EOFError:
       return
+    except UnicodeDecodeError as error:
+      raise InputError(f"a prompt is not UTF-8 text: {error}") from error
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from calm_jax import cli
 from calm_jax.composition import checkpoint, cross_attention, model_files
 from calm_jax.composition.connections import Composition, connect
 from calm_jax.core import hub, trees
+from calm_jax.core.errors import check_float, check_int
 from calm_jax.models import decoder, quantisation
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.hf import loading
@@ -69,10 +70,10 @@ def _arguments() -> argparse.Namespace:
     parser.error(
       "give a model, or both --anchor and --augmenting, or --example"
     )
-  least_values = {"batch_size": 1, "length": 1, "augmenting_length": 0}
-  for name, least in least_values.items():
-    if getattr(arguments, name) < least:
-      parser.error(f"--{name} is at least {least}")
+  check_int("--batch_size", arguments.batch_size, 1)
+  check_int("--length", arguments.length, 1)
+  check_int("--augmenting_length", arguments.augmenting_length)
+  check_float("--data_share", arguments.data_share, 0, 1)
   return arguments
 
 

@@ -181,6 +181,10 @@ def main(config):
     os.kill(os.getpid(), signal.SIGTERM)
   if config.seed == 10:
     raise OSError(28, "No space left on device", "report.html")
+  if config.seed == 11:
+    raise FileExistsError(17, "File exists", "out")
+  if config.seed == 12:
+    print("caf\\u00e9 \\u2603")
   if config.seed == 7:
     raise InputError("seven is too many\\nuse six")
   if config.seed == 8:
@@ -238,6 +242,8 @@ def command():
       "error: SIGTERM: runs/",
     ),
     (["--config=configs/kv.py", "--config.seed=10"], 74, "report.html"),
+    (["--config=configs/kv.py", "--config.seed=11"], 2, "exists: 'out'"),
+    (["--config=configs/kv.py", "--config.seed=12"], 0, "caf"),
     (["--config=configs/kv.py:nope"], 2, "'nope' is none of"),
     (["--config=configs/nope.py"], 2, "configs/nope.py"),
     (["--config=configs/kv.py", "more"], 2, "unexpected arguments: ['more']"),

@@ -31,7 +31,7 @@ from calm_jax.models.hf import loading
 from calm_jax.text.tokenizer import find_tokenizer
 
 WEIGHTS = "composition.safetensors"
-CONFIG = "calm_config.json"
+CONFIG = hub.COMPOSITION
 CARD = "README.md"
 
 _FORMAT = 1
@@ -187,7 +187,10 @@ def describes_composition(
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
   """The calm_config.json of a folder; InputError if it cannot be read."""
   if not (folder / CONFIG).exists():
-    raise InputError(f"{folder} holds no composition: it has no {CONFIG}")
+    problem = hub.no_checkpoint(folder)
+    if (folder / hub.CONFIG).exists():
+      problem = f"{folder} holds a single model, which load_model loads"
+    raise InputError(f"no {CONFIG}: {problem}")
   config = files.read_json(folder / CONFIG)
   if config.get("format") != _FORMAT:
     raise InputError(
@@ -260,6 +263,7 @@ def _read_theta(folder: pathlib.Path, sha256: str, shapes: dict) -> dict:
   path = folder / WEIGHTS
   if not path.exists():
     raise InputError(f"{path} is missing")
+  files.check_content(path)
   if files.sha256(path) != sha256:
     raise InputError(
       f"{path} is not what {CONFIG} describes: its sha256 is not {sha256}; "

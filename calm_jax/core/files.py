@@ -33,6 +33,18 @@ def sha256(path: Path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_content(path: Path) -> None:
+  """Raises InputError if a file is git-lfs's pointer, without its content."""
+  if not path.is_file():
+    return
+  with path.open("rb") as file:
+    if file.read(40).startswith(b"version https://git-lfs"):
+      raise InputError(
+        f"{path} is only git-lfs's pointer to the file: run `git lfs pull` "
+        "there, or download the file itself"
+      )
+
+
 def to_json(value: Any) -> Any:
   """Returns arrays, tuples and paths as values of JSON's types.
 
@@ -75,6 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
   except FileNotFoundError as error:
     raise InputError(f"{path}: no such file") from error
   except (OSError, ValueError, RecursionError) as error:
+    check_content(path)
     raise InputError(f"{path} is not JSON: {error}") from error
   if not isinstance(value, dict):
     raise InputError(f"{path}: {_not_an_object(value)}")
@@ -119,6 +132,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
   """
   if not path.exists() or path.is_dir():
     raise InputError(f"{path}: no such file")
+  check_content(path)
   with path.open("rb") as file:
     yield from enumerate(file, start=1)
 

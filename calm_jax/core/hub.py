@@ -4,6 +4,7 @@ Weights are downloaded as safetensors only: a pickled checkpoint (*.bin, *.pt)
 runs any code it likes when it is read.
 """
 
+import fnmatch
 import glob
 import os
 import pathlib
@@ -14,12 +15,14 @@ from typing import Any, NamedTuple
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_path
 from calm_jax.core.files import read_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+COMPOSITION = "calm_config.json"  # in place of CONFIG, of a composition
 _TOKENIZER_FILES = ("tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
 HUB_FILES = ("*.json", *_TOKENIZER_FILES)
 # Files of a tokenizer and of generation, copied along with a model.
@@ -30,6 +33,47 @@ TEXT_FILES = (
   "merges.txt", "chat_template.jinja", "generation_config.json",
 )
 # fmt: on
+# Files of what is no checkpoint to load: what they are, and what to do instead.
+_OTHERS = {
+  COMPOSITION: "a composition. Load it by load_composed, not load_model",
+  f"{ADAPTER} adapter_model.*": (
+    "an adapter, only what was added to a base model. Merge them by peft: "
+    "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
+    ".save_pretrained(NEW), and give NEW"
+  ),
+  "*.gguf": (
+    "GGUF, the format of llama.cpp. Give the checkpoint that it was made from, "
+    "or convert it by transformers: AutoModelForCausalLM.from_pretrained("
+    "FOLDER, gguf_file=NAME).save_pretrained(NEW)"
+  ),
+  "global_step* zero_to_fp32.py *_states.pt": (
+    "DeepSpeed's training state. Its own zero_to_fp32.py, with "
+    "--safe_serialization, writes the weights; put config.json beside them"
+  ),
+  "*.distcp": (
+    "PyTorch's sharded training state. Load it where it was trained and write "
+    "the whole model by save_pretrained(NEW)"
+  ),
+  "_CHECKPOINT_METADATA _METADATA manifest.ocdbt checkpoints": (
+    "training state of Orbax. A run of calm_jax goes on from it; the model is "
+    "in the run's folder `composition` or `model` once it is complete"
+  ),
+  "consolidated* params.json": (
+    "weights under their authors' own names. Give the checkpoint in Hugging "
+    "Face's format, or convert them by transformers"
+  ),
+  "*.bin *.pt *.pth *.ckpt *.pkl *.pickle": (
+    "pickles, which run any code they hold when read, and are never opened "
+    "here. Where you trust them, convert them to safetensors by transformers: "
+    "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)"
+  ),
+  "*.h5 *.msgpack *.onnx *.tflite *.npz *.mlx model_index.json": (
+    "a model of another framework. Give the checkpoint in safetensors"
+  ),
+  "*.zip *.tar *.tgz *.tar.*": "an archive. Unpack it and give its folder",
+}
+_BELOW = ("*", "*/*", "models--*/snapshots/*")  # the last in the hub's cache
+_SHOWN = 8
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -54,16 +98,18 @@ def locate(
   match are downloaded; if none are given, the weights that the index names or
   model.safetensors, and what belongs to the model and its tokenizer.
   """
-  name = str(path_or_hub_id)
+  name = check_path("path_or_hub_id", path_or_hub_id)
   path = pathlib.Path(name).expanduser()
-  if name and path.is_dir():
+  if path.is_dir():
     if revision is not None:
       raise InputError(
         f"{name} is a folder, which has no revision {revision!r}; only an id "
         "on the hub has revisions"
       )
     return CheckpointRef(name, None, path)
-  if name and path.exists():
+  if path.exists():
+    if kind := _other_kind([path.name]):
+      raise InputError(f"{path.parent} holds {kind}")
     raise InputError(f"{name} is a file; give the folder that it is in")
   if not _HUB_ID.fullmatch(name):
     raise InputError(
@@ -117,6 +163,39 @@ def read_config(
     ignore = re.split("[,+]", ignore)
   if path.exists():
     return {k: v for k, v in read_json(path).items() if k not in ignore}
-  raise InputError(
-    f"{path} is missing: {folder} holds no Hugging Face checkpoint"
-  )
+  raise InputError(f"{path} is missing: {no_checkpoint(folder)}")
+
+
+def no_checkpoint(folder: pathlib.Path) -> str:
+  """Says what a folder is that holds no checkpoint, and what to do."""
+  names = [
+    path.name if path.exists() else f"{path.name} (a broken link)"
+    for path in folder.glob("*")
+  ]
+  below = {
+    str(path.parent)
+    for pattern in _BELOW
+    for name in (CONFIG, COMPOSITION)
+    for path in folder.glob(f"{pattern}/{name}")
+    if name == COMPOSITION or any(path.parent.glob("*.safetensors"))
+  }
+  if below:
+    return f"{folder} is no checkpoint, but holds one: give {_some(below)}"
+  if kind := _other_kind(names):
+    return f"{folder} holds {kind}"
+  held = f"has only {_some(names)}" if names else "is empty"
+  return f"{folder} holds no Hugging Face checkpoint: it {held}"
+
+
+def _other_kind(names: Sequence[str]) -> str | None:
+  for patterns, kind in _OTHERS.items():
+    fits = {n for p in patterns.split() for n in fnmatch.filter(names, p)}
+    if fits:
+      return f"{_some(fits)}: {kind}"
+  return None
+
+
+def _some(names: Collection[str]) -> str:
+  shown = sorted(names)[:_SHOWN]
+  rest = len(names) - len(shown)
+  return ", ".join(shown) + (f" and {rest} more" if rest else "")

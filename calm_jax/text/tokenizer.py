@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from calm_jax.core import files
 from calm_jax.core.errors import InputError
 from calm_jax.text import backends, side_files
 
@@ -225,6 +226,8 @@ def find_tokenizer(folder: Path) -> Tokenizer | None:
 
 
 def _load(file: Path, source: Path) -> Tokenizer:
+  for path in (file, file.with_name("vocab.json")):
+    files.check_content(path)
   side = side_files.read(file.parent if file.name in _FILES else None)
   backend = backends.read(file, side)
   ids = side.special_ids(backend.vocab, backend.special_ids)

@@ -355,7 +355,7 @@ def test_a_folder_of_the_same_name_is_not_the_model(run, tmp_path):
 @pytest.mark.parametrize(
   ("changes", "said"),
   [
-    ({"calm_config.json": None}, "has no calm_config.json"),
+    ({"calm_config.json": None}, "no calm_config.json: "),
     ({"calm_config.json": "{"}, "is not JSON"),
     ({"calm_config.json": '{"format": 2}'}, "has format 2"),
     ({"composition.safetensors": None}, "composition.safetensors is missing"),

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from calm_jax.core import files
+from calm_jax.core import files, hub
 from calm_jax.core.errors import InputError
 from calm_jax.core.hub import INDEX, WEIGHTS
 
@@ -22,7 +22,6 @@ FLOATS = {
   "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _SHOWN = 8
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 class Tensor(NamedTuple):
@@ -43,6 +42,11 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
   Raises InputError if there are none, two sets of them, or one is missing.
   """
+  if (folder / hub.ADAPTER).exists():
+    raise InputError(
+      f"{hub.no_checkpoint(folder)}; where the weights beside it are merged "
+      f"already, remove {hub.ADAPTER}"
+    )
   single, index = folder / WEIGHTS, folder / INDEX
   paths = folder.glob("*.safetensors")
   others = sorted(path.name for path in paths if path.exists())
@@ -73,18 +77,10 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / name for name in names]
   if single.exists():
     return [single]
-  missing = f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}"
-  if others:
-    raise InputError(f"{missing}, only {others[:_SHOWN]}")
-  pickled = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLES)
-  if pickled:
-    raise InputError(
-      f"{missing}, only {pickled[:_SHOWN]}. These are pickles, which run any "
-      "code they hold when read, and are never opened here: where you trust "
-      "them, convert them to safetensors with transformers: "
-      "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)"
-    )
-  raise InputError(missing)
+  raise InputError(
+    f"neither {WEIGHTS} nor {INDEX}, and no other weights are read or "
+    f"downloaded: {hub.no_checkpoint(folder)}"
+  )
 
 
 def read_header(path: pathlib.Path) -> dict[str, Tensor]:
@@ -96,12 +92,11 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
     with safetensors.safe_open(path, framework="np"):
       pass  # It checks the header, but does not say where a tensor starts.
   except (OSError, safetensors.SafetensorError) as error:
-    hint = "truncated or not safetensors; download it again"
-    if path.is_file():
-      with path.open("rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs"):
-          hint = "only git-lfs's pointer to the file; run `git lfs pull`"
-    raise InputError(f"cannot read {path}: {hint} ({error})") from error
+    files.check_content(path)
+    raise InputError(
+      f"cannot read {path}: truncated or not safetensors; download it again "
+      f"({error})"
+    ) from error
   with path.open("rb") as file:
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length))

@@ -55,7 +55,7 @@ def test_resolve_finds_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "name", ["./nope/model", "/nope/model", "nope", "a/b/c", "../a", "~/a", ""]
+  "name", ["./nope/model", "/nope/model", "nope", "a/b/c", "../a", "~/a"]
 )
 def test_resolve_does_not_ask_the_hub_for_a_path(name, monkeypatch, tmp_path):
   def asked(*_, **__):
@@ -308,7 +308,7 @@ def test_pickles_are_refused_unopened(tmp_path, name):
 def test_no_weights(tmp_path):
   folder = cases.write(tmp_path, "gqa_untied")
   (folder / "model.safetensors").unlink()
-  with pytest.raises(InputError, match="has no weights"):
+  with pytest.raises(InputError, match=r"neither model.safetensors nor"):
     load(folder)
 
 
