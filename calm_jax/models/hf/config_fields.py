@@ -39,7 +39,7 @@ def _windows(hf: Json, slides: Callable[[int], bool] = lambda i: True) -> Json:
   if types is None:
     given = window is not None
     types = [_KINDS[bool(given and slides(i))] for i in layers]
-  if len(types) != len(layers) or not set(types) <= set(_KINDS):
+  if len(types) != len(layers) or not all(t in _KINDS for t in types):
     raise InputError(
       f"layer_types={types!r} are not num_hidden_layers={len(layers)} of "
       f"{_KINDS}"
@@ -171,7 +171,9 @@ def granite(hf: Json) -> Json:
 
 def neox(hf: Json) -> Json:
   # Some versions of transformers write both spellings; all read their own.
-  nested = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+  nested = {}
+  for key in ("rope_parameters", "rope_scaling"):
+    nested |= rope_config.read_options(hf, key)
   defaults = (10_000.0, 0.25)
   pairs = (rope_config.THETA, rope_config.FRACTION)
   for (general, neox_key), default in zip(pairs, defaults, strict=True):

@@ -4,11 +4,13 @@ What transformers reads of a family is computed here or refused by name. A key
 that it does not read cannot change what is computed: it is passed over, named.
 """
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Set
 from typing import Any, NamedTuple
 
+from calm_jax.core import errors
 from calm_jax.core.errors import InputError, check_choice
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.hf import config_fields, rope_config
@@ -97,7 +99,29 @@ class ConfigTable(NamedTuple):
         f"does not read there, and they are passed over: {', '.join(passed)}",
         stacklevel=2,
       )
-    return self.defaults | {k: v for k, v in hf.items() if k in computed}
+    hf = {key: value for key, value in hf.items() if key in computed}
+    for key, value in hf.items():
+      _check_type(key, value)
+    return self.defaults | hf
+
+
+def _check_type(key: str, value: Any) -> None:
+  """Raises InputError for a value that its reader could not compute with."""
+  if value is None:
+    return
+  if _COUNTS.fullmatch(key):
+    errors.check_int(key, value, int(key != "max_window_layers"))
+  elif key in _FACTORS:
+    errors.check_float(key, value, 0, math.inf, excluded=0)
+  elif key in _LISTS and not isinstance(value, list | tuple):
+    raise InputError(f"{key}={value!r} is no list")
+
+
+_COUNTS = re.compile(
+  "(num|n|max)_.+|.+_(size|step|pattern|interval)|head_dim|sliding_window"
+)
+_FACTORS = ("query_pre_attn_scalar", "logits_scaling")
+_LISTS = ("layer_types", "no_rope_layers", "mlp_only_layers")
 
 
 def _check_value(key: str, value: Any, values: tuple) -> None:
@@ -305,7 +329,7 @@ def from_hf(hf: Json) -> ModelConfig:
       here. Never an approximation.
   """
   name, text = hf.get("model_type"), hf.get("text_config")
-  if name not in FAMILIES and isinstance(text, dict):
+  if name not in sorted(FAMILIES) and isinstance(text, dict):
     raise InputError(
       f"model_type={name!r} is not of text alone; only its text model, "
       f"{text.get('model_type')!r}, could be read, and only if it is one of "

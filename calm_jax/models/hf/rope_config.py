@@ -53,7 +53,7 @@ def read_rope(
   """
   given = [key for key in _DICTS if hf.get(key)]
   ropes = [
-    _read_options(hf, _options(hf, key), head_dim, theta, fraction)
+    _read_rope(hf, read_options(hf, key), head_dim, theta, fraction)
     for key in given or _DICTS[:1]
   ]
   if ropes[0] != ropes[-1]:
@@ -64,7 +64,7 @@ def read_rope(
   return ropes[0]
 
 
-def _read_options(
+def _read_rope(
   hf: Json, options: Json, head_dim: int, theta: float, fraction: float | None
 ) -> Rope:
   """Reads rotary positions from one mapping, and from what is beside it."""
@@ -101,7 +101,7 @@ def read_ropes(
   Args:
     thetas: the default base of each layer type that is known.
   """
-  nested = hf.get("rope_parameters") or {}
+  nested = read_options(hf, "rope_parameters")
   if set(nested) - set(thetas):
     raise InputError(
       f"config.json has rope_parameters for {sorted(nested)}, known are "
@@ -119,7 +119,7 @@ def read_ropes(
   return ropes
 
 
-def _options(hf: Json, key: str) -> Json:
+def read_options(hf: Json, key: str) -> Json:
   """Returns a mapping of rotary options, without those that are null."""
   options = hf.get(key) or {}
   if not isinstance(options, dict):

@@ -3,6 +3,7 @@ write, and what is refused by name."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import warnings
@@ -277,6 +278,16 @@ def test_a_multimodal_model_says_how_to_take_its_text_model():
   text = options.config_json("gemma3_text")
   with pytest.raises(InputError, match=r"'gemma3_text', could.*families\.md"):
     families.from_hf({"model_type": "gemma3", "text_config": text})
+
+
+@pytest.mark.parametrize("family", options.FAMILIES)
+def test_values_of_wrong_types_are_refused_in_words(family):
+  config, table = options.config_json(family), families.FAMILIES[family]
+  for key in {*table.computed(), *families.REFUSED, *table.aliases}:
+    for value in ("4", 4.5, -1, 0, True, [], ["x"], [None], {}, {"a": 1}):
+      with contextlib.suppress(InputError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        families.from_hf(config | {key: value})
 
 
 def test_nulls_are_defaults():
