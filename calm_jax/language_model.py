@@ -12,6 +12,7 @@ from calm_jax.composition.model import Model
 from calm_jax.composition.model_files import Location
 from calm_jax.core import hub
 from calm_jax.core.batch import Batch
+from calm_jax.core.errors import check_text
 from calm_jax.generation import attention_maps, batching, text
 
 Array = jax.Array
@@ -50,6 +51,8 @@ class LanguageModel(Model):
 
   def attention(self, prompt: str, completion: str) -> dict[str, np.ndarray]:
     """`cross_attention` of a text, and "prompt_length" in tokens."""
+    check_text("prompt", prompt)
+    check_text("completion", completion)
     ids, new = self.text().encode_pair(prompt, completion)
     weights = self.cross_attention(ids + new, len(ids))
     return weights | {"prompt_length": max(len(ids), 1)}

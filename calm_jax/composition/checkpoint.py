@@ -24,7 +24,7 @@ from calm_jax.composition.model import Model, join_compositions, untrained
 from calm_jax.composition.model_card import model_card
 from calm_jax.composition.model_files import Location
 from calm_jax.core import files, hub, trees
-from calm_jax.core.errors import InputError, check_choice
+from calm_jax.core.errors import InputError, check_choice, check_folder
 from calm_jax.core.version import __version__
 from calm_jax.models import quantisation
 from calm_jax.models.hf import loading
@@ -56,7 +56,7 @@ def save(
   Raises InputError for a single model, a folder that holds a composition, or a
   model that was not loaded from a checkpoint or is no longer what that holds.
   """
-  folder = pathlib.Path(folder)
+  folder = check_folder("folder", folder)
   if not model.is_composed:
     raise InputError(
       "save() is for compositions; a single model is written by export_hf()"

@@ -1,11 +1,11 @@
 """A composition as data: its models and the connections between them (§3.1)."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Self
 
 from calm_jax.composition.visibility import VISIBILITIES
-from calm_jax.core.errors import InputError, check_choice
+from calm_jax.core.errors import InputError, check_choice, check_int, check_seed
 from calm_jax.models.config import ModelConfig
 
 CONTROLS = ("none", "zeroed", "shuffled", "noise")
@@ -14,6 +14,7 @@ _KNOWN = {
   "positions": ("none", "rope"),
   "output_init": ("zeros", "normal"),
   "control": CONTROLS,
+  "norm": (True, False),
 }
 
 
@@ -63,6 +64,7 @@ class Augmenting:
   def __post_init__(self):
     for option, known in _KNOWN.items():
       check_choice(option, getattr(self, option), known)
+    check_seed("control_seed", self.control_seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +124,27 @@ def connect(
 ) -> Augmenting:
   """An `Augmenting` of a number of `default_connections`, or of (augmenting
   layer, anchor layer) pairs counted from 1; `options` are its other fields."""
-  if connections is None or isinstance(connections, int):
+  if not isinstance(connections, Iterable):
+    if connections is not None:
+      connections = check_int("connections", connections, 1)
     connections = default_connections(
       augmenting.num_layers, anchor.num_layers, connections
     )
-  pairs = tuple(Connection(*pair) for pair in connections)
+  pairs = tuple(map(_connection, connections))
   return Augmenting(augmenting, pairs, **options)
+
+
+def _connection(pair: tuple[int, int]) -> Connection:
+  try:
+    augmenting, anchor = pair
+  except (TypeError, ValueError) as error:
+    raise InputError(
+      f"connections: {pair!r} is no pair (augmenting layer, anchor layer)"
+    ) from error
+  layers = {"augmenting": augmenting, "anchor": anchor}
+  return Connection(
+    *(check_int(f"connections: {side} layer", n) for side, n in layers.items())
+  )
 
 
 def _check_connections(name: str, augmenting: Augmenting, anchor: ModelConfig):

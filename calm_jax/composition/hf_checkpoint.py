@@ -10,7 +10,7 @@ import jax
 from calm_jax.composition.connections import Composition
 from calm_jax.composition.model import Model
 from calm_jax.core import hub
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_folder, check_int
 from calm_jax.models import decoder, quantisation
 from calm_jax.models.hf import export, loading
 from calm_jax.text.tokenizer import find_tokenizer
@@ -55,6 +55,8 @@ def export_hf(
   composition, a quantised model, a folder that holds a model, or parameters
   that are not those of the config.json.
   """
+  folder = check_folder("folder", folder)
+  max_shard_size = check_int("max_shard_size", max_shard_size, 1)
   if model.is_composed:
     raise InputError(
       "a composition is no Hugging Face model: save() it, or export its parts "

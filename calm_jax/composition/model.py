@@ -4,7 +4,8 @@ All functions give new models with the same arrays and change none.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import jax
@@ -12,7 +13,7 @@ import jax
 from calm_jax.composition import cross_attention, forward
 from calm_jax.composition.connections import Composition, connect
 from calm_jax.core import hub, trees
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_seed, check_text, check_type
 from calm_jax.models import quantisation
 from calm_jax.models.config import ModelConfig
 from calm_jax.text.tokenizer import Tokenizer
@@ -86,7 +87,7 @@ class Model:
 
   def part(self, name: str) -> Self:
     """The model "anchor" or "augmenting/<name>"; InputError if not there."""
-    if name == "composed":
+    if check_text("the name of a part", name) == "composed":
       return self
     spec, params = forward.submodel(self.spec, self.params, name)
     source, tokenizer = self.sources.get(name), self.tokenizer
@@ -129,6 +130,7 @@ class Model:
     )
 
 
+_LOAD = "load it by load_model; several augmenting models are a dict by name"
 AnyModel = TypeVar("AnyModel", bound=Model)  # functions keep the subclass
 
 
@@ -159,6 +161,12 @@ def compose(
   """
   if not isinstance(augmenting, Mapping):
     augmenting = {"augmenting": augmenting}
+  check_type("the anchor", anchor, Model, _LOAD)
+  for name, model in augmenting.items():
+    check_type(f"augmenting model {name!r}", model, Model, _LOAD)
+    if not re.fullmatch("[^/=,]+", check_text("an augmenting name", name)):
+      raise InputError(f"augmenting model {name!r}: a name has no / = or ,")
+  seed = check_seed("seed", seed)
   composed = untrained(anchor, augmenting, connections, **options)
   theta = cross_attention.init(jax.random.key(seed), composed.spec)
   return dataclasses.replace(
@@ -231,7 +239,10 @@ def join_compositions(models: Sequence[AnyModel]) -> AnyModel:
   same hidden state and are summed. Raises InputError if models are single,
   anchors are not equal to the bit, or an augmenting name is there twice.
   """
+  check_type("models", models, Iterable, "give a list of compositions")
   models = list(models)
+  for model in models:
+    check_type("one of the models", model, Model, "load it by load_composed")
   if not models or not all(m.is_composed for m in models):
     raise InputError("only compositions can be joined, and at least one")
   first = models[0]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calm_jax.core import files, hub
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_type
 from calm_jax.models.hf import weight_files
 
 Location = str | os.PathLike  # a folder, or an id on the hub
@@ -117,6 +117,9 @@ def _locations(
       raise InputError(
         f"say which of {names} is at {augmenting}, by {example} or a dict"
       )
+  if augmenting:
+    advice = "give a folder, a hub id, or a dict of them by name"
+    check_type("augmenting", augmenting, Mapping, advice)
   locations = {"anchor": anchor} if anchor else {}
   for name, location in (augmenting or {}).items():
     if name not in names:

@@ -9,6 +9,7 @@ what is below those does not check again.
 import math
 import operator
 import os
+import pathlib
 import reprlib
 from collections.abc import Collection, Iterable, Mapping, Set
 from typing import Any
@@ -98,6 +99,13 @@ def check_texts(name: str, value: Any) -> list[str]:
   return [check_text(f"{name}[{i}]", text) for i, text in enumerate(value)]
 
 
+def check_type(name: str, value: Any, kind: type, advice: str) -> None:
+  """Raises InputError, with advice, unless a value is of a type."""
+  if not isinstance(value, kind):
+    found = type(value).__name__
+    raise InputError(f"{name} is a {found}, not a {kind.__name__}: {advice}")
+
+
 def check_path(name: str, value: Any) -> str:
   """Returns a path as a string; InputError if it is none, or empty."""
   if not isinstance(value, str | os.PathLike) or not os.fspath(value):
@@ -105,6 +113,15 @@ def check_path(name: str, value: Any) -> str:
       f"{name}={reprlib.repr(value)} must be a path: a string or a pathlib.Path"
     )
   return check_text(name, os.fspath(value))
+
+
+def check_folder(name: str, value: Any) -> pathlib.Path:
+  """Returns a path that is a folder, or can become one; else InputError."""
+  path = pathlib.Path(check_path(name, value)).expanduser()
+  for part in (path, *path.parents):
+    if part.is_file():
+      raise InputError(f"{name}={path}: {part} is a file, give a folder")
+  return path
 
 
 class TrainingDiverged(RuntimeError):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from calm_jax.core.errors import InputError, check_path
+from calm_jax.core.errors import InputError, check_path, check_text
 from calm_jax.core.files import read_json
 
 CONFIG = "config.json"
@@ -99,6 +99,8 @@ def locate(
   model.safetensors, and what belongs to the model and its tokenizer.
   """
   name = check_path("path_or_hub_id", path_or_hub_id)
+  if revision is not None:
+    check_text("revision", revision)
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
     if revision is not None:

@@ -12,7 +12,7 @@ import numpy as np
 from calm_jax.composition.connections import Augmenting, Composition
 from calm_jax.composition.model import Model
 from calm_jax.core.batch import Batch, Sequence, plain_batch
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_int
 from calm_jax.text.alignment import AlignedReader, ChunkEncoder
 
 SHORTEST, FINEST = 32, 1024  # of the lengths that rows are padded to
@@ -63,11 +63,15 @@ def token_batch(
       that are longer than a model reads; or the anchor's tokenizer cannot tell
       what its ids spell.
   """
-  tokens_BL = np.asarray(tokens_BL)
+  try:
+    tokens_BL = np.asarray(tokens_BL)
+  except ValueError as error:
+    raise InputError("tokens are rows of different lengths") from error
   _check_tokens(model, tokens_BL)
   batch = plain_batch(tokens_BL.astype(np.int32))
   shape = batch.anchor.tokens.shape
   if prompt_length is not None:
+    prompt_length = check_int("prompt_length", prompt_length, 0, shape[1])
     # Without a prompt or BOS nothing predicts the first token: it is given.
     ends_BL = np.full(shape, max(prompt_length, 1), np.int32)
     batch = batch._replace(prompt_ends=ends_BL)
@@ -80,7 +84,8 @@ def token_batch(
 
 
 def _check_tokens(model: Model, tokens_BL: np.ndarray) -> None:
-  if tokens_BL.ndim != 2 or tokens_BL.dtype.kind not in "iu":
+  is_rows = tokens_BL.ndim == 2 and tokens_BL.size
+  if not is_rows or tokens_BL.dtype.kind not in "iu":
     got = f"{tokens_BL.dtype} {list(tokens_BL.shape)}"
     raise InputError(f"tokens must be integers [B, L], got {got}")
   check_ids(model, tokens_BL, "the rows")
