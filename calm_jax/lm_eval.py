@@ -22,7 +22,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from calm_jax import cli, language_model
 from calm_jax.core.errors import InputError
-from calm_jax.generation import decode, scoring
+from calm_jax.generation import batching, decode, scoring
 from calm_jax.generation.sampling import Sampler
 from calm_jax.text import stop_strings
 
@@ -129,6 +129,8 @@ class CalmJax(TemplateLM):
     for _, context, continuation in requests:
       # The last token is only predicted: there may be one more than are read.
       ids = [*context, *continuation][-self.max_length - 1 :]
+      learnt = len(continuation) - 1  # of those that are read
+      ids = [*self._readable_end(ids[:-1], learnt), *ids[-1:]]
       if not 0 < len(continuation) < len(ids):
         raise InputError(
           f"a continuation of {len(continuation)} tokens: it must have from 1 "
@@ -144,6 +146,24 @@ class CalmJax(TemplateLM):
       if texts is not None:  # None: a window of loglikelihood_rolling
         self.cache_hook.add_partial("loglikelihood", texts, answer)
     return answers
+
+  def _readable_end(
+    self, ids: list[int], learnt: int = 0, new_tokens: int = 0
+  ) -> list[int]:
+    """The last of a prompt and of `learnt` ids that all models can read."""
+
+    def count() -> int:
+      prompt_length = len(ids) - learnt
+      return batching.num_readable(self.model, ids, prompt_length, new_tokens)
+
+    while excess := len(ids) - count():
+      ids = ids[excess:]
+      if not ids:
+        raise InputError(
+          f"an augmenting model reads too few tokens for {new_tokens} new ones "
+          "and a context: lower --gen_kwargs max_gen_toks=N"
+        )
+    return ids
 
   def loglikelihood_rolling(
     self, requests, disable_tqdm: bool = False
@@ -207,7 +227,10 @@ class CalmJax(TemplateLM):
       return stop_strings.find(self._text.decode(new), until) >= 0
 
     first = [self.prefix_token_id]
-    prompts = [self.tok_encode(text)[-room:] or first for text in contexts]
+    prompts = [
+      self._readable_end(self.tok_encode(text)[-room:] or first, 0, longest)
+      for text in contexts
+    ]
     out = decode.generate(
       self.model,
       prompts,

@@ -56,6 +56,30 @@ def empty_cache(
   return cache if compute.place is None else compute.place.cache(cache)
 
 
+def check(spec: Composition, batch: Batch) -> None:
+  """Raises InputError for ids or positions that a model does not have.
+
+  On the device they would be read as others, without a word, so it is called
+  where batches enter.
+  """
+  models = {"the anchor": (batch.anchor, spec.anchor)}
+  for name, joined in spec.augmenting:
+    sequence = batch.augmenting.get(name, batch.anchor)
+    models[f"augmenting model {name!r}"] = sequence, joined.config
+  for name, (sequence, config) in models.items():
+    ranges = {
+      "token ids": (sequence.tokens, config.vocab_size),
+      "positions": (sequence.positions, config.max_length),
+    }
+    for what, (array, limit) in ranges.items():
+      least, most = array.min(initial=0), array.max(initial=0)
+      if not 0 <= least <= most < limit:
+        raise InputError(
+          f"{what} run from {least} to {most}; {name} has {limit} of them, 0 "
+          f"to {limit - 1}"
+        )
+
+
 def states(
   params: dict,
   spec: Composition,

@@ -42,6 +42,7 @@ class RowOptions:
     augmenting: by name, the encoders of augmenting models with other tokens.
     augmenting_length: M, slots of a row of theirs; 0 for what the longest
       row needs.
+    augmenting_limits: by name, how many tokens of one text each of them reads.
   """
 
   tokenizer: Tokenizer
@@ -54,6 +55,7 @@ class RowOptions:
     default_factory=dict
   )
   augmenting_length: int = 0
+  augmenting_limits: Mapping[str, int] = dataclasses.field(default_factory=dict)
   process_index: int = 0
   process_count: int = 1
 
@@ -62,6 +64,11 @@ class RowOptions:
     if self.length < 2:
       raise InputError(f"length {self.length}: a row needs at least 2 slots")
     _ = self.share  # Raises where the processes cannot share the rows.
+
+  def segment_limit(self, name: str) -> int:
+    """The tokens of an augmenting model that a segment may have."""
+    limits = self.augmenting_length, self.augmenting_limits.get(name, 0)
+    return min((limit for limit in limits if limit), default=sys.maxsize)
 
   @property
   def share(self) -> slice:
@@ -130,8 +137,11 @@ def make_segments(
   refused: list[_Document] = []
   num_tokens = 0
   for example in examples:
-    document = _tokenise(example, options.tokenizer)
-    windows = _windows(document, options)
+    try:
+      document = _tokenise(example, options.tokenizer)
+      windows = _windows(document, options)
+    except InputError as error:
+      raise InputError(f"{example.origin}: {error}") from error
     total, kept = len(document.tokens), len(windows[0].tokens)
     num_tokens += total
     if kept < total:
@@ -146,11 +156,11 @@ def make_segments(
         windows = []
     fitted.append(windows)
   if refused:
-    excess = _excess(refused[0], options.length, options.augmenting_length)
+    excess = f"{refused[0].example.origin}: {_excess(refused[0], options)}"
     more = f" (and {len(refused) - 1:,} more)" if len(refused) > 1 else ""
     raise InputError(
-      f"{excess}{more}; raise that length, have too_long cut or drop such"
-      " examples, or shorten or remove them"
+      f"{excess}{more}; raise that length if the models read more, have"
+      " too_long cut or drop such examples, or shorten or remove them"
     )
   if seed is not None:
     # Neighbours in a file are often alike and would share their rows.
@@ -169,11 +179,10 @@ def make_segments(
 def _tokenise(example: TextExample, tokenizer: Tokenizer) -> _Document:
   given, new = tokenizer.encode_pair(example.prompt, example.completion)
   eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-  ids = np.array(given + new + eos, np.int32)
+  ids = np.array(tokenizer.check(given + new + eos), np.int32)
   if len(ids) < 2:
     raise InputError(
-      f"{example.origin}: {len(ids)} tokens, so there is nothing to predict;"
-      " remove it"
+      f"{len(ids)} tokens, so there is nothing to predict; remove it"
     )
   return _Document(example, ids, len(given))
 
@@ -193,17 +202,17 @@ def _window(document: _Document, start: int, options: RowOptions) -> Segment:
   """The longest segment from token `start` on that fits all models' rows."""
   tokens = document.tokens[start : start + options.length]
   given = document.prompt_length if start == 0 else 0
-  limit = options.augmenting_length or sys.maxsize
   size, aligned = len(tokens), {}
   for name, encoder in options.augmenting.items():
     reader = AlignedReader(options.tokenizer, encoder)
     ids, visible = map(np.array, reader.read(tokens.tolist(), given))
     aligned[name] = ids, visible
+    limit = options.segment_limit(name)
     size = min(size, int(np.searchsorted(visible, limit, "right")))
   if size < 2 and not document.example.prompt:
     raise InputError(
-      f"{_excess(document, len(document.tokens), limit)}; raise"
-      " augmenting_length, or shorten or remove the example"
+      f"{_excess(document, options)}; raise augmenting_length if the model"
+      " reads more, or shorten or remove the example"
     )
   return Segment(
     tokens[:size],
@@ -217,12 +226,10 @@ def _window(document: _Document, start: int, options: RowOptions) -> Segment:
   )
 
 
-def _excess(document: _Document, length: int, augmenting_length: int) -> str:
+def _excess(document: _Document, options: RowOptions) -> str:
   """Says for which model, and by how much, a document is too long."""
-  origin, count = document.example.origin, len(document.tokens)
-  if count > length:
-    return f"{origin}: {count} tokens with its prompt, and a row has {length}"
-  return (
-    f"{origin}: the augmenting model reads more than {augmenting_length} tokens"
-    " beside it"
-  )
+  count = len(document.tokens)
+  if document.example.prompt and count > options.length:
+    return f"{count} tokens with its prompt, and a row has {options.length}"
+  limit = min(map(options.segment_limit, options.augmenting))
+  return f"the augmenting model reads more than {limit} tokens beside it"

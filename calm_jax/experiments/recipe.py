@@ -19,6 +19,7 @@ from calm_jax.language_model import LanguageModel
 from calm_jax.parallel import processes
 from calm_jax.parallel.sharding import Layout
 from calm_jax.training import trainer
+from calm_jax.training.stage import Stage
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
   "key_values": KeyValueExperiment,
@@ -188,8 +189,25 @@ def _make_batches(
   if layout is not None:
     share = layout.share(stage.batch_size, stage.accumulate)
   trained = model.part(stage.model)
+  check_lengths(name, stage, trained)
   source = experiment.source(stage, trained, settings.stage_seed(name), share)
   return source, experiment.eval_batches(stage, trained)
+
+
+def check_lengths(name: str, stage: Stage, model: LanguageModel) -> None:
+  """Refuses rows that are longer than what a model was made for."""
+  configs = {"the anchor": ("length", model.spec.anchor)}
+  for other, joined in model.spec.augmenting:
+    option = "augmenting_length" if other in model.tokenizers else "length"
+    configs[f"the augmenting model {other!r}"] = option, joined.config
+  for part, (option, config) in configs.items():
+    if getattr(stage, option) > config.max_length:
+      raise InputError(
+        f"stages.{name}.{option}={getattr(stage, option)} is more than the "
+        f"{config.max_length} tokens that {part} was made for: lower it to "
+        f"{config.max_length} (longer plain text goes on in further rows, and "
+        "too_long says what becomes of longer prompts)"
+      )
 
 
 def _run_stage(

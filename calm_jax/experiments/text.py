@@ -19,11 +19,13 @@ from calm_jax.core.errors import InputError, check_choice
 from calm_jax.data import examples, pipeline
 from calm_jax.data.documents import RowOptions
 from calm_jax.data.examples import ExampleSource, TextExample
+from calm_jax.data.rows import TextSource
 from calm_jax.evals import suite, tasks
 from calm_jax.evals.base import Evaluation
 from calm_jax.evals.perplexity import perplexity
 from calm_jax.experiments.base import Models
 from calm_jax.experiments.languages import expand
+from calm_jax.generation import batching
 from calm_jax.language_model import LanguageModel
 from calm_jax.parallel import processes
 from calm_jax.text.alignment import ChunkEncoder
@@ -162,6 +164,11 @@ class TextExperiment:
         f"watch has {missing}, which are no held-out sets with a path; there "
         f"are {list(self.held_out)}{_HINT}"
       )
+    # What cannot be measured at the end is found now.
+    length = self._eval_length({"": model})
+    for held_out in self.held_out.values():
+      if any(example.prompt for example in held_out):
+        self._eval_source(model, held_out, length)
     watched = [e for name in names for e in self.held_out[name]]
     options = self._row_options(model, stage, seed=None)
     return list(pipeline.text_source({"": (watched, 1.0)}, options))
@@ -175,8 +182,14 @@ class TextExperiment:
         options[name] = getattr(stage, name)
     for name in model.tokenizers.keys() - self._encoders.keys():
       self._encoders[name] = ChunkEncoder(model.tokenizers[name])
-    augmenting = {name: self._encoders[name] for name in model.tokenizers}
-    return RowOptions(tokenizer=model.text(), augmenting=augmenting, **options)
+    joined = dict(model.spec.augmenting)
+    limits = {name: joined[name].config.max_length for name in model.tokenizers}
+    return RowOptions(
+      tokenizer=model.text(),
+      augmenting={name: self._encoders[name] for name in model.tokenizers},
+      augmenting_limits=limits,
+      **options,
+    )
 
   def _read(self, name: str) -> list[TextExample]:
     check_choice("source", name, list(self._sources))
@@ -200,8 +213,9 @@ class TextExperiment:
     entries = {}
     for name, evaluation in self._evaluations.items():
       print(f"evaluating {name}", flush=True)
+      fits = functools.partial(self._fits, models, evaluation.max_new_tokens)
       entries[name], rows = suite.run(
-        evaluation, models, self._fits, self._task.eval_batch_size
+        evaluation, models, fits, self._task.eval_batch_size
       )
       for column, predictions in rows.items():
         file = f"predictions/{prefix}{name}.{column}.jsonl"
@@ -219,9 +233,17 @@ class TextExperiment:
     if any(model.tokenizers for model in models.values()):
       measures = ["bits_per_byte"]
     table: dict = {m: {name: {} for name in self.held_out} for m in measures}
+    length = self._eval_length(models)
+    if length < self._task.eval_length:
+      asked = self._task.eval_length
+      print(
+        f"a model reads {length} tokens at most: windows of {length}, not "
+        f"of eval_length={asked}",
+        flush=True,
+      )
     for name, held_out in self.held_out.items():
       for column, model in models.items():
-        score = functools.partial(self._score, model)
+        score = functools.partial(self._score, model, length)
         metrics, rows = perplexity(held_out, score)
         for measure in measures:
           table[measure][name][column] = metrics[measure]
@@ -230,7 +252,8 @@ class TextExperiment:
     return table
 
   def _sample(self, anchor: LanguageModel) -> list[TextExample]:
-    prompts, length = [""] * self._task.num_samples, self._task.sample_tokens
+    prompts = [""] * self._task.num_samples
+    length = min(self._task.sample_tokens, anchor.max_length - 1)  # after BOS
     texts = anchor.generate(prompts, length, temperature=1.0, seed=self._seed)
     return [
       TextExample("", text, f"sample {i} of the anchor")
@@ -238,25 +261,43 @@ class TextExperiment:
       if text
     ]
 
-  def _fits(self, prompt: str) -> bool:
-    return len(self.tokenizer.encode_prompt(prompt)) <= self._task.prompt_tokens
+  def _fits(self, models: Models, new_tokens: int, prompt: str) -> bool:
+    """True if a prompt is short enough, and all models can answer it."""
+
+    def count(tokenizer: Tokenizer) -> int:
+      return len(tokenizer.encode_prompt(prompt))
+
+    return count(self.tokenizer) <= self._task.prompt_tokens and all(
+      count(model.text()) + new_tokens <= model.max_length
+      for model in models.values()
+    )
+
+  def _eval_length(self, models: Models) -> int:
+    """Tokens of a window of held-out text, the same for all models."""
+    limits = [model.max_length for model in models.values()]
+    return min(self._task.eval_length, *limits)
+
+  def _eval_source(
+    self, model: LanguageModel, texts: list[TextExample], length: int
+  ) -> TextSource:
+    options = self._row_options(
+      model,
+      batch_size=self._task.eval_batch_size,
+      length=length,
+      pack=False,
+      seed=None,
+    )
+    return pipeline.text_source({"": (texts, 1.0)}, options)
 
   def _score(
-    self, model: LanguageModel, texts: list[TextExample]
+    self, model: LanguageModel, length: int, texts: list[TextExample]
   ) -> list[tuple[float, float, int]]:
     """(nats, tokens, bytes) of each example, as `evals.perplexity` asks.
 
     A text that is longer than a row goes on in a next window.
     """
     score = jax.jit(step.row_losses, static_argnums=1)
-    options = self._row_options(
-      model,
-      batch_size=self._task.eval_batch_size,
-      length=self._task.eval_length,
-      pack=False,
-      seed=None,
-    )
-    source = pipeline.text_source({"": (texts, 1.0)}, options)
+    source = self._eval_source(model, texts, length)
     sums = {example.origin: np.zeros(2) for example in texts}
     for i in range(len(source)):
       losses = processes.fetch(score(model.params, model.spec, source[i]))
@@ -275,6 +316,7 @@ class TextExperiment:
     encode = self.tokenizer.encode_pair
     prompt, new = encode(example.prompt, example.completion)
     ids = (prompt + new)[:PICTURE_TOKENS]
+    ids = ids[: batching.num_readable(model, ids, len(prompt))]
     prompt_length = min(len(prompt), len(ids))
     maps = model.cross_attention(ids, prompt_length)
     # Without a BOS nothing predicts the first token: it is given.

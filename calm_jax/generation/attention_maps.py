@@ -25,8 +25,8 @@ def cross_attention(
   shows. `figures.attention_figure` draws them.
 
   Returns:
-    "weights" float32 [C, N, L, M], "tokens" [L] their pieces (ids without a
-    tokenizer), "connections" [C] their names, and "augmenting_tokens" [M]
+    "weights" float32 [C, N, L, M], "tokens" [L] their pieces (or ids that
+    have none), "connections" [C] their names, and "augmenting_tokens" [M]
     where the augmenting model's are others.
 
   Raises:
@@ -42,10 +42,10 @@ def cross_attention(
     )
   batch = batching.token_batch(model, [ids], prompt_length)
   weights = processes.fetch(_attention_weights(model.params, model.spec, batch))
-  pieces = model.tokenizer.pieces if model.tokenizer else range(max(ids) + 1)
+  pieces = model.tokenizer.pieces if model.tokenizer else ()
   maps = {
     "weights": np.stack([weights_BNLM[0] for weights_BNLM in weights]),
-    "tokens": np.array([str(pieces[i]) for i in ids]),
+    "tokens": np.array([pieces[i] if i < len(pieces) else str(i) for i in ids]),
     "connections": np.array(
       [f"{name}/{c.name}" for name, c in model.spec.connections()]
     ),

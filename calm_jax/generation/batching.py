@@ -103,9 +103,12 @@ def check_ids(model: Model, ids: np.ndarray | Rows[int], where: str) -> None:
     return
   if ids.dtype.kind not in "iu":
     raise InputError(f"{where}: token ids are integers, got {ids.dtype}")
-  if not 0 <= ids.min() <= ids.max() < V:
+  least, most = ids.min(), ids.max()
+  if not 0 <= least <= most < V:
+    pieces = model.tokenizer.pieces if model.tokenizer else ()
+    piece = f" ({pieces[most]!r})" if most < len(pieces) else ""
     raise InputError(
-      f"{where}: token ids run from {ids.min()} to {ids.max()}; the vocabulary "
+      f"{where}: token ids run from {least} to {most}{piece}; the vocabulary "
       f"has ids 0 to {V - 1}, the rows of the smallest table that is read"
     )
 
@@ -228,12 +231,31 @@ def allowed_ids(model: Model) -> np.ndarray | None:
   return allowed_V
 
 
+def num_readable(
+  model: Model, ids: Rows[int], prompt_length: int, new_tokens: int = 0
+) -> int:
+  """How many of the anchor's ids, from the first on, all models can read.
+
+  Each is left room for `new_tokens` of its own.
+  """
+  count = min(len(ids), model.max_length - new_tokens)
+  joined = dict(model.spec.augmenting)
+  for name, encoder in _encoders(model).items():
+    limit, last = joined[name].config.max_length - new_tokens, -1
+    while count != last:  # The end of a prompt that is cut closes a chunk.
+      last, reader = count, AlignedReader(model.text(), encoder)
+      _, visible = reader.read(ids[:count], min(prompt_length, count))
+      count = int(np.searchsorted(visible, limit, "right"))
+  return count
+
+
 def check_length(name: str, joined: Augmenting, length: int) -> None:
   """Raises InputError if an augmenting model would read beyond its limit."""
   if length > joined.config.max_length:
     raise InputError(
       f"augmenting model {name!r} would read {length} tokens of its own; its "
-      f"length limit is {joined.config.max_length}"
+      f"length limit is {joined.config.max_length}: shorten the text, or "
+      "generate fewer tokens"
     )
 
 

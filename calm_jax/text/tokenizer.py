@@ -77,9 +77,10 @@ class Tokenizer:
   def encode(self, text: str) -> list[int]:
     """Returns the token ids of `text`; no special token is added.
 
-    Raises as `check`, as does all that makes ids of text.
+    They may be more than the model knows: the functions below, which make ids
+    that a model reads, raise as `check`.
     """
-    return self.check(list(self._backend.encode(text)))
+    return list(self._backend.encode(text))
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of `ids` without special tokens and unknown ids.
@@ -97,7 +98,7 @@ class Tokenizer:
 
   def encode_prompt(self, text: str) -> list[int]:
     """Returns the ids of a text, with one BOS whether it spells one or not."""
-    return self.with_bos(self.encode(text))
+    return self.with_bos(self.check(self.encode(text)))
 
   def encode_pair(
     self, prompt: str, completion: str
@@ -119,7 +120,7 @@ class Tokenizer:
     ids = self.encode(prompt)
     joined = self.encode(prompt + completion)
     if joined[: len(ids)] == ids:
-      return joined[len(ids) :]
+      return self.check(joined[len(ids) :])
     # A token straddles the boundary. Encoding the completion alone would add
     # the space that Llama-style tokenizers put before a text.
     return self.encode_within(completion)
@@ -130,8 +131,8 @@ class Tokenizer:
       ids = self.encode(context)
       joined = self.encode(context + text)
       if ids and joined[: len(ids)] == ids:
-        return joined[len(ids) :]
-    return self.encode(text)
+        return self.check(joined[len(ids) :])
+    return self.check(self.encode(text))
 
   def spell(
     self, ids: Sequence[int], previous: Sequence[int] = ()

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from calm_jax.composition import forward
 from calm_jax.composition.connections import Composition
 from calm_jax.core import trees
 from calm_jax.core.batch import Batch
@@ -68,6 +69,9 @@ def run_stage(
     )
   if layout is not None:
     params = layout.place(params)
+  part, _ = forward.submodel(spec, params, stage.model)
+  for batch in eval_batches:
+    forward.check(part, batch)
   mask = trees.mask(params, stage.trainable)
   trainable, frozen = trees.partition(params, mask)
   # A step of Adam is lost in the rounding of bfloat16. A copy, because the
@@ -79,7 +83,15 @@ def run_stage(
     stage, spec, params, frozen, origins, seed, source.fingerprint
   )
   run = _Run(
-    name, stage, source, eval_batches, directory, identity, layout, watchdog
+    name,
+    stage,
+    part,
+    source,
+    eval_batches,
+    directory,
+    identity,
+    layout,
+    watchdog,
   )
   if (result := run.finished(trainable)) is None:
     with Checkpoints(
@@ -101,6 +113,7 @@ class _Run:
 
   name: str
   stage: Stage
+  part: Composition  # the model that is trained
   source: Any
   eval_batches: Sequence[Batch]
   directory: Path
@@ -147,6 +160,10 @@ class _Run:
   def next_batch(self, iterator: Iterator[Batch], number: int) -> Batch:
     try:
       batch = next(iterator)
+      forward.check(self.part, batch)
+    except InputError as error:
+      where = f"{self.position(number)}, {self.source.describe(number - 1)}"
+      raise InputError(f"{where}: {error}") from error
     except OSError as error:
       raise StorageError(
         f"{self.position(number)}: its batch, "

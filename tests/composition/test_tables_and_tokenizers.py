@@ -141,7 +141,8 @@ def test_a_token_beyond_the_table_is_named(models):
   text = f"a{last}b"
   said = rf"{last!r} has id {V - 1}.*{V - 1} rows.*short"
   calls = [
-    lambda: model.tokenizer.encode(text),
+    lambda: model.tokenizer.encode_prompt(text),
+    lambda: model.tokenizer.encode_pair("a", text),
     lambda: model.tokenizer.encode_within(text),
     lambda: model.tokenizer.encode_continuation("a", text),
     lambda: model.tokenizer.encode_prompt(text),
@@ -158,6 +159,20 @@ def test_a_token_beyond_the_table_is_named(models):
   ]
   for call in calls:
     with pytest.raises(InputError, match=said):
+      call()
+  ids = model.tokenizer.encode(text)
+  assert max(ids) == V - 1
+  ids_are_given = [
+    lambda: model.logits([ids]),
+    lambda: decode.generate(model, [ids], max_new_tokens=3),
+    lambda: scoring.score(model, [ids], [[5]]),
+    lambda: scoring.score(model, [[5]], [ids]),
+    lambda: calm_jax.compose(model, models["fits"]).cross_attention(ids, 1),
+  ]
+  for call in ids_are_given:
+    with pytest.raises(
+      InputError, match=rf"to {V - 1} \({last!r}\); .*{V - 2}"
+    ):
       call()
   part = calm_jax.compose(model, models["padded"]).part("augmenting/augmenting")
   assert part.tokenizer.encode(text)[1] == V - 1

@@ -238,8 +238,12 @@ def test_evaluations_of_the_config(tmp_path, model):
 
 def test_which_prompts_fit(tmp_path, model):
   experiment = make(tmp_path, model, prompt_tokens=5)
-  assert experiment._fits("abcd")  # and BOS
-  assert not experiment._fits("abcde")
+  models = {"anchor": model}
+  assert experiment._fits(models, 50, "abcd")  # and BOS
+  assert not experiment._fits(models, 50, "abcde")
+  # The model reads 64 tokens, with those of the answer.
+  assert experiment._fits(models, 59, "abcd")
+  assert not experiment._fits(models, 60, "abcd")
 
 
 def test_an_anchor_that_is_trained_here_reads_the_tokens_of_m_a(
