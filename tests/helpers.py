@@ -113,7 +113,9 @@ def numbers(size: int, stop_ids=()) -> Tokenizer:
   """A tokenizer of the pieces "0" to str(size - 1), which encodes nothing."""
   pieces = tuple(map(str, range(size)))
   backend = types.SimpleNamespace(vocab={p: i for i, p in enumerate(pieces)})
-  return Tokenizer(pieces, None, None, tuple(stop_ids), "numbers", backend)
+  return Tokenizer(
+    pieces, None, None, tuple(stop_ids), frozenset(), "numbers", backend
+  )
 
 
 def compose(

@@ -50,11 +50,11 @@ def find(
   config: dict[str, Any],
   anchor: Location | None,
   augmenting: Location | Mapping[str, Location] | None,
-  patterns: Sequence[str] = hub.HUB_FILES,
+  patterns: Sequence[str] = (),
 ) -> dict[str, hub.CheckpointRef]:
   """Finds a composition's models: by "anchor" and "augmenting/<name>".
 
-  Downloads the files that match the patterns if need be; for the other
+  Downloads what they need, or only files of the patterns; for the other
   arguments see `language_model.load_composed`. InputError names all that are
   not found, and what says where they are.
   """

@@ -24,7 +24,7 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 COMPOSITION = "calm_config.json"  # in place of CONFIG, of a composition
 _TOKENIZER_FILES = ("tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
-HUB_FILES = ("*.json", *_TOKENIZER_FILES)
+_SMALL_FILES = ("*.json", *_TOKENIZER_FILES)
 # Files of a tokenizer and of generation, copied along with a model.
 # fmt: off
 TEXT_FILES = (
@@ -119,7 +119,7 @@ def locate(
       "the Hugging Face hub, which looks like org/name"
     )
   try:
-    folder = _download(name, revision, files or HUB_FILES)
+    folder = _download(name, revision, files or _SMALL_FILES)
     if not files:
       # Both steps at one commit, which the cache names the folder by.
       _download(name, folder.name, _weights(folder))
