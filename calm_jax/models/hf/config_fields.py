@@ -179,6 +179,9 @@ def neox(hf: Json) -> Json:
   for (general, neox_key), default in zip(pairs, defaults, strict=True):
     alone = hf.get(neox_key) is None and nested.get(general) is None
     if alone and hf.get(general) not in (None, default):
-      raise InputError(f"{general} is given without {neox_key}, the one read")
+      raise InputError(
+        f"{general} is given without {neox_key}, the one that is read: rename "
+        "it, or leave it out, by ignore="
+      )
   heads = {"num_kv_heads": hf["num_attention_heads"]}
   return rotary(hf, fraction=0.25) | heads

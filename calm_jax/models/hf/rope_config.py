@@ -1,10 +1,12 @@
 """Reads rotary positions from a Hugging Face config.json."""
 
 import math
+import sys
 import warnings
 from typing import Any
 
-from calm_jax.core.errors import InputError, check_choice
+from calm_jax.core import errors
+from calm_jax.core.errors import InputError
 from calm_jax.models.rope import KINDS, Rope
 
 Json = dict[str, Any]
@@ -123,7 +125,7 @@ def read_options(hf: Json, key: str) -> Json:
   """Returns a mapping of rotary options, without those that are null."""
   options = hf.get(key) or {}
   if not isinstance(options, dict):
-    raise _wrong(key, options, "mapping")
+    raise InputError(f"{key}={options!r} is no mapping")
   options = {k: v for k, v in options.items() if v is not None}
   older = {k: "longrope" for k in _KIND if options.get(k) == "su"}
   return options | older  # longrope's name in older Phi-3
@@ -143,7 +145,7 @@ def _value(hf: Json, options: Json, names: tuple[str, ...], default: Any):
 
 def _option_fields(kind: str, options: Json) -> Json:
   """Checks the options of a kind; returns those that are fields of Rope."""
-  check_choice("rope_type", kind, KINDS)
+  errors.check_choice("rope_type", kind, KINDS)
   needed, allowed = _OPTIONS[kind]
   if missing := set(needed) - set(options):
     raise InputError(
@@ -162,17 +164,15 @@ def _option_fields(kind: str, options: Json) -> Json:
       stacklevel=2,
     )
   fields: Json = {"kind": kind}
-  for name in (n for n in options if n not in passed):
+  for name in (n for n in options if n in {*needed, *allowed} - {_LENGTH}):
     value = options[name]
     if name in _LISTS:
-      if not isinstance(value, list | tuple):
-        raise _wrong(name, value, "list")
-      fields[f"{name}s"] = tuple(_number(name, v) for v in value)
+      numbers = value if isinstance(value, list | tuple) else [value]
+      fields[f"{name}s"] = tuple(_number(name, n) for n in numbers)
     elif name == "truncate":
-      if not isinstance(value, bool):
-        raise _wrong(name, value, "bool")
-      fields[name] = value
-    elif name in ("factor", *_FREQUENCIES, *_YARN):
+      errors.check_choice(name, value, (True, False))
+      fields[name] = bool(value)
+    elif name not in _MSCALES:
       fields[name] = _number(name, value)
   return fields
 
@@ -188,12 +188,5 @@ def _attention_factor(fields: Json, options: Json) -> float:
   return 1 + 0.1 * growth
 
 
-def _wrong(name: str, value: Any, kind: str) -> InputError:
-  return InputError(f"config.json has {name}={value!r}, which is no {kind}")
-
-
 def _number(name: str, value: Any) -> float:
-  real = isinstance(value, int | float) and not isinstance(value, bool)
-  if not real or not 0 < value < math.inf:
-    raise _wrong(name, value, "number above 0")
-  return float(value)
+  return errors.check_float(name, value, 0, sys.float_info.max, excluded=0)

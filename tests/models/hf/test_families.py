@@ -90,7 +90,7 @@ def test_fields():
     ({"vocab_size": "131"}, "vocab_size='131' must be a whole number, 1 or"),
     ({"num_attention_heads": 0}, "num_attention_heads=0 must be"),
     ({"head_dim": 8.0}, "head_dim=8.0 must be"),
-    ({"rope_scaling": "linear"}, "rope_scaling='linear', which is no mapping"),
+    ({"rope_scaling": "linear"}, "rope_scaling='linear' is no mapping"),
     ({"rms_norm_eps": True}, "norm_eps=True is no float"),
     ({"mlp_bias": 1}, "mlp_bias=1 is no bool"),
   ],
