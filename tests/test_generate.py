@@ -160,3 +160,20 @@ def test_what_a_model_is(folder, run):
   assert flops.generated_token(composed.spec) == both
   assert flops.generated_token(Composition(config)) == alone
   assert re.search(rf"token: {both / alone:.2f} of", out)
+
+
+def test_keys_of_config_json_are_left_out(folder, run, tmp_path, capsys):
+  model = tmp_path / "model"
+  shutil.copytree(folder / "anchor", model)
+  config = json.loads((model / "config.json").read_text())
+  config |= {"quantization_config": {"quant_method": "x"}, "is_causal": False}
+  (model / "config.json").write_text(json.dumps(config))
+  prompt = ("--prompt=abc", "--max_new_tokens=3")
+  with pytest.raises(SystemExit, match="2"):
+    run(generate, f"--model={model}", *prompt)
+  assert "--ignore=quantization_config" in capsys.readouterr().err
+  keys = "--ignore=quantization_config,is_causal"
+  assert run(generate, f"--model={model}", *prompt, keys) == run(
+    generate, f"--model={folder / 'anchor'}", *prompt
+  )
+  assert "layers" in run(info, model, keys)
