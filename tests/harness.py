@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 TASKS = ("tiny_choice", "tiny_rolling", "tiny_generate")
 _HEAD = """
@@ -47,11 +48,33 @@ def write(folder: pathlib.Path, docs: dict[str, list], options: dict) -> str:
   return str(folder)
 
 
-def answers(results: dict) -> dict[str, list]:
-  """By task what the model answered, in the order of the documents."""
+def evaluate(
+  include_path: str, tasks: Sequence[str], model, **settings
+) -> dict[str, list]:
+  """By task what a model answers, in the order of the documents."""
+  import lm_eval
+  from lm_eval.tasks import TaskManager
+
+  results = lm_eval.simple_evaluate(
+    model,
+    tasks=list(tasks),
+    task_manager=TaskManager(include_path=include_path, include_defaults=False),
+    bootstrap_iters=0,
+    **settings,
+  )
   return {
     name: [
       sample["resps"] for sample in sorted(samples, key=lambda s: s["doc_id"])
     ]
     for name, samples in results["samples"].items()
   }
+
+
+def evaluate_hf(
+  include_path: str, tasks: Sequence[str], folder, **model_args
+) -> dict[str, list]:
+  """`evaluate` of the harness's own model of a checkpoint."""
+  model_args = {"pretrained": str(folder), "dtype": "float32"} | model_args
+  return evaluate(
+    include_path, tasks, "hf", model_args=model_args, device="cpu", batch_size=1
+  )

@@ -1,12 +1,12 @@
-"""Weights of few bits: int8, or int4 in blocks, each with scales (by qwix).
+"""Weights of few bits: int8 or int4, in blocks that have scales (by qwix).
 
 In place of the array [..., in, out] of a kernel stands a dict of leaves:
 
-  {"int8": int8 [..., in, out], "scale": bfloat16 [..., 1, out]}
+  {"int8": int8 [..., in, out], "scale": bfloat16 [..., blocks, out]}
   {"int4": uint8 [..., in, out / 2], "scale": bfloat16 [..., blocks, out]}
 
 The weights of a block of inputs share a scale. Of an embedding [V, D], which
-may be the head too, D is the "in": its scales are [V, 1] or [V, blocks].
+may be the head too, D is the "in": its scales are [V, blocks].
 """
 
 import functools
@@ -24,7 +24,7 @@ from calm_jax.core.errors import InputError, check_choice
 Array = jax.Array
 
 KINDS = ("", "int8", "int4")
-BLOCK = 32  # inputs that share a scale, at most; of int4
+BLOCKS = {"int8": 64, "int4": 32}  # inputs that share a scale, at most
 # The range of a block may end at these shares of its largest weight: with so
 # few steps, finer ones are worth more than the largest weights.
 _ENDS = {"int8": (1.0,), "int4": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}
@@ -74,11 +74,11 @@ def input_axis(name: str, ndim: int) -> int:
 def _quantised(weight: Array, kind: str, axis: int) -> dict[str, Array]:
   import qwix  # Here: it takes half a second, and few need it.
 
-  inputs = size = weight.shape[axis]
   # Two neighbours of the last axis share a byte: an odd one cannot.
-  packs = kind == "int4" and weight.shape[-1] % 2 == 0
-  if packs:
-    size = math.ceil(inputs / math.ceil(inputs / BLOCK))
+  if weight.shape[-1] % 2:
+    kind = "int8"
+  inputs = weight.shape[axis]
+  size = math.ceil(inputs / math.ceil(inputs / BLOCKS[kind]))
   gap = [(0, 0)] * weight.ndim
   gap[axis] = (0, -inputs % size)
   dtype = jnp.promote_types(weight.dtype, jnp.float32)
@@ -91,7 +91,7 @@ def _quantised(weight: Array, kind: str, axis: int) -> dict[str, Array]:
     most = jnp.repeat(end * largest, size, axis=axis)
     made = qwix.quantize(
       jnp.clip(wide, -most, most),
-      jnp.int4 if packs else jnp.int8,
+      jnp.dtype(kind),
       channelwise_axes=[i for i in range(weight.ndim) if i != axis],
       tiled_axes={axis: size},
       scale_dtype=jnp.bfloat16,
@@ -109,10 +109,10 @@ def _quantised(weight: Array, kind: str, axis: int) -> dict[str, Array]:
     jnp.zeros(largest.shape, "bfloat16"),
   )
   start = values, scale, jnp.full(largest.shape, jnp.inf, dtype)
-  ends = jnp.array(_ENDS["int4" if packs else "int8"], dtype)
+  ends = jnp.array(_ENDS[kind], dtype)
   (values, scale, _), _ = jax.lax.scan(attempt, start, ends)
   values = jax.lax.slice_in_dim(values, 0, inputs, axis=axis)
-  if not packs:
+  if kind == "int8":
     return {"int8": values, "scale": scale}
   low, high = values[..., ::2], values[..., 1::2]
   packed = jax.lax.bitcast_convert_type((low & 15) | (high << 4), jnp.uint8)

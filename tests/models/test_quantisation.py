@@ -86,8 +86,8 @@ def test_a_matrix(kind, name, shape):
 
 
 def test_it_is_what_qwix_makes_of_it():
-  weight = jax.random.normal(jax.random.key(0), (64, 10))
-  for kind, tile in (("int8", 64), ("int4", quantisation.BLOCK)):
+  weight = jax.random.normal(jax.random.key(0), (128, 10))
+  for kind, tile in quantisation.BLOCKS.items():
     made = quantisation.quantise_leaf("head/kernel", weight, kind)
     want = qwix.quantize(
       weight, kind, channelwise_axes=[1], tiled_axes={0: tile},

@@ -5,21 +5,19 @@ from __future__ import annotations
 import os
 import pathlib
 
-import harness
 import numpy as np
 import pytest
+from harness import TASKS, evaluate, evaluate_hf, write
 
 import calm_jax
 
 pytest.importorskip(
   "torch", reason="parity is measured against torch, which is not installed"
 )
-lm_eval = pytest.importorskip(
+pytest.importorskip(
   "lm_eval", reason="lm-evaluation-harness is not installed (extra eval)"
 )
-from lm_eval.tasks import TaskManager  # noqa: E402
-
-from calm_jax.lm_eval import CalmJax  # noqa: E402
+from calm_jax.lm_eval import CalmJax
 
 LONG = (
   "Once upon a time, there was a big dog named Max. He liked to run and play "
@@ -52,20 +50,8 @@ def folder():
   return pathlib.Path(os.environ["CALM_SHARED"], "models", "stories260k")
 
 
-def evaluate(tasks, model, **settings):
-  return harness.answers(
-    lm_eval.simple_evaluate(
-      model,
-      tasks=list(harness.TASKS),
-      task_manager=TaskManager(include_path=tasks, include_defaults=False),
-      bootstrap_iters=0,
-      **settings,
-    )
-  )
-
-
 def assert_same(ours: dict, theirs: dict):
-  assert ours.keys() == theirs.keys() == set(harness.TASKS)
+  assert ours.keys() == theirs.keys() == set(TASKS)
   assert ours["tiny_generate"] == theirs["tiny_generate"]
   pairs = zip(
     *(
@@ -84,20 +70,10 @@ def assert_same(ours: dict, theirs: dict):
   )
 
 
-def theirs(tasks, folder, **settings):
-  return evaluate(
-    tasks,
-    "hf",
-    model_args={"pretrained": str(folder), "dtype": "float32"} | settings,
-    device="cpu",
-    batch_size=1,
-  )
-
-
 def test_the_same_as_hf(folder, tmp_path):
-  tasks = harness.write(tmp_path, DOCS, OPTIONS)
-  ours = evaluate(tasks, CalmJax(str(folder)))
-  assert_same(ours, theirs(tasks, folder))
+  tasks = write(tmp_path, DOCS, OPTIONS)
+  ours = evaluate(tasks, TASKS, CalmJax(str(folder)))
+  assert_same(ours, evaluate_hf(tasks, TASKS, folder))
   written = [resps[0][0] for resps in ours["tiny_generate"]]
   assert any(len(text) > 40 for text in written)
 
@@ -105,12 +81,12 @@ def test_the_same_as_hf(folder, tmp_path):
 def test_a_fresh_composition_is_its_anchor_there_too(folder, tmp_path):
   # The other model has other tokens, and reads at most 256 of them.
   settings = {"max_length": 60, "add_bos_token": True}
-  tasks = harness.write(
+  tasks = write(
     tmp_path, {name: rows[:2] for name, rows in DOCS.items()}, OPTIONS
   )
   calm_jax.compose(
     calm_jax.load_model(str(folder)),
     calm_jax.load_model(str(folder.parent / "babyllama")),
   ).save(tmp_path / "composed")
-  ours = evaluate(tasks, CalmJax(str(tmp_path / "composed"), **settings))
-  assert_same(ours, theirs(tasks, folder, **settings))
+  ours = evaluate(tasks, TASKS, CalmJax(str(tmp_path / "composed"), **settings))
+  assert_same(ours, evaluate_hf(tasks, TASKS, folder, **settings))
