@@ -186,8 +186,10 @@ def _config(name: str, ignore: Collection[str] = ()) -> ModelConfig:
 
 
 def _model_table(configs: dict[str, ModelConfig]) -> Table:
-  names = "layers width vocab length parameters memory cache/token"
-  table = Table("", *names.split())
+  names = "layers width vocab length parameters memory"
+  table = Table("", *names.split(), "cache a token", padding=(0, 1, 0, 0))
+  for column in table.columns:
+    column.overflow = "fold"  # a narrow terminal shows all digits
   for name, config in configs.items():
     shapes = decoder.param_shapes(config)
     memory = [
