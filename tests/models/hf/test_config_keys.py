@@ -15,7 +15,7 @@ from golden import cases, options
 from calm_jax import compose, load_composed, load_model
 from calm_jax.core import hub
 from calm_jax.core.errors import InputError
-from calm_jax.models.hf import families, rope_config, weight_files
+from calm_jax.models.hf import config_keys, families, rope_config, weight_files
 
 # Names that transformers' code reads of a config and no file gives: methods of
 # mappings, and attributes of its own; and those of the vision tower of Gemma 3.
@@ -38,13 +38,13 @@ def from_hf(config):
 @pytest.mark.parametrize("family", options.FAMILIES)
 def test_what_transformers_reads_is_computed_refused_or_no_arithmetic(family):
   table = families.FAMILIES[family]
-  refused = families.REFUSED | table.only
+  refused = config_keys.REFUSED | table.only
   judged = table.computed() | refused.keys() | table.aliases.keys()
   if family == "gpt2":  # its learned positions take no options
     judged = judged | rope_config.KEYS | {"head_dim"}
   read = transformers_reads.keys(family)
-  left = {k for k in read - judged if not families.SILENT.fullmatch(k)}
-  assert left - _NO_KEYS == set(), "judge these keys in families.py"
+  left = {k for k in read - judged if not config_keys.SILENT.fullmatch(k)}
+  assert left - _NO_KEYS == set(), "judge these keys in config_keys.py"
   assert table.only.keys() <= read
   assert table.aliases == transformers_reads.aliases(family)
 
@@ -53,7 +53,7 @@ def test_what_transformers_reads_is_computed_refused_or_no_arithmetic(family):
 def test_null_is_a_value_where_it_is_one_in_transformers(family):
   table = families.FAMILIES[family]
   meant = transformers_reads.nullable(family) & table.computed()
-  assert meant <= families._NULLABLE
+  assert meant <= config_keys._NULLABLE
 
 
 def test_rotary_options_that_transformers_reads():
@@ -250,7 +250,7 @@ def test_keys_of_tools_are_passed_over_and_named(family, tool):
   assert set(re.findall(r"[^ ,]+", said.partition("over:")[2])) == set(
     TOOLS[tool]
   )
-  nulls = dict.fromkeys([*TOOLS[tool], *families.REFUSED])
+  nulls = dict.fromkeys([*TOOLS[tool], *config_keys.REFUSED])
   assert from_hf(nulls | config) == (read, "")
 
 
@@ -283,7 +283,7 @@ def test_a_multimodal_model_says_how_to_take_its_text_model():
 @pytest.mark.parametrize("family", options.FAMILIES)
 def test_values_of_wrong_types_are_refused_in_words(family):
   config, table = options.config_json(family), families.FAMILIES[family]
-  for key in {*table.computed(), *families.REFUSED, *table.aliases}:
+  for key in {*table.computed(), *config_keys.REFUSED, *table.aliases}:
     for value in ("4", 4.5, -1, 0, True, [], ["x"], [None], {}, {"a": 1}):
       with contextlib.suppress(InputError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
