@@ -3,15 +3,40 @@
 Errors name the file, and the line of a file of lines. Nothing here needs JAX.
 """
 
+import functools
+import gzip
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_text
+
+T = TypeVar("T")
+# A record to be read: its origin, "a.tsv line 3", and a function that returns
+# it, or None where a line is blank. The function raises ValueError for a bad
+# record, so that the next can be read.
+Entry = tuple[str, Callable[[], T | None]]
+Readable = Path | zipfile.Path
+
+_GZIP = b"\x1f\x8b"
+_NO_LINES = {
+  b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it",
+  b"\xfd7zXZ": "compressed by xz; unpack it",
+  b"BZh91AY&SY": "compressed by bzip2; unpack it",
+  b"PK\x03\x04": "a zip file; unpack it",
+  b"PAR1\x15": "a Parquet file; convert it to jsonl",
+}
+_UNREADABLE = (
+  *(gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, EOFError),
+  PermissionError,
+  RuntimeError,  # of zip files: a password, an unknown compression
+)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -33,7 +58,7 @@ def sha256(path: Path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_content(path: Path) -> None:
+def check_content(path: Readable) -> None:
   """Raises InputError if a file is git-lfs's pointer, without its content."""
   if not path.is_file():
     return
@@ -83,7 +108,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
   """Reads a JSON object; raises InputError if the file is anything else."""
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = json.loads(path.read_text(encoding="utf-8-sig"))
   except FileNotFoundError as error:
     raise InputError(f"{path}: no such file") from error
   except (OSError, ValueError, RecursionError) as error:
@@ -101,56 +126,122 @@ def write_json_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_json_lines(
-  path: Path, fields: Sequence[str] = (), *, drop_unfinished: bool = False
+  path: Path, fields: Mapping[str, type], *, drop_unfinished: bool = False
 ) -> Iterator[tuple[int, dict[str, Any]]]:
   """Yields (line number from 1, JSON object) of each line that is not blank.
 
-  Raises InputError where a line is no object with the `fields`.
+  Raises InputError where a line is no object with `fields` of their types.
   `drop_unfinished` leaves out a last line without a newline, which a process
   that was killed may have cut short.
   """
-  for number, line in read_lines(path):
+
+  def parse(line: bytes) -> dict[str, Any] | None:
     if drop_unfinished and not line.endswith(b"\n"):
-      return
+      return None
+    record = parse_json_line(line)
+    if record is not None:
+      _check_fields(record, fields)
+    return record
+
+  return read_entries(entries(path, parse))
+
+
+def _check_fields(
+  record: Mapping[str, Any], fields: Mapping[str, type]
+) -> None:
+  if missing := [name for name in fields if name not in record]:
+    raise ValueError(f"it has no {' and no '.join(map(repr, missing))}")
+  for name, kind in fields.items():
+    if not isinstance(value := record[name], kind):
+      is_a = f"is a {type(value).__name__}, where a {kind.__name__} is expected"
+      raise ValueError(f"{name!r} {is_a}")
+    check_text(repr(name), json.dumps(value, ensure_ascii=False))
+
+
+def read_text(path: Path) -> str:
+  """Returns a file's lines, see `read_lines`, with newlines between them."""
+  return "\n".join(line for _, line in read_entries(entries(path, decode_line)))
+
+
+def read_entries(lines: Iterable[Entry[T]]) -> Iterator[tuple[int, T]]:
+  """Yields (number from 1, record) of entries; InputError at a bad one."""
+  for number, (origin, read) in enumerate(lines, start=1):
     try:
-      record = parse_json_line(line, number)
+      record = read()
     except ValueError as error:
-      raise InputError(f"{path}, line {number}: {error}") from error
-    if record is None:
-      continue
-    if missing := [field for field in fields if field not in record]:
-      names = " and no ".join(map(repr, missing))
-      raise InputError(f"{path}, line {number}: it has no {names}")
-    yield number, record
+      raise InputError(f"{origin}: {error}") from error
+    if record is not None:
+      yield number, record
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-  """Yields (number from 1, line) of a file; see `decode_line`.
+def entries(
+  path: Path, parse: Callable[[bytes], T | None]
+) -> Iterator[Entry[T]]:
+  """Yields the lines of a file, see `read_lines`, as entries."""
+  for number, line in read_lines(path):
+    yield f"{path} line {number}", functools.partial(parse, line)
 
-  Lines are split as bytes: str.splitlines also splits at U+2028. Raises
-  InputError if the file does not exist.
+
+def suffix(path: Path) -> str:
+  """Returns the suffix of a name, without the .gz of a compressed file."""
+  return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def read_lines(path: Readable) -> Iterator[tuple[int, bytes]]:
+  """Yields (number from 1, line) of a file of text; see `decode_line`.
+
+  The file may be compressed by gzip, whatever its name, or lie in a zip file.
+  Lines end at \\n; in a file without any, at \\r. They are split as bytes:
+  str.splitlines also splits at U+2028. Raises InputError if the file cannot be
+  read.
   """
   if not path.exists() or path.is_dir():
     raise InputError(f"{path}: no such file")
-  check_content(path)
-  with path.open("rb") as file:
-    yield from enumerate(file, start=1)
-
-
-def decode_line(line: bytes, number: int) -> str:
-  """Returns the text of a line; raises ValueError if it is not UTF-8."""
+  number = 0
   try:
-    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+    check_content(path)
+    with path.open("rb") as raw:
+      start = raw.peek(64)
+      for magic, is_what in _NO_LINES.items():
+        if start.startswith(magic):
+          raise InputError(f"{path} is no file of lines of text but {is_what}")
+      file = gzip.GzipFile(fileobj=raw) if start.startswith(_GZIP) else raw
+      for number, line in enumerate(file, start=1):
+        if number == 1 and not line.endswith(b"\n"):
+          yield from enumerate(line.splitlines(keepends=True), start=1)
+        else:
+          yield number, line
+  except _UNREADABLE as error:
+    after = f" after line {number}" if number else ""
+    raise InputError(f"{path} cannot be read{after}: {error}") from error
+
+
+def decode_line(line: bytes) -> str:
+  """Returns the text of a line without its end, and without a BOM.
+
+  Raises ValueError if it is not UTF-8.
+  """
+  if b"\0" in line or line.startswith((b"\xff\xfe", b"\xfe\xff")):
+    raise ValueError(
+      "not UTF-8 text: it has NUL bytes, or the mark of UTF-16; convert the"
+      " file, such as by iconv -f UTF-16 -t UTF-8"
+    )
+  try:  # A BOM may stand in any line: files are joined.
+    return line.decode("utf-8-sig").rstrip("\r\n")
   except UnicodeDecodeError as error:
     raise ValueError(f"not UTF-8 text ({error}); convert the file") from error
-  return text.rstrip("\r\n")
 
 
-def parse_json_line(line: bytes, number: int) -> dict[str, Any] | None:
+def parse_json_line(line: bytes) -> dict[str, Any] | None:
   """Returns the JSON object of a line (ValueError if none), None if blank."""
-  text = decode_line(line, number)
-  if not text.strip():
+  text = decode_line(line).strip()
+  if not text:
     return None
+  if text.startswith("["):
+    raise ValueError(
+      "a JSON array, where one object a line (jsonl) is expected; convert the"
+      " file by jq -c '.[]'"
+    )
   try:
     record = json.loads(text)
   except (ValueError, RecursionError) as error:

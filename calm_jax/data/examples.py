@@ -12,7 +12,7 @@ import numpy as np
 from calm_jax.core import files
 from calm_jax.core.errors import InputError
 from calm_jax.data import records
-from calm_jax.data.templates import Texts, own_fields, string_field, templates
+from calm_jax.data.templates import Texts, own_fields, templates
 
 T = TypeVar("T")
 
@@ -124,13 +124,8 @@ def _judge(
 
 def read_prompts(path: Path) -> list[str]:
   """The "prompt" of each line of a .jsonl file; InputError names a bad line."""
-  prompts = []
-  for number, record in files.read_json_lines(path, ["prompt"]):
-    try:
-      prompts.append(string_field(record, "prompt"))
-    except ValueError as error:
-      raise InputError(f"{path}, line {number}: {error}") from error
-  return prompts
+  lines = files.read_json_lines(path, {"prompt": str})
+  return [record["prompt"] for _, record in lines]
 
 
 def take_fraction(examples: Sequence[T], fraction: float, seed: int) -> list[T]:
@@ -189,7 +184,7 @@ def _kind(source: ExampleSource) -> str:
 
 def _texts(source: ExampleSource, kind: str) -> Texts:
   """The function that makes prompt and completion of the source's records."""
-  kind = kind or _SUFFIXES.get(Path(source.path).suffix, "")
+  kind = kind or _SUFFIXES.get(files.suffix(Path(source.path)), "")
   columns = (source.text_field,) if kind == "text" else ()
   if kind in ("tsv", "parallel"):
     columns = tuple(source.columns)
@@ -222,9 +217,9 @@ def _entries(source: ExampleSource, kind: str) -> Iterator[records.Entry]:
     yield from records.parallel(*paths, columns)
   else:
     for path in _files(source.path):
-      match kind or _SUFFIXES.get(path.suffix):
+      match kind or _SUFFIXES.get(files.suffix(path)):
         case "jsonl":
-          yield from records.jsonl(path)
+          yield from files.entries(path, files.parse_json_line)
         case "text":
           yield from records.table(path, (source.text_field,))
         case "tsv":
@@ -233,7 +228,8 @@ def _entries(source: ExampleSource, kind: str) -> Iterator[records.Entry]:
           raise InputError(
             f"cannot read examples from {path}: its name must end in .jsonl"
             " (one JSON object a line), .txt (one document a line) or .tsv"
-            " (columns between tabs), or its kind must be given"
+            " (columns between tabs), each with .gz or without, or its kind"
+            " must be given"
           )
 
 

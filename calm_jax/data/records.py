@@ -1,12 +1,10 @@
 """Records of files of lines, of tfds and of Hugging Face data sets.
 
-A function here yields entries: an origin ("a.tsv line 3") and a function that
-reads the record there, its fields by name, or None where a line is blank. It
-raises ValueError for a bad record, so that the next can be read.
+A function here yields entries (see `files.Entry`) of records: dicts of fields.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,7 @@ from calm_jax.core import files
 from calm_jax.core.errors import InputError
 
 Record = dict[str, Any]
-Entry = tuple[str, Callable[[], Record | None]]
-
-
-def jsonl(path: Path) -> Iterator[Entry]:
-  """One JSON object a line."""
-  return _lines(path, files.parse_json_line)
+Entry = files.Entry[Record]
 
 
 def table(
@@ -29,8 +22,8 @@ def table(
 ) -> Iterator[Entry]:
   """The values of a line, without header and quotes; one without separator."""
 
-  def parse(line: bytes, number: int) -> Record | None:
-    text = files.decode_line(line, number)
+  def parse(line: bytes) -> Record | None:
+    text = files.decode_line(line)
     if not text.strip():
       return None
     values = text.split(separator) if separator else [text]
@@ -41,21 +34,16 @@ def table(
       )
     return dict(zip(columns, values, strict=True))
 
-  return _lines(path, parse)
-
-
-def _lines(path: Path, parse: Callable) -> Iterator[Entry]:
-  for number, line in files.read_lines(path):
-    yield f"{path} line {number}", functools.partial(parse, line, number)
+  return files.entries(path, parse)
 
 
 def parallel(
-  path: Path, target: Path, columns: tuple[str, ...]
+  path: files.Readable, target: files.Readable, columns: tuple[str, ...]
 ) -> Iterator[Entry]:
   """Line i of one file with line i of the other, as two columns."""
 
-  def parse(lines: tuple[bytes, bytes], number: int) -> Record | None:
-    values = [files.decode_line(line, number) for line in lines]
+  def parse(lines: tuple[bytes, bytes]) -> Record | None:
+    values = [files.decode_line(line) for line in lines]
     empty = [not value.strip() for value in values]
     if all(empty):
       return None
@@ -67,6 +55,9 @@ def parallel(
   ours, theirs = (
     [line for _, line in files.read_lines(file)] for file in (path, target)
   )
+  for longer, other in ((ours, theirs), (theirs, ours)):
+    while len(longer) > len(other) and not longer[-1].strip():
+      longer.pop()
   if len(ours) != len(theirs):
     raise InputError(
       f"{path} has {len(ours):,} lines and {target} has {len(theirs):,}: lines"
@@ -74,7 +65,7 @@ def parallel(
     )
   for number, lines in enumerate(zip(ours, theirs, strict=True), start=1):
     origin = f"{path} and {target} line {number}"
-    yield origin, functools.partial(parse, lines, number)
+    yield origin, functools.partial(parse, lines)
 
 
 def tfds(name: str, split: str, data_dir: str) -> Iterator[Entry]:

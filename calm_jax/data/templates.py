@@ -37,10 +37,10 @@ def own_fields(prompt: str, completion: str, text: str) -> Texts:
   def texts(record: Record) -> tuple[str, str]:
     if prompt in record and completion in record:
       return _checked(
-        string_field(record, prompt), string_field(record, completion)
+        _string_field(record, prompt), _string_field(record, completion)
       )
     if text in record:
-      return _checked("", string_field(record, text))
+      return _checked("", _string_field(record, text))
     raise ValueError(
       f"expected {text!r}, or {prompt!r} and {completion!r}, but it has"
       f" {_names(record)}; name the fields in the data configuration"
@@ -103,7 +103,7 @@ def _checked(prompt: str, completion: str) -> tuple[str, str]:
   return prompt, completion
 
 
-def string_field(record: Record, name: str) -> str:
+def _string_field(record: Record, name: str) -> str:
   """Returns a field of a record; raises ValueError if it is no text."""
   return check_text(repr(name), record[name])
 

@@ -5,7 +5,7 @@ the share of problems whose program passes all its tests, in percent.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from calm_jax.core import files
@@ -109,8 +109,7 @@ class HumanEval(Programming):
   def evaluation(self) -> Evaluation:
     """Reads the problems; InputError if a line is wrong."""
     runner.require(self.allow_code_execution)
-    fields = ("task_id", "prompt", "test", "entry_point")
-    problems = _read_problems(Path(self.path), fields)[: self.limit or None]
+    problems = read_humaneval(Path(self.path))[: self.limit or None]
     questions = [Question(problem["prompt"], {}) for problem in problems]
 
     def program(problem: Row, output: str) -> runner.ProgramWithTests:
@@ -122,10 +121,23 @@ class HumanEval(Programming):
     return self.pass_at_1("humaneval", problems, questions, program, stop)
 
 
+def read_humaneval(path: Path) -> list[Row]:
+  """Problems of `HumanEval.jsonl`."""
+  fields = ("task_id", "prompt", "test", "entry_point")
+  return _read_problems(path, dict.fromkeys(fields, str))
+
+
 def read_mbpp(path: Path) -> dict[int, Row]:
   """Problems of `mbpp.jsonl` by their task_id."""
-  fields = ("task_id", "text", "code", "test_setup_code", "test_list")
-  return {row["task_id"]: row for row in _read_problems(path, fields)}
+  fields = dict.fromkeys(("text", "code", "test_setup_code"), str)
+  fields |= {"task_id": int, "test_list": list}
+  try:
+    return {row["task_id"]: row for row in _read_problems(path, fields)}
+  except InputError as error:
+    raise InputError(
+      f"{error}; MBPP is read from mbpp.jsonl, not from its sanitized part,"
+      " which has other fields"
+    ) from error
 
 
 def extract_code(completion: str) -> str:
@@ -134,7 +146,7 @@ def extract_code(completion: str) -> str:
   return fences.find_program(text.rpartition("[BEGIN]")[2])
 
 
-def _read_problems(path: Path, fields: Sequence[str]) -> list[Row]:
+def _read_problems(path: Path, fields: Mapping[str, type]) -> list[Row]:
   """Rows of a file of JSON lines, with line ends as "\\n" in their texts."""
   problems = [row for _, row in files.read_json_lines(path, fields)]
   for problem in problems:

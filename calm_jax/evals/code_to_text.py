@@ -34,7 +34,7 @@ def read_codexglue(path: str | Path) -> list[dict[str, Any]]:
   contain the description that is asked for. InputError if there is no such
   file, or a line lacks a field.
   """
-  fields = ("language", "code_tokens", "docstring_tokens")
+  fields = {"language": str, "code_tokens": list, "docstring_tokens": list}
   return [
     {
       "id": number,

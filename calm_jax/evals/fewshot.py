@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from calm_jax.core import files
 from calm_jax.core.errors import InputError
 from calm_jax.data.examples import row_slice
 from calm_jax.evals import base
@@ -71,8 +72,7 @@ def load_template(name_or_path: str | Path, ending: str = "") -> Template:
     raise InputError(
       f"no prompt file {path}: give a file's path, or one of {known}"
     )
-  text = path.read_text(encoding="utf-8").removesuffix("\n")
-  text = text.removesuffix(ending)
+  text = files.read_text(path).removesuffix(ending)
   try:
     parts = list(string.Formatter().parse(text))
   except ValueError as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from calm_jax.core import files
 from calm_jax.core.errors import InputError
+from calm_jax.data import records
 from calm_jax.evals import fewshot, numbers
 from calm_jax.evals.base import Evaluation, Judgement, Row, judge_correct
 
@@ -87,28 +88,23 @@ def read_gsm(path: str | Path, language: str = "") -> list[dict[str, Any]]:
   Returns rows of "id" (the line, from 1), "question", "answer" and "number";
   raises InputError if there is no such file, or a line lacks one.
   """
-  path = Path(path)
-  if not path.is_file() or path.suffix not in (".jsonl", ".tsv"):
-    raise InputError(f"{path} is no .jsonl of GSM8K and no .tsv of MGSM")
-  is_tsv = path.suffix == ".tsv"
-  if is_tsv:
-    lines = files.read_lines(path)
+  path, fields = Path(path), ("question", "answer")
+  if files.suffix(path) == ".jsonl":
+    lines = files.read_json_lines(path, dict.fromkeys(fields, str))
+  elif files.suffix(path) == ".tsv":
+    lines = files.read_entries(records.table(path, fields, "\t"))
   else:
-    lines = files.read_json_lines(path, ("question", "answer"))
+    raise InputError(f"{path} is no .jsonl of GSM8K and no .tsv of MGSM")
   items = []
-  for number, line in lines:
+  for number, row in lines:
+    answer = re.sub(r"<<[^>]*>>", "", row["answer"])
     try:
-      if is_tsv:
-        question, answer = files.decode_line(line, number).split("\t")
-      else:
-        question = line["question"]
-        answer = re.sub(r"<<[^>]*>>", "", line["answer"])
       gold = numbers.parse(answer.split(MARK)[-1], language)
-    except (ValueError, TypeError, ArithmeticError) as error:
+    except (ValueError, ArithmeticError) as error:
       raise InputError(
-        f"{path}, line {number}: needs a question and an answer that ends in "
+        f"{path} line {number}: needs a question and an answer that ends in "
         f"{MARK} and a number ({type(error).__name__}: {error})"
       ) from error
-    row = {"id": number, "question": question, "answer": answer}
+    row = {"id": number, "question": row["question"], "answer": answer}
     items.append(row | {"number": f"{gold:f}"})
   return items

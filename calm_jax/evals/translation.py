@@ -5,12 +5,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from calm_jax.core import files
 from calm_jax.core.errors import InputError
+from calm_jax.data import records
 from calm_jax.evals import chrf, fewshot
 from calm_jax.evals.base import Evaluation
 
 TARGET = "eng_Latn"
-File = Path | zipfile.Path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ def read_flores(
 
   Args:
     path: FLORES' folder (dev/lij_Latn.dev and so on), its zip, or a folder
-      that holds the zip. Nothing is unpacked.
+      that holds either of them. Nothing is unpacked.
     language: FLORES' code, such as lij_Latn.
     split: dev or devtest.
 
@@ -54,37 +55,23 @@ def read_flores(
   raises InputError if the language or its pairs are not there.
   """
   codes = language, TARGET
-  files = (_flores_file(Path(path), code, split) for code in codes)
-  return read_pairs(*files, language)
+  paths = (_flores_file(Path(path), code, split) for code in codes)
+  return read_pairs(*paths, language)
 
 
-def read_pairs(path: File, target: File, language: str) -> list[dict[str, Any]]:
+def read_pairs(
+  path: files.Readable, target: files.Readable, language: str
+) -> list[dict[str, Any]]:
   """Reads lines of `path` and their English in `target`, as `read_flores`."""
-  sources, targets = _lines(path), _lines(target)
-  if len(sources) != len(targets):
-    raise InputError(
-      f"{path} has {len(sources)} lines and {target} has {len(targets)}; line "
-      "i of one must translate line i of the other"
-    )
-  name = language_name(language)
-  pairs = enumerate(zip(sources, targets, strict=True), start=1)
-  return [
-    {"id": i, "language": name, "source": source, "target": target}
-    for i, (source, target) in pairs
-  ]
-
-
-def _lines(path: File) -> list[str]:
-  if not path.is_file():
-    raise InputError(f"no sentences at {path}: there is no such file")
-  # Not splitlines(): it also splits at rarer characters within a sentence.
-  return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+  row = {"language": language_name(language)}
+  pairs = records.parallel(path, target, ("source", "target"))
+  return [{"id": i} | row | pair for i, pair in files.read_entries(pairs)]
 
 
 def language_name(code: str) -> str:
   """FLORES-200's English name of a language code."""
   path = fewshot.PROMPTS / "flores_languages.tsv"
-  lines = path.read_text(encoding="utf-8").splitlines()
+  lines = files.read_text(path).split("\n")
   names = dict(line.split("\t") for line in lines)
   if code not in names:
     raise InputError(
@@ -93,7 +80,7 @@ def language_name(code: str) -> str:
   return names[code]
 
 
-def _flores_file(path: Path, language: str, split: str) -> File:
+def _flores_file(path: Path, language: str, split: str) -> files.Readable:
   folder, name = _flores_folder(path, split), f"{language}.{split}"
   if not (folder / name).is_file():
     here = sorted(Path(file.name).stem for file in folder.iterdir())
@@ -103,22 +90,33 @@ def _flores_file(path: Path, language: str, split: str) -> File:
   return folder / name
 
 
-def _flores_folder(path: Path, split: str) -> File:
+def _flores_folder(path: Path, split: str) -> files.Readable:
   """The folder dev/ or devtest/ of FLORES, or of a zip file of it."""
-  if (path / split).is_dir():
-    return path / split
+  zips = [path]
   if path.is_dir():
+    if folder := _subfolder(path, split):
+      return folder
     zips = sorted(path.glob("*.zip"))
-    if len(zips) != 1:
-      raise InputError(
-        f"{path} holds neither FLORES' folder {split}/ nor one zip file"
-      )
-    (path,) = zips
+  if len(zips) != 1:
+    raise InputError(
+      f"{path} holds neither FLORES' folder {split}/ nor one zip file"
+    )
   try:
-    archive = zipfile.Path(path)
+    archive = zipfile.Path(zips[0])
   except (OSError, zipfile.BadZipFile) as error:
-    raise InputError(f"cannot read FLORES from {path}: {error}") from error
-  for top in (archive, *archive.iterdir()):
-    if (top / split).is_dir():
-      return top / split
-  raise InputError(f"{path} holds no folder {split}/")
+    raise InputError(f"cannot read FLORES from {zips[0]}: {error}") from error
+  names = archive.root.namelist()
+  if len(set(names)) < len(names):
+    raise InputError(f"{zips[0]} holds several files of one name")
+  if folder := _subfolder(archive, split):
+    return folder
+  raise InputError(f"{zips[0]} holds no folder {split}/")
+
+
+def _subfolder(root: files.Readable, name: str) -> files.Readable | None:
+  """The folder of this name in `root`, or in the only folder that has it."""
+  found = [top / name for top in (root, *root.iterdir())]
+  found = [folder for folder in found if folder.is_dir()]
+  if len(found) > 1 and found[0] != root / name:
+    raise InputError(f"{root} holds several folders {name}/: name one of them")
+  return found[0] if found else None

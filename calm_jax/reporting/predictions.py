@@ -34,10 +34,11 @@ def read_rows(path: Path) -> Rows:
   """
   if not path.exists():
     return []
-  rows = dict(files.read_json_lines(path, ("prompt", "prediction")))
+  fields = {"prompt": str, "prediction": str}
+  rows = dict(files.read_json_lines(path, fields))
   for number, row in rows.items():
     if "correct" not in row and "score" not in row:
-      raise InputError(f'{path}, line {number}: needs "correct" or "score"')
+      raise InputError(f'{path} line {number}: needs "correct" or "score"')
   return [*rows.values()]
 
 

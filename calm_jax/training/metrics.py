@@ -70,5 +70,5 @@ def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-  lines = files.read_json_lines(path, ["step"], drop_unfinished=True)
+  lines = files.read_json_lines(path, {"step": int}, drop_unfinished=True)
   return [record for _, record in lines]

@@ -74,23 +74,23 @@ def test_json_lines_have_their_numbers(tmp_path):
   path = tmp_path / "a.jsonl"
   text = '\ufeff{"a": "\u2028"}\r\n\n  \n{"a": 2}'
   path.write_bytes(text.encode())
-  assert list(files.read_json_lines(path, ["a"])) == [
+  assert list(files.read_json_lines(path, {"a": object})) == [
     (1, {"a": "\u2028"}),
     (4, {"a": 2}),
   ]
-  finished = list(files.read_json_lines(path, drop_unfinished=True))
+  finished = list(files.read_json_lines(path, {}, drop_unfinished=True))
   assert [number for number, _ in finished] == [1]
   records = [{"a": "é"}, {"a": [1]}]
   files.write_json_lines(path, records)
-  assert [record for _, record in files.read_json_lines(path)] == records
+  assert [record for _, record in files.read_json_lines(path, {})] == records
 
 
 @pytest.mark.parametrize(
   ("line", "message"),
   [
     (b"{", "not JSON"),
-    (b"[" * 100_000, "not JSON"),
-    (b"[1]", "a JSON list, where an object"),
+    (b'{"a":' * 100_000, "not JSON"),
+    (b"[1]", "a JSON array, where one object a line"),
     (b"\xff", "not UTF-8"),
     (b'{"b": 1}', "it has no 'a' and no 'c'"),
   ],
@@ -99,7 +99,7 @@ def test_a_bad_line_is_named(tmp_path, line, message):
   path = tmp_path / "a.jsonl"
   good = json.dumps({"a": 1, "c": 2}).encode()
   path.write_bytes(good + b"\n" + line + b"\n")
-  with pytest.raises(InputError, match=rf"a\.jsonl, line 2: {message}"):
-    list(files.read_json_lines(path, ["a", "c"]))
+  with pytest.raises(InputError, match=rf"a\.jsonl line 2: {message}"):
+    list(files.read_json_lines(path, {"a": int, "c": int}))
   with pytest.raises(InputError, match="no such file"):
-    list(files.read_json_lines(tmp_path / "b.jsonl"))
+    list(files.read_json_lines(tmp_path / "b.jsonl", {}))

@@ -58,7 +58,7 @@ def test_plain_text(tmp_path):
   "line, message",
   [
     (b"{'text': 1}", "not JSON"),
-    (b"[1]", "a JSON list"),
+    (b"[1]", "a JSON array"),
     (b'{"txt": "a"}', "expected 'text', or 'prompt' and 'completion'.*'txt'"),
     (b'{"prompt": "a"}', "but it has 'prompt'"),
     (b'{"text": 1}', "'text' is a int"),
@@ -66,7 +66,7 @@ def test_plain_text(tmp_path):
     (b'{"prompt": "a", "completion": ""}', "no text to learn"),
     (b'{"text": "\xff"}', "not UTF-8"),
     (b'{"text": "half \\ud800"}', "UTF-8 can hold"),
-    (b"[" * 100_000, "not JSON"),
+    (b'{"a":' * 100_000, "not JSON"),
   ],
 )
 def test_bad_lines(tmp_path, line, message):
@@ -275,10 +275,10 @@ def test_prompts(tmp_path):
   assert read_prompts(path) == ["a", ""]
   for line, message in [
     (b"{}", "it has no 'prompt'"),
-    (b"[]", "a JSON list"),
+    (b"[]", "a JSON array"),
     (b'{"prompt": 1}', "'prompt' is a int"),
   ]:
-    with pytest.raises(InputError, match=f"a.jsonl, line 1: .*{message}"):
+    with pytest.raises(InputError, match=f"a.jsonl line 1: .*{message}"):
       read_prompts(write(path, line))
   with pytest.raises(InputError, match="no such file"):
     read_prompts(tmp_path / "absent.jsonl")

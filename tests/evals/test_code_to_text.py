@@ -35,7 +35,7 @@ def test_the_code_does_not_hold_what_is_asked_for(tmp_path):
 def test_what_cannot_be_read_is_said(tmp_path):
   file = tmp_path / "test.jsonl"
   file.write_text(json.dumps(LINE) + "\n" + '{"language": "go"}\n')
-  with pytest.raises(InputError, match=r"test\.jsonl, line 2: .*code_tokens"):
+  with pytest.raises(InputError, match=r"test\.jsonl line 2: .*code_tokens"):
     read_codexglue(file)
   with pytest.raises(InputError, match="no such file"):
     read_codexglue(tmp_path / "valid.jsonl")

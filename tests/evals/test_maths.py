@@ -170,10 +170,12 @@ def test_by_hand(tmp_path):
 def test_what_cannot_be_read_is_said(tmp_path):
   file = tmp_path / "test.jsonl"
   file.write_text('{"question": "a", "answer": "#### 1"}\n{"question": "b"}\n')
-  with pytest.raises(InputError, match=r"test\.jsonl, line 2: .*'answer'"):
+  with pytest.raises(InputError, match=r"test\.jsonl line 2: .*'answer'"):
     read_gsm(file)
   file.write_text('{"question": "a", "answer": "no number"}\n')
   with pytest.raises(InputError, match="line 1: needs a question"):
     read_gsm(file)
-  with pytest.raises(InputError, match=r"none\.tsv is no"):
+  with pytest.raises(InputError, match=r"none\.tsv: no such file"):
     read_gsm(tmp_path / "none.tsv")
+  with pytest.raises(InputError, match=r"test\.json is no \.jsonl"):
+    read_gsm(tmp_path / "test.json")

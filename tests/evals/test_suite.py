@@ -133,7 +133,7 @@ def test_averages_and_how_many_languages_are_better():
   [
     ({"kind": "nope"}, "'nope' is none of"),
     ({"shot": 3}, "kind 'translation': .*'shot'"),
-    ({"path": "nowhere"}, "nowhere: there is no such file"),
+    ({"path": "nowhere"}, "nowhere: no such file"),
     ({"rows": "7:"}, "rows '7:' of 5 items are none"),
     ({"rows": "2"}, "rows '2': expected a slice"),
     ({"rows": "a:"}, "rows 'a:': expected a slice"),
