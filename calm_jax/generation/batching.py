@@ -63,11 +63,12 @@ def token_batch(
       that are longer than a model reads; or the anchor's tokenizer cannot tell
       what its ids spell.
   """
-  try:
-    tokens_BL = np.asarray(tokens_BL)
-  except ValueError as error:
-    raise InputError("tokens are rows of different lengths") from error
-  _check_tokens(model, tokens_BL)
+  tokens_BL = _check_ids(model, tokens_BL, "tokens", 2)
+  limit = model.max_length
+  if (length := tokens_BL.shape[1]) > limit:
+    raise InputError(
+      f"rows of {length} tokens exceed the models' length limit of {limit}"
+    )
   batch = plain_batch(tokens_BL.astype(np.int32))
   shape = batch.anchor.tokens.shape
   if prompt_length is not None:
@@ -83,34 +84,27 @@ def token_batch(
   return batch._replace(augmenting=augmenting, visible=visible)
 
 
-def _check_tokens(model: Model, tokens_BL: np.ndarray) -> None:
-  is_rows = tokens_BL.ndim == 2 and tokens_BL.size
-  if not is_rows or tokens_BL.dtype.kind not in "iu":
-    got = f"{tokens_BL.dtype} {list(tokens_BL.shape)}"
-    raise InputError(f"tokens must be integers [B, L], got {got}")
-  check_ids(model, tokens_BL, "the rows")
-  limit = model.max_length
-  if (length := tokens_BL.shape[1]) > limit:
+def _check_ids(model: Model, ids, name: str, ndim: int) -> np.ndarray:
+  """Returns ids as an array that is not empty; raises InputError for what is
+  none, and for ids that a model which reads them has no row for."""
+  try:
+    array = np.asarray(ids)
+  except ValueError as error:
+    raise InputError(f"{name} are rows of different lengths") from error
+  if array.ndim != ndim or not array.size or array.dtype.kind not in "iu":
     raise InputError(
-      f"rows of {length} tokens exceed the models' length limit of {limit}"
+      f"{name} must be integers [{'B, L' if ndim == 2 else 'L'}], got "
+      f"{array.dtype} {list(array.shape)}"
     )
-
-
-def check_ids(model: Model, ids: np.ndarray | Rows[int], where: str) -> None:
-  """Raises InputError for ids that a model which reads them has no row for."""
-  ids, V = np.asarray(ids), model.num_ids
-  if not ids.size:
-    return
-  if ids.dtype.kind not in "iu":
-    raise InputError(f"{where}: token ids are integers, got {ids.dtype}")
-  least, most = ids.min(), ids.max()
+  least, most, V = array.min(), array.max(), model.num_ids
   if not 0 <= least <= most < V:
     pieces = model.tokenizer.pieces if model.tokenizer else ()
-    piece = f" ({pieces[most]!r})" if most < len(pieces) else ""
+    piece = f" ({pieces[most]!r})" if V <= most < len(pieces) else ""
     raise InputError(
-      f"{where}: token ids run from {least} to {most}{piece}; the vocabulary "
+      f"{name}: token ids run from {least} to {most}{piece}; the vocabulary "
       f"has ids 0 to {V - 1}, the rows of the smallest table that is read"
     )
+  return array
 
 
 def _encoders(model: Model) -> dict[str, ChunkEncoder]:
@@ -234,7 +228,7 @@ def allowed_ids(model: Model) -> np.ndarray | None:
 def num_readable(
   model: Model, ids: Rows[int], prompt_length: int, new_tokens: int = 0
 ) -> int:
-  """How many of the anchor's ids, from the first on, all models can read.
+  """Counts the ids of the anchor, from the first on, that all models can read.
 
   Each is left room for `new_tokens` of its own.
   """
@@ -259,16 +253,29 @@ def check_length(name: str, joined: Augmenting, length: int) -> None:
     )
 
 
-def check_prompts(model: Model, prompts: Ids, max_new_tokens: int = 0) -> None:
-  """Raises InputError for a prompt that is empty, too long to continue, or has
-  an id outside the vocabulary."""
-  limit = model.max_length
-  for i, ids in enumerate(prompts):
-    if not ids:
-      raise InputError(f"prompt {i} has no tokens: nothing to continue from")
-    check_ids(model, ids, f"prompt {i}")
+def check_rows(
+  model: Model,
+  rows_of_ids: Ids,
+  name: str = "prompt",
+  max_new_tokens: int = 0,
+  is_filled: bool = True,
+) -> list[list[int]]:
+  """Returns rows of ids as lists; InputError for one that cannot be read.
+
+  It is too long to continue, an id is outside the vocabulary, or there is none
+  though it must be filled.
+  """
+  limit, rows = model.max_length, []
+  for i, ids in enumerate(rows_of_ids):
+    ids = [] if ids is None else ids
+    if len(ids):
+      ids = _check_ids(model, ids, f"{name} {i}", 1).tolist()
+    elif is_filled:
+      raise InputError(f"{name} {i} has no tokens: nothing to continue from")
+    rows.append(ids)
     if len(ids) + max_new_tokens > limit:
       raise InputError(
-        f"prompt {i} has {len(ids)} tokens; with max_new_tokens="
+        f"{name} {i} has {len(ids)} tokens; with max_new_tokens="
         f"{max_new_tokens} that exceeds the models' length limit of {limit}"
       )
+  return rows

@@ -55,7 +55,7 @@ def stream(
   Raises:
     InputError: a prompt is empty, or too long for the models.
   """
-  batching.check_prompts(model, prompts, max_new_tokens)
+  prompts = batching.check_rows(model, prompts, "prompt", max_new_tokens)
   if not prompts or not max_new_tokens:
     return
   params = decode_steps.prepare(model.params)

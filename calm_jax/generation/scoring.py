@@ -51,27 +51,28 @@ def score(
 
   Raises InputError if a prompt is empty, or too long for the models.
   """
+  given = batching.check_rows(model, prompts)
+  learnt = batching.check_rows(
+    model, completions, "completion", is_filled=False
+  )
   # The last token is only predicted: the models need not read it.
-  pairs = zip(prompts, completions, strict=True)
-  rows_of_ids = [[*prompt, *completion[:-1]] for prompt, completion in pairs]
-  batching.check_prompts(model, prompts)
-  batching.check_prompts(model, rows_of_ids)
-  for i, ids in enumerate(completions):
-    batching.check_ids(model, ids, f"completion {i}")
-  scores: list[Score] = [Score(0.0, 0, True)] * len(prompts)
-  lengths = [len(prompt) for prompt in prompts]
+  pairs = zip(given, learnt, strict=True)
+  rows_of_ids = [prompt + completion[:-1] for prompt, completion in pairs]
+  batching.check_rows(model, rows_of_ids)
+  scores: list[Score] = [Score(0.0, 0, True)] * len(given)
+  lengths = [len(prompt) for prompt in given]
   allowed_V = batching.allowed_ids(model)
   batches = batching.batches(model, rows_of_ids, lengths, batch_size)
   for chosen, batch, _ in batches:
     targets_BL = np.roll(batch.anchor.tokens, -1, axis=1)
     for row, i in enumerate(chosen):
-      targets_BL[row, -1:] = completions[i][-1:] or 0
+      targets_BL[row, -1:] = learnt[i][-1:] or 0
     logprob_BL, likeliest_BL = processes.fetch(
       _token_scores(model.params, model.spec, batch, targets_BL, allowed_V)
     )
     for row, i in enumerate(chosen):
-      here = slice(len(targets_BL[row]) - len(completions[i]), None)
+      here = slice(len(targets_BL[row]) - len(learnt[i]), None)
       logprob = float(logprob_BL[row, here].sum())
       is_greedy = bool(likeliest_BL[row, here].all())
-      scores[i] = Score(logprob, len(completions[i]), is_greedy)
+      scores[i] = Score(logprob, len(learnt[i]), is_greedy)
   return scores

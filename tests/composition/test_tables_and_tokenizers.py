@@ -176,3 +176,24 @@ def test_a_token_beyond_the_table_is_named(models):
       call()
   part = calm_jax.compose(model, models["padded"]).part("augmenting/augmenting")
   assert part.tokenizer.encode(text)[1] == V - 1
+
+
+def test_ids_of_any_kind_of_array_and_of_none(models):
+  model = models["fits"]
+  lists = decode.generate(model, [[1, 5], [6]], max_new_tokens=3)
+  arrays = [np.array([1, 5], np.uint16), np.array([6])]
+  assert decode.generate(model, arrays, max_new_tokens=3) == lists
+  scored = scoring.score(model, [[1, 5]], [[6, 7]])
+  assert scoring.score(model, arrays[:1], [np.array([6, 7])]) == scored
+  for ids, said in {
+    (1, -1): "from -1 to 1", (1.0, 2.0): "got float", (True, False): "got bool",
+    (1, 2**40): f"to {2**40}", ((1, 2),): "must be integers",
+  }.items():  # fmt: skip
+    for call in (
+      lambda ids: decode.generate(model, [[1], ids], max_new_tokens=3),
+      lambda ids: scoring.score(model, [[1], ids], [[1], [1]]),
+      lambda ids: scoring.score(model, [[1], [1]], [[1], ids]),
+      lambda ids: model.logits([ids]),
+    ):
+      with pytest.raises(InputError, match=said):
+        call(ids)
