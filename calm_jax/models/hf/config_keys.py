@@ -122,20 +122,23 @@ class ConfigTable(NamedTuple):
           f"spellings of one option; {_REMEDY.format(key=alias)}"
         )
     computed, refused = self.computed(), REFUSED | self.only
+    for key, value in hf.items():
+      if key in computed or key in refused:
+        _check_type(key, value)
+    length = (self.defaults | hf).get("max_position_embeddings", math.inf)
+    if (hf.get("sliding_window") or 0) >= length:
+      refused.pop("sliding_window")  # It hides nothing.
     for key, values in refused.items():
       if key not in computed and hf.get(key) is not None:
         _check_value(key, hf[key], values)
-    passed = hf.keys() - computed - refused.keys()
+    passed = hf.keys() - computed - REFUSED.keys() - self.only.keys()
     if passed := sorted(k for k in passed if not SILENT.fullmatch(k)):
       warnings.warn(
         f"config.json of a {hf.get('model_type')} has keys that transformers "
         f"does not read there, and they are passed over: {', '.join(passed)}",
         stacklevel=2,
       )
-    hf = {key: value for key, value in hf.items() if key in computed}
-    for key, value in hf.items():
-      _check_type(key, value)
-    return self.defaults | hf
+    return self.defaults | {k: v for k, v in hf.items() if k in computed}
 
 
 def _check_type(key: str, value: Any) -> None:

@@ -262,7 +262,7 @@ def test_keys_of_tools_are_passed_over_and_named(family, tool):
   ("quantization", "q4f16_1", "q4f16_1.*dequantize"),  # MLC
   ("is_causal", False, "only True"),
   ("is_encoder_decoder", True, "only False"),
-  ("sliding_window", 4096, "sliding_window=4096.*--ignore=sliding_window"),
+  ("sliding_window", 40, "sliding_window=40 .*--ignore=sliding_window"),
   ("layer_types", ["sliding_attention"] * 4, "sliding_attention"),
   ("per_layer_config", {"0": {"head_dim": 4}}, "per_layer_config"),
   ("attention_chunk_size", 8192, "attention_chunk_size=8192"),
@@ -297,7 +297,7 @@ def test_nulls_are_defaults():
   assert from_hf(config | nulls) == from_hf(least)
   mistral = options.config_json("mistral")
   assert families.from_hf(mistral | {"sliding_window": None}).window is None
-  layers = {"layer_types": ["full_attention"] * 4}
+  layers = {"layer_types": ["full_attention"] * 4, "sliding_window": 64}
   assert from_hf(config | layers) == from_hf(config)
 
 

@@ -77,7 +77,7 @@ def test_fields():
   [
     ({"model_type": "mamba"}, "model_type='mamba' is none of"),
     ({"model_type": None}, "model_type=None is none of"),
-    ({"sliding_window": 64}, "sliding_window"),
+    ({"sliding_window": 63}, "sliding_window"),
     ({"rope_scaling": {"rope_type": "linear"}}, "linear.*lacks.*factor"),
     ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type='spiral'"),
     ({"rope_parameters": {"full_attention": {}}}, "full_attention"),
