@@ -1,10 +1,10 @@
 """The kinds of evaluation that a config can name (§4)."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from calm_jax.core.errors import InputError
+from calm_jax.core import typed_fields
+from calm_jax.core.errors import check_choice
 from calm_jax.evals.base import Evaluation
 from calm_jax.evals.code_execution import HumanEval, Mbpp
 from calm_jax.evals.code_to_text import CodeToText
@@ -32,16 +32,5 @@ def make(settings: Mapping[str, Any]) -> Evaluation:
   """
   options = dict(settings)
   kind = options.pop("kind", None)
-  if kind not in KINDS:
-    raise InputError(f"evaluation kind {kind!r} is none of {list(KINDS)}")
-  fields = dataclasses.fields(KINDS[kind])
-  known = [field.name for field in fields]
-  needed = [f.name for f in fields if f.default is dataclasses.MISSING]
-  unknown = sorted(options.keys() - set(known))
-  missing = [name for name in needed if name not in options]
-  if unknown or missing:
-    raise InputError(
-      f"an evaluation of kind {kind!r}: it does not take {unknown}, and lacks "
-      f"{missing}; it takes {known}"
-    )
-  return KINDS[kind](**options).evaluation()
+  check_choice("evaluation kind", kind, list(KINDS))
+  return typed_fields.typed(KINDS[kind], options, f"evals.{kind}").evaluation()
