@@ -160,6 +160,7 @@ def _says_more(side: SideFiles, tokenizer: tokenizers.Tokenizer) -> bool:
   prefix, legacy = options.get("add_prefix_space"), options.get("legacy")
   return (
     bool(options.get("split_special_tokens"))
+    or "fast_tokenizer_files" in options
     or prefix not in (None, bool(schemes))
     or (legacy is True and schemes == {"first"})
     or (legacy is False and schemes == {"always"})

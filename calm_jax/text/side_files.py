@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from calm_jax.core import files
 from calm_jax.core.errors import InputError
 
-_LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
@@ -27,22 +26,19 @@ class SideFiles(NamedTuple):
 
   def tokens(self) -> dict[str, dict[str, Any]]:
     """The "id" and flags of each token that the files give, as far as said."""
-    values = []
+    found: dict[str, dict[str, Any]] = {}
     for file in (self.special_tokens_map, self.tokenizer_config):
-      values += [file[name] for name in file if name.endswith("_token")]
-      for name in _LISTS:
-        several = file.get(name) or []
-        values += several.values() if isinstance(several, dict) else several
-    found = {_content(value): {"special": True} for value in values}
+      for name, value in file.items():
+        if name.endswith(("_token", "_special_tokens")):
+          found |= {content: {"special": True} for content in _contents(value)}
     added = self.tokenizer_config.get("added_tokens_decoder")
     if added is None:
       for content, index in self.added_tokens.items():
         found.setdefault(content, {})["id"] = index
     for index, token in (added or {}).items():
       said = {flag: token[flag] for flag in _FLAGS if flag in token}
-      content = _content(token)
+      content = token["content"]
       found[content] = said | found.get(content, {}) | {"id": int(index)}
-    found.pop(None, None)
     return found
 
   def special_ids(self, vocab: dict[str, int], own: dict[str, int]) -> dict:
@@ -78,7 +74,12 @@ class SideFiles(NamedTuple):
     name = f"{kind}_token"
     for file in (self.tokenizer_config, self.special_tokens_map):
       if name in file:
-        return _content(file[name]) or ""
+        pieces = _contents(file[name]) or [""]
+        if len(pieces) > 1:
+          raise InputError(
+            f"a tokenizer's files name several of {name}: {pieces}"
+          )
+        return pieces[0]
     return None
 
   def _special_id(
@@ -94,10 +95,14 @@ class SideFiles(NamedTuple):
     return index if 0 <= index <= max(vocab.values(), default=-1) else None
 
   def _numbers(self, kind: str) -> list[int]:
+    name = f"{kind}_token_id"
     for config in (self.generation_config, self.config):
-      value = config.get(f"{kind}_token_id")
-      if value is not None:
-        return value if isinstance(value, list) else [value]
+      if (value := config.get(name)) is None:
+        continue
+      numbers = value if isinstance(value, list) else [value]
+      if not all(type(number) is int for number in numbers):
+        raise InputError(f"{name}={value!r} of a checkpoint is no token's id")
+      return numbers
     return []
 
 
@@ -112,8 +117,12 @@ def read(folder: Path | None) -> SideFiles:
   return side
 
 
-def _content(token: Any) -> str | None:
-  """The text of a token that is a string or an object; None for no token."""
-  if isinstance(token, dict):
-    return token.get("content")
-  return token if isinstance(token, str) else None
+def _contents(value: Any) -> list[str]:
+  """The texts of a token, or of a list or dict of several; a flag has none."""
+  if isinstance(value, str):
+    return [value] if value else []
+  if isinstance(value, dict):
+    value = [value["content"]] if "content" in value else [*value.values()]
+  if not isinstance(value, list):
+    return []
+  return [content for token in value for content in _contents(token)]

@@ -207,6 +207,16 @@ def test_files_that_contradict_each_other(tmp_path, kind):
   write(tmp_path, "special_tokens_map", eos_token="<absent>")
   with pytest.raises(InputError, match="eos token '<absent>'"):
     load_tokenizer(tmp_path)
+  write(tmp_path, "special_tokens_map", eos_token=["<s>", "</s>"])
+  with pytest.raises(
+    InputError, match=r"several of eos_token|TypeError|either"
+  ):
+    load_tokenizer(tmp_path)
+  (tmp_path / "special_tokens_map.json").unlink()
+  for number in ("2", [2, None], 2.0, True, {"id": 2}):
+    write(tmp_path, "generation_config", eos_token_id=number)
+    with pytest.raises(InputError, match=r"eos_token_id=.* no token's id"):
+      load_tokenizer(tmp_path)
 
 
 def test_code_of_the_folder_is_refused(tmp_path):
