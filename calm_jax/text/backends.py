@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sentencepiece
 import tokenizers
@@ -16,7 +16,7 @@ from calm_jax.core.errors import InputError
 from calm_jax.text.side_files import SideFiles
 
 _SPACE = "\u2581"
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_BYTE = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
 
 
 class Spelling(NamedTuple):
@@ -45,15 +45,17 @@ class HuggingFaceBackend:
     for piece, index in self.vocab.items():
       pieces[index] = piece
     self.pieces, self.special_ids = tuple(pieces), {}
-    description = json.loads(tokenizer.to_str())
-    model = description["model"]
-    added = tokenizer.get_added_tokens_decoder().items()
-    self._skipped = {index for index, token in added if token.special}
-    unknown = model.get("unk_id"), self.vocab.get(model.get("unk_token") or "")
-    self._skipped.update(unknown)
-    steps = _steps(description["decoder"])
-    own = tokenizer.get_vocab(with_added_tokens=False)
-    self.spelling = _huggingface_spelling(steps, pieces, own, self._skipped)
+    model, added = tokenizer.model, tokenizer.get_added_tokens_decoder()
+    self._skipped = {i for i, token in added.items() if token.special}
+    unknown = getattr(model, "unk_token", None)
+    self._skipped.add(self.vocab.get(unknown or ""))
+    if isinstance(model, tokenizers.models.Unigram):
+      self._skipped.add(json.loads(tokenizer.to_str())["model"]["unk_id"])
+    texts = {token.content for token in added.values()}
+    texts = {text for text in texts if model.token_to_id(text) is None}
+    self.spelling = _huggingface_spelling(
+      _steps(tokenizer.decoder), pieces, texts, self._skipped
+    )
 
   def encode(self, text: str) -> list[int]:
     return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -151,13 +153,10 @@ def _says_more(side: SideFiles, tokenizer: tokenizers.Tokenizer) -> bool:
     token = known.get(piece)
     if token is None or any(getattr(token, f) != said[f] for f in flags):
       return True
-  description, options = json.loads(tokenizer.to_str()), side.tokenizer_config
-  schemes = {
-    _prefix_scheme(step)
-    for part in ("normalizer", "pre_tokenizer")
-    for step in _steps(description[part])
-  } - {"never"}
+  options = side.tokenizer_config
   prefix, legacy = options.get("add_prefix_space"), options.get("legacy")
+  steps = [*_steps(tokenizer.normalizer), *_steps(tokenizer.pre_tokenizer)]
+  schemes = {_prefix_scheme(step) for step in steps} - {"never"}
   return (
     bool(options.get("split_special_tokens"))
     or "fast_tokenizer_files" in options
@@ -179,29 +178,28 @@ def _prefix_scheme(step: dict) -> str:
   return "never"
 
 
-def _steps(step: dict | None) -> list[dict]:
+def _steps(part: Any) -> list[dict]:
   """The steps of a part of a tokenizer.json, without nesting."""
-  if step is None:
+  if part is None:
     return []
+  if not isinstance(part, dict):  # the library's, which can say it in JSON
+    part = json.loads(part.__getstate__())
   for name in ("normalizers", "pretokenizers", "decoders"):
-    if name in step:
-      return [leaf for inner in step[name] for leaf in _steps(inner)]
-  return [step]
+    if name in part:
+      return [step for inner in part[name] for step in _steps(inner)]
+  return [part]
 
 
 def _huggingface_spelling(
-  steps: list[dict],
-  pieces: Sequence[str],
-  own: dict[str, int],
-  left_out: set[int],
+  steps: list[dict], pieces: Sequence[str], added: set[str], left_out: set[int]
 ) -> Spelling:
   """Spells byte-level and SentencePiece-like tokens of a tokenizer.json.
 
-  `own` is the vocabulary without added tokens.
+  `added` are the pieces that the vocabulary without added tokens lacks.
   """
   kinds = [step["type"] for step in steps]
   if kinds == ["ByteLevel"]:
-    known, strips = _byte_level(pieces, own), False
+    known, strips = _byte_level(pieces, added), False
   elif steps and all(map(_only_makes_spaces, steps)):
     known = _with_spaces(pieces)
     if "ByteFallback" in kinds:
@@ -228,16 +226,16 @@ def _only_makes_spaces(step: dict) -> bool:
   return step["type"] in ("ByteFallback", "Fuse")
 
 
-def _byte_level(pieces: Sequence[str], own: dict[str, int]) -> list[bytes]:
+def _byte_level(pieces: Sequence[str], added: set[str]) -> list[bytes]:
   """Bytes of pieces in GPT-2's alphabet, one character for each byte."""
   printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   others = [byte for byte in range(256) if byte not in printable]
   alphabet = {chr(byte): byte for byte in printable}
   alphabet |= {chr(256 + i): byte for i, byte in enumerate(others)}
   return [
-    bytes(alphabet[c] for c in piece)
-    if piece in own and all(c in alphabet for c in piece)
-    else piece.encode()  # an added token, written as it is
+    piece.encode()
+    if piece in added or not all(c in alphabet for c in piece)
+    else bytes(alphabet[c] for c in piece)
     for piece in pieces
   ]
 
@@ -248,5 +246,5 @@ def _with_spaces(pieces: Iterable[str]) -> list[bytes]:
 
 def _byte(text: bytes) -> bytes:
   """The byte that <0x..> stands for; any other text as it is."""
-  match = _BYTE.fullmatch(text.decode())
-  return bytes.fromhex(match[1]) if match else text
+  match = _BYTE.fullmatch(text)
+  return bytes.fromhex(match[1].decode()) if match else text
