@@ -94,7 +94,7 @@ READERS = {
   "mbpp": Reader(
     "a.jsonl",
     lambda text: json_line(
-      "text", task_id=hash(text), code="", test_setup_code="", test_list=[]
+      "text", task_id=abs(hash(text)), code="", test_setup_code="", test_list=[]
     )(text),
     of_field("text", lambda path: code_execution.read_mbpp(path).values()),
   ),
@@ -182,14 +182,14 @@ def test_texts_are_read_alike(reader, variant, tmp_path):
 GOOD = "café do Zé"
 # What lines are made of, and what is said of it.
 UNREADABLE = {
-  "latin-1": (lambda text: text.encode("latin-1"), "line 1: not UTF-8.*0xe9"),
+  "latin-1": (lambda text: text.encode("latin-1"), "line 1: .*not UTF-8.*0xe9"),
   "latin-1 later": (
     lambda text: text.encode() + text.encode("latin-1"),
-    "line 3: not UTF-8.*0xe9",
+    "line 3: .*not UTF-8.*0xe9",
   ),
   "latin-1 in gzip": (
     lambda text: gzip.compress(text.encode("latin-1")),
-    "line 1: not UTF-8.*0xe9",
+    "line 1: .*not UTF-8.*0xe9",
   ),
   "UTF-16": (lambda text: text.encode("utf-16"), "line 1: .*UTF-16"),
   "UTF-16, big end": (
@@ -263,15 +263,14 @@ def test_half_a_character_is_named(reader, tmp_path):
 
 
 @pytest.mark.parametrize("reader", JSON_READERS)
-@pytest.mark.parametrize("value", [1, None, {}, True])
+@pytest.mark.parametrize("value", [1, None, {}, True, [None]])
 def test_a_field_of_another_type_is_named(reader, value, tmp_path):
   path = tmp_path / reader.name
   record = json.loads(reader.write(GOOD))
   name = next(iter(record))
   path.write_text(f"{reader.write(GOOD)}\n{json.dumps(record | {name: value})}")
-  kind = type(value).__name__
   with pytest.raises(
-    InputError, match=f"line 2: .*'{name}' is an? {kind}, where"
+    InputError, match=f"line 2: .*'{name}'(\\[0\\])? is a \\w+, where"
   ):
     reader.read(path)
 
@@ -340,6 +339,14 @@ def test_which_flores(tmp_path):
     InputError, match=r"flores\.zip holds several files of one"
   ):
     read_flores(place, "lij_Latn", "dev")
+  # Only what it is asked for counts: macOS puts such folders into its zips.
+  with zipfile.ZipFile(place / "flores.zip", "w") as archive:
+    for name in ("lij_Latn.dev", "eng_Latn.dev"):
+      archive.writestr(f"dev/{name}", "Un.\n")
+      archive.writestr(f"__MACOSX/dev/._{name}", "")
+  assert len(read_flores(place, "lij_Latn", "dev")) == 1
+  (folder / "eng_Latn.dev").unlink()
+  (folder / "eng_Latn.dev.gz").write_bytes(gzip.compress(b"One.\n"))
   folder.rename(place / "dev")
   assert len(read_flores(tmp_path, "lij_Latn", "dev")) == 1
   other = tmp_path / "other" / "dev"

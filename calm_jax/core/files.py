@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from calm_jax.core.errors import InputError, check_text
+from calm_jax.core.errors import InputError
 
 T = TypeVar("T")
 # A record to be read: its origin, "a.tsv line 3", and a function that returns
 # it, or None where a line is blank. The function raises ValueError for a bad
 # record, so that the next can be read.
 Entry = tuple[str, Callable[[], T | None]]
+Check = Callable[[str, Any], Any]  # of the name and value of a field
 Readable = Path | zipfile.Path
 
 _GZIP = b"\x1f\x8b"
@@ -126,11 +127,12 @@ def write_json_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_json_lines(
-  path: Path, fields: Mapping[str, type], *, drop_unfinished: bool = False
+  path: Path, fields: Mapping[str, Check], *, drop_unfinished: bool = False
 ) -> Iterator[tuple[int, dict[str, Any]]]:
   """Yields (line number from 1, JSON object) of each line that is not blank.
 
-  Raises InputError where a line is no object with `fields` of their types.
+  `fields` are those that each object must have, with their checks, such as
+  `errors.check_text`. Raises InputError where a line is anything else.
   `drop_unfinished` leaves out a last line without a newline, which a process
   that was killed may have cut short.
   """
@@ -140,22 +142,13 @@ def read_json_lines(
       return None
     record = parse_json_line(line)
     if record is not None:
-      _check_fields(record, fields)
+      if missing := [name for name in fields if name not in record]:
+        raise ValueError(f"it has no {' and no '.join(map(repr, missing))}")
+      for name, check in fields.items():
+        check(repr(name), record[name])
     return record
 
   return read_entries(entries(path, parse))
-
-
-def _check_fields(
-  record: Mapping[str, Any], fields: Mapping[str, type]
-) -> None:
-  if missing := [name for name in fields if name not in record]:
-    raise ValueError(f"it has no {' and no '.join(map(repr, missing))}")
-  for name, kind in fields.items():
-    if not isinstance(value := record[name], kind):
-      is_a = f"is a {type(value).__name__}, where a {kind.__name__} is expected"
-      raise ValueError(f"{name!r} {is_a}")
-    check_text(repr(name), json.dumps(value, ensure_ascii=False))
 
 
 def read_text(path: Path) -> str:

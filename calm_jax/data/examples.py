@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from calm_jax.core import files
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_text
 from calm_jax.data import records
 from calm_jax.data.templates import Texts, own_fields, templates
 
@@ -124,7 +124,7 @@ def _judge(
 
 def read_prompts(path: Path) -> list[str]:
   """The "prompt" of each line of a .jsonl file; InputError names a bad line."""
-  lines = files.read_json_lines(path, {"prompt": str})
+  lines = files.read_json_lines(path, {"prompt": check_text})
   return [record["prompt"] for _, record in lines]
 
 

@@ -43,7 +43,12 @@ def parallel(
   """Line i of one file with line i of the other, as two columns."""
 
   def parse(lines: tuple[bytes, bytes]) -> Record | None:
-    values = [files.decode_line(line) for line in lines]
+    values = []
+    for file, line in zip((path, target), lines, strict=True):
+      try:
+        values.append(files.decode_line(line))
+      except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     empty = [not value.strip() for value in values]
     if all(empty):
       return None

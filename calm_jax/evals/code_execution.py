@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from calm_jax.core import files
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_int, check_text, check_texts
 from calm_jax.evals import base, fences, fewshot
 from calm_jax.evals.base import Evaluation, Judgement, Prompt, Question, Row
 from calm_jax.sandbox import runner
@@ -124,13 +124,18 @@ class HumanEval(Programming):
 def read_humaneval(path: Path) -> list[Row]:
   """Problems of `HumanEval.jsonl`."""
   fields = ("task_id", "prompt", "test", "entry_point")
-  return _read_problems(path, dict.fromkeys(fields, str))
+  return _read_problems(path, dict.fromkeys(fields, check_text))
 
 
 def read_mbpp(path: Path) -> dict[int, Row]:
   """Problems of `mbpp.jsonl` by their task_id."""
-  fields = dict.fromkeys(("text", "code", "test_setup_code"), str)
-  fields |= {"task_id": int, "test_list": list}
+  fields = {
+    "task_id": check_int,
+    "text": check_text,
+    "code": check_text,
+    "test_setup_code": check_text,
+    "test_list": check_texts,
+  }
   try:
     return {row["task_id"]: row for row in _read_problems(path, fields)}
   except InputError as error:
@@ -146,7 +151,7 @@ def extract_code(completion: str) -> str:
   return fences.find_program(text.rpartition("[BEGIN]")[2])
 
 
-def _read_problems(path: Path, fields: Mapping[str, type]) -> list[Row]:
+def _read_problems(path: Path, fields: Mapping[str, files.Check]) -> list[Row]:
   """Rows of a file of JSON lines, with line ends as "\\n" in their texts."""
   problems = [row for _, row in files.read_json_lines(path, fields)]
   for problem in problems:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from calm_jax.core import files
+from calm_jax.core.errors import check_text, check_texts
 from calm_jax.evals import chrf, fewshot
 from calm_jax.evals.base import Evaluation
 
@@ -34,7 +35,8 @@ def read_codexglue(path: str | Path) -> list[dict[str, Any]]:
   contain the description that is asked for. InputError if there is no such
   file, or a line lacks a field.
   """
-  fields = {"language": str, "code_tokens": list, "docstring_tokens": list}
+  fields = dict.fromkeys(("code_tokens", "docstring_tokens"), check_texts)
+  fields["language"] = check_text
   return [
     {
       "id": number,

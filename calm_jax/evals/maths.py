@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from calm_jax.core import files
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_text
 from calm_jax.data import records
 from calm_jax.evals import fewshot, numbers
 from calm_jax.evals.base import Evaluation, Judgement, Row, judge_correct
@@ -90,7 +90,7 @@ def read_gsm(path: str | Path, language: str = "") -> list[dict[str, Any]]:
   """
   path, fields = Path(path), ("question", "answer")
   if files.suffix(path) == ".jsonl":
-    lines = files.read_json_lines(path, dict.fromkeys(fields, str))
+    lines = files.read_json_lines(path, dict.fromkeys(fields, check_text))
   elif files.suffix(path) == ".tsv":
     lines = files.read_entries(records.table(path, fields, "\t"))
   else:

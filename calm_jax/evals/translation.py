@@ -82,12 +82,11 @@ def language_name(code: str) -> str:
 
 def _flores_file(path: Path, language: str, split: str) -> files.Readable:
   folder, name = _flores_folder(path, split), f"{language}.{split}"
-  if not (folder / name).is_file():
-    here = sorted(Path(file.name).stem for file in folder.iterdir())
-    raise InputError(
-      f"{path} has no {split}/{name}; of that split it has {here}"
-    )
-  return folder / name
+  for file in (folder / name, folder / f"{name}.gz"):
+    if file.is_file():
+      return file
+  here = sorted(Path(file.name).stem for file in folder.iterdir())
+  raise InputError(f"{path} has no {split}/{name}; of that split it has {here}")
 
 
 def _flores_folder(path: Path, split: str) -> files.Readable:
@@ -115,8 +114,9 @@ def _flores_folder(path: Path, split: str) -> files.Readable:
 
 def _subfolder(root: files.Readable, name: str) -> files.Readable | None:
   """The folder of this name in `root`, or in the only folder that has it."""
-  found = [top / name for top in (root, *root.iterdir())]
-  found = [folder for folder in found if folder.is_dir()]
-  if len(found) > 1 and found[0] != root / name:
+  if (root / name).is_dir():
+    return root / name
+  found = [top / name for top in root.iterdir() if (top / name).is_dir()]
+  if len(found) > 1:
     raise InputError(f"{root} holds several folders {name}/: name one of them")
   return found[0] if found else None

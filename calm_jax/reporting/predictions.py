@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from calm_jax.core import files
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_text
 from calm_jax.reporting.runs import MODELS, Run
 
 # Titles of the sets of predictions of the key-value task (§4.1), in Table 1.
@@ -34,7 +34,7 @@ def read_rows(path: Path) -> Rows:
   """
   if not path.exists():
     return []
-  fields = {"prompt": str, "prediction": str}
+  fields = dict.fromkeys(("prompt", "prediction"), check_text)
   rows = dict(files.read_json_lines(path, fields))
   for number, row in rows.items():
     if "correct" not in row and "score" not in row:

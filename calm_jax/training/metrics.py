@@ -9,6 +9,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from calm_jax.core import files
+from calm_jax.core.errors import check_int
 
 FILE_NAME = "metrics.jsonl"
 
@@ -70,5 +71,5 @@ def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-  lines = files.read_json_lines(path, {"step": int}, drop_unfinished=True)
+  lines = files.read_json_lines(path, {"step": check_int}, drop_unfinished=True)
   return [record for _, record in lines]

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from calm_jax.core import files
+from calm_jax.core import errors, files
 from calm_jax.core.errors import InputError
 
 
@@ -74,7 +74,7 @@ def test_json_lines_have_their_numbers(tmp_path):
   path = tmp_path / "a.jsonl"
   text = '\ufeff{"a": "\u2028"}\r\n\n  \n{"a": 2}'
   path.write_bytes(text.encode())
-  assert list(files.read_json_lines(path, {"a": object})) == [
+  assert list(files.read_json_lines(path, {"a": lambda name, value: None})) == [
     (1, {"a": "\u2028"}),
     (4, {"a": 2}),
   ]
@@ -100,6 +100,10 @@ def test_a_bad_line_is_named(tmp_path, line, message):
   good = json.dumps({"a": 1, "c": 2}).encode()
   path.write_bytes(good + b"\n" + line + b"\n")
   with pytest.raises(InputError, match=rf"a\.jsonl line 2: {message}"):
-    list(files.read_json_lines(path, {"a": int, "c": int}))
+    list(
+      files.read_json_lines(
+        path, {"a": errors.check_int, "c": errors.check_int}
+      )
+    )
   with pytest.raises(InputError, match="no such file"):
     list(files.read_json_lines(tmp_path / "b.jsonl", {}))

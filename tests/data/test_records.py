@@ -83,7 +83,7 @@ def test_an_empty_side_is_bad(tmp_path):
   _, second, third, fourth = messages[0].splitlines()
   assert f"line 2: it is empty in {one}, and not" in second
   assert f"line 3: it is empty in {two}, and not" in third
-  assert "line 4: not UTF-8" in fourth
+  assert f"line 4: {one}: not UTF-8" in fourth
   with pytest.raises(InputError, match=r"no examples at .*absent"):
     read_examples(ExampleSource(one, target=f"{two}.absent", **PAIRS))
 
