@@ -189,13 +189,18 @@ def _nothing_kept() -> str:
 def _kept_checkpoints(workdir: Path) -> str:
   """Names the newest step of each stage, for the message of a signal."""
   kept = []
-  for folder in sorted(workdir.glob("**/checkpoints")):
-    name = folder.parent.relative_to(workdir).as_posix()
-    steps = [int(x.name) for x in folder.iterdir() if x.name.isdigit()]
-    kept.append(f"{name} step {max(steps, default=0)}")
+  # Unlike glob, it passes over what a save in the background removes meanwhile.
+  for folder, names, _ in os.walk(workdir):
+    path = Path(folder)
+    if path.name == "checkpoints":
+      if steps := [int(name) for name in names if name.isdigit()]:
+        stage = path.parent.relative_to(workdir).as_posix()
+        kept.append(f"{stage} step {max(steps)}")
+      names.clear()
+  listed = ", ".join(sorted(kept)) or "no checkpoint yet"
   return (
-    f"{workdir} keeps {', '.join(kept) or 'no checkpoint yet'}; started again "
-    "by the same command, it goes on from there"
+    f"{workdir} keeps {listed}; started again by the same command, it goes on "
+    "from there"
   )
 
 

@@ -29,6 +29,9 @@ class Request:
   """A request to stop: the signal that came, None until one does."""
 
   signal: signal.Signals | None = None
+  # Whether its error was raised where Python ignores errors, as in the callback
+  # of JAX for the garbage collector.
+  ignored: bool = False
 
   def error(self, kept: str) -> Preempted:
     """Returns the error to raise once everything is saved."""
@@ -70,10 +73,15 @@ def raised(grace: float, kept: Callable[[], str]) -> Iterator[None]:
   request = Request()
 
   def stop(number, frame):
-    if number == signal.SIGTERM == request.signal:
+    if number == signal.SIGTERM == request.signal and not request.ignored:
       return  # Some send it twice; the first one holds.
-    request.signal = signal.Signals(number)
+    request.signal, request.ignored = signal.Signals(number), False
     raise request.error(kept())
+
+  def note_ignored(unraisable):
+    if not isinstance(unraisable.exc_value, Preempted):
+      return hook(unraisable)
+    request.ignored = True
 
   with _handled_by(stop, request, kept) as before:
     if not before:
@@ -82,12 +90,14 @@ def raised(grace: float, kept: Callable[[], str]) -> Iterator[None]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    args = reader, grace, kept
+    args = reader, grace, kept, request
     thread = threading.Thread(target=_end_after, args=args, daemon=True)
     thread.start()
+    hook, sys.unraisablehook = sys.unraisablehook, note_ignored
     try:
       yield
     finally:
+      sys.unraisablehook = hook
       signal.set_wakeup_fd(wakeup)
       os.close(writer)
       thread.join()
@@ -123,8 +133,13 @@ def _handled_by(
       signal.signal(number, previous)
 
 
-def _end_after(reader: int, grace: float, kept: Callable[[], str]) -> None:
-  """Ends the process `grace` seconds after a signal; returns at end of file."""
+def _end_after(
+  reader: int, grace: float, kept: Callable[[], str], request: Request
+) -> None:
+  """Ends the process `grace` seconds after a signal; returns at end of file.
+
+  Meanwhile it sends a signal again whose error was ignored.
+  """
   while (received := os.read(reader, 1)) and received[0] not in SIGNALS:
     pass
   if not received:
@@ -132,8 +147,11 @@ def _end_after(reader: int, grace: float, kept: Callable[[], str]) -> None:
   deadline = time.monotonic() + grace
   known = kept()
   while (left := deadline - time.monotonic()) > 0:
-    if select.select([reader], [], [], left)[0] and not os.read(reader, 64):
+    ready, _, _ = select.select([reader], [], [], min(left, 0.1))
+    if ready and not os.read(reader, 64):
       return
+    if request.ignored:
+      os.kill(os.getpid(), received[0])
   number = signal.Signals(received[0])
   message = f"error: {number.name}: not at an end after {grace:g} s; {known}"
   print(message, file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -151,6 +152,28 @@ def test_a_swallowed_signal_is_blamed_too():
     with contextlib.suppress(Preempted):  # As in __del__, or in a callback.
       send(signal.SIGTERM)
     a_broken_compiler()
+
+
+@pytest.mark.parametrize(
+  ("number", "kind"),
+  [(signal.SIGTERM, Preempted), (signal.SIGINT, Interrupted)],
+)
+def test_a_signal_in_a_callback_of_the_garbage_collector(number, kind, capsys):
+  """JAX has such a callback, and Python ignores what is raised in it."""
+  arrivals = [number]
+
+  def callback(phase, info):
+    if arrivals:
+      send(arrivals.pop())
+
+  gc.callbacks.append(callback)
+  try:
+    with pytest.raises(kind, match="step 4 is kept"), signals.raised(60, kept):
+      gc.collect()
+      time.sleep(10)
+  finally:
+    gc.callbacks.remove(callback)
+  assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("context", [signals.deferred, None])
