@@ -73,7 +73,9 @@ def export_hf(
   config, params = model.spec.anchor, model.params["anchor"]
   export.save_params(folder, config, params, described, max_shard_size)
   for name, path in text_files.items():
-    shutil.copyfile(path, pathlib.Path(folder) / name)
+    copy = pathlib.Path(folder) / name
+    copy.parent.mkdir(exist_ok=True)
+    shutil.copyfile(path, copy)
 
 
 def _text_files(model: Model) -> dict[str, pathlib.Path]:
@@ -87,5 +89,5 @@ def _text_files(model: Model) -> dict[str, pathlib.Path]:
     if path.is_file():
       return {f"tokenizer{path.suffix}": path}
     folder = hub.locate(path, files=hub.TEXT_FILES).folder
-  paths = {name: folder / name for name in hub.TEXT_FILES}
-  return {name: path for name, path in paths.items() if path.is_file()}
+  paths = [path for name in hub.TEXT_FILES for path in folder.glob(name)]
+  return {str(p.relative_to(folder)): p for p in paths if p.is_file()}

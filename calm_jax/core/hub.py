@@ -23,14 +23,20 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 COMPOSITION = "calm_config.json"  # in place of CONFIG, of a composition
-_TOKENIZER_FILES = ("tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
-_SMALL_FILES = ("*.json", *_TOKENIZER_FILES)
+_SMALL_FILES = (
+  "*.json",
+  "*.jinja",
+  "tokenizer.model",
+  "merges.txt",
+  "vocab.txt",
+)
 # Files of a tokenizer and of generation, copied along with a model.
 # fmt: off
 TEXT_FILES = (
   "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
   "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-  "merges.txt", "chat_template.jinja", "generation_config.json",
+  "merges.txt", "generation_config.json", "chat_template.jinja",
+  "additional_chat_templates/*.jinja",
 )
 # fmt: on
 # Files of what is no checkpoint to load: what they are, and what to do instead.

@@ -167,7 +167,7 @@ def _says_more(side: SideFiles, tokenizer: tokenizers.Tokenizer) -> bool:
 
 
 def _prefix_scheme(step: dict) -> str:
-  """Where a step of a tokenizer.json puts a space that the text lacks."""
+  """Returns before which text a step of a tokenizer.json puts a space."""
   match step["type"]:
     case "Metaspace":
       return step["prepend_scheme"]

@@ -42,7 +42,13 @@ def assert_same(a, b):
 def test_exported_is_what_was_loaded(case, tmp_path):
   folder = cases.write(tmp_path / "old", case)
   (folder / "config.json").write_text(json.dumps(cases.config_json(case)))
-  (folder / "generation_config.json").write_text("{}")
+  texts = (
+    "generation_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "additional_chat_templates/tools.jinja",
+  )  # fmt: skip
+  (folder / "additional_chat_templates").mkdir()
+  for name in texts:
+    (folder / name).write_text("{}")
   model = calm_jax.load_model(str(folder))
   model.export_hf(tmp_path / "new", max_shard_size=60_000)
   written = {
@@ -55,7 +61,7 @@ def test_exported_is_what_was_loaded(case, tmp_path):
     files.read_json(tmp_path / n / "config.json") for n in ("old", "new")
   )
   assert new == old | {"dtype": "float32"}
-  assert (tmp_path / "new" / "generation_config.json").exists()
+  assert all((tmp_path / "new" / name).exists() for name in texts)
   half = calm_jax.load_model(str(folder), "bfloat16")
   half.export_hf(tmp_path / "half")
   config = files.read_json(tmp_path / "half" / "config.json")
