@@ -28,7 +28,7 @@ from calm_jax.experiments.languages import expand
 from calm_jax.generation import batching
 from calm_jax.language_model import LanguageModel
 from calm_jax.parallel import processes
-from calm_jax.text.alignment import ChunkEncoder
+from calm_jax.text.alignment import chunk_encoder
 from calm_jax.text.tokenizer import Tokenizer
 from calm_jax.training import step
 from calm_jax.training.stage import Stage
@@ -103,7 +103,6 @@ class TextExperiment:
     # A model that is trained from scratch reads the other one's tokens.
     side = "anchor" if "anchor" in loaded else next(iter(loaded))
     self.tokenizer = loaded[side].text()
-    self._encoders: dict[str, ChunkEncoder] = {}
     self._examples: dict[str, list[TextExample]] = {}
     self._sources = expand(task.sources, task.languages)
     held_out = expand(task.held_out, task.languages)
@@ -180,13 +179,11 @@ class TextExperiment:
     if stage is not None:
       for name in ("batch_size", "length", "augmenting_length"):
         options[name] = getattr(stage, name)
-    for name in model.tokenizers.keys() - self._encoders.keys():
-      self._encoders[name] = ChunkEncoder(model.tokenizers[name])
     joined = dict(model.spec.augmenting)
     limits = {name: joined[name].config.max_length for name in model.tokenizers}
     return RowOptions(
       tokenizer=model.text(),
-      augmenting={name: self._encoders[name] for name in model.tokenizers},
+      augmenting={n: chunk_encoder(t) for n, t in model.tokenizers.items()},
       augmenting_limits=limits,
       **options,
     )

@@ -13,7 +13,7 @@ from calm_jax.composition.connections import Augmenting, Composition
 from calm_jax.composition.model import Model
 from calm_jax.core.batch import Batch, Sequence, plain_batch
 from calm_jax.core.errors import InputError, check_int
-from calm_jax.text.alignment import AlignedReader, ChunkEncoder
+from calm_jax.text.alignment import AlignedReader, chunk_encoder
 
 SHORTEST, FINEST = 32, 1024  # of the lengths that rows are padded to
 
@@ -40,14 +40,13 @@ def batches(
   Raises:
     InputError: an augmenting model reads more tokens than it was made for.
   """
-  encoders = _encoders(model)
   order = sorted(range(len(rows_of_ids)), key=lambda i: len(rows_of_ids[i]))
   rows = min(batch_size, 1 << max(len(order) - 1, 0).bit_length())
   for at in range(0, len(order), rows):
     chosen = order[at : at + rows]
     ids = [rows_of_ids[i] for i in chosen]
     given = [prompt_lengths[i] for i in chosen]
-    readers = _readers(model, encoders, len(chosen))
+    readers = _readers(model, len(chosen))
     yield chosen, _left_padded(model.spec, ids, given, readers, rows), readers
 
 
@@ -76,7 +75,7 @@ def token_batch(
     # Without a prompt or BOS nothing predicts the first token: it is given.
     ends_BL = np.full(shape, max(prompt_length, 1), np.int32)
     batch = batch._replace(prompt_ends=ends_BL)
-  readers = _readers(model, _encoders(model), shape[0])
+  readers = _readers(model, shape[0])
   ids, given = batch.anchor.tokens.tolist(), [prompt_length or 0] * shape[0]
   augmenting, visible = _augmenting_rows(
     model.spec, ids, given, readers, shape, left=False
@@ -107,16 +106,12 @@ def _check_ids(model: Model, ids, name: str, ndim: int) -> np.ndarray:
   return array
 
 
-def _encoders(model: Model) -> dict[str, ChunkEncoder]:
-  return {name: ChunkEncoder(other) for name, other in model.tokenizers.items()}
-
-
-def _readers(
-  model: Model, encoders: dict[str, ChunkEncoder], rows: int
-) -> Readers:
+def _readers(model: Model, rows: int) -> Readers:
   return {
-    name: [AlignedReader(model.text(), encoder) for _ in range(rows)]
-    for name, encoder in encoders.items()
+    name: [
+      AlignedReader(model.text(), chunk_encoder(other)) for _ in range(rows)
+    ]
+    for name, other in model.tokenizers.items()
   }
 
 
@@ -234,10 +229,10 @@ def num_readable(
   """
   count = min(len(ids), model.max_length - new_tokens)
   joined = dict(model.spec.augmenting)
-  for name, encoder in _encoders(model).items():
+  for name in model.tokenizers:
     limit, last = joined[name].config.max_length - new_tokens, -1
     while count != last:  # The end of a prompt that is cut closes a chunk.
-      last, reader = count, AlignedReader(model.text(), encoder)
+      last, [reader] = count, _readers(model, 1)[name]
       _, visible = reader.read(ids[:count], min(prompt_length, count))
       count = int(np.searchsorted(visible, limit, "right"))
   return count

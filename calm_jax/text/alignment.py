@@ -89,6 +89,12 @@ class ChunkEncoder:
     return tuple(ids[len(self.tokenizer.with_bos([])) :])
 
 
+@functools.lru_cache(maxsize=16)
+def chunk_encoder(tokenizer: Tokenizer) -> ChunkEncoder:
+  """The encoder of a tokenizer, which all calls share with what it knows."""
+  return ChunkEncoder(tokenizer)
+
+
 class AlignedReader:
   """An augmenting model's tokens for one text of the anchor's that grows.
 

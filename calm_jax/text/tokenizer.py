@@ -20,7 +20,7 @@ _JOINTS = ("\n", ".", "a", "0")
 _FILES = ("tokenizer.json", "tokenizer.model", "merges.txt")
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Tokenizer:
   """Text to token ids and back; made by `load_tokenizer`."""
 
