@@ -23,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 
 from calm_jax.core import errors
 from calm_jax.core.errors import InputError
+from calm_jax.core.typed_fields import typed
 from calm_jax.experiments.settings import Settings
 from calm_jax.training import signals
 
@@ -80,7 +81,7 @@ def run_with_config(main: Callable, options: type | None = None) -> None:
         raise InputError(f"unexpected arguments: {argv[1:]}")
       loaded = _loaded(config, allowed.value)
       given = {field.name: flags.FLAGS[field.name].value for field in fields}
-      arguments = [options(**given)] if options else []
+      arguments = [typed(options, given, "")] if options else []
 
       def kept() -> str:
         return _kept_checkpoints(Path(loaded.workdir))

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from calm_jax import cli, report
 from calm_jax.core import files
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_folder
 from calm_jax.experiments import (
   config_files,
   recipe,
@@ -58,6 +58,7 @@ def main(config: ConfigDict, options: EvaluateOptions) -> dict[str, Any]:
     InputError: no such model, one of other tokens than the experiment's, what
       the experiment raises, or results of something else in `out`.
   """
+  check_folder("--out", options.out)
   settings = config_files.read_settings(config)
   if settings.distributed:
     processes.start(settings.heartbeat)

@@ -21,7 +21,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from calm_jax import cli, language_model
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_choice, check_int, check_seed
 from calm_jax.generation import batching, decode, scoring
 from calm_jax.generation.sampling import Sampler
 from calm_jax.text import stop_strings
@@ -81,13 +81,18 @@ class CalmJax(TemplateLM):
       augmenting=augmenting,
     )
     self._text = self.model.text()
-    self._batch_size = _AUTO if batch_size == "auto" else int(batch_size)
+    if isinstance(batch_size, str) and batch_size.isdecimal():
+      batch_size = int(batch_size)
+    if batch_size == "auto":
+      batch_size = _AUTO
+    self._batch_size = check_int("batch_size", batch_size, 1)
     limit = self.model.max_length
-    if max_length is not None and not 0 < max_length <= limit:
-      raise InputError(f"max_length={max_length} must be from 1 to {limit}")
-    self.max_length = limit if max_length is None else max_length
-    self.max_gen_toks = max_gen_toks
-    self._seed = seed
+    if max_length is None:
+      max_length = limit
+    self.max_length = check_int("max_length", max_length, 1, limit)
+    self.max_gen_toks = check_int("max_gen_toks", max_gen_toks, 1)
+    self._seed = check_seed("seed", seed)
+    check_choice("add_bos_token", add_bos_token, (None, True, False))
     if self._text.bos_id is None and self._text.eos_id is None:
       raise InputError(
         f"the tokenizer of {pretrained} has neither a BOS nor an EOS token, "
@@ -208,7 +213,7 @@ class CalmJax(TemplateLM):
     """Continuations of contexts that are asked for with the same options."""
     options = dict(normalize_gen_kwargs(options, self.max_gen_toks))
     until = [stop for stop in options.pop("until") if stop]
-    longest = options.pop("max_gen_toks")
+    longest = check_int("max_gen_toks", options.pop("max_gen_toks"))
     if not options.pop("do_sample"):
       options["temperature"] = 0.0
     if unknown := sorted(options.keys() - set(_SAMPLING)):

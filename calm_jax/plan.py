@@ -21,7 +21,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from calm_jax import cli
-from calm_jax.core.errors import InputError
+from calm_jax.core import files
+from calm_jax.core.errors import InputError, check_folder
 from calm_jax.experiments import config_files
 from calm_jax.generation import batching, decode
 from calm_jax.planning import (
@@ -63,6 +64,8 @@ class PlanOptions:
 
 def main(config: ConfigDict, options: PlanOptions) -> dict[str, Any]:
   """Plans the run of a config; returns what it prints, as JSON."""
+  if options.json:
+    check_folder("the folder of --json", Path(options.json).parent)
   topology.prepare(options.topology, options.effort)
   until = time.monotonic() + 60 * options.minutes
   target = topology.target(options.topology)
@@ -100,7 +103,8 @@ def main(config: ConfigDict, options: PlanOptions) -> dict[str, Any]:
   result = tables.to_json(plan)
   tables.show(plan)
   if options.json:
-    Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+    text = json.dumps(result, indent=1) + "\n"
+    files.write_atomically(Path(options.json), text)
   return result
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from rich.console import Console
 
 from calm_jax import cli
+from calm_jax.core.errors import check_folder
 from calm_jax.core.files import write_atomically, write_json
 from calm_jax.reporting import runs, tables
 from calm_jax.reporting.grid import HOW_TO_READ
@@ -50,7 +51,7 @@ def write(folders: Iterable[str | os.PathLike], out: str | os.PathLike) -> Path:
     InputError: no run is in a folder, or a file there is not what a run writes.
     ValueError: a metrics.jsonl holds a line that is not JSON.
   """
-  out, groups = Path(out), runs.find_groups(folders)
+  out, groups = check_folder("out", out), runs.find_groups(folders)
   made = tables.tables(groups)
   html = page(groups, made)
   for table in made:

@@ -96,6 +96,18 @@ def no_text(config):
   config.eval_data = ""
 
 
+def workdir_is_a_file(config):
+  Path(config.workdir).write_text("")
+
+
+def no_workdir(config):
+  config.workdir = ""
+
+
+def negative_seed(config):
+  config.seed = -3
+
+
 def no_such_family(config):
   path = Path(config.anchor, "config.json")
   path.write_text('{"model_type": "mamba"}')
@@ -115,6 +127,9 @@ def no_such_family(config):
     (impossible_connection, ["connection (3, 1)", "layers 1 to 2"]),
     (no_such_leaf, ["composition/lora/.*", "matches no leaf"]),
     (no_text, ["--config.eval_data="]),
+    (workdir_is_a_file, ["config.workdir=", "run is a file, give a folder"]),
+    (no_workdir, ["config.workdir=''", "must be a path"]),
+    (negative_seed, ["config.seed=-3", "whole number, 0 to 4294967295"]),
     (no_such_family, ["anchor/config.json", "mamba", "llama"]),
   ],
 )

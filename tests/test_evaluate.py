@@ -144,6 +144,9 @@ def test_quantised_as_the_command_line_says(composed, tmp_path):
     results = evaluate.main(config, options)
     assert results["quantise"] == kind.replace("none", "")
   config.quantise.anchor = "int8"
+  for out in ("", __file__, f"{__file__}/below"):
+    with pytest.raises(InputError, match="--out="):
+      evaluate.main(config_of(tmp_path), EvaluateOptions("nowhere", out))
   with pytest.raises(InputError, match="give --quantise"):
     evaluate.main(config, options)
 

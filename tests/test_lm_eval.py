@@ -171,7 +171,9 @@ def test_sampling_is_a_matter_of_the_seed(folders):
 
 def test_what_cannot_be_is_said(folders, adapter):
   folder = str(folders / "anchor")
-  with pytest.raises(InputError, match="max_length=99 must be from 1 to 12"):
+  with pytest.raises(
+    InputError, match="max_length=99 must be a whole number, 1 to 12"
+  ):
     CalmJax(folder, add_bos_token=True, max_length=99)
   with pytest.raises(InputError, match="max_batch_size"):
     CalmJax(folder, max_batch_size=64)

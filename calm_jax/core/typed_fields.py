@@ -12,7 +12,9 @@ from calm_jax.core.errors import InputError
 
 # The least numbers of fields by their names, and the largest; others are at
 # least 0. For an axis of a mesh, -1 stands for all devices that are left.
-_LEAST = dict.fromkeys(("lora_rank", "data", "fsdp", "tensor", "sequence"), -1)
+_LEAST = dict.fromkeys(
+  ("lora_rank", "effort", "data", "fsdp", "tensor", "sequence"), -1
+)
 # fmt: off
 _LEAST |= dict.fromkeys((
   "batch_size", "length", "accumulate", "steps", "log_every", "eval_every",
@@ -20,10 +22,13 @@ _LEAST |= dict.fromkeys((
   "num_layers", "num_heads", "num_kv_heads", "mlp_width", "max_length",
   "eval_batch_size", "eval_length", "sample_tokens", "prompt_tokens", "trials",
   "num_keys", "num_examples", "min_terms", "max_terms", "max_new_tokens",
+  "compiles",
 ), 1)
 # fmt: on
 _MOST = {"seed": errors.LARGEST_SEED}
-_MOST |= dict.fromkeys(("b1", "b2", "final", "fraction", "bad_lines"), 1)
+_MOST |= dict.fromkeys(
+  ("b1", "b2", "final", "fraction", "bad_lines", "effort"), 1
+)
 _MOST_OF_ALL = 1e20
 
 
@@ -77,5 +82,6 @@ def _typed_fields(kind: type, values: Mapping[str, Any], name: str) -> Any:
     has_default = (field.default, field.default_factory) != (MISSING, MISSING)
     if field.name not in values and not has_default:
       raise InputError(f"{name}.{field.name} is not given")
+  prefix = f"{name}." if name else ""
   items = values.items()
-  return kind(**{k: typed(hints[k], x, f"{name}.{k}") for k, x in items})
+  return kind(**{k: typed(hints[k], x, f"{prefix}{k}") for k, x in items})

@@ -9,7 +9,7 @@ import jax
 
 from calm_jax.composition.connections import Composition, paper_count
 from calm_jax.core import trees
-from calm_jax.core.errors import InputError, check_choice
+from calm_jax.core.errors import InputError, check_choice, check_folder
 from calm_jax.experiments import quantisation_plan, run_models, sharded_models
 from calm_jax.experiments.base import Experiment
 from calm_jax.experiments.key_values import KeyValueExperiment
@@ -122,6 +122,7 @@ def check(settings: Settings) -> None:
       f"workdir={settings.workdir!r} is an address, not a folder: mount the "
       "bucket, as docs/launch.md says, and give the folder"
     )
+  check_folder("config.workdir", settings.workdir)
   if not settings.recipe:
     raise InputError(
       "config.recipe is empty: name at least one stage, such as 'compose'"

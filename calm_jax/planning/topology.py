@@ -33,14 +33,14 @@ def parse(name: str) -> tuple[str, str, int]:
 
   InputError if it is no topology, or its chips are not in the table.
   """
-  if match := re.fullmatch(r"(v\d\w*):(\d+(?:x\d+){1,2})", name):
+  if match := re.fullmatch(r"(v\d\w*):([1-9]\d*(?:x[1-9]\d*){1,2})", name):
     kind, shape = match.groups()
     if kind in TPUS:
       return "tpu", kind, math.prod(map(int, shape.split("x")))
-  elif match := re.fullmatch(r"gpu:(\d+)x(\w+)", name):
+  elif match := re.fullmatch(r"gpu:([1-9]\d*)x(\w+)", name):
     if match[2] in GPUS:
       return "gpu", match[2], int(match[1])
-  elif match := re.fullmatch(r"cpu(?::(\d+))?", name):
+  elif match := re.fullmatch(r"cpu(?::([1-9]\d*))?", name):
     return "cpu", "cpu", int(match[1] or 1)
   raise InputError(
     f"topology={name!r} is none of the forms {FORMS}; chips are "

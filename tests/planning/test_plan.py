@@ -284,6 +284,9 @@ def test_a_tpus_products_are_written_as_convolutions():
   [
     ("v9:2x2", "none of the forms"),
     ("v5e", "none of the forms"),
+    ("v5e:0x4", "none of the forms"),
+    ("cpu:0", "none of the forms"),
+    ("gpu:0xH100", "none of the forms"),
     ("gpu:8xB9000", "chips are"),
     ("gpu:8xH100", "8 devices to stand in"),
   ],
