@@ -1,6 +1,7 @@
 """Values of configs as dataclasses, of the types and ranges of their fields."""
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -52,6 +53,8 @@ def typed(kind: Any, value: Any, name: str) -> Any:
     if inner[1:] == (Ellipsis,):
       value = [typed(inner[0], item, name) for item in value]
     return tuple(value)
+  if base is str and isinstance(value, os.PathLike):
+    value = os.fspath(value)
   accepted = (int, float) if base is float else base
   is_bool = isinstance(value, bool)  # which Python takes for an int
   if is_bool != (base is bool) or not isinstance(value, accepted):
