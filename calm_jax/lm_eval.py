@@ -139,7 +139,8 @@ class CalmJax(TemplateLM):
       if not 0 < len(continuation) < len(ids):
         raise InputError(
           f"a continuation of {len(continuation)} tokens: it must have from 1 "
-          f"to {self.max_length}"
+          f"to {self.max_length}, and fewer where an augmenting model with "
+          "other tokens reads less: give a lower max_length"
         )
       prompts.append(ids[: -len(continuation)])
       completions.append(continuation)

@@ -154,6 +154,35 @@ def test_generation_stops_where_it_is_told_to(adapter):
   assert once == model.tokenizer.decode(new[0][:1])
 
 
+def test_contexts_are_cut_to_what_augmenting_models_read(folders, tmp_path):
+  limit, letters = 8, "abcdefghijk"
+  shape = {"vocab_size": 15, "max_length": limit}
+  export.save_params(tmp_path / "other", *helpers.model(3, **shape))
+  tokenizer.train_sentencepiece(
+    [letters], tmp_path / "other" / "tokenizer", vocab_size=15
+  )
+  model = calm_jax.compose(
+    *(calm_jax.load_model(f) for f in (folders / "anchor", tmp_path / "other"))
+  )
+  assert model.tokenizers
+  model.save(tmp_path / "composed")
+  adapter = CalmJax(str(tmp_path / "composed"), add_bos_token=True)
+  context = "abcdefghij"
+  [(logprob, _)] = adapter.loglikelihood(
+    requests("loglikelihood", (context, "ab"))
+  )
+  # With its BOS m_A reads 7 letters of the context.
+  ids = model.tokenizer.encode(context[-7:] + "ab")
+  assert logprob == pytest.approx(logprobs(adapter, ids)[-2:].sum(), abs=1e-4)
+  options = {"until": ["#"], "max_gen_toks": 3, "do_sample": False}
+  [text] = adapter.generate_until(
+    requests("generate_until", (context, options))
+  )
+  ids = model.tokenizer.encode(context[-4:])
+  new = decode.generate(model, [ids], max_new_tokens=3)
+  assert text == model.tokenizer.decode(new[0])
+
+
 def test_sampling_is_a_matter_of_the_seed(folders):
   def drawn(seed):
     adapter = CalmJax(
