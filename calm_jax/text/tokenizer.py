@@ -12,7 +12,7 @@ import numpy as np
 import sentencepiece
 
 from calm_jax.core import files
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_text
 from calm_jax.text import backends, side_files
 
 # Texts to encode a continuation behind, of which one does not merge with it.
@@ -80,7 +80,7 @@ class Tokenizer:
     They may be more than the model knows: the functions below, which make ids
     that a model reads, raise as `check`.
     """
-    return list(self._backend.encode(text))
+    return list(self._backend.encode(check_text("a text", text)))
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of `ids` without special tokens and unknown ids.

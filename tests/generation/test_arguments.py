@@ -73,6 +73,12 @@ def test_what_cannot_be_scored(model):
     model.score(["a", "b"], ["c"])
 
 
+def test_what_no_tokenizer_encodes(model):
+  for text in (b"ab", None, ["ab"], "a\ud800"):
+    with pytest.raises(InputError, match="a text is"):
+      model.tokenizer.encode(text)
+
+
 def test_numbers_and_lists_of_others(model):
   want = model.generate(["ab", "c"], 3, seed=5, temperature=2.0)
   numpy = {"seed": np.int64(5), "temperature": np.float32(2)}
