@@ -47,6 +47,10 @@ class Checkpoints(contextlib.AbstractContextManager):
       )
     self._directory = Path(directory).absolute()
     self._saving: int | None = None
+    if jax.process_index() == 0:
+      # Orbax would do it in a thread, which fails where a process ends early.
+      for path in self._directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
     checkpoint_integrity.recover(self._directory)
     best = managers.BestN(
       get_metric_fn=_rank,
@@ -56,7 +60,6 @@ class Checkpoints(contextlib.AbstractContextManager):
     )
     policies = [managers.LatestN(keep_last), best]
     options = ocp.CheckpointManagerOptions(
-      cleanup_tmp_directories=True,
       # Orbax stores the metrics only if it is told how to rank them.
       best_fn=_rank if keep_best else None,
       best_mode="min",

@@ -77,6 +77,14 @@ def test_restores_bit_equal_into_the_same_structure(tmp_path):
   assert restored_data == data
 
 
+def test_what_a_killed_process_left_is_gone_once_a_folder_is_open(tmp_path):
+  left = tmp_path / f"4{ocp.utils.TMP_DIR_SUFFIX}-1764000000" / "state"
+  left.mkdir(parents=True)
+  with Checkpoints(tmp_path) as checkpoints:
+    assert not left.parent.exists()
+    assert checkpoints.latest() is None
+
+
 def test_restores_with_the_shardings_asked_for(tmp_path):
   mesh = jax.make_mesh((1,), ("data",))
   replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
