@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from jax._src import xla_bridge
 
 from calm_jax.core.errors import InputError
 from calm_jax.parallel import processes
@@ -28,6 +29,8 @@ def test_processes_are_told_apart(monkeypatch):
   ],
 )
 def test_a_process_that_knows_of_no_others(environment, said, monkeypatch):
+  # Other tests have used JAX by now, as a process that starts has not.
+  monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: False)
   numbers = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
   monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
   if "JAX_COORDINATOR_ADDRESS" in environment:
