@@ -221,6 +221,9 @@ COMMANDS: dict[str, str] = {
   "python -m pip install -e '.[hf]'": _INSTALLS,
   "python -m pip install -e '.[tpu]'": _INSTALLS,
   "python -m pytest tests/parity/test_every_family.py -k nova": _NOVA,
+  "python tests/parity/real_model.py MODEL FILE...": (
+    "Needs torch; tests/parity/test_real_model.py runs it."
+  ),
   "python tests/parity/table.py": _PARITY,
   "python tests/parity/write_golden.py": _PARITY,
 } | {

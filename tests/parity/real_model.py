@@ -37,7 +37,10 @@ from calm_jax.data.examples import read_prompts
 from calm_jax.generation import decode
 from calm_jax.models.hf.weight_files import weight_files
 
-LIMIT = 1e-3  # of a difference from transformers
+LIMIT = 1e-3  # of a difference of logits from transformers'
+# Of lm-eval's scores, in nats: with 262,144 tokens torch's log_softmax in
+# float32 is off by 2e-5 a token, ours by less than 1e-6.
+SCORES_LIMIT = 5e-3
 QUANTISED = ("int8", "int4")
 ROWS = 8  # at once: logits take rows x tokens x vocabulary x 4 bytes
 GREEDY, PROMPT, NEW = 1, 12, 20  # greedy texts of a file, and their tokens
@@ -49,8 +52,8 @@ def texts_of(path: pathlib.Path, count: int) -> list[str]:
   """The first `count` texts of a file."""
   if path.suffix == ".jsonl":
     return read_prompts(path)[:count]
-  lines = (files.decode_line(line, n) for n, line in files.read_lines(path))
-  return list(itertools.islice(filter(str.strip, lines), count))
+  lines = files.read_text(path).split("\n")
+  return [line for line in lines if line.strip()][:count]
 
 
 @jax.jit
@@ -199,7 +202,7 @@ def main() -> None:
       f"lm-eval: {len(hf)} scores, off by {off:.1e} nats at most; mean: "
       f"{ours.mean():.4f}, and {hf.mean():.4f} by hf"
     )
-    if off > LIMIT:
+    if off > SCORES_LIMIT:
       bad.append("lm-eval's scores are off")
   if bad:
     sys.exit("\n".join(bad))

@@ -55,6 +55,12 @@ text.save_pretrained(NEW)
 transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW)
 ```
 
+`python tests/parity/real_model.py MODEL FILE...` compares a real checkpoint
+with transformers, on lines of text: tokens, logits, greedy texts, an exported
+copy, lm-eval's scores. Gemma 3 270M, on 203 lines in six languages and Python:
+logits are off by 4.3e-04 at most, lm-eval's scores of a line by 1.1e-03 nats,
+which is torch's rounding; all else is equal.
+
 `python tests/parity/table.py` wrote this, with transformers {version}. For
 the base of each family, and for every option on top of it, transformers writes
 a tiny random checkpoint, and calm_jax reads it. The error is the largest
