@@ -10,15 +10,23 @@ Needs the extra `eval`.
 
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import transformers
-from lm_eval import utils
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs
+
+try:
+  from lm_eval import utils
+  from lm_eval.__main__ import cli_evaluate
+  from lm_eval.api.model import TemplateLM
+  from lm_eval.api.registry import register_model
+  from lm_eval.models.utils import normalize_gen_kwargs
+except ModuleNotFoundError as error:
+  if __name__ != "__main__":
+    raise
+  print(f"error: {error}: pip install 'calm_jax[eval]'", file=sys.stderr)
+  sys.exit(2)
 
 from calm_jax import cli, language_model
 from calm_jax.core.errors import InputError, check_choice, check_int, check_seed
