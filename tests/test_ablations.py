@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import types
 
 import jax
 import numpy as np
@@ -177,11 +178,12 @@ def test_lora_by_the_training_command(finished):
 
 
 def test_a_random_m_a_is_another_in_each_trial(tmp_path):
+  tokenizer = types.SimpleNamespace(vocab_size=50, fingerprint="")
+  tokenizer.with_rows = lambda rows: tokenizer
   made = []
   for kind, trial in (("random", 0), ("random", 1), ("composed", 0)):
     config = asked(tmp_path)
     settings = ablations.plan_trial(config, kind, trial).settings
-    tokenizer = type("T", (), {"vocab_size": 50, "fingerprint": ""})
     made.append(run_models.compose(settings, tokenizer, {}).params)
   kernels = [p["augmenting"]["kv"]["embed"]["embedding"] for p in made]
   for i, j in ((0, 1), (0, 2), (1, 2)):
