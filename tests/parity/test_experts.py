@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm_jax.models.config import ModelConfig
-from calm_jax.models.hf import config_fields, families
+from calm_jax.models.hf import families
 from calm_jax.models.moe import MoE
 
 torch = pytest.importorskip(
@@ -97,12 +96,7 @@ def test_blocks(case, tmp_path):
   with torch.no_grad():
     theirs = model.model.layers[0].mlp(torch.from_numpy(x)).numpy()
   for hf in (model.config.to_diff_dict(), model.config.to_dict()):
-    fields = config_fields.experts(families.FAMILIES[family].defaults | hf)
-    fields.setdefault("mlp_width", hf.get("intermediate_size"))
-    heads = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 10}
-    activation = model.config.hidden_act
-    config = ModelConfig(13, 20, 1, **heads, **fields, activation=activation)
-    module = MoE(config)
+    module = MoE(families.from_hf(hf))
     ours = module.apply({"params": params}, jnp.asarray(x))
     assert np.abs(theirs).max() > 1
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-5)

@@ -81,7 +81,8 @@ def _read_rope(
   fields["rotary_dim"] = int(head_dim * _number(FRACTION[0], share))
   fields["theta"] = _number(THETA[0], _value(hf, options, THETA, theta))
   if kind not in ("default", "linear"):
-    original = _value(hf, options, (_LENGTH,), None)  # Phi-3's is beside
+    # As transformers takes it: what is beside the options counts more.
+    original = hf.get(_LENGTH) or options.get(_LENGTH)
     if kind == "dynamic" or (kind in ("llama3", "yarn") and not original):
       original = hf.get(_LONGEST)
     fields["original_length"] = int(_number(_LENGTH, original))

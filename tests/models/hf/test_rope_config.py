@@ -109,8 +109,6 @@ def test_reading_of_fractions():
   ({"rope_theta": -3}, "rope_theta=-3"),
   (scaling("default") | {"rope_parameters": {"rope_theta": 7}},
    "rope_parameters=.* and rope_scaling=.*differ"),
-  (LENGTHS | scaling("yarn", factor=4, original_max_position_embeddings=46),
-   "original_max_position_embeddings several"),
   ({"rope_scaling": ["linear"]}, "no mapping"),
   ({"rope_parameters": {"full_attention": {}}}, "full_attention"),
 ])  # fmt: skip
