@@ -82,11 +82,8 @@ def _chat(folder: Path) -> Tokenizer:
   return load_tokenizer(folder)
 
 
-def _metaspace(folder: Path) -> Tokenizer:
-  """One token a character; what is not in the vocabulary is passed over."""
-  letters = sorted({*"▁abcdehimnopstuw.,日é"})
-  vocab = {letter: i for i, letter in enumerate(["<unk>", "</s>", *letters])}
-  backend = Backend(models.BPE(vocab=vocab, merges=[]))
+def use_metaspace(backend: Backend) -> None:
+  """Gives a tokenizer the first and the last steps of Llama's."""
   backend.pre_tokenizer = pre_tokenizers.Metaspace(
     prepend_scheme="first", split=False
   )
@@ -94,6 +91,14 @@ def _metaspace(folder: Path) -> Tokenizer:
     decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
     decoders.Strip(" ", 1, 0),
   ])  # fmt: skip
+
+
+def _metaspace(folder: Path) -> Tokenizer:
+  """One token a character; what is not in the vocabulary is passed over."""
+  letters = sorted({*"▁abcdehimnopstuw.,日é"})
+  vocab = {letter: i for i, letter in enumerate(["<unk>", "</s>", *letters])}
+  backend = Backend(models.BPE(vocab=vocab, merges=[]))
+  use_metaspace(backend)
   backend.add_special_tokens(["<unk>", "</s>"])
   return _saved(backend, folder)
 

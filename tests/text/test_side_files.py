@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from real_tokenizers import TEXTS
+from real_tokenizers import TEXTS, use_metaspace
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
@@ -66,13 +66,7 @@ def vocab_and_merges(folder: Path) -> int:
 def metaspace(folder: Path) -> int:
   """A tokenizer.json of Llama's kind, as transformers writes it."""
   backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True))
-  backend.pre_tokenizer = pre_tokenizers.Metaspace(
-    prepend_scheme="first", split=False
-  )
-  backend.decoder = decoders.Sequence([
-    decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-    decoders.Strip(" ", 1, 0),
-  ])  # fmt: skip
+  use_metaspace(backend)
   special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
   trainer = BpeTrainer(
     vocab_size=400, special_tokens=special[:3], show_progress=False
