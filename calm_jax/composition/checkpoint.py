@@ -118,12 +118,10 @@ def _describe(
   described = None
   if text is not None:
     described = {"fingerprint": text.fingerprint, "vocab_size": text.vocab_size}
-  keys = hub.read_config(source.folder)
-  read = keys if source.config is None else source.config
   return {
     "name": model_files.name(source, folder),
     "revision": source.revision,
-    "ignore": sorted(keys.keys() - read.keys()),
+    "ignore": source.ignore,
     "dtype": config.compute.dtype,
     "quantise": quantisation.kind_of(params),
     "sha256": model_files.hashes(source.folder),

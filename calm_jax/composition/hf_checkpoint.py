@@ -31,7 +31,7 @@ def load(
     shapes = quantisation.shapes(decoder.param_shapes(config), quantise)
     places = shardings(shapes)
   params = loading.load_params(folder, config, dtype, places, quantise)
-  source = source._replace(config=hub.read_config(folder, ignore))
+  source = source._replace(ignore=hub.ignored_keys(ignore))
   return Model(
     Composition(config),
     # Unlike jnp.asarray, it takes aligned memory over without a copy.
@@ -69,7 +69,9 @@ def export_hf(
     )
   source = model.sources.get("anchor")
   text_files = _text_files(model)
-  described = source.config if source else None
+  described = None
+  if source is not None:
+    described = hub.read_config(source.folder, source.ignore)
   config, params = model.spec.anchor, model.params["anchor"]
   export.save_params(folder, config, params, described, max_shard_size)
   for name, path in text_files.items():

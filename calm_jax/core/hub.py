@@ -89,7 +89,7 @@ class CheckpointRef(NamedTuple):
   name: str  # The folder or hub id that was asked for.
   revision: str | None  # The commit on the hub; None for a folder.
   folder: pathlib.Path  # The folder that holds its files.
-  config: dict[str, Any] | None = None  # Its config.json.
+  ignore: tuple[str, ...] = ()  # Keys that its config.json is read without.
 
 
 def locate(
@@ -158,19 +158,21 @@ def _weights(folder: pathlib.Path) -> list[str]:
   return [glob.escape(n) for n in sorted(names) if n.endswith(".safetensors")]
 
 
+def ignored_keys(ignore: Collection[str]) -> tuple[str, ...]:
+  """Returns keys as a tuple; a string has commas or plus signs between them."""
+  return tuple(re.split("[,+]", ignore) if isinstance(ignore, str) else ignore)
+
+
 def read_config(
   folder: pathlib.Path, ignore: Collection[str] = ()
 ) -> dict[str, Any]:
-  """Reads a folder's config.json, but for the keys that `ignore` names.
+  """Reads a folder's config.json, but for the `ignored_keys`.
 
-  A string names them with commas or plus signs between. Raises InputError if
-  there is no config.json.
+  Raises InputError if there is none.
   """
-  path = folder / CONFIG
-  if isinstance(ignore, str):
-    ignore = re.split("[,+]", ignore)
+  path, ignored = folder / CONFIG, ignored_keys(ignore)
   if path.exists():
-    return {k: v for k, v in read_json(path).items() if k not in ignore}
+    return {k: v for k, v in read_json(path).items() if k not in ignored}
   raise InputError(f"{path} is missing: {no_checkpoint(folder)}")
 
 
