@@ -69,7 +69,8 @@ def run_with_config(main: Callable, options: type | None = None) -> None:
   for field in fields:
     required = field.default is dataclasses.MISSING
     default = None if required else field.default
-    _FLAGS[field.type](field.name, default, field.metadata["help"])
+    kind = getattr(field.type, "__origin__", field.type)
+    _FLAGS[kind](field.name, default, field.metadata["help"])
     if required:
       flags.mark_flag_as_required(field.name)
 

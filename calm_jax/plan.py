@@ -16,13 +16,14 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ml_collections import ConfigDict
 
 from calm_jax import cli
 from calm_jax.core import files
 from calm_jax.core.errors import InputError, check_folder
+from calm_jax.core.typed_fields import Count, Range
 from calm_jax.experiments import config_files
 from calm_jax.generation import batching, decode
 from calm_jax.planning import (
@@ -46,14 +47,14 @@ class PlanOptions:
   search: bool = cli.option(
     "look for a mesh and a remat policy, instead of the config's", False
   )
-  compiles: int = cli.option(
+  compiles: Count = cli.option(
     "training steps that the search compiles at most", 4
   )
   largest_batch: bool = cli.option("look for the largest batch that fits", True)
   decode_rows: int = cli.option(
     "rows that decode together; none are planned for 0", 32
   )
-  effort: float = cli.option(
+  effort: Annotated[float, Range(-1, 1)] = cli.option(
     "of the TPU's compiler to make programs fast: 0 is that of a run, which "
     "takes many times as long to compile as -1",
     -1.0,

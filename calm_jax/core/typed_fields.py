@@ -6,43 +6,41 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 from calm_jax.core import errors
 from calm_jax.core.errors import InputError
 
-# The least numbers of fields by their names, and the largest; others are at
-# least 0. For an axis of a mesh, -1 stands for all devices that are left.
-_LEAST = dict.fromkeys(
-  ("lora_rank", "effort", "data", "fsdp", "tensor", "sequence"), -1
-)
-# fmt: off
-_LEAST |= dict.fromkeys((
-  "batch_size", "length", "accumulate", "steps", "log_every", "eval_every",
-  "checkpoint_every", "keep_last", "unroll", "heartbeat", "width",
-  "num_layers", "num_heads", "num_kv_heads", "mlp_width", "max_length",
-  "eval_batch_size", "eval_length", "sample_tokens", "prompt_tokens", "trials",
-  "num_keys", "num_examples", "min_terms", "max_terms", "max_new_tokens",
-  "compiles",
-), 1)
-# fmt: on
-_MOST = {"seed": errors.LARGEST_SEED}
-_MOST |= dict.fromkeys(
-  ("b1", "b2", "final", "fraction", "bad_lines", "effort"), 1
-)
 _MOST_OF_ALL = 1e20
 
 
-def typed(kind: Any, value: Any, name: str) -> Any:
+class Range(NamedTuple):
+  """The limits of a number in a field; without any it is 0 or more."""
+
+  least: int = 0
+  most: int | None = None
+
+
+_ANY = Range()
+Count = Annotated[int, Range(1)]
+CountOrRest = Annotated[int, Range(-1)]  # -1 for as many as there are
+Fraction = Annotated[float, Range(0, 1)]
+Seed = Annotated[int, Range(0, errors.LARGEST_SEED)]
+
+
+def typed(kind: Any, value: Any, name: str, limits: Range = _ANY) -> Any:
   """A value as a type that a field is annotated with; dicts as dataclasses.
 
+  A number is within `limits`, or those of a type such as `Count`.
   Raises InputError, which calls it by its `name`, for an unknown or missing
   field, a value of another type, or a number out of its range.
   """
   base, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+  if base is Annotated:
+    return typed(inner[0], value, name, inner[1])
   if base is Any or (value is None and type(None) in inner):
     return value
-  if base is types.UnionType:
+  if base in (types.UnionType, typing.Union):
     return typed(inner[0], value, name)
   if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
     return _typed_fields(kind, value, name)
@@ -62,22 +60,16 @@ def typed(kind: Any, value: Any, name: str) -> Any:
     raise InputError(f"{name}={value!r} is no {kind_name}")
   if base is str:
     errors.check_text(name, value)
-  elif base in (int, float):
-    _check_range(name, value)
+  elif base is int:
+    errors.check_int(name, value, *limits)
+  elif base is float:
+    least, most = limits
+    errors.check_float(name, value, least, most or _MOST_OF_ALL)
   return value
 
 
-def _check_range(name: str, value: float) -> None:
-  field = name.rpartition(".")[2]
-  least = _LEAST.get(field, 0)
-  if isinstance(value, int):
-    errors.check_int(name, value, least, _MOST.get(field))
-  else:
-    errors.check_float(name, value, least, _MOST.get(field, _MOST_OF_ALL))
-
-
 def _typed_fields(kind: type, values: Mapping[str, Any], name: str) -> Any:
-  hints = typing.get_type_hints(kind)
+  hints = typing.get_type_hints(kind, include_extras=True)
   fields = {field.name: field for field in dataclasses.fields(kind)}
   if unknown := [key for key in values if key not in fields]:
     raise InputError(f"{name} has no field {unknown}; there are {list(fields)}")

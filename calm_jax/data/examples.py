@@ -11,6 +11,7 @@ import numpy as np
 
 from calm_jax.core import files
 from calm_jax.core.errors import InputError, check_text
+from calm_jax.core.typed_fields import Fraction
 from calm_jax.data import records
 from calm_jax.data.templates import Texts, own_fields, templates
 
@@ -68,7 +69,7 @@ class ExampleSource:
   prompt_field: str = "prompt"
   completion_field: str = "completion"
   rows: str = ""
-  bad_lines: float = 0.0
+  bad_lines: Fraction = 0.0
   data_dir: str = ""
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from calm_jax.core.typed_fields import Count
 from calm_jax.evals import statistics
 
 # An example of a file of predictions: its inputs, outputs and score.
@@ -87,7 +88,7 @@ class Options:
 
   group: str
   path: str
-  max_new_tokens: int
+  max_new_tokens: Count
   limit: int = 0
 
 

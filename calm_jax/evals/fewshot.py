@@ -9,6 +9,7 @@ import numpy as np
 
 from calm_jax.core import files
 from calm_jax.core.errors import InputError
+from calm_jax.core.typed_fields import Seed
 from calm_jax.data.examples import row_slice
 from calm_jax.evals import base
 from calm_jax.evals.base import Evaluation, Judgement, Prompt, Question, Row
@@ -123,7 +124,7 @@ class FewShot(base.Options):
 
   shots: int  # exemplars of a prompt
   language: str = ""  # the subset of the benchmark
-  seed: int = 0  # of drawing exemplars
+  seed: Seed = 0  # of drawing exemplars
   prompt: str = ""  # of `load_template`; by default the kind's own
 
   def few_shot(

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from calm_jax.core import files
+from calm_jax.core.typed_fields import Count
 from calm_jax.data import key_value_text, key_values
 from calm_jax.data.key_value_source import KeyValueSource
 from calm_jax.data.key_values import ExpressionOptions
@@ -26,15 +27,15 @@ _EVAL_ROWS = 256
 class KeyValueTask:
   """The dictionary and the expressions over it, as `data.key_value_text`."""
 
-  num_keys: int = 999  # of the dictionary D_KV, whose values are 1 .. num_keys
+  num_keys: Count = 999  # of the dictionary D_KV; its values are 1 .. num_keys
   held_in_fraction: float = 0.2  # of the keys, for D_C (20% in the paper)
-  min_terms: int = 2  # keys in an expression
-  max_terms: int = 2
+  min_terms: Count = 2  # keys in an expression
+  max_terms: Count = 2
   operators: str = "+-"  # some of "+-*"
   # How keys and digits are split, see `key_value_text.train_tokenizer`.
   keys: str = "pieces"
   digits: str = "single"
-  num_examples: int = 1000  # expressions per evaluation set
+  num_examples: Count = 1000  # expressions per evaluation set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +50,8 @@ class KeyValueData:
   any_prompt: bool = False
   keys: str = "all"
   part: str = "train"
-  min_terms: int | None = None
-  max_terms: int | None = None
+  min_terms: Count | None = None
+  max_terms: Count | None = None
   operators: str | None = None
 
 

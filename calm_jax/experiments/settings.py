@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 from calm_jax.composition.connections import Augmenting
+from calm_jax.core.typed_fields import Count, CountOrRest, Seed
 from calm_jax.experiments import variants
 from calm_jax.parallel import mesh
 from calm_jax.parallel.rules import SHARDING
@@ -19,12 +20,12 @@ from calm_jax.training.stage import Stage
 class DecoderShape:
   """A decoder that the run trains from scratch; see `ModelConfig`."""
 
-  width: int = 128
-  num_layers: int = 4
-  num_heads: int = 4
-  num_kv_heads: int = 4
-  mlp_width: int = 352
-  max_length: int = 512
+  width: Count = 128
+  num_layers: Count = 4
+  num_heads: Count = 4
+  num_kv_heads: Count = 4
+  mlp_width: Count = 352
+  max_length: Count = 512
   tie_embeddings: bool = False
 
 
@@ -61,7 +62,7 @@ class Ablations:
   """The runs of `python -m calm_jax.ablations`."""
 
   kinds: tuple[str, ...] = tuple(variants.KINDS)
-  trials: int = 3  # of each kind
+  trials: Count = 3  # of each kind
   minutes: float = 1.4  # of a run on two CPU cores, for the first estimate
 
 
@@ -72,18 +73,18 @@ class Settings:
   experiment: str  # a key of `recipe.EXPERIMENTS`
   task: Any  # of the experiment's `task_type`
   workdir: str = "runs/default"
-  seed: int = 0  # of data, fresh parameters and samples
+  seed: Seed = 0  # of data, fresh parameters and samples
   # For dtype, unroll, remat and loss_chunk see `models.config.Compute`;
   # trainable leaves and optimizer state are float32 always.
   dtype: str = "float32"
-  unroll: int = 1
+  unroll: Count = 1
   # A kernel, or "auto" for the fastest; see `models.attention`.
   attention: str = "xla"
   remat: str = "auto"
   loss_chunk: int = 2**24
   # Devices along each axis; -1, on one axis, for all that are left. All 1: one
   # device without a mesh.
-  mesh: dict[str, int] = dataclasses.field(
+  mesh: dict[str, CountOrRest] = dataclasses.field(
     default_factory=lambda: dict.fromkeys(mesh.AXES, 1)
   )
   sharding: tuple[tuple[str, tuple], ...] = SHARDING  # see `parallel.rules`
@@ -96,7 +97,7 @@ class Settings:
   # Seconds after which a step counts as hung, 0 for never; ten times that where
   # programs are compiled.
   watchdog: float = 1800.0
-  heartbeat: int = 100  # seconds after which a silent process counts as gone
+  heartbeat: Count = 100  # seconds after which a silent process counts as gone
   # Folders or hub ids; a model without one is trained from scratch, in the
   # shape of anchor_model or augmenting_model.
   anchor: str = ""
@@ -121,7 +122,7 @@ class Settings:
   trial: int = 0  # added to the seed of the last stage
   # Of LoRA on the anchor in the last stage; 0 for none, -1 for about as many
   # parameters as the composition has.
-  lora_rank: int = 0
+  lora_rank: CountOrRest = 0
   random_augmenting: bool = False  # m_A has random weights instead of its own
   # Stages that train a vanilla m_A, in place of those on its domain.
   vanilla: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ import numpy as np
 
 from calm_jax.core import files
 from calm_jax.core.errors import InputError, check_choice
+from calm_jax.core.typed_fields import Count, Fraction
 from calm_jax.data import examples, pipeline
 from calm_jax.data.documents import RowOptions
 from calm_jax.data.examples import ExampleSource, TextExample
@@ -56,10 +57,10 @@ class TextTask:
   # Texts to sample from an anchor that is loaded, for held-out text of its own
   # domain if there is no "anchor_domain"; 0 for none.
   num_samples: int = 0
-  sample_tokens: int = 200  # of a sample at most
-  prompt_tokens: int = 1024  # of an evaluation's prompt at most, the anchor's
-  eval_batch_size: int = 32  # rows, in generation too
-  eval_length: int = 256  # tokens of a row
+  sample_tokens: Count = 200  # of a sample at most
+  prompt_tokens: Count = 1024  # of an evaluation's prompt at most, the anchor's
+  eval_batch_size: Count = 32  # rows, in generation too
+  eval_length: Count = 256  # tokens of a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Share:
   """
 
   weight: float
-  fraction: float = 1.0
+  fraction: Fraction = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
