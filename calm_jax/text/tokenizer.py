@@ -107,9 +107,10 @@ class Tokenizer:
 
     A BOS that plain text (an empty prompt) spells is the prompt's.
     """
-    given = self.encode_prompt(prompt)
-    new = self.encode_continuation(prompt, completion)
-    spells_bos = given == new[:1] == [self.bos_id] and not self.encode(prompt)
+    ids = self.encode(prompt)
+    given = self.with_bos(self.check(ids))
+    new = self._continuation(ids, prompt, completion)
+    spells_bos = not ids and given == new[:1] == [self.bos_id]
     return given, new[1:] if spells_bos else new
 
   def encode_continuation(self, prompt: str, completion: str) -> list[int]:
@@ -117,7 +118,11 @@ class Tokenizer:
 
     They follow `encode(prompt)`, even if `encode(prompt + completion)` differs.
     """
-    ids = self.encode(prompt)
+    return self._continuation(self.encode(prompt), prompt, completion)
+
+  def _continuation(
+    self, ids: list[int], prompt: str, completion: str
+  ) -> list[int]:
     joined = self.encode(prompt + completion)
     if joined[: len(ids)] == ids:
       return self.check(joined[len(ids) :])
