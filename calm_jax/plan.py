@@ -7,9 +7,10 @@
 
 It compiles the training step, and the decoding of a token, for a topology from
 shapes alone: v5e:, v5p: and v6e: with the `tpu` extra and no TPU, gpu:8xH100
-and cpu:8 with the CPU's compiler, which knows shapes and collectives but not
-what a GPU keeps in between. No weight is read: a model's config.json is enough,
-also by itself. See docs/plan.md.
+with the `gpu` extra and no GPU. Without that extra the CPU's compiler stands
+in, which knows shapes and collectives but not what a GPU keeps in between. No
+weight is read: a model's config.json is enough, also by itself. See
+docs/plan.md.
 """
 
 import dataclasses

@@ -22,7 +22,8 @@ _CALLED = re.compile(
   r"|branch_computations)=(\{[^}]*\}|%[\w.\-]+)"
 )
 _KERNEL = re.compile(
-  r'%([A-Za-z_]\w*?)(?:\.\d+)* = .* custom-call\(.*target="tpu_custom_call"'
+  r'%([A-Za-z_]\w*?)(?:\.\d+)* = .* custom-call\(.*target="'
+  r'(?:tpu_custom_call|mosaic_gpu[^"]*|__cudnn\$(\w+))"'
 )
 _COLLECTIVE = re.compile(
   "all-gather|all-reduce|reduce-scatter|(ragged-)?all-to-all|collective-permute"
@@ -91,8 +92,9 @@ def count(text: str, trips: int = 1) -> Counts:
 
 
 def kernels(text: str) -> dict[str, int]:
-  """Counts the places of a TPU's program that call each Pallas kernel."""
-  return dict(collections.Counter(_KERNEL.findall(text)))
+  """Counts the places of a program that call each Pallas or cuDNN kernel."""
+  found = (cudnn or name for name, cudnn in _KERNEL.findall(text))
+  return dict(collections.Counter(found))
 
 
 def _parse(text: str) -> tuple[dict[str, Computation], str]:

@@ -18,7 +18,7 @@ from calm_jax.generation import batching, decode, decode_steps
 from calm_jax.generation.sampling import GREEDY
 from calm_jax.models import decoder
 from calm_jax.parallel import placement, sharding
-from calm_jax.planning import flops, shapes
+from calm_jax.planning import flops, gpu_topology, shapes
 from calm_jax.planning.shapes import Job
 from calm_jax.planning.topology import Target
 from calm_jax.training import optimizer
@@ -130,7 +130,9 @@ def training(placed: Placed, rows: int) -> CompiledProgram:
   mask = trees.mask(job.params, job.stage.trainable)
   made = optimizer.make_optimizer(job.stage, mask)
   step = step_lib.make_step(job.spec, job.stage, made, placed.layout)
-  return _compile(step.trace(*given.arguments), given)
+  with gpu_topology.capability_of(placed.target.devices[0]):
+    traced = step.trace(*given.arguments)
+  return _compile(traced, given)
 
 
 def decoding(placed: Placed, rows: int, slots: int) -> CompiledProgram:

@@ -10,6 +10,7 @@ import jax
 from jax.experimental import topologies
 
 from calm_jax.core.errors import InputError
+from calm_jax.planning import gpu_topology
 from calm_jax.planning.chips import GPUS, TPUS, Chip
 
 FORMS = "v5e:4x4, v5p:2x2x2, v6e:8x8, gpu:8xH100, cpu or cpu:8"
@@ -75,6 +76,8 @@ def target(name: str) -> Target:
   if this process has fewer CPU devices, see `prepare`.
   """
   platform, kind, count = parse(name)
+  if platform == "gpu" and gpu_topology.cuda_version():
+    return Target(name, GPUS[kind], gpu_topology.devices(kind, count), True)
   if platform != "tpu":
     devices = jax.devices("cpu")
     if len(devices) < count:

@@ -15,7 +15,15 @@ from calm_jax.core.errors import InputError
 from calm_jax.experiments.config_files import read_settings
 from calm_jax.generation import decode
 from calm_jax.plan import PlanOptions
-from calm_jax.planning import estimate, hlo, programs, search, shapes, topology
+from calm_jax.planning import (
+  estimate,
+  gpu_topology,
+  hlo,
+  programs,
+  search,
+  shapes,
+  topology,
+)
 from calm_jax.planning.chips import TPUS
 from configs import kv
 
@@ -291,7 +299,8 @@ def test_a_tpus_products_are_written_as_convolutions():
     ("gpu:8xH100", "8 devices to stand in"),
   ],
 )
-def test_what_is_no_topology(name, reason):
+def test_what_is_no_topology(name, reason, monkeypatch):
+  monkeypatch.setattr(gpu_topology, "cuda_version", lambda: 0)
   with pytest.raises(InputError, match=reason):
     topology.target(name)
 
@@ -349,6 +358,41 @@ def test_a_tpu_step_runs_the_splash_kernel(job):
   assert found.worked == pytest.approx(found.flops / 4, rel=0.02)
   assert found.sent["all-gather"] > 0 and not found.unknown_loops
   assert found.bound in found.seconds
+
+
+@pytest.mark.skipif(
+  not gpu_topology.cuda_version(),
+  reason="no compiler for GPUs is installed: pip install 'calm_jax[gpu]'",
+)
+def test_a_gpu_step_is_compiled_for_that_gpu():
+  config = tiny()
+  config.update(attention="auto", dtype="bfloat16")
+  target = topology.target("gpu:2xH100")
+  assert target.exact and len(target.devices) == 2
+  assert target.devices[0].compute_capability == "9.0"
+  job = shapes.job(read_settings(config))
+  placed = programs.place(job, target, ONE | {"fsdp": 2})
+  found = estimate.estimate(placed, programs.training(placed, 4))
+  forward, backward = (
+    [n for name, n in found.kernels.items() if name.endswith("Backward") == is_]
+    for is_ in (False, True)
+  )
+  assert sum(forward) > sum(backward) > 0
+  assert found.fits and found.sent["all-gather"] > 0
+
+
+def test_kernels_are_counted_by_name():
+  call = '%{}.1 = f32[2] custom-call(%x), custom_call_target="{}"\n'
+  text = "".join(
+    call.format(*names)
+    for names in [
+      ("splash_mha_fwd", "tpu_custom_call"),
+      ("splash_mha_fwd", "tpu_custom_call"),
+      ("dot_product_attention_fwd", "__cudnn$fmhaSoftmax"),
+      ("sort", "Sharding"),
+    ]
+  )
+  assert hlo.kernels(text) == {"splash_mha_fwd": 2, "fmhaSoftmax": 1}
 
 
 def test_frozen_models_are_planned_in_their_bits(job):
