@@ -367,17 +367,15 @@ def test_a_tpu_step_runs_the_splash_kernel(job):
 def test_a_gpu_step_is_compiled_for_that_gpu():
   config = tiny()
   config.update(attention="auto", dtype="bfloat16")
+  config.composition.connections = ((1, 1),)
   target = topology.target("gpu:2xH100")
   assert target.exact and len(target.devices) == 2
   assert target.devices[0].compute_capability == "9.0"
   job = shapes.job(read_settings(config))
   placed = programs.place(job, target, ONE | {"fsdp": 2})
   found = estimate.estimate(placed, programs.training(placed, 4))
-  forward, backward = (
-    [n for name, n in found.kernels.items() if name.endswith("Backward") == is_]
-    for is_ in (False, True)
-  )
-  assert sum(forward) > sum(backward) > 0
+  backward = {name.endswith("Backward") for name in found.kernels}
+  assert backward == {False, True}
   assert found.fits and found.sent["all-gather"] > 0
 
 
