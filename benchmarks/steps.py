@@ -12,9 +12,9 @@ import numpy as np
 from benchmarks import pairs
 from benchmarks.machine import Clock
 from calm_jax.composition.connections import Composition
-from calm_jax.core import trees
+from calm_jax.core import flops, trees
 from calm_jax.core.batch import Batch, plain_sequence
-from calm_jax.planning import flops
+from calm_jax.planning import flops as formulas
 from calm_jax.training import optimizer
 from calm_jax.training import step as step_lib
 from calm_jax.training.stage import Stage
@@ -61,7 +61,7 @@ class Timed:
     self.batch = jax.device_put(batch)
     arguments = self.state, self.frozen, self.batch
     self.traced = flops.count(step, *arguments)
-    self.least = flops.training_step(spec, rows, length)
+    self.least = formulas.training_step(spec, rows, length)
     self.tokens = rows * length
     self.step = step.lower(*arguments).compile()
     self.temporary = self.step.memory_analysis().temp_size_in_bytes

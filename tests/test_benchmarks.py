@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import generate, machine, pairs, steps, traffic
-from calm_jax.core import trees
-from calm_jax.planning import flops
+from calm_jax.core import flops, trees
+from calm_jax.planning import flops as formulas
 
 GENERATE = [
   "--pair=tiny", "--dtype=bfloat16", "--rows=2", "--prompt=20", "--new=48",
@@ -101,9 +101,9 @@ def test_the_least_flops_are_those_of_the_step():
   spec = pairs.computed(pairs.pair("tiny"), loss_chunk=0)
   step, make = steps.parts(spec)
   batch = steps.batch_of(2, 16, spec.anchor.vocab_size)
-  least = flops.training_step(spec, 2, 16)
+  least = formulas.training_step(spec, 2, 16)
   assert flops.count(step, *jax.eval_shape(make), batch) == least
-  none, half = (flops.training_step(spec, 2, 16, s) for s in (0.0, 0.5))
+  none, half = (formulas.training_step(spec, 2, 16, s) for s in (0.0, 0.5))
   assert half - none == least - half > 0
 
 

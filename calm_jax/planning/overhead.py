@@ -24,13 +24,12 @@ import jax.numpy as jnp
 
 from calm_jax.composition import connections, cross_attention, forward
 from calm_jax.composition.connections import Augmenting, Composition
-from calm_jax.core import trees
+from calm_jax.core import flops, trees
 from calm_jax.core.batch import Batch, plain_sequence
 from calm_jax.core.errors import InputError
 from calm_jax.models import decoder, lora
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.hf import families
-from calm_jax.planning import flops
 from calm_jax.training import loss as loss_lib
 
 PAPER_DATA_SHARE = 0.02  # (iii) of C.2

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from calm_jax.composition import cross_attention, forward
-from calm_jax.core import trees
+from calm_jax.core import flops, trees
 from calm_jax.core.batch import plain_batch, plain_sequence
 from calm_jax.core.errors import InputError
 from calm_jax.experiments import run_models, sharded_models
@@ -18,7 +18,7 @@ from calm_jax.generation import batching, decode, decode_steps
 from calm_jax.generation.sampling import GREEDY
 from calm_jax.models import decoder
 from calm_jax.parallel import placement, sharding
-from calm_jax.planning import flops, gpu_topology, shapes
+from calm_jax.planning import gpu_topology, shapes
 from calm_jax.planning.shapes import Job
 from calm_jax.planning.topology import Target
 from calm_jax.training import optimizer

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from calm_jax.planning.chips import GIB
+from calm_jax.parallel.chips import GIB
 from calm_jax.planning.estimate import Estimate
 from calm_jax.planning.search import Case
 from calm_jax.planning.shapes import Job

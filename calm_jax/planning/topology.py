@@ -10,8 +10,8 @@ import jax
 from jax.experimental import topologies
 
 from calm_jax.core.errors import InputError
+from calm_jax.parallel.chips import GPUS, TPUS, Chip
 from calm_jax.planning import gpu_topology
-from calm_jax.planning.chips import GPUS, TPUS, Chip
 
 FORMS = "v5e:4x4, v5p:2x2x2, v6e:8x8, gpu:8xH100, cpu or cpu:8"
 

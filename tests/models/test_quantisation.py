@@ -18,7 +18,7 @@ import calm_jax
 from calm_jax.composition import cross_attention
 from calm_jax.composition.connections import Augmenting, Composition, Connection
 from calm_jax.composition.model import Model
-from calm_jax.core import trees
+from calm_jax.core import flops, trees
 from calm_jax.core.batch import plain_sequence
 from calm_jax.core.errors import InputError
 from calm_jax.experiments import quantisation_plan, run_models, sharded_models
@@ -29,7 +29,6 @@ from calm_jax.models.config import ModelConfig
 from calm_jax.models.hf import export
 from calm_jax.parallel import sharding
 from calm_jax.parallel.rules import SHARDING
-from calm_jax.planning import flops
 from calm_jax.training import optimizer
 from calm_jax.training import step as step_lib
 from calm_jax.training.stage import Stage

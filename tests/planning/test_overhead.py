@@ -12,12 +12,12 @@ import pytest
 
 from calm_jax.composition import cross_attention
 from calm_jax.composition.connections import Augmenting, Composition, Connection
-from calm_jax.core import trees
+from calm_jax.core import flops, trees
 from calm_jax.core.batch import Batch, Sequence
 from calm_jax.core.errors import InputError
 from calm_jax.models import decoder, lora
 from calm_jax.models.config import ModelConfig
-from calm_jax.planning import flops, overhead
+from calm_jax.planning import overhead
 from calm_jax.training import optimizer
 from calm_jax.training import step as step_lib
 from calm_jax.training.stage import Stage

@@ -14,6 +14,7 @@ from calm_jax import plan
 from calm_jax.core.errors import InputError
 from calm_jax.experiments.config_files import read_settings
 from calm_jax.generation import decode
+from calm_jax.parallel.chips import TPUS
 from calm_jax.plan import PlanOptions
 from calm_jax.planning import (
   estimate,
@@ -24,7 +25,6 @@ from calm_jax.planning import (
   shapes,
   topology,
 )
-from calm_jax.planning.chips import TPUS
 from configs import kv
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import test_util
 
-from calm_jax.planning import flops
+from calm_jax.core import flops
 from calm_jax.training import loss as loss_lib
 
 B, L, D, V = 2, 7, 6, 11

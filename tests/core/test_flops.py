@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from calm_jax.planning import flops
+from calm_jax.core import flops
 
 
 def shape(*sizes):
