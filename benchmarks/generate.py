@@ -15,8 +15,7 @@ have as many slots, has no prompt in it. A step makes a token of each row. The
 share is the time that the bytes that it cannot do without (benchmarks.traffic)
 take at the speed of a large copy, bytes read and written, over its own time;
 copies take turns with the contestants. transformers' model has no soft cap of
-attention's scores, see benchmarks.torch_loop. --apart gives each layer arrays
-of its own instead of stacks, as is always done on a CPU.
+attention's scores, see benchmarks.torch_loop.
 
 --growth is the same of the composed small pair, twice as large in one respect
 each, every shape by itself.
@@ -40,8 +39,7 @@ from benchmarks import machine, pairs, traffic
 from calm_jax.composition import forward
 from calm_jax.composition.connections import Composition
 from calm_jax.composition.model import Model
-from calm_jax.generation import batching, decode, decode_steps
-from calm_jax.models import decoder
+from calm_jax.generation import batching, decode
 
 PROMPT, NEW = 32, 64
 GOAL = 0.7
@@ -179,8 +177,6 @@ def contest(options) -> dict[int, dict[str, dict[str, float]]]:
     copy = machine.make_copy(options.copy_megabytes)
   spec = pairs.computed(pairs.pair(options.pair), dtype=options.dtype)
   params = pairs.parameters(spec, options.dtype)
-  if options.apart:
-    params = decode_steps.change_models(params, decoder.split_layers)
   whole = Table(
     "prompt and all", "rows", "parameters", "tokens/s", "time, of the anchor's"
   )
@@ -276,7 +272,6 @@ def main(arguments: list[str] | None = None):
   parser.add_argument("--new", type=int, default=NEW)
   parser.add_argument("--bandwidth", action=flag)
   parser.add_argument("--copy_megabytes", type=int, default=512)
-  parser.add_argument("--apart", action="store_true")
   parser.add_argument("--torch", action=flag, default=True)
   parser.add_argument("--growth", action="store_true")
   options = parser.parse_args(arguments)
@@ -285,8 +280,6 @@ def main(arguments: list[str] | None = None):
   on_cpu = jax.default_backend() == "cpu"
   if options.bandwidth is None:
     options.bandwidth = not on_cpu
-  if options.apart and on_cpu:
-    parser.error("--apart is for accelerators: it is always so on a CPU")
   return growth(options) if options.growth else contest(options)
 
 

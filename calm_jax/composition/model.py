@@ -4,13 +4,14 @@ All functions give new models with the same arrays and change none.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import jax
 
-from calm_jax.composition import cross_attention, forward
+from calm_jax.composition import cross_attention, forward, inference
 from calm_jax.composition.connections import Composition, connect
 from calm_jax.core import hub, trees
 from calm_jax.core.errors import InputError, check_seed, check_text, check_type
@@ -75,6 +76,11 @@ class Model:
   def num_composition_params(self) -> int:
     """Trainable parameters that the composition adds; 0 for one model."""
     return trees.count(self.params["composition"]) if self.is_composed else 0
+
+  @functools.cached_property
+  def prepared(self) -> dict[str, Any]:
+    """The parameters for decoding, from `inference.prepare`; made once."""
+    return inference.prepare(self.params)
 
   def text(self) -> Tokenizer:
     """The anchor's tokenizer; InputError if there is none."""

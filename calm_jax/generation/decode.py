@@ -58,8 +58,7 @@ def stream(
   prompts = batching.check_rows(model, prompts, "prompt", max_new_tokens)
   if not prompts or not max_new_tokens:
     return
-  params = decode_steps.prepare(model.params)
-  model = dataclasses.replace(model, params=params)
+  model = dataclasses.replace(model, params=model.prepared)
   lengths = [len(ids) for ids in prompts]
   # `advance` writes whole chunks of slots, the last one too.
   longest = batching.round_up(max(lengths))

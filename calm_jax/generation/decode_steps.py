@@ -14,17 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from calm_jax.composition import (
-  augmenting,
-  cross_attention,
-  forward,
-  visibility,
-)
+from calm_jax.composition import augmenting, forward, visibility
 from calm_jax.composition.connections import Composition
 from calm_jax.core.batch import Batch, Sequence
 from calm_jax.generation.sampling import Sampler
 from calm_jax.models import cache as cache_lib
-from calm_jax.models import decoder
 
 Array = jax.Array
 
@@ -48,21 +42,6 @@ class DecodeState(NamedTuple):
   keys_B: Array  # the random key of each row
   seen_BV: Array | None  # tokens so far; None without a repetition penalty
   done_B: Array  # whether a stop token was picked
-
-
-def prepare(params: dict) -> dict:
-  """The tree as decoding reads it fastest; nothing large is copied."""
-  return change_models(cross_attention.fold(params), decoder.unstack)
-
-
-def change_models(params: dict, change: Callable[[dict], dict]) -> dict:
-  """The tree with the parameters of each frozen model changed."""
-  models = {"anchor": change(params["anchor"])}
-  if "augmenting" in params:
-    models["augmenting"] = {
-      name: change(model) for name, model in params["augmenting"].items()
-    }
-  return params | models
 
 
 def _pick(state: DecodeState, sampler: Sampler) -> DecodeState:
@@ -101,7 +80,7 @@ def start(
   """Reads the prompts and picks the first token of each row.
 
   Args:
-    params: from `prepare`; of the models in `spec`.
+    params: from `inference.prepare`; of the models in `spec`.
     batch: from `batching.batches`.
     seeds_B: a seed a row, uint32.
     stop_S, max_new_tokens: int32; the token ids that end a row.

@@ -22,7 +22,7 @@ from calm_jax.models import cache as cache_lib
 from calm_jax.models.block import Block
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.layers import Linear, at_least_float32, norm
-from calm_jax.models.masks import Context, make_context
+from calm_jax.models.masks import Context, first_alike, make_context
 from calm_jax.models.quantisation import dense, matmul
 
 Array = jax.Array
@@ -118,8 +118,10 @@ def run_layers(
   if isinstance(params["layers"], tuple):  # of `unstack`, like the cache
     caches = [None] * config.num_layers if cache is None else list(cache)
     for i in range(start, stop):
-      weights = params["layers"][i]
-      x_BLD, caches[i] = _layer(config, weights, x_BLD, context, caches[i], i)
+      like, weights = first_alike(config, i), params["layers"][i]
+      x_BLD, caches[i] = _layer(
+        config, like, weights, x_BLD, context, caches[i]
+      )
     return x_BLD, None if cache is None else tuple(caches)
   # The gradient of indexing would add into the whole stack once per layer, so
   # a scan over all layers slices the stack itself. To slice some layers before
@@ -149,9 +151,9 @@ def run_layers(
   return jax.lax.scan(run_layer, (x_BLD, cache), scanned, unroll=unroll)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _layer(config: ModelConfig, weights, x_BLD, context, cache, layer):
-  """Runs one layer under jit: layers of equal shapes are traced once."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _layer(config: ModelConfig, layer: int, weights, x_BLD, context, cache):
+  """Runs one layer under jit: layers that are alike are traced once."""
   return Block(config).apply({"params": weights}, x_BLD, context, cache, layer)
 
 
@@ -229,17 +231,22 @@ def empty_cache(
 def unstack(params: dict) -> dict:
   """Returns the parameters with "layers" as a tuple of trees, one a layer.
 
-  XLA's CPU backend copies a layer's weights out of the stack at each step of a
-  scan, so decoding is several times slower. Parameters on one CPU come as views
-  of the stack; others are returned as they are.
+  XLA's backends for CPUs and GPUs copy a layer's weights out of the stack at
+  each step of a scan, so decoding is several times slower. On a CPU the result
+  is views of the stack, elsewhere copies.
   """
-  leaves = jax.tree.leaves(params["layers"])
-  devices = set().union(*(leaf.devices() for leaf in leaves))
-  if [d.platform for d in devices] != ["cpu"]:
-    return params
+  [device] = stack_devices(params)
+  if device.platform != "cpu":
+    return params | _split_on_device({"layers": params["layers"]})
   return split_layers(
     params, lambda p, i: jax.device_put(np.asarray(p)[i], may_alias=True)
   )
+
+
+def stack_devices(params: dict) -> set[jax.Device]:
+  """Returns the devices that hold the stack of layers."""
+  leaves = jax.tree.leaves(params["layers"])
+  return set().union(*(leaf.devices() for leaf in leaves))
 
 
 def split_layers(
@@ -251,3 +258,6 @@ def split_layers(
     tree.unflatten(layer(x, i) for x in stacks) for i in range(len(stacks[0]))
   ]
   return params | {"layers": tuple(split)}
+
+
+_split_on_device = jax.jit(split_layers)

@@ -107,19 +107,35 @@ def window_mask(mask_BLS: Array, window: int) -> Array:
 
 
 def is_among(
-  config: ModelConfig, layers: tuple[int, ...], layer: Array
-) -> Array:
-  """Returns whether a traced layer, from 0, is one of `layers`: bool []."""
+  config: ModelConfig, layers: tuple[int, ...], layer: Array | int
+) -> Array | bool:
+  """Returns whether a layer, from 0, is one of `layers`: bool [] if traced."""
+  if isinstance(layer, int):
+    return layer in layers
   return jnp.asarray(np.isin(np.arange(config.num_layers), layers))[layer]
 
 
-def at_layer(config: ModelConfig, context: Context, layer: Array):
+def first_alike(config: ModelConfig, layer: int) -> int:
+  """Returns the first layer that computes as `layer` does, weights apart."""
+  if config.scale_by_depth:
+    return layer
+
+  def kind(i: int) -> tuple[bool, bool]:
+    return i in config.full_layers, i in config.nope_layers
+
+  return next(i for i in range(layer + 1) if kind(i) == kind(layer))
+
+
+def at_layer(config: ModelConfig, context: Context, layer: Array | int):
   """Returns the (cos, sin) or None, and the mask, of one layer.
 
-  Layers differ by `where` on a traced index, so that one body is compiled.
+  Layers differ by `where` on a traced index, so that one body is compiled; an
+  int chooses while the program is traced.
   """
 
   def choose(chosen, a, b):
+    if isinstance(layer, int):
+      return a if chosen else b
     return jax.tree.map(lambda x, y: jnp.where(chosen, x, y), a, b)
 
   rope, mask = context.rope, context.mask

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from calm_jax.composition import cross_attention, forward
+from calm_jax.composition import cross_attention, forward, inference
 from calm_jax.core import flops, trees
 from calm_jax.core.batch import plain_batch, plain_sequence
 from calm_jax.core.errors import InputError
@@ -143,10 +143,10 @@ def decoding(placed: Placed, rows: int, slots: int) -> CompiledProgram:
   job, layout = placed.job, placed.layout
   spec, params = forward.submodel(job.spec, job.params, job.stage.model)
   params = jax.eval_shape(cross_attention.fold, params)
-  if placed.target.chip.name == "cpu" and layout is None:
-    # As `decode_steps.prepare` does on one CPU.
+  if placed.target.devices[0].platform != "tpu" and layout is None:
+    # As `inference.prepare` does on one CPU or GPU.
     params = jax.eval_shape(
-      lambda p: decode_steps.change_models(p, decoder.split_layers), params
+      lambda p: inference.change_models(p, decoder.split_layers), params
     )
   names = ["anchor", *(name for name, _ in spec.augmenting)]
   # Of the prompts only the shape matters.

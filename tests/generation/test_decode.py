@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from calm_jax.composition import inference
 from calm_jax.composition.connections import Composition
 from calm_jax.composition.model import Model
 from calm_jax.core.batch import plain_sequence
@@ -200,7 +201,7 @@ def test_many_lengths_are_few_programs():
 
 def test_weights_on_a_cpu_are_read_without_a_copy():
   config, params = helpers.model(1, width=64)
-  layers = decode_steps.prepare({"anchor": params})["anchor"]["layers"]
+  layers = inference.prepare({"anchor": params})["anchor"]["layers"]
   stack = params["layers"]["mlp"]["up"]["kernel"]
   for i, layer in enumerate(layers):
     kernel = layer["mlp"]["up"]["kernel"]

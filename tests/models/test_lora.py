@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from calm_jax.composition import inference
 from calm_jax.composition.connections import Composition
 from calm_jax.composition.model import Model
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError
-from calm_jax.generation import decode, decode_steps
+from calm_jax.generation import decode
 from calm_jax.models import decoder, lora, masks
 from calm_jax.models.hf import export, loading
 from calm_jax.models.layers import Linear
@@ -148,7 +149,7 @@ def test_in_steps_and_while_generating():
   for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
     want = best[row, len(prompt) - 1 : len(text) - 1]
     np.testing.assert_array_equal(text[len(prompt) :], want)
-  prepared = decode_steps.prepare({"anchor": params})["anchor"]["layers"]
+  prepared = inference.prepare({"anchor": params})["anchor"]["layers"]
   assert prepared[2]["mlp"]["down"]["lora_a"].shape == (40, RANK)
 
 
