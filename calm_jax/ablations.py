@@ -135,7 +135,7 @@ def execute(trial: Trial) -> Results:
   results |= {
     "kind": settings.kind,
     "parameters": trained.parameters,
-    "seconds": trained.seconds,
+    **trained.costs_json,
     "eval_loss": losses[-1] if losses else None,
     "config": trial.config,
   }

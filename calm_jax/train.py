@@ -60,7 +60,7 @@ def _evaluate(run: recipe.TrainedRun) -> dict[str, Any]:
     "kind": settings.kind,
     "parameters": run.parameters,
     "flops": flops,
-    "seconds": run.seconds,
+    **run.costs_json,
   }
 
 

@@ -47,6 +47,7 @@ def save(folder, results, kind):
       "trained_minus_composition": 0,
     },
     "seconds": {"anchor": 12.34, "compose": 3720.0},
+    "stage_flops": {"anchor": None, "compose": 1.5e12},
     "other_runs": {},
     "config": config | results.pop("config"),
   } | results  # fmt: skip

@@ -67,6 +67,8 @@ def test_results(finished):
   assert table["kv_math"]["composed"] == table["kv_math"]["composed_held_out"]
   assert list(results["seconds"]) == RECIPE
   assert all(seconds > 0 for seconds in results["seconds"].values())
+  assert list(results["stage_flops"]) == RECIPE
+  assert all(count > 0 for count in results["stage_flops"].values())
   assert results["other_runs"] == {}
   assert results["config"]["stages"]["compose"]["steps"] == 2
 

@@ -101,6 +101,10 @@ class Run:
 
   def __call__(self) -> dict:
     """Runs the stage; returns the whole tree."""
+    return self.result()[0]
+
+  def result(self) -> tuple:
+    """Runs the stage; returns the whole tree and the cost."""
     return trainer.run_stage(
       "compose",
       self.stage,
@@ -111,7 +115,7 @@ class Run:
       self.directory,
       origins={"anchor": "models/anchor"},
       seed=self.seed,
-    )[0]
+    )
 
 
 def leaves(params: dict) -> dict[str, np.ndarray]:

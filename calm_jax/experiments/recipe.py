@@ -20,6 +20,7 @@ from calm_jax.parallel import processes
 from calm_jax.parallel.sharding import Layout
 from calm_jax.training import trainer
 from calm_jax.training.stage import Stage
+from calm_jax.training.utilisation import Cost
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
   "key_values": KeyValueExperiment,
@@ -39,7 +40,7 @@ class TrainedRun:
   # All parameters after the last stage and each alternative, by stage.
   trees: dict[str, dict]
   lora_rank: int  # of the matrices on the anchor; 0 for none
-  seconds: dict[str, float]  # of each stage
+  costs: dict[str, Cost]  # of each stage
   exact_leaves: dict[str, Any]  # by name, as they were before quantising
 
   @property
@@ -77,6 +78,14 @@ class TrainedRun:
       "trained_minus_composition": trained - composition,
     }
 
+  @property
+  def costs_json(self) -> dict[str, dict[str, float | None]]:
+    """Seconds and FLOPs of training by stage, for results.json."""
+    return {
+      "seconds": {name: cost.seconds for name, cost in self.costs.items()},
+      "stage_flops": {name: cost.flops for name, cost in self.costs.items()},
+    }
+
 
 def run_recipe(settings: Settings) -> TrainedRun:
   """Runs all stages, from wherever an earlier process left them.
@@ -96,10 +105,10 @@ def run_recipe(settings: Settings) -> TrainedRun:
     for name in (*settings.recipe, *settings.alternatives)
   }
   run_stage = functools.partial(_run_stage, settings, layout, model.spec)
-  seconds: dict[str, float] = {}
+  costs: dict[str, Cost] = {}
   params = model.params
   for name in settings.recipe[:-1]:
-    params, seconds[name] = run_stage(name, params, batches[name])
+    params, costs[name] = run_stage(name, params, batches[name])
   exact_params, params = params, quantisation_plan.quantise(settings, params)
   exact = quantisation_plan.exact_leaves(exact_params, params)
   if layout is not None:
@@ -109,9 +118,9 @@ def run_recipe(settings: Settings) -> TrainedRun:
   params, rank = run_models.add_lora(settings, params)
   trained = {}
   for name in settings.ends:
-    trained[name], seconds[name] = run_stage(name, params, batches[name])
+    trained[name], costs[name] = run_stage(name, params, batches[name])
   return TrainedRun(
-    settings, experiment, folder, untrained, trained, rank, seconds, exact
+    settings, experiment, folder, untrained, trained, rank, costs, exact
   )
 
 
@@ -218,8 +227,8 @@ def _run_stage(
   name: str,
   params: dict,
   batches: tuple[Any, list],
-) -> tuple[dict, float]:
-  """Runs one stage; returns the whole tree after it, and its seconds."""
+) -> tuple[dict, Cost]:
+  """Runs one stage; returns the whole tree after it, and its cost."""
   output = settings.output if name in settings.ends else ""
   parts, paths = settings.parts, settings.checkpoints
   origins = {parts[side]: path for side, path in paths.items()}

@@ -31,7 +31,8 @@ _NOTES = (
   "Appendix C.2 takes a token of training Θ_C to cost what one of training m_B "
   "does, 2% for 2% of the data, and C has nothing on inference. FLOPs are "
   "those of the program's matrix products, of one step or forward pass on the "
-  "same batch; a dash where they were not counted.",
+  "same batch, or of all steps of a stage; a dash where they were not "
+  "counted.",
 )
 
 
@@ -128,6 +129,9 @@ def _costs(run: Run) -> dict[str, str]:
     if count is not None:
       share = f" ({100 * count / whole:.0f}%)" if whole else ""
       costs[label] = f"{count:.3g}{share}"
+  for stage, count in run.results.get("stage_flops", {}).items():
+    if count is not None:
+      costs[f"FLOPs, all steps of {stage}"] = f"{count:.3g}"
   for stage, seconds in run.results.get("seconds", {}).items():
     costs[f"time of {stage}"] = _duration(seconds)
   return costs

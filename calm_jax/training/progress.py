@@ -47,9 +47,19 @@ class Progress(contextlib.AbstractContextManager):
     self._bar.start()
     return self
 
-  def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-    """Shows a step and its metrics."""
-    values = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+  def update(
+    self,
+    step: int,
+    loss: float,
+    tokens_per_second: float,
+    step_seconds: float,
+    utilisation: float,
+  ) -> None:
+    """Shows a step and its metrics; see `utilisation.Meter` for the rates."""
+    values = (
+      f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
+      f"{1000 * step_seconds:,.1f} ms a step  {utilisation:.1%} utilisation"
+    )
     self._bar.update(self._task, completed=step, values=values)
     if not self._bar.disable:
       return

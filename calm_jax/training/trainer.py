@@ -22,13 +22,19 @@ from calm_jax.core.errors import InputError, StorageError, TrainingDiverged
 from calm_jax.data import pipeline
 from calm_jax.parallel import processes
 from calm_jax.parallel.sharding import Layout
-from calm_jax.training import checkpoint_integrity, run_identity, signals
+from calm_jax.training import (
+  checkpoint_integrity,
+  run_identity,
+  signals,
+  utilisation,
+)
 from calm_jax.training import step as step_lib
 from calm_jax.training.checkpoint import Checkpoints, restore_trainable
 from calm_jax.training.metrics import MetricWriter
 from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.progress import Progress
 from calm_jax.training.stage import Stage
+from calm_jax.training.utilisation import Cost, Meter
 from calm_jax.training.watchdog import Watchdog
 
 Tree = dict[str, Any]
@@ -47,11 +53,11 @@ def run_stage(
   seed: int,
   layout: Layout | None = None,
   watchdog: float = 0,
-) -> tuple[Tree, float]:
+) -> tuple[Tree, Cost]:
   """Runs a stage to its end, from wherever an earlier process left it.
 
   All processes call this together, and the first one writes to the directory.
-  Returns the whole tree with the trained leaves, and the seconds of training.
+  Returns the whole tree with the trained leaves, and the cost of training.
 
   Args:
     source: indexable batches, with `describe(index)` and `fingerprint`; all
@@ -101,10 +107,10 @@ def run_stage(
     ) as run.checkpoints:
       result = _train(run, spec, mask, trainable, frozen)
     run_identity.mark_complete(
-      directory, step=stage.steps, seconds=result[1], identity=identity
+      directory, step=stage.steps, identity=identity, **result[1]._asdict()
     )
-  trained, seconds = result
-  return trees.merge(trained, frozen), seconds
+  trained, cost = result
+  return trees.merge(trained, frozen), cost
 
 
 @dataclasses.dataclass
@@ -129,14 +135,15 @@ class _Run:
   def check_identity(self, saved: dict) -> None:
     run_identity.check(saved, self.identity, self.directory)
 
-  def finished(self, abstract: Tree) -> tuple[Tree, float] | None:
-    """Reads (trained leaves, seconds) of a finished stage, if this is one."""
+  def finished(self, abstract: Tree) -> tuple[Tree, Cost] | None:
+    """Reads (trained leaves, cost) of a finished stage, if this is one."""
     if (mark := run_identity.completion(self.directory)) is None:
       return None
     self.check_identity(mark.get("identity", {}))
     folder, step = self.checkpoint_folder, mark["step"]
     try:
-      return restore_trainable(folder, step, abstract)[0], mark["seconds"]
+      trained = restore_trainable(folder, step, abstract)[0]
+      return trained, Cost(mark["seconds"], mark.get("flops"))
     except StorageError as error:
       checkpoint_integrity.warn(
         f"stage {self.name!r} was complete: {error}\nit goes on from an "
@@ -147,15 +154,15 @@ class _Run:
       run_identity.remove_mark(self.directory)
       return None
 
-  def resume(self, state: Tree) -> tuple[Tree, Iterator[Batch], float]:
-    """The newest state, the batches that follow, and the seconds spent."""
+  def resume(self, state: Tree) -> tuple[Tree, Iterator[Batch], Cost]:
+    """The newest state, the batches that follow, and the cost until there."""
     iterator = pipeline.BatchIterator(self.source)
     saved = self.checkpoints.restore(state, self.check_identity)
     if saved is None:
-      return state, iterator, 0.0
+      return state, iterator, Cost(0.0, None)
     state, data = saved
     iterator.set_state(data["iterator"])
-    return state, iterator, data["seconds"]
+    return state, iterator, Cost(data["seconds"], data.get("flops"))
 
   def next_batch(self, iterator: Iterator[Batch], number: int) -> Batch:
     try:
@@ -201,10 +208,11 @@ class _StepLog:
   So the device is never idle.
   """
 
-  def __init__(self, run: _Run, writer: MetricWriter, progress: Progress):
+  def __init__(
+    self, run: _Run, writer: MetricWriter, progress: Progress, meter: Meter
+  ):
     self._run, self._writer, self._progress = run, writer, progress
-    self._pending: tuple[int, dict] | None = None
-    self._last_written, self._tokens = time.monotonic(), 0
+    self._meter, self._pending = meter, None
 
   def add(self, number: int, metrics: dict[str, jax.Array]) -> None:
     """Takes the metrics of a step and writes those of the one before."""
@@ -226,38 +234,43 @@ class _StepLog:
         "restart gives the same result: lower the learning rate, or look at "
         "the batch"
       )
-    self._tokens += values.pop("tokens")
+    self._meter.add(values.pop("tokens"))
     if number % run.stage.log_every and number != run.stage.steps:
       return
-    now = time.monotonic()
-    speed = self._tokens / (now - self._last_written)
-    self._last_written, self._tokens = now, 0
-    self._writer.write(number, values | {"tokens_per_second": speed})
-    self._progress.update(number, loss=values["loss"], tokens_per_second=speed)
+    rates = self._meter.rates()
+    self._writer.write(number, values | rates)
+    self._progress.update(number, loss=values["loss"], **rates)
 
 
 def _train(
   run: _Run, spec: Composition, mask: Tree, trainable: Tree, frozen: Tree
-) -> tuple[Tree, float]:
-  """Trains from the newest checkpoint on: (trained leaves, seconds)."""
+) -> tuple[Tree, Cost]:
+  """Trains from the newest checkpoint on: (trained leaves, cost)."""
   stage, writes = run.stage, jax.process_index() == 0
   optimizer = make_optimizer(stage, mask)
   state = step_lib.initial_state(optimizer, trainable, run.layout)
-  state, iterator, seconds = run.resume(state)
+  state, iterator, cost = run.resume(state)
   step = step_lib.make_step(spec, stage, optimizer, run.layout)
   evaluate = step_lib.make_eval(spec, stage.model)
-  first, began = int(state["step"]), time.monotonic() - seconds
+  first, began = int(state["step"]), time.monotonic() - cost.seconds
+  peak = utilisation.find_peak(spec.anchor.compute.dtype, run.layout)
   with (
     MetricWriter(run.directory, resume_step=first, active=writes) as writer,
     Progress(stage.steps, first, run.name) as progress,
     signals.deferred(run.last_checkpoint) as request,
     Watchdog(run.watchdog) as watch,
   ):
-    log, poll = _StepLog(run, writer, progress), processes.Poll()
+    meter = Meter(peak, stage.steps, cost.flops)
+    log, poll = _StepLog(run, writer, progress, meter), processes.Poll()
     for number in range(first + 1, stage.steps + 1):
       watch.expect(f"step {number}", compiles=number == first + 1)
       batch = run.next_batch(iterator, number)
       state, metrics = step(state, frozen, batch)
+      if meter.flops is None:
+        # While the device is busy with the step.
+        meter.flops = stage.steps * utilisation.model_flops(
+          spec, stage, optimizer, step, (state, frozen, batch)
+        )
       log.add(number, metrics)
       run.checkpoints.check()
       is_last, stops = number == stage.steps, poll(request.signal is not None)
@@ -269,19 +282,21 @@ def _train(
         continue
       # Nothing may be saved before its loss is known to be finite.
       log.flush()
-      loss = None
+      paused, loss = time.monotonic(), None
       if evaluates:
         watch.expect(f"the evaluation after step {number}", compiles=True)
         loss = run.held_out_loss(evaluate, state["trainable"], frozen)
         writer.write(number, {"eval_loss": loss})
       if saves:
         watch.expect(f"the save of step {number}")
-        seconds = time.monotonic() - began
-        data = {"iterator": iterator.get_state(), "seconds": seconds}
+        cost = Cost(time.monotonic() - began, meter.flops)
+        data = {"iterator": iterator.get_state(), **cost._asdict()}
         run.checkpoints.save(number, state, data, run.identity, loss)
       if stops:
         run.checkpoints.wait()
         raise request.error(f"{run.position(number)} is saved")
+      meter.skip(time.monotonic() - paused)
     watch.expect("the last save")
     run.checkpoints.wait()
-  return state["trainable"], time.monotonic() - began
+  print(f"{run.name}: {meter}", flush=True)
+  return state["trainable"], Cost(time.monotonic() - began, meter.flops)

@@ -17,7 +17,13 @@ import tiny
 
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError, StorageError
-from calm_jax.training import checkpoint, optimizer, run_identity, trainer
+from calm_jax.training import (
+  checkpoint,
+  optimizer,
+  run_identity,
+  trainer,
+  utilisation,
+)
 from calm_jax.training import step as step_lib
 from calm_jax.training.metrics import read_metrics
 
@@ -388,6 +394,7 @@ def test_a_step_is_dispatched_before_the_metrics_of_the_last(
     return save(self, step, *args)
 
   monkeypatch.setattr(step_lib, "make_step", lambda *_: fake_step)
+  monkeypatch.setattr(utilisation, "model_flops", lambda *_: 1)
   monkeypatch.setattr(checkpoint.Checkpoints, "save", watched_save)
   tiny.Run(tmp_path, tiny.stage(steps=5, checkpoint_every=3))()
   assert events == [
