@@ -218,6 +218,8 @@ COMMANDS: dict[str, str] = {
     "Google's, named by docs/launch.md."
   ),
   "pip install -e '.[eval]'": _INSTALLS,
+  "pip install xprof": _INSTALLS,
+  "python -m pip install -e '.[gpu]'": _INSTALLS,
   "python -m pip install -e '.[hf]'": _INSTALLS,
   "python -m pip install -e '.[tpu]'": _INSTALLS,
   "python -m pytest tests/parity/test_every_family.py -k nova": _NOVA,

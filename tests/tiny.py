@@ -95,6 +95,7 @@ class Run:
   dtype: str = "float32"
   eval_batches: tuple = ()
   seed: int = 0
+  profile: str = ""
 
   def __post_init__(self):
     self.spec, self.params = compose(self.dtype)
@@ -115,6 +116,7 @@ class Run:
       self.directory,
       origins={"anchor": "models/anchor"},
       seed=self.seed,
+      profile=self.profile,
     )
 
 

@@ -18,7 +18,7 @@ from calm_jax.experiments.text import TextExperiment
 from calm_jax.language_model import LanguageModel
 from calm_jax.parallel import processes
 from calm_jax.parallel.sharding import Layout
-from calm_jax.training import trainer
+from calm_jax.training import profiler, trainer
 from calm_jax.training.stage import Stage
 from calm_jax.training.utilisation import Cost
 
@@ -138,6 +138,7 @@ def check(settings: Settings) -> None:
     )
   for name in (*settings.recipe, *settings.alternatives):
     check_choice("stage", name, list(settings.stages))
+    profiler.parse(settings.profile, name, settings.stages[name].steps)
 
 
 def _check_models(settings: Settings) -> None:
@@ -245,4 +246,5 @@ def _run_stage(
     seed=settings.stage_seed(name),
     layout=layout,
     watchdog=settings.watchdog,
+    profile=settings.profile,
   )

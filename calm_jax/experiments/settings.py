@@ -97,6 +97,9 @@ class Settings:
   # Seconds after which a step counts as hung, 0 for never; ten times that where
   # programs are compiled.
   watchdog: float = 1800.0
+  # Steps of every stage that are traced for TensorBoard, such as "20:25" for
+  # six of them; "" for none.
+  profile: str = ""
   heartbeat: Count = 100  # seconds after which a silent process counts as gone
   # Folders or hub ids; a model without one is trained from scratch, in the
   # shape of anchor_model or augmenting_model.

@@ -24,6 +24,7 @@ from calm_jax.parallel import processes
 from calm_jax.parallel.sharding import Layout
 from calm_jax.training import (
   checkpoint_integrity,
+  profiler,
   run_identity,
   signals,
   utilisation,
@@ -53,6 +54,7 @@ def run_stage(
   seed: int,
   layout: Layout | None = None,
   watchdog: float = 0,
+  profile: str = "",
 ) -> tuple[Tree, Cost]:
   """Runs a stage to its end, from wherever an earlier process left it.
 
@@ -62,7 +64,8 @@ def run_stage(
   Args:
     source: indexable batches, with `describe(index)` and `fingerprint`; all
       rows of a batch, or this process's share (`Layout.share`).
-    origins, watchdog: see `run_identity.describe` and `Settings`.
+    origins: see `run_identity.describe`.
+    watchdog, profile: see `Settings`.
 
   Raises InputError if the directory holds another run, TrainingDiverged if the
   loss is not finite, StorageError if a batch or a checkpoint cannot be read or
@@ -98,6 +101,7 @@ def run_stage(
     identity,
     layout,
     watchdog,
+    profiler.parse(profile, name, stage.steps),
   )
   if (result := run.finished(trainable)) is None:
     with Checkpoints(
@@ -126,6 +130,7 @@ class _Run:
   identity: dict
   layout: Layout | None
   watchdog: float
+  profiled: range  # numbers of the steps that are traced
   checkpoints: Checkpoints | None = None
 
   @property
@@ -253,19 +258,21 @@ def _train(
   step = step_lib.make_step(spec, stage, optimizer, run.layout)
   evaluate = step_lib.make_eval(spec, stage.model)
   first, began = int(state["step"]), time.monotonic() - cost.seconds
+  profiled = run.profiled if writes else range(0)
   peak = utilisation.find_peak(spec.anchor.compute.dtype, run.layout)
   with (
     MetricWriter(run.directory, resume_step=first, active=writes) as writer,
     Progress(stage.steps, first, run.name) as progress,
     signals.deferred(run.last_checkpoint) as request,
     Watchdog(run.watchdog) as watch,
+    profiler.Profiler(profiled, run.directory / "profile") as profiles,
   ):
     meter = Meter(peak, stage.steps, cost.flops)
     log, poll = _StepLog(run, writer, progress, meter), processes.Poll()
     for number in range(first + 1, stage.steps + 1):
       watch.expect(f"step {number}", compiles=number == first + 1)
       batch = run.next_batch(iterator, number)
-      state, metrics = step(state, frozen, batch)
+      state, metrics = profiles.run(number, step, state, frozen, batch)
       if meter.flops is None:
         # While the device is busy with the step.
         meter.flops = stage.steps * utilisation.model_flops(
