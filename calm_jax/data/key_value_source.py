@@ -105,7 +105,7 @@ class KeyValueSource:
       self.tokenizer.eos_id,
       self.tasks,
       self.any_prompt,
-      vars(self.options),
+      {k: v for k, v in vars(self.options).items() if v is not None},
       [self.seed, self.batch_size, self.length, self.pack],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -9,9 +9,14 @@ Tasks, for the expression ab+cd with ab = 10 and cd = 22:
   kv_math_steps    D_KV-MATH   show:ab+cd=   10+22=32
   num_math_given   D_NUM-MATH  show:ef+gh=10+22=   32
 
-In the last, ef and gh are any keys, drawn independently of the numbers: it
-tells nothing of their values, and asks for arithmetic on what was written last,
-whatever came before; a language model of some size can do that.
+Under `show:` the answer carries out one operation at a time and writes the
+expression out after each, products first, then sums, each from the left:
+
+  kv_math_steps    D_KV-MATH   show:ab-cd*ef+gh=   10-22*3+5=10-66+5=-56+5=-51
+
+In num_math_given, ef and gh are any keys, drawn independently of the numbers:
+it tells nothing of their values, and asks for arithmetic on what was written
+last, whatever came before; a language model of some size can do that.
 
 The prompts are ours: the paper maps the same expression to two answers without
 saying how the models tell the tasks apart.
@@ -40,30 +45,33 @@ class KeyValueFormat(NamedTuple):
     asked: the expression is in "keys", in "values", or in unrelated "names".
     given: the expression in values follows in the prompt.
     steps: the answer holds the expression in values.
-    result: the answer holds (then) the result.
+    reductions: it holds (then) the expression after each operation but the
+      last.
+    result: it holds (then) the result.
   """
 
   prompt: str
   asked: str
   given: bool
   steps: bool
+  reductions: bool
   result: bool
 
 
 TASKS = {
-  "kv_subs": KeyValueFormat("subs:", "keys", False, True, False),
-  "num_math": KeyValueFormat("math:", "values", False, False, True),
-  "kv_math": KeyValueFormat("math:", "keys", False, False, True),
-  "num_math_steps": KeyValueFormat("show:", "values", False, True, True),
-  "kv_math_steps": KeyValueFormat("show:", "keys", False, True, True),
-  "num_math_given": KeyValueFormat("show:", "names", True, False, True),
+  "kv_subs": KeyValueFormat("subs:", "keys", False, True, False, False),
+  "num_math": KeyValueFormat("math:", "values", False, False, False, True),
+  "kv_math": KeyValueFormat("math:", "keys", False, False, False, True),
+  "num_math_steps": KeyValueFormat("show:", "values", False, True, True, True),
+  "kv_math_steps": KeyValueFormat("show:", "keys", False, True, True, True),
+  "num_math_given": KeyValueFormat("show:", "names", True, False, True, True),
 }
 PROMPTS = tuple(dict.fromkeys(task.prompt for task in TASKS.values()))
 # Columns of TASKS, to be indexed by arrays of tasks.
 TASK_PROMPTS = np.array([PROMPTS.index(task.prompt) for task in TASKS.values()])
-TASK_ASKED, _GIVEN, _STEPS, _RESULT = (
+TASK_ASKED, _GIVEN, _STEPS, _REDUCTIONS, _RESULT = (
   np.array([getattr(task, field) for task in TASKS.values()])
-  for field in ("asked", "given", "steps", "result")
+  for field in ("asked", "given", "steps", "reductions", "result")
 )
 NO_WORD, BOS, EOS = range(3)
 _BASE_11 = ("", *"0123456789")
@@ -74,11 +82,11 @@ class WordTable:
 
   Attributes:
     words: "" for `NO_WORD`, `BOS` and `EOS`, which are the first three; then
-      prompts, operators, "=", keys, values and the digits of results.
+      prompts, operators, "=", keys, values and the digits of other numbers.
   """
 
   def __init__(self, kv: KeyDictionary, group: int = 1):
-    """Results are cut from the left, into words of `group` digits."""
+    """Numbers are cut from the left, into words of `group` digits."""
     self._kv, self._group = kv, group
     parts = [[""] * 3, PROMPTS, OPERATORS, "=", kv.keys, map(str, kv.values)]
     # A group is a number of base 11, whose 0 stands behind the last digit.
@@ -88,7 +96,7 @@ class WordTable:
     starts = itertools.accumulate(map(len, parts[1:-1]), initial=3)
     # The first word of each part.
     self._prompts, self._operators, self._equals, *starts = starts
-    self._keys, self._values, self._results = starts
+    self._keys, self._values, self._digits = starts
 
   def examples(
     self,
@@ -106,9 +114,7 @@ class WordTable:
     def where(chosen_N, words):
       return np.where(chosen_N[:, None], words, NO_WORD)
 
-    given_N, steps_N, result_N = (
-      column[tasks_N] for column in (_GIVEN, _STEPS, _RESULT)
-    )
+    given_N, steps_N = _GIVEN[tasks_N], _STEPS[tasks_N]
     asked_N1, all_N = TASK_ASKED[tasks_N][:, None], np.full(len(tasks_N), True)
     keys_NT = expressions_NW[:, ::2]
     names_NT = rng.integers(len(self._kv.keys), size=keys_NT.shape)
@@ -130,8 +136,7 @@ class WordTable:
     )
     completion = (
       where(steps_N, values_NW),
-      where(steps_N & result_N, self._equals),
-      self._result_words(expressions_NW, result_N),
+      self._result_words(expressions_NW, tasks_N),
       where(all_N, EOS),
     )
     return np.concatenate(prompt, axis=1), np.concatenate(completion, axis=1)
@@ -142,21 +147,46 @@ class WordTable:
     firsts_W[::2] = first
     return np.where(expressions_NW < 0, NO_WORD, firsts_W + expressions_NW)
 
-  def _result_words(self, expressions_NW, wanted_N) -> np.ndarray:
-    """Sign and digits of the results, `NO_WORD` where not wanted."""
-    results = key_values.evaluate(self._kv, expressions_NW[wanted_N])
-    width = len(str(abs(results).max(initial=0)))
+  def _result_words(self, expressions_NW, tasks_N) -> np.ndarray:
+    """Words of what a task asks for after the expression in values."""
+    rows = np.flatnonzero(_RESULT[tasks_N])
+    expressions_NW, tasks = expressions_NW[rows], tasks_N[rows]
+    last_N = np.maximum(key_values.num_terms(expressions_NW) - 1, 1)
+    has_before_N, parts = _STEPS[tasks], []
+    states = key_values.reductions(self._kv, expressions_NW)
+    for count, (numbers_NT, codes) in enumerate(states, start=1):
+      wanted_N = (count == last_N) | (_REDUCTIONS[tasks] & (count < last_N))
+      equals_N = np.where(wanted_N & has_before_N, self._equals, NO_WORD)
+      parts.append(equals_N[:, None])
+      parts.append(self._number_words(numbers_NT, codes, wanted_N))
+      has_before_N = _REDUCTIONS[tasks]
+    words_NW = np.concatenate(parts, axis=1)
+    all_NW = np.full((len(tasks_N), words_NW.shape[1]), NO_WORD)
+    all_NW[rows] = words_NW
+    return all_NW
+
+  def _number_words(self, numbers_NT, codes, wanted_N) -> np.ndarray:
+    """Operator, sign and digits of each number; none where not wanted."""
+    codes_NT = np.insert(codes, 0, -1, axis=1)
+    # The first number has no operator before it.
+    is_there_NT = (codes_NT >= 0) | (np.arange(codes_NT.shape[1]) == 0)
+    is_there_NT &= wanted_N[:, None]
+    numbers = numbers_NT[is_there_NT]
+    width = len(str(abs(numbers).max(initial=0)))
     count = -(-width // self._group)
-    texts = abs(results).astype(f"U{count * self._group}")
+    texts = abs(numbers).astype(f"U{count * self._group}")
     characters = texts.view(np.uint32).astype(np.int64)
-    codes = np.maximum(characters - ord("0") + 1, 0)
-    codes = codes.reshape(len(texts), count, self._group)
-    groups = codes @ 11 ** np.arange(self._group)[::-1]
+    digits = np.maximum(characters - ord("0") + 1, 0)
+    digits = digits.reshape(len(texts), count, self._group)
+    groups = digits @ 11 ** np.arange(self._group)[::-1]
     minus = self._operators + OPERATORS.index("-")
-    words = np.full((len(wanted_N), 1 + count), NO_WORD)
-    words[wanted_N, 0] = np.where(results < 0, minus, NO_WORD)
-    words[wanted_N, 1:] = self._results + groups
-    return words
+    words = np.full((*is_there_NT.shape, 2 + count), NO_WORD)
+    words[..., 0] = np.where(
+      is_there_NT & (codes_NT >= 0), self._operators + codes_NT, NO_WORD
+    )
+    words[is_there_NT, 1] = np.where(numbers < 0, minus, NO_WORD)
+    words[is_there_NT, 2:] = self._digits + groups
+    return words.reshape(len(words), np.prod(words.shape[1:]))
 
 
 def make_examples(
@@ -237,9 +267,12 @@ def _training_texts(kv: KeyDictionary, seed: int) -> list[str]:
   options = key_values.ExpressionOptions(min_terms=1, max_terms=6)
   drawn_NW = key_values.sample_expressions(rng, kv, 1000, options)
   texts = [f"subs:{key}={v}" for key, v in zip(kv.keys, kv.values, strict=True)]
-  for task in TASKS:
-    texts += [
-      e.prompt + e.completion for e in make_examples(kv, drawn_NW, task)
-    ]
+  for name, task in TASKS.items():
+    for example in make_examples(kv, drawn_NW, name):
+      # The numbers between hold the same characters. Their frequencies decide
+      # the order of ids: runs of earlier versions go on with the same.
+      parts = example.completion.split("=")
+      parts = parts[: task.steps] + parts[-1:][: task.result]
+      texts.append(example.prompt + "=".join(parts))
   # A small dictionary may lack a digit or an operator.
   return [*texts, f"math:0123456789{OPERATORS}="]

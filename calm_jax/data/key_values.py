@@ -54,6 +54,8 @@ class ExpressionOptions:
     keys: "all"; "held_in"; "held_out"; or "mixed", where one held-in and one
       held-out key are at random places and the others are any key.
     part: "train" and "any" repeat expressions; "eval" draws distinct ones.
+    max_products: how many × an expression may hold; + and − take the places of
+      others. None for any number.
   """
 
   min_terms: int
@@ -61,6 +63,7 @@ class ExpressionOptions:
   operators: str = OPERATORS
   keys: str = "all"
   part: str = "train"
+  max_products: int | None = None
 
   def __post_init__(self):
     check_choice("part", self.part, ("train", "eval", "any"))
@@ -79,6 +82,8 @@ class ExpressionOptions:
         f"{terms} with part eval: single keys are the dictionary and are never"
         " held back; set min_terms to 2 or more, or part to any"
       )
+    elif self.max_products is not None and operators == "*":
+      problem = f"max_products {self.max_products} with no operator but *"
     elif self.keys == "mixed" and least < 2:
       problem = f"{terms}: mixed keys need at least 2 terms"
     else:
@@ -184,7 +189,19 @@ def _draw(rng, kv, num_terms_N, options) -> np.ndarray:
   drawn_NW[:, ::2] = keys_NT
   drawn_NW[:, 1::2] = codes[rng.integers(len(codes), size=(n, terms - 1))]
   drawn_NW[np.arange(2 * terms - 1) > 2 * num_terms_N[:, None] - 2] = -1
+  if options.max_products is not None:
+    _limit_products(rng, drawn_NW[:, 1::2], options)
   return drawn_NW
+
+
+def _limit_products(rng, codes: np.ndarray, options) -> None:
+  """Draws other operators, in place, for products beyond max_products."""
+  is_product = codes == _TIMES
+  # Products that stay come first in an order that is drawn.
+  order = np.where(is_product, rng.random(codes.shape), 1).argsort(axis=1)
+  is_beyond = is_product & (order.argsort(axis=1) >= options.max_products)
+  others = [OPERATORS.index(c) for c in options.operators if c != "*"]
+  codes[is_beyond] = rng.choice(others, size=is_beyond.sum())
 
 
 def _pools(kv: KeyDictionary, keys: str) -> tuple[np.ndarray, ...]:
@@ -230,32 +247,56 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def evaluate(kv: KeyDictionary, expressions_NW: np.ndarray) -> np.ndarray:
-  """Exact results [N], × before + and −.
+  """Exact results [N], × before + and −, of the dtype of `reductions`."""
+  return reductions(kv, expressions_NW)[-1][0][:, 0]
 
-  They are int64 where all that is summed fits, else Python integers in an array
-  of dtype object (25,000^6 does not fit).
+
+def reductions(
+  kv: KeyDictionary, expressions_NW: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
+  """Carries out one operation of each expression after another.
+
+  Products come first, from the left, then sums and differences, from the left.
+  After the i-th operation, counted from 1, there are numbers [N, T-i], of which
+  only the first may be negative, and between them operators [N, T-i-1], as
+  indices into `OPERATORS`: -1 from the expression's end on. Expressions that
+  are reduced to one number stay so; single keys count as reduced once.
+
+  Numbers are int64 where all of them fit, else Python integers in arrays of
+  dtype object (25,000^6 does not fit).
   """
   keys_NT, codes = expressions_NW[:, ::2], expressions_NW[:, 1::2]
-  # An absent term multiplies by 1, which changes nothing.
   values_NT = np.where(keys_NT < 0, 1, kv.values[keys_NT])
-  codes = np.where(codes < 0, _TIMES, codes)
+  # With + for −, numbers only grow, and floats do not overflow.
   all_plus = np.where(codes == _MINUS, _PLUS, codes)
-  bounds_N = _sum_products(values_NT.astype(np.float64), all_plus)
-  big = np.flatnonzero(bounds_N >= 2.0**62)  # Safely within int64.
-  with np.errstate(over="ignore"):
-    results_N = _sum_products(values_NT, codes)
-  if len(big):
-    results_N = results_N.astype(object)
-    results_N[big] = _sum_products(values_NT[big].astype(object), codes[big])
-  return results_N
+  bounds_N = _reduce_all(values_NT.astype(np.float64), all_plus)[-1][0][:, 0]
+  if bounds_N.max(initial=0) >= 2.0**62:  # Safely within int64.
+    values_NT = values_NT.astype(object)
+  return _reduce_all(values_NT, codes)
 
 
-def _sum_products(values_NT: np.ndarray, codes: np.ndarray) -> np.ndarray:
-  total_N, product_N = 0, values_NT[:, 0]
-  for value_N, code_N in zip(values_NT.T[1:], codes.T, strict=True):
-    is_factor_N = code_N == _TIMES
-    total_N = total_N + np.where(is_factor_N, 0, product_N)
-    # The sign travels with the first factor of the product that it precedes.
-    signed_N = np.where(code_N == _MINUS, -value_N, value_N)
-    product_N = np.where(is_factor_N, product_N * value_N, signed_N)
-  return total_N + product_N
+def _reduce_all(numbers_NT, codes) -> list[tuple[np.ndarray, np.ndarray]]:
+  states = [(numbers_NT, codes)]
+  while states[-1][1].shape[1]:
+    states.append(_reduce(*states[-1]))
+  return states[1:] or states
+
+
+def _reduce(numbers_NT, codes) -> tuple[np.ndarray, np.ndarray]:
+  """Carries out the first product of each row, or else its first operation."""
+  at_N1 = (codes == _TIMES).argmax(axis=1)[:, None]
+  code_N1 = np.take_along_axis(codes, at_N1, axis=1)
+  left_N1, right_N1 = (
+    np.take_along_axis(numbers_NT, at_N1 + i, axis=1) for i in (0, 1)
+  )
+  results_N1 = np.select(
+    [code_N1 == _PLUS, code_N1 == _MINUS, code_N1 == _TIMES],
+    [left_N1 + right_N1, left_N1 - right_N1, left_N1 * right_N1],
+    left_N1,
+  )
+  places = np.arange(codes.shape[1])
+  after = places + (places > at_N1)
+  reduced_NT = np.take_along_axis(numbers_NT, after, axis=1)
+  np.put_along_axis(reduced_NT, at_N1, results_N1, axis=1)
+  after = places[:-1] + (places[:-1] >= at_N1)
+  return reduced_NT, np.take_along_axis(codes, after, axis=1)

@@ -9,7 +9,7 @@ from calm_jax.core import files
 from calm_jax.core.typed_fields import Count
 from calm_jax.data import key_value_text, key_values
 from calm_jax.data.key_value_source import KeyValueSource
-from calm_jax.data.key_values import ExpressionOptions
+from calm_jax.data.key_values import ExpressionOptions, KeyDictionary
 from calm_jax.evals.exact_match import exact_match
 from calm_jax.experiments.base import Models
 from calm_jax.language_model import LanguageModel
@@ -32,6 +32,7 @@ class KeyValueTask:
   min_terms: Count = 2  # keys in an expression
   max_terms: Count = 2
   operators: str = "+-"  # some of "+-*"
+  max_products: Count | None = None  # how many * an expression may hold
   # How keys and digits are split, see `key_value_text.train_tokenizer`.
   keys: str = "pieces"
   digits: str = "single"
@@ -53,6 +54,7 @@ class KeyValueData:
   min_terms: Count | None = None
   max_terms: Count | None = None
   operators: str | None = None
+  max_products: Count | None = None
 
 
 class KeyValueExperiment:
@@ -72,8 +74,9 @@ class KeyValueExperiment:
     self.tokenizer = key_value_text.train_tokenizer(
       self.kv, path, keys=task.keys, digits=task.digits, seed=seed
     )
-    for split in SPLITS:
-      self._expressions(split)  # Raises now what it would after training.
+    # Drawing them now raises what it would after training.
+    drawn_NW = np.concatenate([self._expressions(split) for split in SPLITS])
+    self._longest = _longest_answer(self.kv, drawn_NW)
 
   def source(self, stage: Stage, model: LanguageModel, seed: int, share=(0, 1)):
     """An endless mixture of the stage's tasks; see `KeyValueSource`."""
@@ -137,30 +140,29 @@ class KeyValueExperiment:
   def _expressions(self, split: str) -> np.ndarray:
     task = self.task
     options = ExpressionOptions(
-      task.min_terms, task.max_terms, task.operators, keys=split, part="eval"
+      task.min_terms,
+      task.max_terms,
+      task.operators,
+      keys=split,
+      part="eval",
+      max_products=task.max_products,
     )
     rng = np.random.default_rng((_TEST_SEED, self.seed))
     return key_values.sample_expressions(
       rng, self.kv, task.num_examples, options
     )
 
-  def _longest_answer(self) -> int:
-    """Tokens of an answer at most, one number for all sets: one program."""
-    keys, terms = self.task.num_keys, self.task.max_terms
-    largest = keys**terms if "*" in self.task.operators else keys * terms
-    steps = "+".join([str(keys)] * terms)
-    return len(f"{steps}=-{largest}") + 1  # and EOS
-
   def _accuracy(
     self, file: str, model: LanguageModel, task: str, split: str
   ) -> float:
     expressions = self._expressions(split)
     examples = key_value_text.make_examples(self.kv, expressions, task)
-    length = self._longest_answer()
     accuracy, rows = exact_match(
       [example.prompt for example in examples],
       [example.completion for example in examples],
-      lambda prompts: model.generate(prompts, length, batch_size=_EVAL_ROWS),
+      lambda prompts: model.generate(
+        prompts, self._longest, batch_size=_EVAL_ROWS
+      ),
       num_terms=key_values.num_terms(expressions).tolist(),
     )
     files.write_json_lines(self.workdir / "predictions" / file, rows)
@@ -171,6 +173,12 @@ class KeyValueExperiment:
     drawn = self._expressions("held_out")
     example = key_value_text.make_examples(self.kv, drawn, _kv_math(data))[0]
     return model.attention(example.prompt, example.completion)
+
+
+def _longest_answer(kv: KeyDictionary, expressions_NW: np.ndarray) -> int:
+  """Tokens of a right answer at most, with EOS: one program for all sets."""
+  answers = key_value_text.make_examples(kv, expressions_NW, "kv_math_steps")
+  return max(len(answer.completion) for answer in answers) + 1
 
 
 def _kv_math(data: KeyValueData) -> str:

@@ -3,9 +3,11 @@
 import dataclasses
 import re
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from text_data import assert_same, joined
 
 from calm_jax.core.errors import InputError
@@ -27,6 +29,8 @@ from calm_jax.text.tokenizer import train_sentencepiece
 
 KV = make_dictionary(40, 0.5, seed=0)
 BIG_KV = make_dictionary(25_000, 0.2, seed=0)
+# Values as large over few keys, which make short tables.
+SPREAD_KV = dataclasses.replace(KV, values=KV.values * 625)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +97,79 @@ def test_texts_of_the_tasks():
   assert make_examples(KV, drawn, "num_math_steps")[0].completion == (
     f"{v}+{w}={v + w}"
   )
+  assert make_examples(KV, drawn, "num_math_steps")[1].completion == (
+    f"{x}-{y}*{z}={x}-{y * z}={x - y * z}"
+  )
   with pytest.raises(InputError, match=r"kv_subs.*num_math_given"):
     make_examples(KV, drawn, "math")
+
+
+def written_out(text):
+  """An expression in numbers after each of its operations, in plain Python."""
+  numbers = [int(number) for number in re.split("[-+*]", text)]
+  signs, found = re.findall("[-+*]", text), []
+  while signs:
+    at = signs.index("*") if "*" in signs else 0
+    left, right = numbers[at : at + 2]
+    found_here = {"+": left + right, "-": left - right, "*": left * right}
+    numbers[at : at + 2] = [found_here[signs.pop(at)]]
+    rest = zip(signs, map(str, numbers[1:]), strict=True)
+    found.append(str(numbers[0]) + "".join(map("".join, rest)))
+  return found or [text]
+
+
+def test_expressions_are_written_out_in_this_order():
+  assert written_out("10+22*3") == ["10+66", "76"]
+  assert written_out("3-10+4") == ["-7+4", "-3"]
+  assert written_out("3-10-4*2*5-1") == [
+    "3-10-8*5-1", "3-10-40-1", "-7-40-1", "-47-1", "-48"
+  ]  # fmt: skip
+  assert written_out("7") == ["7"]
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+  big=st.booleans(),
+  operators=st.sampled_from(["+", "-", "*", "+-", "+*", "-*", "+-*"]),
+  terms=st.tuples(st.integers(1, 6), st.integers(1, 6)).map(sorted),
+  seed=st.integers(0, 9999),
+)
+def test_one_operation_at_a_time(big, operators, terms, seed):
+  kv = SPREAD_KV if big else KV
+  options = ExpressionOptions(*terms, operators, part="any")
+  drawn = sample_expressions(np.random.default_rng(seed), kv, 9, options)
+  values = [e.completion for e in make_examples(kv, drawn, "kv_subs")]
+  for value, *of_task in zip(
+    values, *(make_examples(kv, drawn, task) for task in TASKS), strict=True
+  ):
+    answers = {
+      task: (example.prompt, example.completion)
+      for task, example in zip(TASKS, of_task, strict=True)
+    }
+    *_, result = steps = written_out(value)
+    assert answers["num_math"] == (f"math:{value}=", result)
+    assert answers["kv_math"][1] == result
+    shown = "=".join([value, *steps])
+    assert answers["num_math_steps"] == (f"show:{value}=", shown)
+    assert answers["kv_math_steps"][1] == shown
+    assert answers["num_math_given"][0].endswith(f"={value}=")
+    assert answers["num_math_given"][1] == "=".join(steps)
+  # A task's examples do not depend on what stands beside them.
+  for i in range(2):
+    assert (
+      make_examples(kv, drawn[i : i + 1], "kv_math_steps")
+      == (make_examples(kv, drawn, "kv_math_steps")[i : i + 1])
+    )
+
+
+def test_results_beyond_int64():
+  top = int(np.argmax(BIG_KV.values))
+  drawn = np.full((2, 11), top)
+  drawn[:, 1::2] = [[2, 2, 2, 2, 2], [1, 0, -1, -1, -1]]
+  drawn[1, 6::2] = -1
+  texts = [e.completion for e in make_examples(BIG_KV, drawn, "num_math_steps")]
+  assert texts[0].endswith(f"={25_000**5}*25000={25_000**6}")
+  assert texts[1] == "25000-25000+25000=0+25000=25000"
 
 
 @pytest.mark.parametrize("keys", ["pieces", "characters"])
@@ -134,10 +209,11 @@ def test_tokens_equal_the_tokenizer(tmp_path, keys, digits):
     assert prompt == [made.bos_id, *made.encode(texts[0])]
     assert completion == [*made.encode(texts[1]), made.eos_id]
     lines.add(texts[0][:5] + ("n" if texts[0][5].isdigit() else "k"))
-    right = texts[1].split("=")[-1]
+    *_, right = answers = texts[1].split("=")
     *asked, written = texts[0].removesuffix("=")[5:].split("=")
-    steps = texts[0].startswith("show:") and not asked
-    assert ("=" in texts[1]) == steps
+    shows = texts[0].startswith("show:")
+    operations = len(re.findall("[-+*]", written))
+    assert len(answers) == (operations + (not asked) if shows else 1)
     if asked:  # names that have nothing to do with the numbers
       assert set(re.split("[-+*]", asked[0])) <= set(KV.keys)
       assert written[0].isdigit()

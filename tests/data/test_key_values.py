@@ -115,9 +115,30 @@ def test_operators_are_those_asked_for():
   assert set(drawn[:, 1::2].ravel().tolist()) == {-1, 1, 2}
 
 
+@pytest.mark.parametrize("part", ["train", "eval"])
+def test_products_are_limited(part):
+  kv = make_dictionary(1000, 0.2, seed=0)
+  drawn = draw(kv, 3000, min_terms=3, max_terms=6, max_products=1, part=part)
+  products = drawn[:, 1::2] == 2
+  assert set(products.sum(axis=1)) == {0, 1}
+  # As often as before there is at least one: 1 - (2/3)^n of n operators.
+  for terms in range(3, 7):
+    of_these = products[num_terms(drawn) == terms]
+    share = of_these.any(axis=1).mean()
+    assert abs(share - (1 - (2 / 3) ** (terms - 1))) < 0.07
+    # It may stand anywhere.
+    places = of_these[:, : terms - 1].sum(axis=0) / of_these.sum()
+    assert (abs(places - 1 / (terms - 1)) < 0.08).all()
+  # Sums and differences took the others' places in equal parts.
+  plus, minus = (int((drawn[:, 1::2] == code).sum()) for code in (0, 1))
+  assert abs(plus / (plus + minus) - 0.5) < 0.03
+  assert not (draw(kv, max_terms=6, max_products=0)[:, 1::2] == 2).any()
+
+
 @pytest.mark.parametrize(
   "changes, message",
   [
+    ({"operators": "*", "max_products": 1}, "no operator but"),
     ({"operators": "+/"}, "operators"),
     ({"operators": "++"}, "repeated"),
     ({"keys": "some"}, "held_in.*held_out.*mixed"),
