@@ -15,14 +15,10 @@ import jax
 from ml_collections import ConfigDict
 
 from calm_jax import cli, report
+from calm_jax.composition import execution
 from calm_jax.core import files
 from calm_jax.core.errors import InputError, check_folder
-from calm_jax.experiments import (
-  config_files,
-  recipe,
-  run_models,
-  sharded_models,
-)
+from calm_jax.experiments import config_files, recipe, sharded_models
 from calm_jax.experiments.base import measure
 from calm_jax.experiments.settings import Bits, Settings
 from calm_jax.language_model import LanguageModel
@@ -94,7 +90,8 @@ def _evaluate(
     anchor=options.anchor,
     augmenting=options.augmenting,
   )
-  spec = run_models.with_compute(model.spec, settings)
+  device = execution.Device.of(jax.devices()[0])
+  spec = execution.for_inference(model.spec, settings.asked, device)
   columns = _columns(dataclasses.replace(model, spec=spec))
   model = columns["composed"] if model.is_composed else columns["anchor"]
   frozen = {side: m for side, m in columns.items() if side != "composed"}

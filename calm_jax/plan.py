@@ -42,7 +42,11 @@ class PlanOptions:
   """The flags besides --config."""
 
   topology: str = cli.option(
-    "such as v5e:4x4, gpu:8xH100 or cpu:8; see docs/plan.md"
+    "such as v5e:4x4, gpu:8xH100 or cpu:8; see docs/plan.md", ""
+  )
+  choices: bool = cli.option(
+    "print what each kind of device chooses by default, and compile nothing",
+    False,
   )
   stage: str = cli.option("a stage of the recipe; its last if empty", "")
   search: bool = cli.option(
@@ -68,6 +72,9 @@ def main(config: ConfigDict, options: PlanOptions) -> dict[str, Any]:
   """Plans the run of a config; returns what it prints, as JSON."""
   if options.json:
     check_folder("the folder of --json", Path(options.json).parent)
+  if options.choices:
+    tables.show_choices(config_files.read_settings(config))
+    return {}
   topology.prepare(options.topology, options.effort)
   until = time.monotonic() + 60 * options.minutes
   target = topology.target(options.topology)

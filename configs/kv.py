@@ -85,7 +85,6 @@ def _compose(kv_math: str) -> Stage:
 
 def _small(config: ConfigDict) -> None:
   config.alternatives = ()
-  config.unroll = 4
   config.composition.num_connections = 4
   config.augmenting_model.update(width=96, mlp_width=256)
   for stage in config.stages.values():

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from calm_jax.composition import execution
 from calm_jax.composition.connections import Composition, paper_count
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError, check_choice, check_folder
@@ -235,6 +236,12 @@ def _run_stage(
   origins = {parts[side]: path for side, path in paths.items()}
   if settings.random_augmenting:
     origins[parts["augmenting"]] = "random weights"
+  work = run_models.stage_work(settings.stages[name], params, layout)
+  device = execution.Device.of(jax.devices()[0])
+  spec = execution.for_training(spec, settings.asked, device, work)
+  chosen = execution.describe(spec, work).items()
+  text = ", ".join(f"{choice} {value}" for choice, value in chosen)
+  print(f"{name}: {settings.dtype}, {text}", flush=True)
   return trainer.run_stage(
     name,
     settings.stages[name],

@@ -1,19 +1,21 @@
 """Loads or makes the models of a run and composes them, also as shapes only."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from calm_jax.composition import cross_attention
+from calm_jax.composition import cross_attention, execution
 from calm_jax.composition import model as model_lib
 from calm_jax.composition.connections import Composition, connect
+from calm_jax.composition.execution import Work
 from calm_jax.core import hub, trees
 from calm_jax.experiments import quantisation_plan, sharded_models
 from calm_jax.experiments.settings import Settings
 from calm_jax.language_model import LanguageModel, load_model
-from calm_jax.models import attention, decoder, lora, quantisation
+from calm_jax.models import decoder, lora, quantisation
 from calm_jax.models.config import Compute, ModelConfig
 from calm_jax.models.hf import loading
 from calm_jax.parallel.sharding import Layout
@@ -65,7 +67,8 @@ def compose(
     seed=settings.trial_seed,
     **_composition_options(settings),
   )
-  spec = with_compute(composed.spec, settings)
+  device = execution.Device.of(jax.devices()[0])
+  spec = execution.for_inference(composed.spec, settings.asked, device)
   return dataclasses.replace(composed, spec=spec)
 
 
@@ -119,21 +122,28 @@ def scratch_config(
   )
 
 
-def with_compute(
-  spec: Composition, settings: Settings, device: jax.Device | None = None
-) -> Composition:
-  """The composition, computed as the settings say, on devices of this kind."""
-  device = jax.devices()[0] if device is None else device
-  configs = {"anchor": spec.anchor}
-  configs |= {f"augmenting/{n}": a.config for n, a in spec.augmenting}
-  return spec.with_compute(
-    lambda part: {
-      "unroll": settings.unroll,
-      "remat": settings.remat,
-      "loss_chunk": settings.loss_chunk,
-      "attention": attention.choose(settings.attention, device, configs[part]),
-    }
-  )
+def stage_work(
+  stage: Stage, params: dict, layout: Layout | None = None
+) -> Work:
+  """Measures what one device has to do in a step of a stage.
+
+  Without a layout, leaves that have shardings count as they say.
+  """
+  mask = trees.mask(params, stage.trainable)
+  if layout is not None:
+    shardings = layout.shardings(params)
+    params = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      params,
+      shardings,
+    )
+  resident = execution.resident_bytes(*trees.partition(params, mask))
+  rows, length = stage.batch_size // stage.accumulate, stage.length
+  if layout is not None:
+    along_rows, along_tokens = layout.rule("batch/anchor/tokens")
+    rows = math.ceil(rows / layout.size(along_rows))
+    length = math.ceil(length / layout.size(along_tokens))
+  return Work(stage.model, rows, length, resident)
 
 
 def add_lora(settings: Settings, params: dict) -> tuple[dict, int]:

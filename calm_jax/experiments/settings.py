@@ -6,10 +6,11 @@ text in `data.examples.ExampleSource`, and those of a connection in
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 from calm_jax.composition.connections import Augmenting
-from calm_jax.core.typed_fields import Count, CountOrRest, Seed
+from calm_jax.composition.execution import Asked
+from calm_jax.core.typed_fields import Count, CountOrRest, Range, Seed
 from calm_jax.experiments import variants
 from calm_jax.parallel import mesh
 from calm_jax.parallel.rules import SHARDING
@@ -74,14 +75,14 @@ class Settings:
   task: Any  # of the experiment's `task_type`
   workdir: str = "runs/default"
   seed: Seed = 0  # of data, fresh parameters and samples
-  # For dtype, unroll, remat and loss_chunk see `models.config.Compute`;
-  # trainable leaves and optimizer state are float32 always.
+  # Trainable leaves and optimizer state are float32 always.
   dtype: str = "float32"
-  unroll: Count = 1
-  # A kernel, or "auto" for the fastest; see `models.attention`.
-  attention: str = "xla"
-  remat: str = "auto"
-  loss_chunk: int = 2**24
+  # How models are computed, see `models.config.Compute`; what is "auto" or 0
+  # `composition.execution` chooses, for the device and the stage.
+  attention: str = Asked.attention
+  remat: str = Asked.remat
+  loss_chunk: Annotated[int, Range()] = Asked.loss_chunk
+  unroll: Annotated[int, Range()] = Asked.unroll
   # Devices along each axis; -1, on one axis, for all that are left. All 1: one
   # device without a mesh.
   mesh: dict[str, CountOrRest] = dataclasses.field(
@@ -136,6 +137,11 @@ class Settings:
     """The names of the two models in the tree of parameters, by side."""
     augmenting = f"augmenting/{self.augmenting_name}"
     return {"anchor": "anchor", "augmenting": augmenting}
+
+  @property
+  def asked(self) -> Asked:
+    """How the models are asked to be computed."""
+    return Asked(self.attention, self.remat, self.loss_chunk, self.unroll)
 
   @property
   def checkpoints(self) -> dict[str, str]:

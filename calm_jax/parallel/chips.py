@@ -16,6 +16,7 @@ class Chip(NamedTuple):
   # FLOPs per second of products of float32 at JAX's default precision, which is
   # bfloat16 on TPUs and TensorFloat-32 on GPUs.
   float32_flops: float = 0
+  compute_capability: str = ""  # of a GPU
 
 
 # https://cloud.google.com/tpu/docs/v5e, /v5p, /v6e: HBM capacity, peak compute
@@ -27,9 +28,9 @@ TPUS = {
 }
 # NVIDIA's data sheets, SXM: without sparsity; NVLink's two directions, halved.
 GPUS = {
-  "A100": Chip("A100", 80 * 10**9, 312e12, 2039e9, 300e9, 156e12),
-  "H100": Chip("H100", 80 * 10**9, 989e12, 3350e9, 450e9, 494e12),
-  "H200": Chip("H200", 141 * 10**9, 989e12, 4800e9, 450e9, 494e12),
+  "A100": Chip("A100", 80 * 10**9, 312e12, 2039e9, 300e9, 156e12, "8.0"),
+  "H100": Chip("H100", 80 * 10**9, 989e12, 3350e9, 450e9, 494e12, "9.0"),
+  "H200": Chip("H200", 141 * 10**9, 989e12, 4800e9, 450e9, 494e12, "9.0"),
 }
 _L4 = Chip("L4", 24 * 10**9, 121e12, 300e9, float32_flops=60e12)
 # It has neither bfloat16 nor TensorFloat-32: its first number is float16's.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from calm_jax.composition import cross_attention, forward, inference
+from calm_jax.composition import cross_attention, execution, forward, inference
 from calm_jax.core import flops, trees
 from calm_jax.core.batch import plain_batch, plain_sequence
 from calm_jax.core.errors import InputError
@@ -59,7 +59,7 @@ class Placed(NamedTuple):
 
 def place(job: Job, target: Target, axes: dict[str, int]) -> Placed:
   """Places a job on a mesh; InputError if the devices do not form it."""
-  settings = job.settings
+  settings, asked = job.settings, job.settings.asked
   try:
     layout = sharded_models.make_layout(
       axes, settings.sharding, settings.replicated, target.devices
@@ -69,8 +69,9 @@ def place(job: Job, target: Target, axes: dict[str, int]) -> Placed:
     raise InputError(f"mesh={axes} on {target.name}: {error}") from error
   if not target.exact:
     # The CPU's compiler stands in, and it has no other.
-    settings = dataclasses.replace(settings, attention="xla")
-  spec = run_models.with_compute(job.spec, settings, target.devices[0])
+    asked = dataclasses.replace(asked, attention="xla")
+  work = run_models.stage_work(job.stage, job.params, layout)
+  spec = execution.for_training(job.spec, asked, target.kind, work)
   if layout is not None:
     spec = spec.with_compute(placement.placements(layout))
   return Placed(job._replace(spec=spec), layout, target)

@@ -9,6 +9,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 
+from calm_jax.composition import execution
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError
 from calm_jax.models import decoder
@@ -30,9 +31,6 @@ _ANCHOR_GATHERED, _AUGMENTING_GATHERED, _TRAINED_SENT = 2, 1, 3
 _SUMS, _SUMS_RECOMPUTED = 4, 2
 # Layers whose activations and whose gathered weights are there at once.
 _LAYERS_AT_WORK, _WEIGHTS_AT_WORK = 3, 2
-# Activations that a policy keeps, in those of the matrix products of a layer;
-# "full" keeps only the layer's input.
-_KEPT = {"dots": 1, "none": 2}
 _LOGITS_COPIES = 2  # logits, and their gradients
 
 
@@ -83,7 +81,9 @@ def _divisors(n: int) -> list[int]:
 def _place(job: Job, target: Target, case: Case) -> programs.Placed:
   """Places a job, with the remat policy of a case, on its mesh."""
   settings = dataclasses.replace(job.settings, remat=case.remat)
-  return programs.place(job._replace(settings=settings), target, case.axes)
+  stage = dataclasses.replace(job.stage, batch_size=case.rows)
+  job = job._replace(settings=settings, stage=stage)
+  return programs.place(job, target, case.axes)
 
 
 def guessed(job: Job, target: Target, case: Case) -> Case:
@@ -142,19 +142,15 @@ def _guess_seconds(
 def _guess_memory(job: Job, case: Case, tokens: float) -> float:
   """Guesses the bytes on a chip besides the arguments."""
   config, tensor = job.spec.anchor, case.axes["tensor"]
-  heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-  inner = (heads + 2 * config.mlp_width) / tensor
-  layer = tokens * (2 * config.width + inner) * _HALF
-  if config.compute.attention == "xla":
-    layer += _FULL * tokens * job.stage.length * config.num_heads / tensor
-  kept = tokens * config.width * _HALF
-  if case.remat in _KEPT:
-    kept = _KEPT[case.remat] * layer
+  length = job.stage.length
+  shape = config.compute.attention, tokens / length, length, tensor
+  layer = execution.activation_bytes(config, *shape)
+  kept = execution.kept_bytes(config, case.remat, *shape)
   memory = config.num_layers * kept + _LAYERS_AT_WORK * layer
   weights = _WEIGHTS_AT_WORK * _layer_params(config) / config.num_layers
   weights += config.width * config.vocab_size
   memory += weights / tensor * _HALF
-  logits = min(job.settings.loss_chunk, tokens * config.vocab_size)
+  logits = min(config.compute.loss_chunk, tokens * config.vocab_size)
   return memory + _LOGITS_COPIES * _FULL * logits
 
 
@@ -208,7 +204,9 @@ def compiled(job: Job, target: Target, case: Case) -> Case:
   """Fills in what the compiled step of a case needs."""
   placed = _place(job, target, case)
   program = programs.training(placed, case.rows)
-  return dataclasses.replace(case, found=estimate.estimate(placed, program))
+  found = estimate.estimate(placed, program)
+  remat = placed.job.spec.anchor.compute.remat  # what "auto" came to
+  return dataclasses.replace(case, found=found, remat=remat)
 
 
 def _rank(case: Case) -> tuple[int, float, float]:

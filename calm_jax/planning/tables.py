@@ -6,7 +6,11 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from calm_jax.parallel.chips import GIB
+from calm_jax.composition import execution
+from calm_jax.experiments import run_models
+from calm_jax.experiments.settings import Settings
+from calm_jax.parallel.chips import GIB, GPUS, TPUS
+from calm_jax.planning import shapes, topology
 from calm_jax.planning.estimate import Estimate
 from calm_jax.planning.search import Case
 from calm_jax.planning.shapes import Job
@@ -96,6 +100,24 @@ def show(plan: Plan) -> None:
   if plan.largest is not None:
     tried = ", ".join(map(str, sorted(case.rows for case in plan.batches)))
     say(f"largest batch seen to fit: {plan.largest} rows (compiled: {tried})")
+
+
+def show_choices(settings: Settings) -> None:
+  """Prints what one device of each kind chooses for each stage of a run."""
+  chips = {"cpu": topology.kind("cpu", None)}
+  for platform, kinds in {"gpu": GPUS, "tpu": TPUS}.items():
+    chips |= {n: topology.kind(platform, chip) for n, chip in kinds.items()}
+  for stage in (*settings.recipe, *settings.alternatives):
+    job = shapes.job(settings, stage)
+    work = run_models.stage_work(job.stage, job.params)
+    rows = []
+    for device in chips.values():
+      spec = execution.for_training(job.spec, settings.asked, device, work)
+      rows.append(execution.describe(spec, work))
+    table = Table("device", *rows[0], title=f"{stage}, {settings.dtype}")
+    for name, row in zip(chips, rows, strict=True):
+      table.add_row(name, *row.values())
+    say(table)
 
 
 def _memory_table(programs: dict[str, Estimate], hbm: int) -> Table:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
+from calm_jax.composition.execution import Device
 from calm_jax.core.errors import InputError
 from calm_jax.parallel.chips import GPUS, TPUS, Chip
 from calm_jax.planning import gpu_topology
@@ -27,6 +28,21 @@ class Target(NamedTuple):
   chip: Chip
   devices: list[jax.Device]
   exact: bool
+
+  @property
+  def kind(self) -> Device:
+    """The devices as `composition.execution` knows them."""
+    platform, _, _ = parse(self.name)
+    return kind(platform, self.chip)
+
+
+def kind(platform: str, chip: Chip) -> Device:
+  """Returns a chip as `composition.execution` knows it."""
+  if platform == "cpu":
+    return Device("cpu")
+  # JAX takes three quarters of a GPU's memory, unless it is told otherwise.
+  share = 3 / 4 if platform == "gpu" else 1
+  return Device(platform, chip.compute_capability, int(share * chip.hbm))
 
 
 def parse(name: str) -> tuple[str, str, int]:

@@ -13,6 +13,7 @@ import plan_driver
 import pytest
 import tiny
 
+from calm_jax.composition import execution
 from calm_jax.core.batch import Sequence
 from calm_jax.experiments import run_models
 from calm_jax.experiments.settings import Settings
@@ -74,7 +75,10 @@ class OtherTokens(tiny.Source):
 def test_a_step_with_other_tokens_is_that_of_a_run(tmp_path):
   settings = Settings("text", None)
   run = tiny.Run(tmp_path, tiny.stage(), OtherTokens())
-  run.spec = run_models.with_compute(run.spec, settings)
+  work = run_models.stage_work(run.stage, run.params)
+  run.spec = execution.for_training(
+    run.spec, settings.asked, execution.Device("cpu"), work
+  )
   told = plan_driver.by_compiler(plan_driver.first_step(run))
   params = jax.eval_shape(lambda: run.params)
   job = shapes.Job(settings, run.stage, run.spec, params, {"kv": 16})
