@@ -80,7 +80,7 @@ _SMOL = (
 _ALLOW = "--allow_code_execution"
 
 _LONG_ROWS = (
-  "--config.dtype=bfloat16 --config.attention=auto"
+  "--config.dtype=bfloat16"
   " --config.stages.compose.length=4096 --config.stages.compose.batch_size=16"
 )
 _INSTALLS = "Installs packages."
