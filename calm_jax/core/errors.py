@@ -128,6 +128,10 @@ class TrainingDiverged(RuntimeError):
   """The loss or the gradient is not finite; names the step and its batch."""
 
 
+class OutOfMemory(RuntimeError):
+  """A device's memory is not enough; says what takes it and what to change."""
+
+
 class StorageError(OSError):
   """A file could not be read or written; names it and what is still usable."""
 
@@ -151,6 +155,7 @@ class Interrupted(Preempted):
 EXIT_CODES = {
   InputError: 2,
   TrainingDiverged: 65,
+  OutOfMemory: 71,
   StorageError: 74,
   Preempted: 75,
   LostProcess: 76,

@@ -24,6 +24,7 @@ from calm_jax.parallel import processes
 from calm_jax.parallel.sharding import Layout
 from calm_jax.training import (
   checkpoint_integrity,
+  memory,
   profiler,
   run_identity,
   signals,
@@ -266,12 +267,16 @@ def _train(
     signals.deferred(run.last_checkpoint) as request,
     Watchdog(run.watchdog) as watch,
     profiler.Profiler(profiled, run.directory / "profile") as profiles,
+    memory.MemoryWatch(
+      spec, stage, run.name, run.last_checkpoint
+    ) as memory_watch,
   ):
     meter = Meter(peak, stage.steps, cost.flops)
     log, poll = _StepLog(run, writer, progress, meter), processes.Poll()
     for number in range(first + 1, stage.steps + 1):
       watch.expect(f"step {number}", compiles=number == first + 1)
       batch = run.next_batch(iterator, number)
+      memory_watch.note(step, state, frozen, batch)
       state, metrics = profiles.run(number, step, state, frozen, batch)
       if meter.flops is None:
         # While the device is busy with the step.
