@@ -70,9 +70,9 @@ def write_report(
   """Writes results.json and the report of a run into its folder.
 
   The results are at least one of "table1", "perplexity", "bits_per_byte" and
-  "evals"; optionally "parameters", "seconds", "stage_flops", "examples",
-  "answer", "config", "flops" and "other_runs" (name -> results). Accuracies are
-  in percent.
+  "evals"; optionally "table1_parts", "parameters", "seconds", "stage_flops",
+  "examples", "answer", "config", "flops" and "other_runs" (name -> results).
+  Accuracies are in percent.
   """
   # Before all else: no fault below may lose the numbers.
   write_json(Path(workdir) / runs.RESULTS, results)

@@ -68,7 +68,7 @@ def key_values(folder, kind="composed", count=40, **changes):
         rows.append({
           "prompt": f"{name[-4:]}:ab+c{i}=", "completion": "32",
           "prediction": "32" if right else f"31|`x`{SCRIPT}",
-          "correct": right, "num_terms": 2 + i % 2,
+          "correct": right, "num_terms": 2 + i % 2, "num_products": 0,
         })  # fmt: skip
       write_lines(folder / "predictions" / f"{name}.{model}.jsonl", rows)
       share = 100 * sum(row["correct"] for row in rows) / count

@@ -60,6 +60,7 @@ def test_results(finished):
   assert {task: set(row) for task, row in table.items()} == {
     "kv_subs": both,
     "num_math": both,
+    "num_math_steps": {"anchor", "composed"},
     "kv_math": both
     | {"composed_held_in", "composed_mixed", "composed_held_out"},
   }

@@ -224,6 +224,11 @@ def num_terms(expressions_NW: np.ndarray) -> np.ndarray:
   return (expressions_NW[:, ::2] >= 0).sum(axis=1)
 
 
+def num_products(expressions_NW: np.ndarray) -> np.ndarray:
+  """The number of × in each expression, int64 [N]."""
+  return (expressions_NW[:, 1::2] == _TIMES).sum(axis=1)
+
+
 def is_eval(expressions_NW: np.ndarray) -> np.ndarray:
   """bool [N], True for expressions reserved for evaluation."""
   columns_WN = np.ascontiguousarray(expressions_NW.T)  # Quicker.

@@ -10,7 +10,8 @@ from calm_jax.core.typed_fields import Count
 from calm_jax.data import key_value_text, key_values
 from calm_jax.data.key_value_source import KeyValueSource
 from calm_jax.data.key_values import ExpressionOptions, KeyDictionary
-from calm_jax.evals.exact_match import exact_match
+from calm_jax.evals.base import Row
+from calm_jax.evals.exact_match import count_right, exact_match
 from calm_jax.experiments.base import Models
 from calm_jax.language_model import LanguageModel
 from calm_jax.training.stage import Stage
@@ -115,24 +116,32 @@ class KeyValueExperiment:
     """Measures Table 1, in percent, and writes the models' predictions.
 
     The models are by column: "augmenting", "anchor", "composed". KV-MATH is
-    asked as in `data`, that of the stage that composed them.
+    asked as in `data`, that of the stage that composed them; where that is in
+    steps, so is NUM-MATH once more, of the models that calculate.
     """
     kv_math = _kv_math(data)
     tasks = {"kv_subs": "kv_subs", "num_math": "num_math", "kv_math": kv_math}
+    if kv_math == "kv_math_steps":
+      tasks["num_math_steps"] = "num_math_steps"
     table: dict[str, dict[str, float]] = {row: {} for row in tasks}
+    parts: dict[str, dict[str, dict]] = {row: {} for row in tasks}
     for row, task in tasks.items():
       for column, model in models.items():
+        if row == "num_math_steps" and column == "augmenting":
+          continue
         has_splits = row == "kv_math" and column == "composed"
         for split in SPLITS if has_splits else SPLITS[-1:]:
           kind = f"_{split}" if row == "kv_math" else ""
           file = f"{prefix}{row}{kind}.{column}.jsonl"
-          accuracy = self._accuracy(file, model, task, split)
+          accuracy, rows = self._measure(file, model, task, split)
           if has_splits:
             table[row][f"{column}_{split}"] = accuracy
         # The headline is all keys held out, the last of the splits.
         table[row][column] = accuracy
+        parts[row][column] = _accuracy_of_parts(rows)
     return {
       "table1": table,
+      "table1_parts": parts,
       "answer": "direct" if kv_math == "kv_math" else "steps",
       "examples": self.task.num_examples,
     }
@@ -152,9 +161,9 @@ class KeyValueExperiment:
       rng, self.kv, task.num_examples, options
     )
 
-  def _accuracy(
+  def _measure(
     self, file: str, model: LanguageModel, task: str, split: str
-  ) -> float:
+  ) -> tuple[float, list[Row]]:
     expressions = self._expressions(split)
     examples = key_value_text.make_examples(self.kv, expressions, task)
     accuracy, rows = exact_match(
@@ -164,15 +173,27 @@ class KeyValueExperiment:
         prompts, self._longest, batch_size=_EVAL_ROWS
       ),
       num_terms=key_values.num_terms(expressions).tolist(),
+      num_products=key_values.num_products(expressions).tolist(),
     )
     files.write_json_lines(self.workdir / "predictions" / file, rows)
-    return round(accuracy, 2)
+    return round(accuracy, 2), rows
 
   def attention_maps(self, model: LanguageModel, data: KeyValueData) -> dict:
     """Cross-attention over one KV-MATH example with all keys held out."""
     drawn = self._expressions("held_out")
     example = key_value_text.make_examples(self.kv, drawn, _kv_math(data))[0]
     return model.attention(example.prompt, example.completion)
+
+
+def _accuracy_of_parts(rows: list[Row]) -> dict[str, dict[str, float]]:
+  """Accuracy in percent by the number of terms, and by that of products."""
+  parts: dict[str, dict[str, float]] = {}
+  for column in ("num_terms", "num_products"):
+    parts[column] = {
+      str(number): round(100 * right / total, 2)
+      for number, (right, total) in count_right(rows, column).items()
+    }
+  return parts
 
 
 def _longest_answer(kv: KeyDictionary, expressions_NW: np.ndarray) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from calm_jax.core import files
 from calm_jax.core.errors import InputError, check_text
+from calm_jax.evals.exact_match import count_right
 from calm_jax.reporting.runs import MODELS, Run
 
 # Titles of the sets of predictions of the key-value task (§4.1), in Table 1.
@@ -15,6 +16,7 @@ SETS = {
   "kv_math_held_out": "KV-MATH, all keys held-out",
   "kv_math_mixed": "KV-MATH, mixed",
   "kv_math_held_in": "KV-MATH, all keys held-in",
+  "num_math_steps": "NUM-MATH, answered in steps",
 }
 HEADLINE = "kv_math_held_out"
 # A prediction counts as right from this chrF1 of its sentence on.
@@ -55,13 +57,9 @@ def count_by_terms(run: Run) -> CountsByTerms:
   counts: CountsByTerms = {}
   for name in ("kv_math_held_out", "num_math"):
     for model in MODELS:
-      for row in read_rows(run.path(name, model)):
-        if row.get("num_terms") is not None:
-          by_model = counts.setdefault(SETS[name], {})
-          by_terms = by_model.setdefault(model, {})
-          terms = int(row["num_terms"])
-          correct, total = by_terms.get(terms, (0, 0))
-          by_terms[terms] = correct + bool(row["correct"]), total + 1
+      rows = read_rows(run.path(name, model))
+      if by_terms := count_right(rows, "num_terms"):
+        counts.setdefault(SETS[name], {})[model] = by_terms
   return counts
 
 

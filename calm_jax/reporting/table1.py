@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from calm_jax.evals import statistics
+from calm_jax.evals.exact_match import count_right
 from calm_jax.reporting import paper
 from calm_jax.reporting.grid import TableRow, grid, percent
 from calm_jax.reporting.predictions import (
@@ -19,6 +20,8 @@ from calm_jax.reporting.predictions import (
 from calm_jax.reporting.runs import Run, RunGroup
 from calm_jax.reporting.table import Cell, Table
 
+# Columns of predictions and what they count.
+_PARTS = {"num_terms": "term", "num_products": "product"}
 _ANSWERS = {
   "steps": "the composition is trained to write the expression in numbers, "
   "then the result",
@@ -91,6 +94,36 @@ def accuracy_cell(row: str, run: Run, model: str) -> Cell | None:
     mean = statistics.mean_of(len(right))
     p_value = statistics.compare(*parts, mean).p_value
   return Cell(value, 100 * low, 100 * high, p_value)
+
+
+def parts_table(group: RunGroup) -> Table:
+  """Rows of Table 1 by number of terms and of products, where these differ."""
+  rows = []
+  runs = [(r, c.model) for c in group.columns.values() for r in c.runs]
+  for name in (HEADLINE, "num_math", "num_math_steps"):
+    for column, noun in _PARTS.items():
+      numbers: set[int] = set()
+      for run, model in runs:
+        numbers |= {*count_right(read_rows(run.path(name, model)), column)}
+      for number in sorted(numbers) if len(numbers) > 1 else []:
+        plural = "" if number == 1 else "s"
+        label = f"{SETS[name]}: {number} {noun}{plural}"
+        measure = functools.partial(_part_cell, name, column, number)
+        rows.append(TableRow(label, {}, group.columns, measure))
+  title = "Key-value arithmetic by number of terms and of products"
+  notes = ["Expressions of 0 products hold + and − only."]
+  return grid("terms", title, rows, notes, group, caption="in %")
+
+
+def _part_cell(
+  name: str, column: str, number: int, run: Run, model: str
+) -> Cell | None:
+  counts = count_right(read_rows(run.path(name, model)), column)
+  if number not in counts:
+    return None
+  right, total = counts[number]
+  low, high = wilson_interval(right, total)
+  return Cell(100 * right / total, 100 * low, 100 * high)
 
 
 def _accuracy(results: Mapping[str, Any], model: str, row: str) -> float | None:

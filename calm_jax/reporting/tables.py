@@ -12,7 +12,7 @@ from calm_jax.reporting.grid import TableRow, grid, measure_trials
 from calm_jax.reporting.predictions import HEADLINE
 from calm_jax.reporting.runs import NO_RUNS, Run, RunGroup
 from calm_jax.reporting.table import Cell, Table
-from calm_jax.reporting.table1 import accuracy_cell, table1
+from calm_jax.reporting.table1 import accuracy_cell, parts_table, table1
 
 LOSS = "held-out loss"  # in ablations.json
 # Titles, digits and notes of scores of text, the lower the better.
@@ -45,7 +45,8 @@ def tables(groups: Sequence[RunGroup]) -> list[Table]:
     made += [_name(*pair, len(each)) for pair in each] or [make(NO_RUNS)]
   made.sort(key=lambda table: table.name[: len("table-1")])
   for group in groups:
-    more = [evaluations.others(group), _back_translation(group)]
+    more = [parts_table(group), evaluations.others(group)]
+    more.append(_back_translation(group))
     more += [_scores(group, name) for name in _SCORES]
     more.append(trials_table(group.trials))
     made += [_name(table, group, len(groups)) for table in more if table.rows]

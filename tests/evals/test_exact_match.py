@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from calm_jax.evals.exact_match import exact_match
+from calm_jax.evals.exact_match import count_right, exact_match
 
 
 def test_the_whole_answer_counts_and_nothing_else_does():
@@ -23,3 +23,12 @@ def test_the_whole_answer_counts_and_nothing_else_does():
     "prompt": "b=", "completion": "1=2", "prediction": "1=2", "correct": True,
     "num_terms": 2,
   }  # fmt: skip
+
+
+def test_right_answers_are_counted_by_a_column():
+  rows = [
+    {"correct": correct, "terms": terms}
+    for correct, terms in [(True, 6), (False, 3), (True, 3), (True, None)]
+  ]
+  counts = count_right([*rows, {"correct": True}], "terms")
+  assert list(counts.items()) == [(3, (1, 2)), (6, (1, 1))]

@@ -64,6 +64,8 @@ def test_a_perfect_model_scores_100(experiment, data, answer, tmp_path):
     "composed": Book(experiment.kv),
   }
   results = experiment.evaluate(models, data)
+  steps = {"num_math_steps": {"anchor": 0.0, "composed": 100.0}}
+  steps = steps if answer == "steps" else {}
   assert results["table1"] == {
     "kv_subs": {"augmenting": 100.0, "anchor": 0.0, "composed": 100.0},
     "kv_math": {
@@ -72,7 +74,9 @@ def test_a_perfect_model_scores_100(experiment, data, answer, tmp_path):
       "composed_held_out": 100.0,
     },
     "num_math": {"augmenting": 0.0, "anchor": 0.0, "composed": 100.0},
-  }  # fmt: skip
+  } | steps  # fmt: skip
+  everything = {"num_terms": {"2": 100.0}, "num_products": {"0": 100.0}}
+  assert results["table1_parts"]["kv_math"]["composed"] == everything
   assert results["answer"] == answer
   assert results["examples"] == 12
   files = {p.name for p in (tmp_path / "predictions").iterdir()}
@@ -80,14 +84,41 @@ def test_a_perfect_model_scores_100(experiment, data, answer, tmp_path):
   assert files == {
     *(f"{s}.{m}.jsonl" for s in sets for m in models),
     "kv_math_mixed.composed.jsonl", "kv_math_held_in.composed.jsonl",
+    *(f"num_math_steps.{m}.jsonl" for row in steps.values() for m in row),
   }  # fmt: skip
   path = tmp_path / "predictions" / "kv_math_held_out.composed.jsonl"
   rows = [json.loads(line) for line in path.open()]
   assert len(rows) == 12
   assert all(r["correct"] and r["num_terms"] == 2 for r in rows)
   # KV-MATH is asked in the format that was trained.
-  steps = {("=" in r["completion"], r["prompt"][:5]) for r in rows}
-  assert steps == {(True, "show:") if answer == "steps" else (False, "math:")}
+  asked = {("=" in r["completion"], r["prompt"][:5]) for r in rows}
+  assert asked == {(True, "show:") if answer == "steps" else (False, "math:")}
+
+
+def test_accuracy_by_terms_and_products(tmp_path):
+  task = dataclasses.replace(TASK, max_terms=4, operators="+*", max_products=1)
+  experiment = KeyValueExperiment(task, 0, tmp_path, {})
+  kv = experiment.kv
+  known = dict(zip(kv.keys, kv.values.tolist(), strict=True))
+
+  class Sums:
+    """A model that knows sums of values and no products."""
+
+    def generate(self, prompts, max_new_tokens, **_):
+      texts = [prompt.removesuffix("=").split(":")[1] for prompt in prompts]
+      assert max_new_tokens > 20
+      return ["?" if "*" in text else str(eval(text, known)) for text in texts]
+
+  results = experiment.evaluate({"anchor": Sums()}, STEPS)
+  parts = results["table1_parts"]["num_math"]["anchor"]
+  assert parts["num_products"] == {"0": 100.0, "1": 0.0}
+  path = tmp_path / "predictions/num_math.anchor.jsonl"
+  rows = [json.loads(line) for line in path.open()]
+  for terms, accuracy in parts["num_terms"].items():
+    of_these = [r for r in rows if r["num_terms"] == int(terms)]
+    right = sum("*" not in row["prompt"] for row in of_these)
+    assert accuracy == round(100 * right / len(of_these), 2)
+  assert len(parts["num_terms"]) == 3
 
 
 def test_an_answer_with_something_after_it_is_wrong(experiment):
@@ -119,7 +150,7 @@ def test_a_prefix_keeps_other_runs_apart(experiment, tmp_path):
   experiment.evaluate({"composed": model}, STEPS, prefix="other/")
   files = list((tmp_path / "predictions").iterdir())
   assert [f.name for f in files] == ["other"]
-  assert len(list(files[0].iterdir())) == 5
+  assert len(list(files[0].iterdir())) == 6
 
 
 def sources(experiment):

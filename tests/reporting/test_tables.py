@@ -50,6 +50,46 @@ def test_table1_has_intervals_and_significance(tmp_path):
   assert "other models and other data" in notes
 
 
+def test_accuracy_by_terms_and_products(tmp_path):
+  folder = made_runs.key_values(tmp_path / "kv")
+  one = made(folder)["terms"]
+  held_out = "KV-MATH, all keys held-out"
+  assert [row[0] for row in one.rows] == [
+    f"{held_out}: 2 terms", f"{held_out}: 3 terms",
+    "NUM-MATH: 2 terms", "NUM-MATH: 3 terms",
+  ]  # fmt: skip
+  # Of every other expression of the composed model half are right.
+  assert cells(one, f"{held_out}: 2 terms") == {
+    "m_A": "0.0 [0.0 to 16.1]",
+    "m_B": "0.0 [0.0 to 16.1]",
+    "composed": "50.0 [29.9 to 70.1]",
+  }
+  assert cells(one, f"{held_out}: 3 terms")["composed"].startswith("100.0 [")
+  rows = [
+    {"prompt": "p", "prediction": "q", "correct": i < 3, "num_products": i % 2}
+    for i in range(6)
+  ]
+  made_runs.write_lines(
+    folder / "predictions" / "num_math_steps.anchor.jsonl", rows
+  )
+  one = made(folder)["terms"]
+  steps = "NUM-MATH, answered in steps"
+  assert [row[0] for row in one.rows[4:]] == [
+    f"{steps}: 0 products", f"{steps}: 1 product"
+  ]  # fmt: skip
+  shown = cells(one, f"{steps}: 1 product")
+  assert shown["m_B"].startswith("33.3 [") and shown["composed"] == "–"
+
+
+def test_no_table_by_terms_where_all_have_two(tmp_path):
+  folder = made_runs.key_values(tmp_path / "kv")
+  for path in (folder / "predictions").iterdir():
+    path.write_text(
+      path.read_text().replace('"num_terms": 3', '"num_terms": 2')
+    )
+  assert "terms" not in made(folder)
+
+
 def test_no_interval_from_a_sample_of_the_predictions(tmp_path):
   folder = made_runs.key_values(tmp_path / "kv")
   path = folder / "predictions" / "kv_subs.composed.jsonl"
