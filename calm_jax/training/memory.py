@@ -20,6 +20,7 @@ class MemoryWatch(contextlib.AbstractContextManager):
   """Raises JAX's error that memory ran out as one that says what took it.
 
   Args:
+    spec: the model or composition that is trained.
     name: the stage's.
     kept: says which checkpoint is kept.
   """
@@ -112,14 +113,15 @@ def _advice(
   parts: dict[str, int | None], spec: Composition, stage: Stage, name: str
 ) -> list[str]:
   """Says what to change, first for what takes most."""
-  compute = spec.anchor.compute
+  compute, V = spec.anchor.compute, spec.anchor.vocab_size
+  chunk = compute.loss_chunk // V or "all"
   activations, weights = [], []
   if compute.remat != "full":
     activations.append("--config.remat=full")
   activations += [
     f"a smaller --config.stages.{name}.batch_size (now {stage.batch_size}), or "
     f"more pieces, --config.stages.{name}.accumulate (now {stage.accumulate})",
-    f"a smaller --config.loss_chunk (now {compute.loss_chunk})",
+    f"a smaller --config.loss_chunk (now {chunk} positions)",
   ]
   if compute.dtype == "float32":
     weights.append("--config.dtype=bfloat16")

@@ -268,7 +268,7 @@ def _train(
     Watchdog(run.watchdog) as watch,
     profiler.Profiler(profiled, run.directory / "profile") as profiles,
     memory.MemoryWatch(
-      spec, stage, run.name, run.last_checkpoint
+      run.part, stage, run.name, run.last_checkpoint
     ) as memory_watch,
   ):
     meter = Meter(peak, stage.steps, cost.flops)

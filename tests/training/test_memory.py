@@ -73,8 +73,10 @@ def test_weights_that_are_too_large(tmp_path, monkeypatch):
   run = tiny.Run(tmp_path)
   helps = memory._advice(parts, run.spec, run.stage, "compose")
   assert "dtype=bfloat16" in helps[1] and "quantise.anchor" in helps[2]
-  spec = run.spec.with_compute(lambda _: {"remat": "full", "dtype": "bfloat16"})
+  compute = {"remat": "full", "dtype": "bfloat16", "loss_chunk": 5 * 17}
+  spec = run.spec.with_compute(lambda _: compute)
   helps = memory._advice(parts, spec, run.stage, "compose")
+  assert "loss_chunk (now 5 positions)" in helps[-1]
   assert "quantise.anchor" in helps[1]
   assert not [line for line in helps if "remat" in line or "dtype" in line]
 
