@@ -36,10 +36,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine, pairs, traffic
-from calm_jax.composition import forward
+from calm_jax.composition import forward, inference
 from calm_jax.composition.connections import Composition
 from calm_jax.composition.model import Model
 from calm_jax.generation import batching, decode
+from calm_jax.models import quantisation
 
 PROMPT, NEW = 32, 64
 GOAL = 0.7
@@ -177,6 +178,10 @@ def contest(options) -> dict[int, dict[str, dict[str, float]]]:
     copy = machine.make_copy(options.copy_megabytes)
   spec = pairs.computed(pairs.pair(options.pair), dtype=options.dtype)
   params = pairs.parameters(spec, options.dtype)
+  if options.quantise:
+    params = inference.change_models(
+      params, lambda model: quantisation.quantise(model, options.quantise)
+    )
   whole = Table(
     "prompt and all", "rows", "parameters", "tokens/s", "time, of the anchor's"
   )
@@ -265,6 +270,7 @@ def main(arguments: list[str] | None = None):
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--pair", choices=pairs.PAIRS, default="small")
   parser.add_argument("--dtype", default="float32")
+  parser.add_argument("--quantise", default="", help="int8 or int4")
   parser.add_argument(
     "--rows", type=lambda text: [int(n) for n in text.split(",")], default=[8]
   )

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from calm_jax.composition import cross_attention
+from calm_jax.composition import cross_attention, execution
 from calm_jax.composition.connections import (
   Augmenting,
   Composition,
@@ -115,6 +115,18 @@ def computed(spec: Composition, kernel: str = "xla", **how: Any) -> Composition:
   return spec.with_compute(
     lambda part: {"attention": attention.choose(kernel, device, models[part])}
   )
+
+
+def chosen(
+  spec: Composition, rows: int, length: int, asked: execution.Asked
+) -> Composition:
+  """Returns the pair as a run would train it here on `rows` x `length`."""
+  shapes = jax.eval_shape(lambda: parameters(spec, "float32"))
+  composition = shapes.pop("composition")
+  resident = execution.resident_bytes(composition, shapes)
+  work = execution.Work("composed", rows, length, resident)
+  device = execution.Device.of(jax.devices()[0])
+  return execution.for_training(spec, asked, device, work)
 
 
 def parameters(spec: Composition, dtype: str) -> dict:

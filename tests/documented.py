@@ -180,6 +180,9 @@ COMMANDS: dict[str, str] = {
   " --accelerator-type=v6e-256 --workdir=gs://my-bucket/kv --spot --delete --"
   " --config=configs/kv.py:paper": _LAUNCHES,
   # A full size for a TPU, of which none is needed, but its compiler.
+  "python -m calm_jax.plan --config=configs/kv.py:paper --choices": (
+    "--config.task.num_keys=300"
+  ),
   "python -m calm_jax.plan --config=configs/code.py --topology=v5e:4x4": _PLANS,
   "python -m calm_jax.plan --config=configs/compose.py --topology=v5e:4x4"
   " --search --config.anchor=configs/shapes/gemma2-27b.json"
@@ -188,6 +191,9 @@ COMMANDS: dict[str, str] = {
   " --search --config.anchor=configs/shapes/llama3-70b.json"
   f" --config.augmenting=configs/shapes/llama3-8b.json {_LONG_ROWS}": _PLANS,
   # Benchmarks.
+  "python -m benchmarks.gpu --minutes=7 --json=gpu.json": (
+    "--only=speeds --pair=tiny"
+  ),
   "python -m benchmarks.generate": _GENERATE,
   "python -m benchmarks.generate --bandwidth": _GENERATE,
   "python -m benchmarks.generate --pair=gemma --dtype=bfloat16 --rows=1,8"

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import generate, machine, pairs, steps, traffic
+from benchmarks import generate, gpu, machine, pairs, steps, traffic
 from calm_jax.core import flops, trees
 from calm_jax.planning import flops as formulas
 
@@ -171,3 +171,54 @@ def test_one_of_two_devices_has_half_of_everything(probed):
   # Each sends its half of the weights at least once.
   assert one[sent] == 0
   assert half[sent] > half[arguments]
+
+
+def test_a_row_of_the_gpu_table_that_fails_says_why(monkeypatch, tmp_path):
+  def run(command, **_):
+    if "--row=kernels" in command:
+      raise subprocess.TimeoutExpired(command, 7)
+    if "--row=train" in command:
+      return subprocess.CompletedProcess(command, 1, "", "a\nNo memory.\n")
+    return subprocess.CompletedProcess(command, 0, 'a line\n{"share": 0.5}\n')
+
+  monkeypatch.setattr(subprocess, "run", run)
+  file = tmp_path / "gpu.json"
+  found = gpu.main([f"--json={file}", "--pair=tiny"])
+  assert json.loads(file.read_text()) == found
+  assert list(found) == list(gpu.ROWS)
+  assert found["kernels"] == {"failed": "not done after 120 s"}
+  assert found["train"] == {"failed": "No memory."}
+  assert found["decode 8"] == {"share": 0.5}
+  late = gpu.main([f"--json={file}", "--minutes=0", "--only=decode"])
+  assert set(late) == {name for name in gpu.ROWS if "decode" in name}
+  assert all("no time left" in row["failed"] for row in late.values())
+
+
+def test_ratios_of_the_gpu_table_by_hand():
+  found = {
+    "train": {"share": 0.6, "seconds": 0.25},
+    "train, PyTorch": {"seconds": 0.5},
+    "decode 1": {"anchor alone token": 3.0, "composed token": 3.3},
+    "decode 1 int8": {"failed": "No memory."},
+  }
+  assert gpu.ratios(found) == {
+    "training, of a matmul": (0.6, ">= 0.55"),
+    "training, PyTorch's time over ours": (2.0, ">= 1.5"),
+    "composed over the anchor alone, 1 row": (pytest.approx(1.1), "<= 1.15"),
+  }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "row, number",
+  [
+    ("speeds", "copy_bytes"),
+    ("train", "share"),
+    ("decode 1 int8", "composed share"),
+    ("key-value m_A", "utilisation"),
+  ],
+)
+def test_a_row_of_the_gpu_table_measures_what_it_says(row, number, capsys):
+  found = gpu.main([f"--row={row}", "--pair=tiny"])[row]
+  assert found[number] > 0
+  assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
