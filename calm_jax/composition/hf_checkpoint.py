@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 
 import jax
 
+from calm_jax.composition import execution
 from calm_jax.composition.connections import Composition
 from calm_jax.composition.model import Model
 from calm_jax.core import hub
@@ -32,8 +33,13 @@ def load(
     places = shardings(shapes)
   params = loading.load_params(folder, config, dtype, places, quantise)
   source = source._replace(ignore=hub.ignored_keys(ignore))
+  spec = Composition(config)
+  if shardings is None:
+    # XLA cannot partition kernels: on a mesh they need a placement too.
+    device = execution.Device.of(jax.devices()[0])
+    spec = execution.for_inference(spec, execution.Asked(unroll=1), device)
   return Model(
-    Composition(config),
+    spec,
     # Unlike jnp.asarray, it takes aligned memory over without a copy.
     {"anchor": jax.tree.map(jax.device_put, params)},
     find_tokenizer(folder),

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 import calm_jax
 from calm_jax.composition.connections import Composition
+from calm_jax.composition.execution import Device
 from calm_jax.core import files, trees
 from calm_jax.core.errors import InputError
 from calm_jax.models.hf import weight_files
@@ -109,3 +110,20 @@ def test_a_part_is_exported_and_composed_again(composed, tmp_path):
   assert_same(again, composed)
   tokens = np.arange(14).reshape(2, 7)
   np.testing.assert_array_equal(again.logits(tokens), composed.logits(tokens))
+
+
+def test_a_model_is_loaded_with_the_kernel_of_the_device(tmp_path, monkeypatch):
+  path = str(spelled.save(tmp_path / "model", 0))
+  assert calm_jax.load_model(path).spec.anchor.compute.attention == "xla"
+  monkeypatch.setattr(Device, "of", lambda _: Device("tpu"))
+  loaded = calm_jax.load_model(path, "bfloat16")
+  assert loaded.spec.anchor.compute.attention == "splash"
+  # XLA would not partition it.
+  held = calm_jax.load_model(
+    path,
+    "bfloat16",
+    shardings=lambda shapes: jax.tree.map(
+      lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes
+    ),
+  )
+  assert held.spec.anchor.compute.attention == "xla"
