@@ -183,6 +183,13 @@ COMMANDS: dict[str, str] = {
   "python -m calm_jax.plan --config=configs/kv.py:paper --choices": (
     "--config.task.num_keys=300"
   ),
+  "python -m calm_jax.plan --config=configs/compose.py --topology=gpu:1xH100"
+  " --config.anchor=configs/shapes/qwen3-8b.json"
+  " --config.augmenting=configs/shapes/qwen3-0.6b.json"
+  " --config.dtype=bfloat16 --config.stages.compose.length=1024"
+  " --config.stages.compose.batch_size=8 --nolargest_batch --decode_rows=0": (
+    _PLANS
+  ),
   "python -m calm_jax.plan --config=configs/code.py --topology=v5e:4x4": _PLANS,
   "python -m calm_jax.plan --config=configs/compose.py --topology=v5e:4x4"
   " --search --config.anchor=configs/shapes/gemma2-27b.json"
