@@ -52,7 +52,7 @@ def job(spec: Composition, rows: int, length: int) -> Job:
     "text",
     None,
     unroll=max(spec.anchor.num_layers, *layers),
-    loss_chunk=0,
+    loss_chunk=rows * length,
     stages={"compose": stage},
   )
   params = jax.eval_shape(lambda: pairs.parameters(spec, "float32"))

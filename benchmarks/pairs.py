@@ -54,7 +54,7 @@ def model(width: int, layers: int, mlp_width: int) -> ModelConfig:
 
 def small(deep: int = 1, wide: int = 1, connections: int = 0) -> Composition:
   """51 M parameters and 10 M beside them, or more; Θ_C at each 4th layer."""
-  return _join(
+  return join(
     model(512 * wide, 12 * deep, 1632 * wide),
     model(256 * wide, 8 * deep, 600 * wide),
     connections,
@@ -89,10 +89,13 @@ def pair(name: str, **changes: Any) -> Composition:
     dataclasses.replace(families.from_hf(config), **changes)
     for config in jsons(name)
   )
-  return _join(*models, connections)
+  return join(*models, connections)
 
 
-def _join(anchor: ModelConfig, other: ModelConfig, connections: int = 0):
+def join(
+  anchor: ModelConfig, other: ModelConfig, connections: int = 0
+) -> Composition:
+  """Composes two models, at `connections` or the default number of them."""
   pairs = default_connections(
     other.num_layers, anchor.num_layers, connections or None
   )

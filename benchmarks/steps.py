@@ -37,41 +37,55 @@ def parts(spec: Composition) -> tuple[Callable, Callable]:
   return step_lib.make_step(spec, stage, made), make
 
 
-def batch_of(rows: int, length: int, vocabulary: int = pairs.V) -> Batch:
+def batch_of(
+  rows: int, length: int, vocabulary: int = pairs.V, weighted: float = 1.0
+) -> Batch:
+  """Random rows, of which the last tokens, a share `weighted`, have a loss."""
   random = np.random.default_rng(0)
   tokens = random.integers(0, vocabulary, (rows, length + 1), dtype=np.int32)
-  ones = np.ones((rows, length), np.int32)
+  ones, places = np.ones((rows, length), np.int32), np.arange(length)
+  weighted_tokens = round(weighted * length)
   return Batch(
     plain_sequence(tokens[:, :-1]),
     {},
     {},
     prompt_ends=0 * ones,
     targets=tokens[:, 1:],
-    weights=ones.astype(np.float32),
+    weights=(ones * (places >= length - weighted_tokens)).astype(np.float32),
   )
 
 
 class Timed:
   """A step that can be called again and again, and what it should cost."""
 
-  def __init__(self, spec: Composition, rows: int, length: int):
+  def __init__(
+    self, spec: Composition, rows: int, length: int, weighted: float = 1.0
+  ):
     step, make = parts(spec)
     self.state, self.frozen = make()
-    batch = batch_of(rows, length, spec.anchor.vocab_size)
-    self.batch = jax.device_put(batch)
+    shape = rows, length, spec.anchor.vocab_size
+    self.batch, self.whole = jax.device_put(
+      (batch_of(*shape, weighted), batch_of(*shape))
+    )
     arguments = self.state, self.frozen, self.batch
     self.traced = flops.count(step, *arguments)
-    self.least = formulas.training_step(spec, rows, length)
+    self.weighted = round(weighted * length) / length
+    self.least = formulas.training_step(
+      spec, rows, length, weighted=self.weighted
+    )
     self.tokens = rows * length
     self.step = step.lower(*arguments).compile()
     self.temporary = self.step.memory_analysis().temp_size_in_bytes
     self()
 
-  def __call__(self, clock: Clock = time.perf_counter) -> float:
+  def __call__(
+    self, clock: Clock = time.perf_counter, all_weighted: bool = False
+  ) -> float:
     """Seconds of a step, the device's work included."""
+    batch = self.whole if all_weighted else self.batch
     jax.block_until_ready(self.state)
     began = clock()
-    self.state, metrics = self.step(self.state, self.frozen, self.batch)
+    self.state, metrics = self.step(self.state, self.frozen, batch)
     jax.block_until_ready((self.state, metrics))
     return clock() - began
 
@@ -113,9 +127,15 @@ def measure(
   }
 
 
-def unrolled_flops(spec: Composition, rows: int, length: int) -> float:
-  """XLA's count, which has the body of a loop once: so there is none."""
-  layers = {"unroll": spec.anchor.num_layers, "loss_chunk": 0}
+def unrolled_flops(
+  spec: Composition, rows: int, length: int, weighted: float = 1.0
+) -> float:
+  """XLA's count, which has the body of a loop once: so layers have none.
+
+  A chunk of the loss holds all weighted positions: its loop runs once too.
+  """
+  chunk = max(1, rows * round(weighted * length))
+  layers = {"unroll": spec.anchor.num_layers, "loss_chunk": chunk}
   step, make = parts(
     pairs.computed(spec, spec.anchor.compute.attention, **layers)
   )

@@ -21,6 +21,9 @@ turns. JAX is told to leave it memory (XLA_PYTHON_CLIENT_PREALLOCATE=false).
 That loop has no soft cap of attention's scores, since SDPA has none; --no_cap
 leaves Gemma-2's out of our step too, so that both compute the same.
 
+--weighted=0.2 gives only the last fifth of each row a loss, as completions of
+prompts have, and measures a step with all of it in turns.
+
 --growth is the small pair twice as large, in one respect each; every shape is
 measured by itself and freed before the next. --devices is one step on 1, 2, 4
 and 8 simulated devices, along `data` and along `fsdp`, without a clock: what
@@ -31,6 +34,7 @@ that XLA counts all of them.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import os
 import time
@@ -42,13 +46,13 @@ from rich.table import Table
 from benchmarks import machine, pairs, steps
 from benchmarks.machine import Clock
 from calm_jax.composition.connections import Composition
-from calm_jax.experiments.settings import Settings
+from calm_jax.composition.execution import Asked
 from calm_jax.planning import flops
 
 BATCH, LENGTH = 8, 256
 GOALS = {"cpu": 0.8, "gpu": 0.55}
 OVER_TORCH = 1.5
-HOW = "unroll", "remat", "loss_chunk"
+HOW = "attention", "remat", "loss_chunk", "unroll"
 
 
 def torch_run(options, spec: Composition):
@@ -71,9 +75,11 @@ def torch_run(options, spec: Composition):
 def report_step(spec: Composition, options, clock: Clock) -> None:
   """Prints what a step of one pair takes."""
   rows, length = options.rows, options.length
-  ours = steps.Timed(spec, rows, length)
+  ours = steps.Timed(spec, rows, length, options.weighted)
   platform = jax.default_backend()
   runs = {"ours": ours}
+  if options.weighted < 1:
+    runs["whole"] = functools.partial(ours, all_weighted=True)
   if options.torch:
     runs["torch"] = torch_run(options, spec)
   matmul = machine.make_matmul(options.matmul, options.dtype, clock)
@@ -86,7 +92,8 @@ def report_step(spec: Composition, options, clock: Clock) -> None:
   table.add_row("least GFLOPs", f"{ours.least / 1e9:,.1f}", "")
   counts = {"traced": ours.traced}
   if platform == "cpu":  # Of kernels of others it knows nothing.
-    counts["XLA's, unrolled"] = steps.unrolled_flops(spec, rows, length)
+    shape = rows, length, options.weighted
+    counts["XLA's, unrolled"] = steps.unrolled_flops(spec, *shape)
   for name, count in counts.items():
     table.add_row(
       f"GFLOPs {name}", f"{count / 1e9:,.1f}", f"{count / ours.least:.3f}"
@@ -102,7 +109,14 @@ def report_step(spec: Composition, options, clock: Clock) -> None:
     f"{ours.tokens / seconds:,.0f}",
     f"{got['share']:.3f}{goal}",
   )
-  half = flops.training_step(spec, rows, length, 0.5) / ours.least
+  if options.weighted < 1:
+    table.add_row(
+      f"with a loss at {options.weighted:.0%} of positions, of all's time",
+      "",
+      f"{seconds / found['whole']['seconds']:.3f}",
+    )
+  causal = flops.training_step(spec, rows, length, 0.5, ours.weighted)
+  half = causal / ours.least
   table.add_row(
     "with attention to the past only", "", f"{half * got['share']:.3f}"
   )
@@ -121,7 +135,7 @@ def report_step(spec: Composition, options, clock: Clock) -> None:
   Console().print(table)
 
 
-def growth(how: dict, options, clock: Clock) -> None:
+def growth(asked: Asked, options, clock: Clock) -> None:
   """The same for pairs twice as large, in one respect each."""
   rows, length = options.rows, options.length
   shapes = {
@@ -138,7 +152,8 @@ def growth(how: dict, options, clock: Clock) -> None:
   )
   base = None
   for name, (change, *shape) in shapes.items():
-    spec = pairs.computed(pairs.small(**change), options.attention, **how)
+    spec = pairs.computed(pairs.small(**change), dtype=options.dtype)
+    spec = pairs.chosen(spec, *shape, asked)
     run = steps.Timed(spec, *shape)
     got = steps.measure({"": run}, run.least, matmul, options.repeats, clock)[
       ""
@@ -168,15 +183,15 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--dtype", default="float32")
   parser.add_argument("--rows", type=int, default=BATCH)
   parser.add_argument("--length", type=int, default=LENGTH)
-  parser.add_argument("--attention", default=Settings.attention)
   parser.add_argument("--no_cap", action="store_true")
+  parser.add_argument("--weighted", type=float, default=1.0)
   parser.add_argument("--matmul", type=int, help="size of its squares")
   parser.add_argument("--torch", action="store_true")
   parser.add_argument("--growth", action="store_true")
   parser.add_argument("--devices", action="store_true")
   parser.add_argument("--cpu", action="store_true")
   for name in HOW:
-    default = getattr(Settings, name)
+    default = getattr(Asked, name)
     parser.add_argument(f"--{name}", type=type(default), default=default)
   options = parser.parse_args(arguments)
   if options.growth and options.pair != "small":
@@ -188,14 +203,16 @@ def main(arguments: list[str] | None = None) -> None:
     return
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   options.matmul = options.matmul or machine.matmul_size()
-  how = {name: getattr(options, name) for name in (*HOW, "dtype")}
+  asked = Asked(**{name: getattr(options, name) for name in HOW})
   clock = time.process_time if options.cpu else time.perf_counter
   if options.growth:
-    growth(how, options, clock)
+    growth(asked, options, clock)
     return
   changes = {"attention_cap": None} if options.no_cap else {}
   pair = pairs.pair(options.pair, **changes)
-  report_step(pairs.computed(pair, options.attention, **how), options, clock)
+  spec = pairs.computed(pair, dtype=options.dtype)
+  spec = pairs.chosen(spec, options.rows, options.length, asked)
+  report_step(spec, options, clock)
 
 
 if __name__ == "__main__":

@@ -207,8 +207,9 @@ COMMANDS: dict[str, str] = {
   " --new=208": _GENERATE,
   "python -m benchmarks.generate --growth": _OF_FULL_SIZE,
   "python -m benchmarks.train_step": _STEP,
+  "python -m benchmarks.train_step --weighted=0.2": _STEP,
   "python -m benchmarks.train_step --remat=full --unroll=1"
-  " --loss_chunk=4194304": _STEP,
+  " --loss_chunk=512": _STEP,
   "python -m benchmarks.train_step --pair=gemma --dtype=bfloat16 --length=2048"
   " --rows=4 --attention=auto --torch": (
     "Its loop in PyTorch needs torch; the command above is the same without."

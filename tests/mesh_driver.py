@@ -101,8 +101,7 @@ def layout_of(axes: dict) -> sharding.Layout | None:
 def compose() -> tuple[Composition, dict]:
   """Widths of 32 and 24, MLPs of 40, 61 tokens, three heads or four."""
   spec, params = helpers.compose(connections=((2, 2),))
-  # Three positions of each row at a time on one device.
-  return helpers.retype(spec, loss_chunk=3 * ROWS * VOCABULARY), params
+  return helpers.retype(spec, loss_chunk=7), params
 
 
 def run(
@@ -149,6 +148,7 @@ def memory(folder: Path, axes: dict) -> None:
     shapes(anchor), {"kv": shapes(other)}, ((2, 3), (5, 5))
   )
   spec = model.spec.with_compute(placement.placements(layout))
+  spec = spec.with_compute(lambda _: {"loss_chunk": 7})
   asked = stage()
   mask = trees.mask(model.params, asked.trainable)
   made = optimizer.make_optimizer(asked, mask)
@@ -178,6 +178,7 @@ def memory(folder: Path, axes: dict) -> None:
   found = {
     "arguments": compiled.memory_analysis().argument_size_in_bytes,
     "beside": sum(map(_bytes_here, jax.tree.leaves((state, batch)))),
+    "states": ROWS * LENGTH * shape["width"],
     "frozen": sum(leaf.size * 4 for leaf in used.values()),
     "stacks": {
       name: list(leaf.shape)

@@ -107,6 +107,19 @@ def test_the_least_flops_are_those_of_the_step():
   assert half - none == least - half > 0
 
 
+def test_positions_without_a_loss_cost_no_logits():
+  models = pairs.model(256, 2, 512), pairs.model(128, 2, 256)
+  spec = pairs.join(*models, connections=1)
+  least, counted = (
+    [function(spec, 2, 40, weighted=share) for share in (0.2, 1.0)]
+    for function in (formulas.training_step, steps.unrolled_flops)
+  )
+  assert least[0] < 0.6 * least[1]  # half is the head's
+  ratios = [c / a for c, a in zip(counted, least, strict=True)]
+  print(f"{ratios} of the least")
+  assert all(1 <= ratio <= 1.05 for ratio in ratios)
+
+
 def test_the_share_is_of_the_matmuls_around_a_step():
   rates = iter([10.0, 30.0, 10.0])
   got = steps.measure(

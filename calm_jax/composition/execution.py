@@ -18,7 +18,9 @@ from calm_jax.models.config import ModelConfig
 
 # Fewer rows are too thin a product of matrices to keep an accelerator busy.
 _LEAST_ROWS = 1024
-_CPU_ROWS = 512
+# The least positions and logits for a CPU; few at a time are few in vain, where
+# most positions have no loss.
+_CPU_ROWS, _CPU_LOGITS = 512, 2**22
 _LANES = 128  # A chunk is a multiple of it.
 # The share of a device's memory that the logits of a chunk may take. A logit
 # takes 10 bytes: float32, its gradient in float32, and once more in bfloat16.
@@ -96,8 +98,7 @@ def for_training(
   remat = asked.remat
   if remat == "auto":
     remat = _remat(spec, config, rows, device, work)
-  chunk = rows * config.vocab_size
-  return spec.with_compute(lambda _: {"remat": remat, "loss_chunk": chunk})
+  return spec.with_compute(lambda _: {"remat": remat, "loss_chunk": rows})
 
 
 def models(spec: Composition) -> dict[str, ModelConfig]:
@@ -117,7 +118,7 @@ def describe(spec: Composition, work: Work) -> dict[str, str]:
   if len(set(kernels.values())) > 1:
     attention_text = ", ".join(f"{k} ({part})" for part, k in kernels.items())
   compute, positions = trained.compute, work.rows * work.length
-  rows = min(compute.loss_chunk // trained.vocab_size, positions)
+  rows = min(compute.loss_chunk or positions, positions)
   chunks = math.ceil(positions / rows)
   return {
     "attention": attention_text,
@@ -148,7 +149,8 @@ def _chunk(vocabulary: int, device: Device, work: Work) -> int:
   """Chooses how many positions the head computes at a time."""
   positions = work.rows * work.length
   if device.platform == "cpu":
-    return min(_CPU_ROWS, positions)
+    most = max(_CPU_ROWS, _CPU_LOGITS // vocabulary)
+    return math.ceil(positions / math.ceil(positions / most))
   memory, logits = device.memory or _UNKNOWN, _LOGIT * vocabulary
   most = int(memory * _LOGITS_SHARE / logits)
   if most < _LEAST_ROWS and 4 * _LEAST_ROWS * logits <= memory - work.resident:

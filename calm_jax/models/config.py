@@ -44,7 +44,9 @@ class Compute:
   # matrix products ("dots"), or all ("full"); "auto" is "none" where all layers
   # run at once, or else "dots".
   remat: str = "auto"
-  loss_chunk: int = 0  # logits at a time in training, on each device; 0 for all
+  # Positions of a batch whose logits exist at a time in training, on each
+  # device; 0 for all.
+  loss_chunk: int = 0
   place: Any = None  # on several devices a `parallel.placement.ModelPlacement`
 
   def __post_init__(self):

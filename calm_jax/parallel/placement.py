@@ -41,6 +41,12 @@ class ModelPlacement:
     """Hidden states between layers."""
     return self.layout.constrain("states", x_BLD)
 
+  def shares(self, x_BLD: Array) -> tuple[int, int]:
+    """Counts the devices that share the rows, and the tokens, of states."""
+    rows, tokens, _ = self.layout.fitting("states", x_BLD).spec
+    size = self.layout.size
+    return size(axis_names(rows)), size(axis_names(tokens))
+
   def cache(self, cache: Any) -> Any:
     """The KV cache."""
     return self.layout.constrain_all("cache", cache)

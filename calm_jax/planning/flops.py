@@ -47,7 +47,11 @@ def generated_token(spec: Composition) -> int:
 
 
 def training_step(
-  spec: Composition, rows: int, length: int, attended: float = 1.0
+  spec: Composition,
+  rows: int,
+  length: int,
+  attended: float = 1.0,
+  weighted: float = 1.0,
 ) -> int:
   """Counts the FLOPs that a step on Θ_C cannot do without.
 
@@ -58,6 +62,7 @@ def training_step(
 
   All models read the same `rows` of `length` tokens. `attended` is the share of
   the products of queries and keys that counts; 0.5 for those of the past alone.
+  `weighted` is the share of positions that have a loss, so need logits.
   """
   tokens = rows * length
 
@@ -71,7 +76,8 @@ def training_step(
 
   anchor, D = spec.anchor, spec.anchor.width
   first = anchor.num_layers
-  total = layers(anchor, first) + 2 * 2 * tokens * D * anchor.vocab_size
+  total = layers(anchor, first)
+  total += round(weighted * tokens) * 2 * 2 * D * anchor.vocab_size
   for _, joined in spec.augmenting:
     config, connections = joined.config, joined.connections
     total += layers(config, max(pair.augmenting for pair in connections))

@@ -150,7 +150,8 @@ def _guess_memory(job: Job, case: Case, tokens: float) -> float:
   weights = _WEIGHTS_AT_WORK * _layer_params(config) / config.num_layers
   weights += config.width * config.vocab_size
   memory += weights / tensor * _HALF
-  logits = min(config.compute.loss_chunk, tokens * config.vocab_size)
+  positions = min(config.compute.loss_chunk or tokens, tokens)
+  logits = positions * config.vocab_size / tensor
   return memory + _LOGITS_COPIES * _FULL * logits
 
 

@@ -1,6 +1,6 @@
 """The loss, as sums and weights, so that any split of a batch adds up.
 
-B batch, L length, D width, V vocabulary.
+B batch, L length, D width, V vocabulary; for R, S, T, n and l see `Chunks`.
 """
 
 import functools
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 Array = jax.Array
 Head = Callable[[Any, Array], Array]
+Shares = tuple[int, int]
+_LANES = 128
 
 
 def cross_entropy(logits_BLV: Array, targets_BL: Array, weights_BL: Array):
@@ -46,29 +48,32 @@ def _token_losses_backward(saved, factor_BL):
 _token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 
 
-def chunked_rows(head: Head, params, x_BLD, targets_BL, weights_BL, limit: int):
+def chunked_rows(
+  head: Head, params, x_BLD, targets_BL, weights_BL, size: int, shares=(1, 1)
+):
   """`cross_entropy` of the logits that a head makes, few of them at a time.
 
+  Chunks of positions without any weight are skipped, see `Chunks`.
+
   Args:
-    head: (params, hidden states [B, l, D]) to logits, float32 [B, l, V].
+    head: (params, hidden states [..., D]) to logits, float32 [..., V].
     x_BLD: hidden states after the last layer.
-    limit: logits that may exist at a time, but at least one position of each
-      row does; 0 for all of them.
+    size: positions of a chunk on each device; 0 for all at once.
+    shares: the numbers of devices that share the rows, and the tokens of a row.
   """
-  chunks = _split(head, params, limit, x_BLD, targets_BL, weights_BL)
+  chunks = Chunks(weights_BL, size, shares)
 
-  def add(loss_B, chunk):
-    x, targets, weights = chunk
-    return loss_B + cross_entropy(head(params, x), targets, weights)[0], None
+  def run(carry, x, targets, weights):
+    return carry, _token_losses(head(params, x), targets) * weights
 
-  first = jax.tree.map(lambda x: x[0], chunks)
-  sum_B = jax.eval_shape(lambda: add(0.0, first)[0])
-  zeros_B = jnp.zeros(sum_B.shape, sum_B.dtype)
-  return jax.lax.scan(add, zeros_B, chunks)[0], weights_BL.sum(axis=-1)
+  _, losses = chunks.scan(run, None, x_BLD, targets_BL)
+  return chunks.join(losses).sum(axis=-1), weights_BL.sum(axis=-1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))
-def chunked_sum(head: Head, params, x_BLD, targets_BL, weights_BL, limit: int):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
+def chunked_sum(
+  head: Head, params, x_BLD, targets_BL, weights_BL, size: int, shares=(1, 1)
+):
   """The sum of `chunked_rows`, with gradients at no further matmul.
 
   A chunk's gradients are computed while its logits exist, in the forward pass,
@@ -76,11 +81,11 @@ def chunked_sum(head: Head, params, x_BLD, targets_BL, weights_BL, limit: int):
   over chunks, of the leaves of `params` that are differentiated. The weights
   are constants.
   """
-  args = head, params, x_BLD, targets_BL, weights_BL, limit
+  args = head, params, x_BLD, targets_BL, weights_BL, size, shares
   return chunked_rows(*args)[0].sum()
 
 
-def _chunked_sum_forward(head, params, x, targets, weights, limit):
+def _chunked_sum_forward(head, params, x, targets, weights, size, shares):
   """`chunked_sum`, and its gradients (None for leaves that need none)."""
   leaves, treedef = jax.tree.flatten(params)
   values = [leaf.value for leaf in leaves]
@@ -89,26 +94,26 @@ def _chunked_sum_forward(head, params, x, targets, weights, limit):
   def loss(trained, x, targets, weights):
     merged = [trained.get(i, value) for i, value in enumerate(values)]
     logits = head(treedef.unflatten(merged), x)
-    return cross_entropy(logits, targets, weights)[0].sum()
+    losses = _token_losses(logits, targets) * weights
+    return losses.sum(), losses
 
-  gradient = jax.value_and_grad(loss, argnums=(0, 1) if x.perturbed else (0,))
+  argnums = (0, 1) if x.perturbed else (0,)
+  gradient = jax.grad(loss, argnums=argnums, has_aux=True)
 
-  def add(carry, chunk):
-    value, (trained_grads, *x_grad) = gradient(trained, *chunk)
-    return jax.tree.map(jnp.add, carry, (value, trained_grads)), x_grad
+  def run(sums, *chunk):
+    (grads, *x_grad), losses = gradient(trained, *chunk)
+    return jax.tree.map(jnp.add, sums, grads), (losses, x_grad)
 
-  arrays = [v.value for v in (x, targets, weights)]
-  chunks = _split(head, treedef.unflatten(values), limit, *arrays)
-  value = jax.eval_shape(lambda: loss(trained, *(x[0] for x in chunks)))
-  zeros = jnp.zeros((), value.dtype), jax.tree.map(jnp.zeros_like, trained)
-  (total, trained_grads), x_grads = jax.lax.scan(add, zeros, chunks)
-  x_grad = _join(x_grads[0], x.value.shape) if x_grads else None
-  grads = [trained_grads.get(i) for i in range(len(leaves))]
-  return total, (treedef.unflatten(grads), x_grad)
+  chunks = Chunks(weights.value, size, shares)
+  zeros = jax.tree.map(jnp.zeros_like, trained)
+  sums, (losses, x_grad) = chunks.scan(run, zeros, x.value, targets.value)
+  grads = [sums.get(i) for i in range(len(leaves))]
+  x_grad = chunks.join(x_grad[0]) if x_grad else None
+  return losses.sum(), (treedef.unflatten(grads), x_grad)
 
 
-def _chunked_sum_backward(head, limit, grads, factor):
-  del head, limit
+def _chunked_sum_backward(head, size, shares, grads, factor):
+  del head, size, shares
   scaled = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
   return *scaled, None, None
 
@@ -118,26 +123,80 @@ chunked_sum.defvjp(
 )
 
 
-def _split(head, params, limit, x_BLD, *others_BL) -> tuple[Array, ...]:
-  """Chunks [n, B, l, ...] of arrays [B, L, ...], filled up with zeros.
+class Chunks:
+  """Chunks of a batch's positions, those without a weight in the last ones.
 
-  A chunk is every n-th position, so that all devices have a share of it.
+  Prompts, padding and gaps have no loss, and need no logits. Each device orders
+  its own T positions: R devices share the rows of a batch, S the tokens of a
+  row. Each of n chunks has l positions of each device, some of the last one's
+  to fill it up.
   """
-  B, L = x_BLD.shape[:2]
-  V = jax.eval_shape(head, params, x_BLD).shape[-1]
-  longest = L if limit == 0 else min(L, max(1, limit // (B * V)))
-  n = math.ceil(L / longest)
-  length = math.ceil(L / n)
 
-  def split(x):
-    padding = [(0, 0), (0, n * length - L)] + [(0, 0)] * (x.ndim - 2)
-    x = jnp.pad(x, padding).reshape(B, length, n, *x.shape[2:])
-    return jnp.moveaxis(x, 2, 0)
+  def __init__(self, weights_BL: Array, size: int, shares: Shares):
+    (B, L), (self.R, self.S) = weights_BL.shape, shares
+    self.shape, self.T = (B, L), B * L // (self.R * self.S)
+    size = size or self.T
+    self.n = math.ceil(self.T / size)
+    # Chunks of about one length, which accelerators want to be such a multiple.
+    lanes = math.ceil(self.T / self.n / _LANES) * _LANES
+    self.length = min(size, lanes)
+    self.weights_RST = self._share(weights_BL)
+    is_last_RST = self.weights_RST == 0
+    self.order_RST = jnp.argsort(is_last_RST, axis=-1, stable=True)
 
-  return tuple(split(x) for x in (x_BLD, *others_BL))
+  def scan(self, run: Callable, carry: Any, *arrays: Array) -> tuple[Any, Any]:
+    """Scans over the chunks, and skips those without a weight.
+
+    Args:
+      run: (carry, chunks [R, S, l, ...] of the arrays and of the weights) to
+        the new carry and outputs; those of a chunk that is skipped are zeros.
+      carry: the first one.
+      *arrays: [B, L, ...].
+    """
+    arrays = [self._share(x) for x in arrays]
+    if self.n == 1:
+      carry, outputs = run(carry, *arrays, self.weights_RST)
+      return carry, jax.tree.map(lambda x: x[None], outputs)
+
+    def picked(carry, index_RSl, weights_RSl):
+      return run(carry, *(_take(x, index_RSl) for x in arrays), weights_RSl)
+
+    def step(carry, chunk):
+      shapes = jax.eval_shape(picked, carry, *chunk)[1]
+
+      def skip(carry, *_):
+        zeros = [jnp.zeros(x.shape, x.dtype) for x in jax.tree.leaves(shapes)]
+        return carry, jax.tree.structure(shapes).unflatten(zeros)
+
+      is_needed = (chunk[1] != 0).any()
+      return jax.lax.cond(is_needed, picked, skip, carry, *chunk)
+
+    weights_RST = _take(self.weights_RST, self.order_RST)
+    chunks = self._split(self.order_RST), self._split(weights_RST)
+    return jax.lax.scan(step, carry, chunks)
+
+  def join(self, chunks: Array) -> Array:
+    """Puts outputs of a scan, [n, R, S, l, ...], back to [B, L, ...]."""
+    (B, L), (R, S) = self.shape, (self.R, self.S)
+    x = jnp.moveaxis(chunks, 0, 2).reshape(R, S, -1, *chunks.shape[4:])
+    if self.n > 1:
+      x = _take(x, jnp.argsort(self.order_RST, axis=-1))
+    x = x.reshape(R, S, B // R, L // S, *x.shape[3:])
+    return jnp.moveaxis(x, 1, 2).reshape(B, L, *x.shape[4:])
+
+  def _share(self, x: Array) -> Array:
+    """The positions of each device: [B, L, ...] to [R, S, T, ...]."""
+    (B, L), (R, S), rest = self.shape, (self.R, self.S), x.shape[2:]
+    x = jnp.moveaxis(x.reshape(R, B // R, S, L // S, *rest), 2, 1)
+    return x.reshape(R, S, self.T, *rest)
+
+  def _split(self, x_RST: Array) -> Array:
+    """Cuts into chunks [n, R, S, l], and fills up with zeros."""
+    x = jnp.pad(x_RST, [(0, 0), (0, 0), (0, self.n * self.length - self.T)])
+    return jnp.moveaxis(x.reshape(self.R, self.S, self.n, self.length), 2, 0)
 
 
-def _join(chunks: Array, shape: tuple[int, ...]) -> Array:
-  """The inverse of `_split`."""
-  x = jnp.moveaxis(chunks, 0, 2).reshape(shape[0], -1, *shape[2:])
-  return x[:, : shape[1]]
+def _take(x: Array, index_RSl: Array) -> Array:
+  """Takes positions of [R, S, T, ...]."""
+  index = index_RSl.reshape(*index_RSl.shape, *[1] * (x.ndim - 3))
+  return jnp.take_along_axis(x, index, axis=2, mode="promise_in_bounds")

@@ -113,8 +113,8 @@ def _advice(
   parts: dict[str, int | None], spec: Composition, stage: Stage, name: str
 ) -> list[str]:
   """Says what to change, first for what takes most."""
-  compute, V = spec.anchor.compute, spec.anchor.vocab_size
-  chunk = compute.loss_chunk // V or "all"
+  compute = spec.anchor.compute
+  chunk = compute.loss_chunk or "all"
   activations, weights = [], []
   if compute.remat != "full":
     activations.append("--config.remat=full")

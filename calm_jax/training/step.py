@@ -34,15 +34,15 @@ def summed_loss(params: dict, spec: Composition, batch: Batch):
 def _loss_arguments(params: dict, spec: Composition, batch: Batch) -> tuple:
   """The arguments of `chunked_rows` and `chunked_sum` for a batch."""
   config, place = spec.anchor, spec.anchor.compute.place
-  devices = 1 if place is None else place.layout.mesh.size
-  limit = config.compute.loss_chunk * devices
 
   def head(weights, x_BLD):
     return decoder.logits(weights, config, x_BLD)
 
   weights = decoder.head_weights(params["anchor"], config)
   x_BLD, _ = forward.states(params, spec, batch)
-  return head, weights, x_BLD, batch.targets, batch.weights, limit
+  shares = (1, 1) if place is None else place.shares(x_BLD)
+  labels = batch.targets, batch.weights
+  return head, weights, x_BLD, *labels, config.compute.loss_chunk, shares
 
 
 def initial_state(

@@ -44,8 +44,7 @@ def chosen(device, work=STEP, asked=AUTO, **changes):
 
 def chunk_of(device, work=STEP, **changes) -> int:
   """The positions that the head computes at a time."""
-  chunk = chosen(device, work, **changes).loss_chunk
-  return chunk // changes.get("vocab_size", 256_000)
+  return chosen(device, work, **changes).loss_chunk
 
 
 @pytest.mark.parametrize(
@@ -61,8 +60,8 @@ def test_each_device_gets_its_kernel(device, kernel):
 def test_what_is_asked_for_is_taken_or_refused():
   asked = Asked("xla", "full", 300, 2)
   compute = chosen(H100, asked=asked)
-  chunk = compute.loss_chunk // 256_000
-  found = compute.attention, compute.remat, chunk, compute.unroll
+  chunk, unroll = compute.loss_chunk, compute.unroll
+  found = compute.attention, compute.remat, chunk, unroll
   assert found == dataclasses.astuple(asked)
   with pytest.raises(InputError, match="runs on TPUs only"):
     chosen(H100, asked=Asked(attention="splash"))
@@ -88,6 +87,9 @@ def test_without_memory_for_1024_rows_a_chunk_has_fewer():
 def test_a_cpu_takes_small_chunks():
   assert chunk_of(CPU) == 512
   assert chunk_of(CPU, STEP._replace(rows=1, length=100)) == 100
+  # Two of the same size, and all where a logit is nearly nothing.
+  assert chunk_of(CPU, STEP._replace(rows=3, length=201)) == 302
+  assert chunk_of(CPU, vocab_size=64) == 8 * 1024
 
 
 def test_remat_keeps_what_fits():

@@ -209,6 +209,11 @@ def test_no_stack_is_gathered_whole(of_memory):
   assert len([size for size in sizes if size in layers]) >= 14
 
 
+def test_no_row_leaves_its_device_for_the_loss(of_memory):
+  sizes = {math.prod(shape) for shape in of_memory["gathered"]}
+  assert of_memory["states"] not in sizes
+
+
 # What cannot be.
 
 

@@ -73,7 +73,7 @@ def test_weights_that_are_too_large(tmp_path, monkeypatch):
   run = tiny.Run(tmp_path)
   helps = memory._advice(parts, run.spec, run.stage, "compose")
   assert "dtype=bfloat16" in helps[1] and "quantise.anchor" in helps[2]
-  compute = {"remat": "full", "dtype": "bfloat16", "loss_chunk": 5 * 17}
+  compute = {"remat": "full", "dtype": "bfloat16", "loss_chunk": 5}
   spec = run.spec.with_compute(lambda _: compute)
   helps = memory._advice(parts, spec, run.stage, "compose")
   assert "loss_chunk (now 5 positions)" in helps[-1]
