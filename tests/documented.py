@@ -139,6 +139,9 @@ COMMANDS: dict[str, str] = {
   "python -m calm_jax.train --config=configs/kv.py --config.seed=1": (
     "The same with another seed."
   ),
+  "python -m calm_jax.train --config=configs/kv.py:paper": (
+    "takes minutes on a GPU; tests/test_configs.py trains smaller models."
+  ),
   "python -m calm_jax.ablations --config=configs/kv.py:ablations": (
     "Trains for minutes; tests/test_ablations.py does so at its smallest."
   ),
