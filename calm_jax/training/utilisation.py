@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from calm_jax.composition import execution
 from calm_jax.composition.connections import Composition
-from calm_jax.core import flops
+from calm_jax.core import flops, trees
 from calm_jax.parallel import chips
 from calm_jax.parallel.sharding import Layout
 from calm_jax.training import step as step_lib
@@ -39,23 +40,41 @@ def model_flops(
 
   They are those of the step as `step_lib.make_step` makes it for one device,
   without a kernel and without recomputing anything. Attention counts for all
-  pairs of positions of a row, and the head for all that it is multiplied with.
-  `step` is the one that runs: a jitted function that is like that is not traced
-  again. Only the shapes of its `arguments` are read.
+  pairs of positions of a row; the head only for the positions of the batch that
+  have a weight in the loss. `step` is the one that runs: a jitted function that
+  is like that is not traced again.
   """
   if not _is_plain(spec):
     plain = {"remat": "none", "attention": "xla", "place": None}
+    plain |= {"loss_chunk": 0}
     spec = spec.with_compute(lambda part: plain)
     step = step_lib.make_step(spec, stage, optimizer)
-  return flops.count(step, *arguments)
+  state, _, batch = arguments
+  unweighted = batch.weights.size - int((batch.weights != 0).sum())
+  head = _head_flops(spec, stage.model, state["trainable"])
+  return flops.count(step, *arguments) - unweighted * head
+
+
+def _head_flops(spec: Composition, model: str, trainable: dict) -> int:
+  """Counts the FLOPs of the head for a position, with its gradients."""
+  parts = execution.models(spec)
+  owner = "anchor" if model == "composed" else model
+  config, names = parts[owner], trees.flatten(trainable).keys()
+  kernel = "embed/embedding" if config.tie_embeddings else "head/kernel"
+  is_trained = f"{owner}/{kernel}" in names
+  # What is below it needs the gradient of the states that it reads.
+  products = 1 + is_trained + (len(names) > is_trained)
+  return products * 2 * config.width * config.vocab_size
 
 
 def _is_plain(spec: Composition) -> bool:
   """Checks whether a step traces no kernel, and each product once."""
-  configs = [spec.anchor, *(joined.config for _, joined in spec.augmenting)]
   return all(
-    compute.attention == "xla" and compute.remat != "full" and not compute.place
-    for compute in (config.compute for config in configs)
+    compute.attention == "xla"
+    and compute.remat != "full"
+    and compute.loss_chunk == 0
+    and compute.place is None
+    for compute in (c.compute for c in execution.models(spec).values())
   )
 
 
