@@ -44,6 +44,9 @@ def describe(
   settings = dataclasses.asdict(stage)
   for name in _NOT_IDENTITY:
     del settings[name]
+  # Runs of earlier versions do not name it, and can be resumed.
+  if stage.optimizer == Stage.optimizer:
+    del settings["optimizer"]
   part, _ = forward.submodel(spec, params, stage.model)
   all_leaves, models = trees.flatten(frozen).items(), {}
   for name in ["anchor", *(f"augmenting/{n}" for n in params["augmenting"])]:

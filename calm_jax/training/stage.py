@@ -22,6 +22,7 @@ class Stage:
   # the longest row of the data needs.
   augmenting_length: int = 0
   accumulate: Count = 1  # equal pieces that a batch is computed in, one by one
+  optimizer: str = "adamw"  # or "muon", see `optimizer.make_optimizer`
   learning_rate: float = 1e-3  # the highest one
   schedule: str = "cosine"  # or "constant", after the warm-up
   warmup: int = 50  # steps in which the learning rate rises from 0

@@ -30,7 +30,10 @@ MESHES = {
   "all": {"data": 2, "fsdp": 2, "tensor": 2},
   "sequence": {"fsdp": 2, "sequence": 4},
 }
-FINETUNED = {"model": "anchor", "trainable": ("anchor/.*",), "steps": 4}
+FINETUNED = {
+  "model": "anchor", "trainable": ("anchor/.*",), "steps": 4,
+  "optimizer": "muon",
+}  # fmt: skip
 
 
 # What is run in processes of its own, all of it at once.

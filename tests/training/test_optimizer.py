@@ -1,6 +1,8 @@
-"""The schedule, the clip and the decay, on trees of two leaves."""
+"""AdamW, Muon, the schedule, the clip and the decay, on small trees."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +88,94 @@ def test_update_is_adamw_on_the_trainable_leaves():
     np.testing.assert_allclose(trees.flatten(new)[name], leaf, rtol=1e-6)
 
 
+# A stack of layers, a tall and a wide matrix, and leaves that are Adam's.
+MODEL = {
+  "anchor": {
+    "embed": {"embedding": (7, 5)},
+    "layers": {
+      "mlp": {"down": {"kernel": (3, 9, 5)}, "up": {"kernel": (3, 5, 9)}},
+      "norm": {"scale": (3, 5)},
+    },
+    "head": {"kernel": (5, 7), "bias": (7,)},
+  },
+  "composition": {"query": {"kernel": (6, 4), "lora_a": (6, 2)}},
+}
+MUON = ["layers/mlp/down/kernel", "layers/mlp/up/kernel", "query/kernel"]
+
+
+def draw(seed) -> dict:
+  """Standard normal leaves of MODEL's shapes."""
+  shapes = trees.flatten(MODEL)
+  keys = jax.random.split(jax.random.key(seed), len(shapes))
+  return trees.unflatten(
+    {
+      name: jax.random.normal(key, shape)
+      for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+  )
+
+
+def muon_direction(momentum: np.ndarray) -> np.ndarray:
+  """Newton-Schulz by its effect on the singular values of each matrix."""
+  if momentum.ndim > 2:
+    return np.stack([muon_direction(matrix) for matrix in momentum])
+  left, values, right = np.linalg.svd(momentum, full_matrices=False)
+  values = values / np.linalg.norm(values)
+  for _ in range(5):
+    values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+  return (left * values) @ right * 0.3 * max(momentum.shape) ** 0.5
+
+
+def test_muon_is_newton_schulz_of_each_matrix_and_adam_elsewhere():
+  stage = Stage(
+    schedule="constant", optimizer="muon", learning_rate=0.5, warmup=0,
+    weight_decay=0.1, clip=1e9,
+  )  # fmt: skip
+  params, first, second = draw(0), draw(1), draw(2)
+  mask = trees.mask(params, [".*"])
+  made = optimizer.make_optimizer(stage, mask)
+  new, state = made.update(first, made.init(params), params)
+  new, state = made.update(second, state, new)
+  adamw = dataclasses.replace(stage, optimizer="adamw")
+  other = optimizer.make_optimizer(adamw, mask)
+  want, state = other.update(first, other.init(params), params)
+  want, _ = other.update(second, state, want)
+  g1, g2, old, new, want = (
+    trees.flatten(t) for t in (first, second, params, new, want)
+  )
+  for name, leaf in old.items():
+    expected = np.asarray(want[name])
+    if name.partition("/")[2] in MUON:
+      expected = np.asarray(leaf, np.float64)
+      # Nesterov's momentum: a mean of all gradients, the newest once more.
+      means = 0.05 * g1[name], 0.05 * (0.95 * g1[name] + g2[name])
+      for step, (mean, g) in enumerate(zip(means, (g1, g2), strict=True), 1):
+        ahead = 0.95 * mean / (1 - 0.95 ** (step + 1))
+        momentum = ahead + 0.05 * g[name] / (1 - 0.95**step)
+        direction = muon_direction(np.asarray(momentum, np.float64))
+        expected = expected - 0.5 * (direction + 0.1 * expected)
+    np.testing.assert_allclose(new[name], expected, rtol=2e-4, atol=2e-4)
+
+
+def test_muon_has_state_of_trainable_leaves_only():
+  params = draw(0)
+  mask = trees.mask(params, ["composition/.*"])
+  stage = Stage(optimizer="muon", warmup=0, clip=1.0)
+  trainable, _ = trees.partition(params, mask)
+  made = optimizer.make_optimizer(stage, mask)
+  state = made.init(trainable)
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  named = {
+    tuple(k.key for k in path if hasattr(k, "key"))[1:]
+    for path, leaf in leaves
+    if leaf.ndim == 2
+  }
+  query = ("composition", "query")
+  assert named == {(*query, "kernel"), (*query, "lora_a")}
+  new, _ = made.update(trainable, state, trainable)
+  assert trees.flatten(new).keys() == trees.flatten(trainable).keys()
+
+
 @pytest.mark.parametrize(
   ("kind", "warmup", "values"),
   [
@@ -107,10 +197,12 @@ def test_schedule(kind, warmup, values):
   ("change", "said"),
   [
     ({"schedule": "linear"}, "'linear'"),
+    ({"optimizer": "sgd"}, "'sgd'"),
     ({"warmup": 10}, "warmup=10.*steps=10"),
     ({"warmup": -1}, "warmup=-1"),
   ],
 )
-def test_a_schedule_that_cannot_be(change, said):
+def test_an_optimizer_that_cannot_be(change, said):
   with pytest.raises(InputError, match=said):
-    optimizer.schedule(Stage(**{"steps": 10, "warmup": 2} | change))
+    stage = Stage(**{"steps": 10, "warmup": 2} | change)
+    optimizer.make_optimizer(stage, trees.mask(PARAMS, [".*"]))

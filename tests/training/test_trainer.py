@@ -241,6 +241,28 @@ def test_a_resumed_run_ends_bit_equal(finished, tmp_path):
     assert a["loss"] == b["loss"]
 
 
+def test_a_resumed_run_of_muon_ends_bit_equal(finished, tmp_path):
+  stage = tiny.stage(optimizer="muon")
+  want = tiny.Run(tmp_path / "whole", stage)()
+  broken = tiny.Run(tmp_path / "broken", stage, tiny.Source(broken=(5,)))
+  with pytest.raises(StorageError, match="no batch 5"):
+    broken()
+  assert_bit_equal(tiny.Run(tmp_path / "broken", stage)(), want)
+  theta, of_adam = (
+    trees.flatten(x["composition"]) for x in (want, finished[1])
+  )
+  kernels = [name for name in theta if name.endswith("kernel")]
+  assert all((theta[name] != of_adam[name]).any() for name in kernels)
+
+
+def test_an_identity_without_an_optimizer_is_adamws(finished, tmp_path):
+  shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+  mark = json.loads((tmp_path / "complete.json").read_text())
+  assert "optimizer" not in mark["identity"]["settings"]
+  with pytest.raises(InputError, match="optimizer: was None, is muon"):
+    tiny.Run(tmp_path, tiny.stage(optimizer="muon"))()
+
+
 def test_a_run_killed_after_its_last_save_needs_no_step(
   finished, tmp_path, monkeypatch
 ):
