@@ -51,8 +51,10 @@ class ExpressionOptions:
 
   Attributes:
     operators: characters of "+-*".
-    keys: "all"; "held_in"; "held_out"; or "mixed", where one held-in and one
-      held-out key are at random places and the others are any key.
+    keys: "all"; "held_in"; "held_out"; "mixed", where one held-in and one
+      held-out key are at random places and the others are any key; or
+      "levelled": all, those whose values have a digit less ten times as often,
+      so that values of all numbers of digits come about as often.
     part: "train" and "any" repeat expressions; "eval" draws distinct ones.
     max_products: how many × an expression may hold; + and − take the places of
       others. None for any number.
@@ -210,7 +212,10 @@ def _pools(kv: KeyDictionary, keys: str) -> tuple[np.ndarray, ...]:
   held_in, held_out = np.flatnonzero(kv.held_in), np.flatnonzero(~kv.held_in)
   pools = {"all": (everything,), "held_in": (held_in,), "held_out": (held_out,)}
   pools["mixed"] = (everything, held_in, held_out)
-  check_choice("keys", keys, list(pools))
+  if keys == "levelled":
+    digits = np.array([len(str(value)) for value in kv.values])
+    pools[keys] = (np.repeat(everything, 10 ** (digits.max() - digits)),)
+  check_choice("keys", keys, [*pools, "levelled"])
   if not all(len(pool) for pool in pools[keys]):
     raise InputError(
       f"keys {keys!r}: {len(held_in)} keys are held in and {len(held_out)} held"

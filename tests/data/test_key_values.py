@@ -109,6 +109,17 @@ def test_key_subsets(part):
   assert ((count > 0) & (count < terms)).all()
 
 
+def test_levelled_keys_have_values_of_all_lengths_as_often():
+  kv = make_dictionary(250, 0.3, seed=0)
+  drawn = draw(kv, 4000, max_terms=3, keys="levelled", part="any")
+  key_ids = drawn[:, ::2][drawn[:, ::2] >= 0]
+  lengths = np.char.str_len(kv.values[key_ids].astype(str))
+  # Of weights 9 x 100, 90 x 10 and 151.
+  shares = np.bincount(lengths, minlength=4)[1:] / len(key_ids)
+  np.testing.assert_allclose(shares * 1951, [900, 900, 151], rtol=0.1)
+  assert len(np.unique(key_ids)) > 200
+
+
 def test_operators_are_those_asked_for():
   kv = make_dictionary(20, 0.2, seed=0)
   drawn = draw(kv, 500, operators="-*")
