@@ -5,48 +5,92 @@ from collections.abc import Callable
 import jax
 
 from calm_jax.composition import cross_attention
-from calm_jax.models import decoder
+from calm_jax.composition.connections import Composition
+from calm_jax.core.errors import check_choice
+from calm_jax.models import attention, decoder, joined
 
+# How layers are held: in stacks, as views of them, or copied and joined.
+LAYOUTS = ("stacked", "apart", "joined")
 # Of a GPU's memory, the share that stays free beside a second copy of layers.
 _SPARE = 0.1
 
 
-def prepare(params: dict, apart: bool | None = None) -> dict:
-  """Folds each f_proj, and gives layers arrays of their own where it pays.
+def prepare(
+  spec: Composition, params: dict, layout: str = "auto"
+) -> tuple[Composition, dict]:
+  """Folds each f_proj, and arranges layers as a device decodes them fastest.
 
-  On a CPU the result is views of the parameters; on a GPU layers apart are a
-  copy of them.
+  "apart" is views of the parameters on a CPU; "joined" is a copy of all layers.
 
   Args:
-    params: the tree of a model or of a composition.
-    apart: whether layers leave their stacks; None for `layers_apart`.
+    spec, params: a model or a composition.
+    layout: one of LAYOUTS, or "auto" for that of `choose_layout`.
   """
-  apart = layers_apart(params) if apart is None else apart
+  check_choice("layout", layout, ("auto", *LAYOUTS))
+  if layout == "auto":
+    layout = choose_layout(params)
   params = cross_attention.fold(params)
-  return change_models(params, decoder.unstack) if apart else params
+  if layout == "stacked":
+    return spec, params
+  if layout == "apart":
+    return spec, change_models(params, decoder.unstack)
+  spec = spec.with_compute(_kernels(spec))
+  join = jax.jit(_join)
+  return spec, change_models(params, lambda p: decoder.split_layers(p, join))
 
 
-def layers_apart(params: dict) -> bool:
-  """Returns whether layers leave their stacks to decode.
+def shapes(
+  spec: Composition, params: dict, layout: str
+) -> tuple[Composition, dict]:
+  """Returns what `prepare` does, for a tree of shapes and one of LAYOUTS."""
+  params = jax.eval_shape(cross_attention.fold, params)
+  if layout == "stacked":
+    return spec, params
+  pick = decoder.pick_layer
+  if layout == "joined":
+    spec, pick = spec.with_compute(_kernels(spec)), _join
 
-  They do on one CPU, where it costs nothing, and on one GPU with room for a
-  copy of all layers. A TPU slices a stack without a copy; on several devices
-  `decoder.run_layers` gathers a layer at a time.
+  def split(params):
+    return change_models(params, lambda p: decoder.split_layers(p, pick))
+
+  return spec, jax.eval_shape(split, params)
+
+
+def _join(stack: dict, layer: jax.Array | int) -> dict:
+  return joined.join(decoder.pick_layer(stack, layer))
+
+
+def _kernels(spec: Composition) -> Callable[[str], dict]:
+  """The changes of `Compute`, by models, for decoding on a GPU."""
+  half = spec.anchor.compute.dtype in attention.HALVES
+  return lambda _: {"decoding": "triton" if half else "xla"}
+
+
+def choose_layout(params: dict) -> str:
+  """Chooses one of LAYOUTS by the devices that hold the parameters.
+
+  XLA's backends for CPUs and GPUs copy the slices of a stack. Views cost
+  nothing on one CPU; one NVIDIA GPU needs room for a copy of all layers. A TPU
+  slices without a copy; on several devices `decoder.run_layers` gathers a layer
+  at a time.
   """
   models = [params["anchor"], *params.get("augmenting", {}).values()]
   devices = set().union(*map(decoder.stack_devices, models))
   if len(devices) > 1:
-    return False
+    return "stacked"
   [device] = devices
-  if device.platform != "gpu":
-    return device.platform == "cpu"
+  if device.platform == "cpu":
+    return "apart"
+  if device.platform != "gpu" or attention.nvidia_generation(device) < 8:
+    return "stacked"
   stats = device.memory_stats() or {}
   if "bytes_limit" not in stats:
-    return True
+    return "joined"
   stacks = [model["layers"] for model in models]
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(stacks))
   free = stats["bytes_limit"] - stats["bytes_in_use"]
-  return size + _SPARE * stats["bytes_limit"] <= free
+  fits = size + _SPARE * stats["bytes_limit"] <= free
+  return "joined" if fits else "stacked"
 
 
 def change_models(params: dict, change: Callable[[dict], dict]) -> dict:

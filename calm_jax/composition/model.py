@@ -78,9 +78,9 @@ class Model:
     return trees.count(self.params["composition"]) if self.is_composed else 0
 
   @functools.cached_property
-  def prepared(self) -> dict[str, Any]:
-    """The parameters for decoding, from `inference.prepare`; made once."""
-    return inference.prepare(self.params)
+  def prepared(self) -> tuple[Composition, dict[str, Any]]:
+    """The spec and the parameters that decode, by `inference.prepare`."""
+    return inference.prepare(self.spec, self.params)
 
   def text(self) -> Tokenizer:
     """The anchor's tokenizer; InputError if there is none."""

@@ -58,7 +58,8 @@ def stream(
   prompts = batching.check_rows(model, prompts, "prompt", max_new_tokens)
   if not prompts or not max_new_tokens:
     return
-  model = dataclasses.replace(model, params=model.prepared)
+  spec, params = model.prepared
+  model = dataclasses.replace(model, spec=spec, params=params)
   lengths = [len(ids) for ids in prompts]
   # `advance` writes whole chunks of slots, the last one too.
   longest = batching.round_up(max(lengths))

@@ -188,17 +188,22 @@ def advance(
     column_B = jnp.where(state.done_B, -1, state.token_B)
     return i + 1, state, out_BT.at[:, i].set(column_B)
 
-  names, first = _same_tokens(spec, state), state.slot
-  cache = _change_caches(
-    state.cache, names, lambda c: cache_lib.begin(c, size, first)
-  )
+  names, first, cache = _same_tokens(spec, state), state.slot, state.cache
+  # Caches of single layers are written in place on a GPU, see `cache`.
+  beside = spec.anchor.compute.decoding == "xla"
+  if beside:
+    cache = _change_caches(
+      cache, names, lambda c: cache_lib.begin(c, size, first)
+    )
   out_BT = jnp.full((len(state.token_B), size), -1, jnp.int32)
   with jax.named_scope("decode"):
     _, state, out_BT = jax.lax.while_loop(
       go_on, body, (jnp.int32(0), state._replace(cache=cache), out_BT)
     )
-  cache = _change_caches(state.cache, names, cache_lib.settle)
-  return state._replace(cache=cache), out_BT
+  if beside:
+    cache = _change_caches(state.cache, names, cache_lib.settle)
+    state = state._replace(cache=cache)
+  return state, out_BT
 
 
 def _change_caches(

@@ -15,7 +15,7 @@ from calm_jax.models.config import ATTENTIONS, ModelConfig
 from calm_jax.models.layers import at_least_float32
 
 Array = jax.Array
-_HALVES = ("bfloat16", "float16")
+HALVES = ("bfloat16", "float16")
 # The TPU's kernel reads blocks of these lengths, multiples of its 128 lanes.
 _LANES = 128
 _BLOCKS = (512, 256, _LANES)
@@ -50,6 +50,13 @@ def choose(asked: str, device: jax.Device, config: ModelConfig) -> str:
   return asked
 
 
+def nvidia_generation(device: jax.Device) -> int:
+  """The first number of a GPU's compute capability; 0 for other makers'."""
+  # Theirs have a name.
+  generation = str(device.compute_capability).split(".")[0]
+  return int(generation) if generation.isdigit() else 0
+
+
 def _why_not(kernel: str, device: jax.Device, config: ModelConfig) -> str:
   """Says why a kernel cannot compute a model on a device; "" if it can."""
   if kernel == "splash" and device.platform != "tpu":
@@ -58,16 +65,16 @@ def _why_not(kernel: str, device: jax.Device, config: ModelConfig) -> str:
     return ""
   if device.platform != "gpu":
     return "runs on NVIDIA GPUs only"
-  if config.compute.dtype not in _HALVES:
-    return f"takes {' or '.join(_HALVES)}, not {config.compute.dtype}"
+  if config.compute.dtype not in HALVES:
+    return f"takes {' or '.join(HALVES)}, not {config.compute.dtype}"
   if config.attention_cap is not None:
     return "has no soft cap of scores, and this model has one"
-  version = str(device.compute_capability)  # other makers' GPUs have a name
-  generation = version.split(".")[0]
-  if not generation.isdigit() or int(generation) < 8:
+  generation = nvidia_generation(device)
+  if generation < 8:
+    version = device.compute_capability
     return f"runs on GPUs of compute capability 8.0 or more, not on {version}"
   # The gradient's limit; the forward pass of later ones takes wider heads.
-  widest = 256 if generation == "9" else 128
+  widest = 256 if generation == 9 else 128
   if config.head_dim > widest or config.head_dim % 8:
     return f"takes heads of 8, 16, .. {widest} there, not of {config.head_dim}"
   return ""

@@ -9,6 +9,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from calm_jax.models.attention import SegmentMask, attend
 from calm_jax.models.cache import blocks, extend
@@ -51,17 +52,30 @@ class Attention(nn.Module):
     B, L, D = x_BLD.shape
     rope, mask = at_layer(c, context, layer)
 
-    def project(name, heads, qk_norm=None):
+    heads = {"query": c.num_heads, "key": c.num_kv_heads}
+    heads["value"] = c.num_kv_heads
+
+    def linear(name, heads):
       width = heads * c.head_dim
-      y = Linear(width, c.attention_bias, c.compute.dtype, name=name)(x_BLD)
+      return Linear(width, c.attention_bias, c.compute.dtype, name=name)(x_BLD)
+
+    if self.has_variable("params", "query_key_value"):  # of `joined`
+      y = linear("query_key_value", sum(heads.values()))
+      ends = np.cumsum(list(heads.values()))[:-1] * c.head_dim
+      made = dict(zip(heads, jnp.split(y, ends, axis=-1), strict=True))
+    else:
+      made = {name: linear(name, count) for name, count in heads.items()}
+
+    def project(name, qk_norm=None):
+      y = made[name]
       if qk_norm == "full":
         y = norm(c, f"{name}_norm")(y)
-      y = y.reshape(B, L, heads, c.head_dim)
+      y = y.reshape(B, L, heads[name], c.head_dim)
       return norm(c, f"{name}_norm")(y) if qk_norm == "head" else y
 
-    q_BLNH = project("query", c.num_heads, c.qk_norm)
-    k_BSKH = project("key", c.num_kv_heads, c.qk_norm)
-    v_BSKH = project("value", c.num_kv_heads)
+    q_BLNH = project("query", c.qk_norm)
+    k_BSKH = project("key", c.qk_norm)
+    v_BSKH = project("value")
     if rope is not None:
       q_BLNH, k_BSKH = rotate(q_BLNH, rope), rotate(k_BSKH, rope)
     if c.scale_by_depth:
@@ -93,7 +107,11 @@ class MLP(nn.Module):
     def linear(name, features):
       return Linear(features, c.mlp_bias, c.compute.dtype, name=name)
 
-    if c.gated_mlp:
+    if self.has_variable("params", "gate_up"):
+      both = linear("gate_up", 2 * c.mlp_width)(x_BLD)
+      gate_BLF, up_BLF = jnp.split(both, 2, axis=-1)
+      hidden_BLF = act(gate_BLF) * up_BLF
+    elif c.gated_mlp:
       gate_BLF = act(linear("gate", c.mlp_width)(x_BLD))
       hidden_BLF = gate_BLF * linear("up", c.mlp_width)(x_BLD)
     else:

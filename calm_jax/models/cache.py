@@ -1,10 +1,11 @@
 """Keys and values of the tokens read so far: {"key", "value"}.
 
 Each is [R, B, K, S, H], R layers of S slots; heads come before slots, since a
-few queries are multiplied with them in that order. XLA copies what a loop both
-updates and reads, at every step, so a loop that reads token by token leaves
-the cache alone: between `begin` and `settle`, new tokens go to a few slots
-beside it, "recent", the first of which stands for slot "first".
+few queries are multiplied with them in that order. XLA's CPU backend copies
+what a loop both updates and reads, at every step, so there a loop that reads
+token by token leaves the cache alone: between `begin` and `settle`, new tokens
+go to a few slots beside it, "recent", the first of which stands for slot
+"first".
 """
 
 import jax

@@ -10,6 +10,7 @@ from calm_jax.models.rope import Rope
 NORMS = ("rms", "rms_plus_one", "layer")
 QK_NORMS = (None, "head", "full")
 ATTENTIONS = ("xla", "cudnn", "splash")
+DECODINGS = ("xla", "triton")
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_exact")
 REMATS = ("auto", "none", "dots", "full")
 
@@ -38,8 +39,10 @@ class Compute:
   # Layers compiled out per step of the scan over layers; more is faster for
   # small models on a CPU, and compiles for longer.
   unroll: int = 1
-  # The kernel of training and scoring; decoding always uses "xla".
+  # The kernel of training and scoring; prompts are always read by "xla".
   attention: str = "xla"
+  # The kernels of a decoding step on a GPU, see `models.joined`; or "xla".
+  decoding: str = "xla"
   # What the backward pass recomputes of a layer: nothing ("none"), all but its
   # matrix products ("dots"), or all ("full"); "auto" is "none" where all layers
   # run at once, or else "dots".
@@ -52,6 +55,7 @@ class Compute:
   def __post_init__(self):
     _check_scalars(self)
     check_choice("attention", self.attention, ATTENTIONS)
+    check_choice("decoding", self.decoding, DECODINGS)
     check_choice("remat", self.remat, REMATS)
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm_jax.models import cache as cache_lib
+from calm_jax.models import joined
 from calm_jax.models.block import Block
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.layers import Linear, at_least_float32, norm
@@ -116,13 +117,9 @@ def run_layers(
   """
   stop = config.num_layers if stop is None else stop
   if isinstance(params["layers"], tuple):  # of `unstack`, like the cache
-    caches = [None] * config.num_layers if cache is None else list(cache)
-    for i in range(start, stop):
-      like, weights = first_alike(config, i), params["layers"][i]
-      x_BLD, caches[i] = _layer(
-        config, like, weights, x_BLD, context, caches[i]
-      )
-    return x_BLD, None if cache is None else tuple(caches)
+    return _run_apart(
+      params["layers"], config, x_BLD, context, start, stop, cache
+    )
   # The gradient of indexing would add into the whole stack once per layer, so
   # a scan over all layers slices the stack itself. To slice some layers before
   # the scan would copy them, so these are indexed inside; and so are experts in
@@ -149,6 +146,34 @@ def run_layers(
   scanned = jnp.arange(start, stop), params["layers"] if sliced else None
   unroll = min(config.compute.unroll, stop - start)
   return jax.lax.scan(run_layer, (x_BLD, cache), scanned, unroll=unroll)[0]
+
+
+def _run_apart(
+  layers: tuple[dict, ...],
+  config: ModelConfig,
+  x_BLD: Array,
+  context: Context,
+  start: int,
+  stop: int,
+  cache: tuple | None,
+) -> tuple[Array, tuple | None]:
+  """`run_layers` of layers that are not stacked, perhaps by kernels."""
+  caches = [None] * config.num_layers if cache is None else list(cache)
+  delta_BD, before = None, {}
+  for i in range(start, stop):
+    like, weights = first_alike(config, i), layers[i]
+    if cache is None or not joined.has_step(config, weights, x_BLD):
+      x_BLD, caches[i] = _layer(
+        config, like, weights, x_BLD, context, caches[i]
+      )
+      continue
+    x_BD, delta_BD, caches[i] = joined.run_step(
+      config, like, weights, x_BLD[:, 0], delta_BD, before, context, caches[i]
+    )
+    x_BLD, before = x_BD[:, None], weights
+  if delta_BD is not None:
+    x_BLD = joined.finish(config, before, x_BLD[:, 0], delta_BD)[:, None]
+  return x_BLD, None if cache is None else tuple(caches)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -231,16 +256,15 @@ def empty_cache(
 def unstack(params: dict) -> dict:
   """Returns the parameters with "layers" as a tuple of trees, one a layer.
 
-  XLA's backends for CPUs and GPUs copy a layer's weights out of the stack at
-  each step of a scan, so decoding is several times slower. On a CPU the result
-  is views of the stack, elsewhere copies.
+  XLA's CPU backend copies a layer's weights out of the stack at each step of a
+  scan, so decoding is several times slower. The result is views of the stack,
+  on one CPU.
   """
-  [device] = stack_devices(params)
-  if device.platform != "cpu":
-    return params | _split_on_device({"layers": params["layers"]})
-  return split_layers(
-    params, lambda p, i: jax.device_put(np.asarray(p)[i], may_alias=True)
-  )
+
+  def view(leaf, layer):
+    return jax.device_put(np.asarray(leaf)[layer], may_alias=True)
+
+  return split_layers(params, functools.partial(pick_layer, pick=view))
 
 
 def stack_devices(params: dict) -> set[jax.Device]:
@@ -249,15 +273,15 @@ def stack_devices(params: dict) -> set[jax.Device]:
   return set().union(*(leaf.devices() for leaf in leaves))
 
 
+def pick_layer(stack: dict, layer: Array | int, pick=operator.getitem) -> dict:
+  """Returns a layer's tree out of the stack of all."""
+  return jax.tree.map(lambda leaf: pick(leaf, layer), stack)
+
+
 def split_layers(
-  params: dict, layer: Callable[[jax.Array, int], jax.Array] = operator.getitem
+  params: dict, pick: Callable[[dict, int], dict] = pick_layer
 ) -> dict:
-  """The parameters with "layers" as a tuple of trees, by `layer(stack, i)`."""
-  stacks, tree = jax.tree.flatten(params["layers"])
-  split = [
-    tree.unflatten(layer(x, i) for x in stacks) for i in range(len(stacks[0]))
-  ]
-  return params | {"layers": tuple(split)}
-
-
-_split_on_device = jax.jit(split_layers)
+  """The parameters with "layers" as a tuple of trees, by `pick(stack, i)`."""
+  stack = params["layers"]
+  count = len(jax.tree.leaves(stack)[0])
+  return params | {"layers": tuple(pick(stack, i) for i in range(count))}

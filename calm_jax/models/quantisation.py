@@ -114,9 +114,35 @@ def _quantised(weight: Array, kind: str, axis: int) -> dict[str, Array]:
   values = jax.lax.slice_in_dim(values, 0, inputs, axis=axis)
   if kind == "int8":
     return {"int8": values, "scale": scale}
+  return {"int4": _pack(values), "scale": scale}
+
+
+def _pack(values: Array) -> Array:
+  """Packs two neighbours of the last axis, int8 from -8 to 7, in a byte."""
   low, high = values[..., ::2], values[..., 1::2]
-  packed = jax.lax.bitcast_convert_type((low & 15) | (high << 4), jnp.uint8)
-  return {"int4": packed, "scale": scale}
+  return jax.lax.bitcast_convert_type((low & 15) | (high << 4), jnp.uint8)
+
+
+def _unpack(packed: Array) -> Array:
+  signed = jax.lax.bitcast_convert_type(packed, jnp.int8)
+  # Shifts of int8 keep the sign.
+  pairs = jnp.stack([(signed << 4) >> 4, signed >> 4], axis=-1)
+  return pairs.reshape(*packed.shape[:-1], -1)
+
+
+def transpose(weight: Array | dict[str, Array]) -> Array | dict[str, Array]:
+  """Returns W^T of a matrix [in, out], which `matmul` reads as `transposed`.
+
+  An int4 one with an odd number of inputs becomes an int8.
+  """
+  if not is_quantised(weight):
+    return weight.T
+  packed = weight.get("int4")
+  values = (weight["int8"] if packed is None else _unpack(packed)).T
+  scale = weight["scale"].T
+  if packed is None or values.shape[-1] % 2:
+    return {"int8": values, "scale": scale}
+  return {"int4": _pack(values), "scale": scale}
 
 
 def is_quantised(weight: Any) -> bool:
@@ -136,10 +162,7 @@ def dense(weight: Array | Mapping[str, Array], dtype) -> Array:
     return weight.astype(dtype)
   values, scale = weight.get("int8"), weight["scale"]
   if values is None:
-    packed = jax.lax.bitcast_convert_type(weight["int4"], jnp.int8)
-    # Shifts of int8 keep the sign.
-    pairs = jnp.stack([(packed << 4) >> 4, packed >> 4], axis=-1)
-    values = pairs.reshape(*packed.shape[:-1], -1)
+    values = _unpack(weight["int4"])
   for axis in range(max(0, values.ndim - 2), values.ndim):
     size, blocks = values.shape[axis], scale.shape[axis]
     if blocks not in (1, size):

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from calm_jax.composition import cross_attention, execution, forward, inference
+from calm_jax.composition import execution, forward, inference
 from calm_jax.core import flops, trees
 from calm_jax.core.batch import plain_batch, plain_sequence
 from calm_jax.core.errors import InputError
 from calm_jax.experiments import run_models, sharded_models
 from calm_jax.generation import batching, decode, decode_steps
 from calm_jax.generation.sampling import GREEDY
-from calm_jax.models import decoder
 from calm_jax.parallel import placement, sharding
 from calm_jax.planning import gpu_topology, shapes
 from calm_jax.planning.shapes import Job
@@ -143,12 +142,11 @@ def decoding(placed: Placed, rows: int, slots: int) -> CompiledProgram:
   """
   job, layout = placed.job, placed.layout
   spec, params = forward.submodel(job.spec, job.params, job.stage.model)
-  params = jax.eval_shape(cross_attention.fold, params)
-  if placed.target.devices[0].platform != "tpu" and layout is None:
-    # As `inference.prepare` does on one CPU or GPU.
-    params = jax.eval_shape(
-      lambda p: inference.change_models(p, decoder.split_layers), params
-    )
+  device, arrangement = placed.target.devices[0], "stacked"
+  if layout is None:
+    by_platform = {"cpu": "apart", "gpu": "joined"}
+    arrangement = by_platform.get(device.platform, "stacked")
+  spec, params = inference.shapes(spec, params, arrangement)
   names = ["anchor", *(name for name, _ in spec.augmenting)]
   # Of the prompts only the shape matters.
   prompts_BL = np.zeros((rows, batching.SHORTEST), np.int32)
@@ -168,12 +166,13 @@ def decoding(placed: Placed, rows: int, slots: int) -> CompiledProgram:
   params, rest = placed.params(params), placed.at(state._replace(cache=None))
   steps = placed.at(np.int32(decode.CHUNK))
   state = rest._replace(cache=caches)
-  traced = decode_steps.advance.trace(
-    params, spec, state, steps, sampler=GREEDY, size=decode.CHUNK
-  )
   by_kind = {"frozen": params, "caches": caches, "batch": (rest, steps)}
   given = Given((params, state, steps), by_kind)
-  return _compile(traced, given, decode.CHUNK)
+  with gpu_topology.kernels_for(device):
+    traced = decode_steps.advance.trace(
+      params, spec, state, steps, sampler=GREEDY, size=decode.CHUNK
+    )
+    return _compile(traced, given, decode.CHUNK)
 
 
 def _compile(traced, given: Given, trips: int | None = None) -> CompiledProgram:

@@ -10,6 +10,8 @@ GB = 2**30
 
 
 class Device:
+  compute_capability = "9.0"
+
   def __init__(self, platform: str, stats: dict[str, int]):
     self.platform, self._stats = platform, stats
 
@@ -30,17 +32,17 @@ class Leaf:
 
 
 @pytest.mark.parametrize(
-  ("leaf", "apart"),
+  ("leaf", "layout"),
   [
-    (Leaf("cpu"), True),
-    (Leaf("cpu", 2), False),
-    (Leaf("tpu"), False),
-    (Leaf("gpu"), True),  # which does not say how much memory it has
-    (Leaf("gpu", bytes_limit=60 * GB, bytes_in_use=6 * GB), True),
-    (Leaf("gpu", bytes_limit=60 * GB, bytes_in_use=49 * GB), False),
-    (Leaf("gpu", 2, bytes_limit=60 * GB, bytes_in_use=6 * GB), False),
+    (Leaf("cpu"), "apart"),
+    (Leaf("cpu", 2), "stacked"),
+    (Leaf("tpu"), "stacked"),
+    (Leaf("gpu"), "joined"),  # which does not say how much memory it has
+    (Leaf("gpu", bytes_limit=60 * GB, bytes_in_use=6 * GB), "joined"),
+    (Leaf("gpu", bytes_limit=60 * GB, bytes_in_use=49 * GB), "stacked"),
+    (Leaf("gpu", 2, bytes_limit=60 * GB, bytes_in_use=6 * GB), "stacked"),
   ],
 )
-def test_layers_leave_their_stacks_where_that_is_free_or_fits(leaf, apart):
+def test_layers_leave_their_stacks_where_that_is_free_or_fits(leaf, layout):
   params = {"anchor": {"layers": {"kernel": leaf}}}
-  assert inference.layers_apart(params) == apart
+  assert inference.choose_layout(params) == layout

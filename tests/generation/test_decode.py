@@ -201,7 +201,9 @@ def test_many_lengths_are_few_programs():
 
 def test_weights_on_a_cpu_are_read_without_a_copy():
   config, params = helpers.model(1, width=64)
-  layers = inference.prepare({"anchor": params})["anchor"]["layers"]
+  layers = inference.prepare(Composition(config), {"anchor": params})[1][
+    "anchor"
+  ]["layers"]
   stack = params["layers"]["mlp"]["up"]["kernel"]
   for i, layer in enumerate(layers):
     kernel = layer["mlp"]["up"]["kernel"]

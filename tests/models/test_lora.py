@@ -149,7 +149,9 @@ def test_in_steps_and_while_generating():
   for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
     want = best[row, len(prompt) - 1 : len(text) - 1]
     np.testing.assert_array_equal(text[len(prompt) :], want)
-  prepared = inference.prepare({"anchor": params})["anchor"]["layers"]
+  prepared = inference.prepare(Composition(config), {"anchor": params})[1][
+    "anchor"
+  ]["layers"]
   assert prepared[2]["mlp"]["down"]["lora_a"].shape == (40, RANK)
 
 
