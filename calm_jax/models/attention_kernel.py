@@ -80,18 +80,8 @@ def attend(
     refs["query_norm"], *norms["query_norm"] = new.query_norm
     refs["key_norm"], *norms["key_norm"] = new.key_norm
   size = max(16, min(64, 2**13 // tiles.power(H)))
-  compute = functools.partial(
-    _attend_part,
-    N=N,
-    K=K,
-    C=C,
-    size=size,
-    scale=scale,
-    cap=cap,
-    norms=norms,
-    rotated=rotated,
-    extends=new is not None,
-  )
+  shape = _Shape(N, K, H, size, norms, rotated, new is not None)
+  compute = functools.partial(_attend_part, shape, scale, cap)
   arrays = [refs, key, value]
   wide = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   outs = [wide((B, N, C, H)), wide((B, N, C)), wide((B, N, C))]
@@ -109,7 +99,20 @@ def attend(
   return joined, {"key": parts[3][None], "value": parts[4][None]}
 
 
+class _Shape(NamedTuple):
+  N: int
+  K: int
+  H: int
+  size: int  # slots of a tile
+  norms: dict[str, list]  # of "query_norm" and "key_norm", eps and plus_one
+  rotated: int  # features of a head
+  extends: bool  # whether the token's keys are new
+
+
 def _attend_part(
+  shape: _Shape,
+  scale: float,
+  cap: float | None,
   refs,
   k_ref,
   v_ref,
@@ -117,25 +120,14 @@ def _attend_part(
   top_ref,
   sum_ref,
   *cache_refs,
-  N: int,
-  K: int,
-  C: int,
-  size: int,
-  scale: float,
-  cap: float | None,
-  norms: dict,
-  rotated: int,
-  extends: bool,
 ):
   """One key head of a row with a part of the slots."""
   row, head, part = (pl.program_id(i) for i in range(3))
-  H = k_ref.shape[3]
-  G, dtype = N // K, k_ref.dtype
+  N, K, H, size, *_, extends = shape
+  C, G, dtype = pl.num_programs(2), N // K, k_ref.dtype
   features = jnp.arange(tiles.power(H))
   real = tiles.below(features, H, len(features))
-  vectors = functools.partial(
-    _vectors, refs, row, G=G, H=H, dtype=dtype, norms=norms, rotated=rotated
-  )
+  vectors = functools.partial(_vectors, shape, refs, row, dtype)
   q = vectors(head * G, tiles.power(G), "query_norm")
   q = (q.astype(jnp.float32) * scale).astype(dtype)
   filled = refs["filled"][0]
@@ -197,22 +189,13 @@ def _attend_part(
 
 
 def _vectors(
-  refs,
-  row,
-  first,
-  count: int,
-  norm: str,
-  *,
-  G: int,
-  H: int,
-  dtype,
-  norms: dict,
-  rotated: int,
+  shape: _Shape, refs, row, dtype, first, count: int, norm: str
 ) -> Array:
   """Loads a row's heads from `first` on, [count, H], normed and rotated."""
+  N, K, H, _, norms, rotated, _ = shape
   features, heads = jnp.arange(tiles.power(H)), jnp.arange(count)[:, None]
   real = tiles.below(features, H, len(features))
-  mask = tiles.both(None if count == 1 else heads < G, real)
+  mask = tiles.both(None if count == 1 else heads < N // K, real)
 
   def at(places):
     index = (first + heads) * H + places[None]

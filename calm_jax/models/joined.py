@@ -85,7 +85,7 @@ def has_step(config: ModelConfig, layer: dict, x_BLD: Array) -> bool:
 
 
 def is_read(module: dict) -> bool:
-  """Returns whether `linear_kernel.linear` reads the parameters of a `Linear`."""
+  """Returns whether `linear_kernel.linear` reads a `Linear` with parameters."""
   if "transposed" not in module:
     return False
   weight = module["transposed"]
