@@ -196,6 +196,9 @@ def activation_bytes(
   total = rows * length * (2 * config.width + inner) * number
   if kernel == "xla":  # It keeps the scores in float32.
     total += 4 * rows * length**2 * config.num_heads / tensor
+  if kernel == "cudnn":  # Its output, and a statistic of each softmax.
+    outputs = config.num_heads * (config.head_dim * number + 4)
+    total += rows * length * outputs / tensor
   return total
 
 

@@ -44,8 +44,8 @@ class Compute:
   # The kernels of a decoding step on a GPU, see `models.joined`; or "xla".
   decoding: str = "xla"
   # What the backward pass recomputes of a layer: nothing ("none"), all but its
-  # matrix products ("dots"), or all ("full"); "auto" is "none" where all layers
-  # run at once, or else "dots".
+  # matrix products and cuDNN's attention ("dots"), or all ("full"); "auto" is
+  # "none" where all layers run at once, or else "dots".
   remat: str = "auto"
   # Positions of a batch whose logits exist at a time in training, on each
   # device; 0 for all.

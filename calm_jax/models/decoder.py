@@ -190,12 +190,23 @@ def _remat_policy(remat: str, sliced: bool) -> Callable | None:
   if remat == "full":
     return jax.checkpoint_policies.nothing_saveable
   if remat == "dots" or (remat == "auto" and not sliced):
-    return jax.checkpoint_policies.dots_saveable
+    return _keeps_products
   if sliced:
     return None
   cheap = {"dynamic_slice", "squeeze", "sharding_constraint"}
   cheap |= {"convert_element_type"}
   return lambda primitive, *_, **__: primitive.name not in cheap
+
+
+def _keeps_products(primitive, *args, **params) -> bool:
+  """Keeps what products of matrices and cuDNN's attention compute.
+
+  Of attention that is its output and the statistics of its softmax.
+  """
+  is_kernel = primitive.name.startswith("dot_product_attention_fwd")
+  return is_kernel or jax.checkpoint_policies.dots_saveable(
+    primitive, *args, **params
+  )
 
 
 def _placed(config: ModelConfig, weights: dict, part="layers", layer=None):

@@ -249,6 +249,16 @@ def test_a_composition_by_cudnn_keeps_no_scores_of_its_models(hopper):
   assert has("cudnn", *scores) == (True, False, False)
 
 
+@pytest.mark.parametrize(("remat", "calls"), [("dots", 1), ("full", 2)])
+def test_remat_keeps_what_cudnn_computed(remat, calls, hopper):
+  """Its output and statistics are dear to make again, and small."""
+  loss, theta = composed("cudnn", at=2, cap=None, dtype="bfloat16", remat=remat)
+  text = str(jax.make_jaxpr(jax.grad(loss))(theta))
+  # The anchor up to the connection and m_A have no gradient: one call each.
+  kernel = "dot_product_attention_fwd_wrapper["
+  assert text.count(kernel) == 2 + calls
+
+
 def test_what_is_chosen():
   model = helpers.model(1, dtype="bfloat16")[0]
   single = model.with_compute(dtype="float32")
