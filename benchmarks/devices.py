@@ -51,7 +51,7 @@ def job(spec: Composition, rows: int, length: int) -> Job:
   settings = Settings(
     "text",
     None,
-    unroll=max(spec.anchor.num_layers, *layers),
+    unroll=max([spec.anchor.num_layers, *layers]),
     loss_chunk=rows * length,
     stages={"compose": stage},
   )

@@ -12,9 +12,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import generate, gpu, machine, pairs, steps, traffic
+from benchmarks import (
+  decode_program,
+  generate,
+  gpu,
+  machine,
+  pairs,
+  steps,
+  traffic,
+)
 from calm_jax.core import flops, trees
 from calm_jax.planning import flops as formulas
+from calm_jax.planning import gpu_topology, topology
 
 GENERATE = [
   "--pair=tiny", "--dtype=bfloat16", "--rows=2", "--prompt=20", "--new=48",
@@ -235,3 +244,21 @@ def test_a_row_of_the_gpu_table_measures_what_it_says(row, number, capsys):
   found = gpu.main([f"--row={row}", "--pair=tiny"])[row]
   assert found[number] > 0
   assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+
+
+@pytest.mark.skipif(
+  not gpu_topology.cuda_version(),
+  reason="no compiler for GPUs is installed: pip install 'calm_jax[gpu]'",
+)
+@pytest.mark.parametrize("kind", ["", "int8"])
+def test_a_gpu_decodes_a_layer_by_few_kernels_that_read_its_bytes(kind):
+  target = topology.target("gpu:1xH100")
+  more, fewer = (
+    decode_program.token(target, n, "joined", kind) for n in (4, 3)
+  )
+  assert more.launches - fewer.launches <= 8
+  config = pairs.pair("gemma").anchor
+  width, inner = config.width, config.mlp_width
+  heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+  weights = width * (heads + 3 * inner) * (2 if kind == "" else 1 + 2 / 64)
+  assert more.megabytes - fewer.megabytes < 1.1 * weights / 1e6

@@ -34,9 +34,9 @@ def prepare(
     return spec, params
   if layout == "apart":
     return spec, change_models(params, decoder.unstack)
-  spec = spec.with_compute(_kernels(spec))
-  join = jax.jit(_join)
-  return spec, change_models(params, lambda p: decoder.split_layers(p, join))
+  spec, join = spec.with_compute(_kernels(spec)), jax.jit(_join)
+  params = change_models(params, lambda p: decoder.split_layers(p, join))
+  return spec, _transpose_connections(params)
 
 
 def shapes(
@@ -51,13 +51,30 @@ def shapes(
     spec, pick = spec.with_compute(_kernels(spec)), _join
 
   def split(params):
-    return change_models(params, lambda p: decoder.split_layers(p, pick))
+    split = change_models(params, lambda p: decoder.split_layers(p, pick))
+    return _transpose_connections(split) if layout == "joined" else split
 
   return spec, jax.eval_shape(split, params)
 
 
 def _join(stack: dict, layer: jax.Array | int) -> dict:
   return joined.join(decoder.pick_layer(stack, layer))
+
+
+def _transpose_connections(params: dict) -> dict:
+  """Transposes the matrices of the composition, if there is one."""
+
+  def is_linear(node) -> bool:
+    return isinstance(node, dict) and "kernel" in node
+
+  def change(node):
+    return joined.transpose(node) if is_linear(node) else node
+
+  theta = params.get("composition")
+  if theta is None:
+    return params
+  theta = jax.tree.map(change, theta, is_leaf=is_linear)
+  return params | {"composition": theta}
 
 
 def _kernels(spec: Composition) -> Callable[[str], dict]:

@@ -49,11 +49,13 @@ class Counts:
   sent: dict[str, float] = dataclasses.field(default_factory=dict)
   unknown_loops: int = 0  # whose number of turns had to be assumed
   flops: float = 0  # of its matrix products, but for those of kernels
+  launches: int = 0  # of fusions, kernels, copies and collectives
 
   def add(self, other: Self, times: int = 1) -> None:
     """Adds the work of a part that runs `times` times."""
     self.memory += times * other.memory
     self.flops += times * other.flops
+    self.launches += times * other.launches
     self.unknown_loops += other.unknown_loops
     for kind, size in other.sent.items():
       self.sent[kind] = self.sent.get(kind, 0) + times * size
@@ -165,7 +167,8 @@ class _Counter:
     for op in computation.values():
       operands = [computation[o] for o in op.operands if o in computation]
       memory, sent = self._memory(op, operands), self._sent(op, scatters)
-      total.add(Counts(memory, sent, flops=_flops(op, operands)))
+      launches = int(not _FREE.fullmatch(op.kind))
+      total.add(Counts(memory, sent, 0, _flops(op, operands), launches))
       for part, times in self._parts(op):
         total.add(part, times)
     return total
@@ -185,7 +188,7 @@ class _Counter:
     elif kind == "fusion":
       # What a fusion touches in between stays on the chip.
       part = self.count(called["calls"][0])
-      yield dataclasses.replace(part, memory=0.0), 1
+      yield dataclasses.replace(part, memory=0.0, launches=0), 1
     elif kind == "async" and "calls" in called:
       yield self.count(called["calls"][0]), 1
 

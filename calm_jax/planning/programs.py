@@ -135,17 +135,21 @@ def training(placed: Placed, rows: int) -> CompiledProgram:
   return _compile(traced, given)
 
 
-def decoding(placed: Placed, rows: int, slots: int) -> CompiledProgram:
+def decoding(
+  placed: Placed, rows: int, slots: int, arrangement: str = "auto"
+) -> CompiledProgram:
   """Compiles `decode_steps.advance`: up to CHUNK tokens of `rows` rows.
 
   Caches have `slots` slots, all of which are multiplied with, read or not.
+  Layers are arranged by one of `inference.LAYOUTS`, or as the platform does.
   """
   job, layout = placed.job, placed.layout
   spec, params = forward.submodel(job.spec, job.params, job.stage.model)
-  device, arrangement = placed.target.devices[0], "stacked"
-  if layout is None:
+  device = placed.target.devices[0]
+  if arrangement == "auto":
     by_platform = {"cpu": "apart", "gpu": "joined"}
-    arrangement = by_platform.get(device.platform, "stacked")
+    platform = "several" if layout else device.platform
+    arrangement = by_platform.get(platform, "stacked")
   spec, params = inference.shapes(spec, params, arrangement)
   names = ["anchor", *(name for name, _ in spec.augmenting)]
   # Of the prompts only the shape matters.

@@ -163,6 +163,27 @@ def test_logits_while_generating_are_those_of_the_finished_text(
   assert worst < 1e-4
 
 
+@pytest.mark.parametrize("case", ["one of each", "own and encoder", "rope"])
+@pytest.mark.parametrize("kernels", ["xla", "triton"])
+def test_joined_matrices_and_kernels_of_a_gpu_make_the_same_texts(
+  case, kernels, spelled
+):
+  options = dict(CASES.get(case) or CASES["positions"])
+  own = options.pop("own", ())
+  spec, params = helpers.compose(options.pop("names"), **options)
+  spec = helpers.retype(spec, window=5, full_layers=(1,))
+  model = spelled(spec, params, own)
+  want = decode.generate(model, PROMPTS, max_new_tokens=8)
+  spec, params = inference.prepare(spec, params, "joined")
+  assert "transposed" in params["composition"]["kv"]["layer_2_to_2"]["query"]
+  spec = spec.with_compute(lambda _: {"decoding": kernels})
+  forced = spelled(spec, params, own)
+  forced.__dict__["prepared"] = spec, params
+  assert decode.generate(forced, PROMPTS, max_new_tokens=8) == want
+  if case == "rope":  # More rows than the kernels take.
+    assert decode.generate(forced, PROMPTS * 4, max_new_tokens=8) == want * 4
+
+
 def test_positions_that_depend_on_the_length_of_the_text():
   # Told from the longest text that there can be, which is what comes out.
   config, params = helpers.model(1)

@@ -233,6 +233,7 @@ def test_collectives_send_their_share_of_each_turn():
     "reduce-scatter": 5 * 8 * 4 * 3 / 4,
     "collective-permute": 5 * 32,
   }
+  assert found.launches == 5 * 6
   unknown = TEXT.replace("constant(5)", "negate(%i)")
   assert hlo.count(unknown, 7).sent["collective-permute"] == 7 * 32
   assert hlo.count(unknown, 7).unknown_loops == 1
@@ -265,6 +266,7 @@ ENTRY %main (a: f32[9,64], n: s32[]) -> f32[1,64] {
 def test_a_fusion_within_a_fusion_reads_its_layer_only():
   layer, index = 4 * 64, 4
   assert hlo.count(NESTED).memory == 2 * layer + index
+  assert hlo.count(NESTED).launches == 1
 
 
 PRODUCTS = """
