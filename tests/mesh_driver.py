@@ -237,7 +237,8 @@ def kernel(folder: Path, axes: dict) -> None:
 
   TPU's is interpreted, and for cuDNN's stands JAX's plain path.
   """
-  layout = layout_of(axes)
+  # Queries of causal attention by cuDNN are not cut into pieces.
+  layout, whole = layout_of(axes), layout_of({"data": 2, "tensor": 4})
   random = np.random.default_rng(0)
   q, weights = (random.standard_normal((2, 200, 4, 8)) for _ in range(2))
   k, v = (random.standard_normal((2, 200, 1, 8)) for _ in range(2))
@@ -260,6 +261,18 @@ def kernel(folder: Path, axes: dict) -> None:
       *qkv, kernel="cudnn", place=placement.ModelPlacement(layout, "anchor/")
     )
 
+  unpacked = np.repeat([[1, 1, 0], [1, 0, 0]], [70, 101, 29], 1)
+  by_segments = attention.SegmentMask(unpacked, unpacked, None)
+  weights = weights * (unpacked > 0)[..., None, None]
+
+  def causal(*qkv):
+    place = placement.ModelPlacement(whole, "anchor/")
+    return attend(*qkv, by_segments, kernel="cudnn", window=33, place=place)
+
+  def plain_causal(*qkv):
+    mask = masks.self_attention_mask(unpacked, unpacked)
+    return attend(*qkv, masks.window_mask(mask, 33)[:, None])
+
   def run(function):
     loss = jax.jit(
       jax.grad(lambda *a: (function(*a) * weights).sum(), (0, 1, 2))
@@ -276,11 +289,11 @@ def kernel(folder: Path, axes: dict) -> None:
     mock.patch.object(splash_attention, "make_splash_mha", interpreted),
     mock.patch.object(jax.nn, "dot_product_attention", stand_in),
   ):
-    found = run(splash), run(cudnn)
-  expected = run(plain)
-  for kernel in found:
-    for ours, theirs in zip(kernel, expected, strict=True):
-      np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    found = run(splash), run(cudnn), run(causal)
+  expected = run(plain), run(plain), run(plain_causal)
+  for ours, theirs in zip(found, expected, strict=True):
+    for one, other in zip(ours, theirs, strict=True):
+      np.testing.assert_allclose(one, other, atol=2e-5)
 
 
 def command(folder: Path, axes: dict) -> None:

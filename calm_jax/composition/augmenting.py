@@ -42,7 +42,7 @@ def run(
   if cache is not None:
     layer_cache, old = cache["layers"], cache["segments"]
     segments = jax.lax.dynamic_update_slice(old, segments, (0, index))
-  if cache is None and config.compute.attention == "splash":
+  if cache is None and config.compute.reads_segments:
     mask = SegmentMask(segments, segments, sequence.positions)
   else:
     first_slot = 0 if index is None else index

@@ -18,6 +18,22 @@ from calm_jax.models.layers import Linear, Norm, at_least_float32
 Array = jax.Array
 
 
+def fits_cudnn(anchor: ModelConfig) -> bool:
+  """Returns whether cuDNN takes the heads of an anchor's cross-attentions.
+
+  It takes those of the anchor itself, or would not have been chosen for it.
+  """
+  width = anchor.width // anchor.num_heads
+  return width % 8 == 0 and width <= max(anchor.head_dim, 128)
+
+
+def reads_segments(anchor: ModelConfig) -> bool:
+  """Returns whether cross-attention reads a `SegmentMask`, without a cache."""
+  compute = anchor.compute
+  takes_width = compute.attention != "cudnn" or fits_cudnn(anchor)
+  return compute.reads_segments and takes_width
+
+
 class CrossAttention(nn.Module):
   """f_cross(f_proj(H_A), H_B) of §3.1, in two halves.
 
@@ -81,16 +97,20 @@ class CrossAttention(nn.Module):
     """The contribution to the anchor's residual stream, [B, L, D].
 
     `keys_values` may be a cache. The mask says which keys each position may
-    attend to: a `SegmentMask`, for the splash kernel, if tokens are the same.
+    attend to: a `SegmentMask`, if `reads_segments` and tokens are the same.
     """
     by_segments = isinstance(mask_BLM, SegmentMask)
     mask = mask_BLM if by_segments else mask_BLM[:, None]
+    kernel = "xla"
     if keys_values["key"].ndim == 5:
       key_blocks = blocks(keys_values, 0, mask)
     else:
       key_blocks = [(keys_values["key"], keys_values["value"], mask)]
+      if self.anchor.compute.attention == "cudnn" and fits_cudnn(self.anchor):
+        kernel = "cudnn"
     q_BLNH = self._query(x_BLD, mask_BLM)
-    out_BLNH = attend(q_BLNH, key_blocks, place=self.anchor.compute.place)
+    place = self.anchor.compute.place
+    out_BLNH = attend(q_BLNH, key_blocks, kernel=kernel, place=place)
     if not by_segments:
       # A position that sees nothing gets nothing; the softmax of an empty row
       # would average over what it must not see.

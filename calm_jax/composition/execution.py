@@ -69,6 +69,7 @@ class Work(NamedTuple):
   rows: int  # of a piece of the batch
   length: int  # tokens of a row
   resident: int = 0  # bytes of parameters and of the optimizer's state
+  packed: bool = True  # whether a row may hold several segments
 
 
 def for_inference(
@@ -98,7 +99,8 @@ def for_training(
   remat = asked.remat
   if remat == "auto":
     remat = _remat(spec, config, rows, device, work)
-  return spec.with_compute(lambda _: {"remat": remat, "loss_chunk": rows})
+  how = {"remat": remat, "loss_chunk": rows, "packed": work.packed}
+  return spec.with_compute(lambda _: how)
 
 
 def models(spec: Composition) -> dict[str, ModelConfig]:

@@ -10,6 +10,7 @@ N heads, S slots of a cache.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from calm_jax.composition import augmenting, cross_attention, visibility
 from calm_jax.composition.connections import Composition
@@ -59,14 +60,22 @@ def empty_cache(
 def check(spec: Composition, batch: Batch) -> None:
   """Raises InputError for ids or positions that a model does not have.
 
-  On the device they would be read as others, without a word, so it is called
-  where batches enter.
+  It does so too for packed rows, where the model's `Compute` says that there
+  are none. On the device all of these would be read as others, without a word,
+  so it is called where batches enter.
   """
   models = {"the anchor": (batch.anchor, spec.anchor)}
   for name, joined in spec.augmenting:
     sequence = batch.augmenting.get(name, batch.anchor)
     models[f"augmenting model {name!r}"] = sequence, joined.config
   for name, (sequence, config) in models.items():
+    segments = sequence.segments
+    is_packed = segments.max(initial=0) > 1 or (np.diff(segments) > 0).any()
+    if is_packed and not config.compute.packed:
+      raise InputError(
+        f"rows of {name} hold several segments, or padding before one; its "
+        "attention was chosen for rows of one segment each (packed=False)"
+      )
     ranges = {
       "token ids": (sequence.tokens, config.vocab_size),
       "positions": (sequence.positions, config.max_length),
@@ -108,7 +117,8 @@ def states(
     Hidden states after the last layer [B, L, D], and the updated cache or None.
   """
   lengths = lengths or {}
-  kernels = cache is None and spec.anchor.compute.attention == "splash"
+  by_segments = cache is None and weights is None
+  by_segments = by_segments and cross_attention.reads_segments(spec.anchor)
   new: dict[str, dict] = {"augmenting": {}, "cross": {}}
   # By the anchor's layer, cross-attentions with their keys, values and masks.
   by_layer: dict[int, list[tuple]] = {}
@@ -126,7 +136,7 @@ def states(
         name,
         read["augmenting"]["segments"],
         index,
-        kernels and weights is None,
+        by_segments,
       )
       for connection in joined.connections:
         attention = cross_attention.bound(params, spec, name, connection)

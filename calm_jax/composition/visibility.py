@@ -81,7 +81,7 @@ def attention_mask(
   """Cross-attention's mask, bool [B, L, M]: visible slots of one's segment.
 
   The other arguments are as for `visible_counts`. If `by_segments`, it is a
-  `SegmentMask` where that says the same, for the splash kernel.
+  `SegmentMask` where that says the same.
   """
   segments_BL = batch.anchor.segments
   reads_anchor = name not in batch.augmenting and name not in batch.visible

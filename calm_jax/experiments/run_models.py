@@ -143,7 +143,8 @@ def stage_work(
     along_rows, along_tokens = layout.rule("batch/anchor/tokens")
     rows = math.ceil(rows / layout.size(along_rows))
     length = math.ceil(length / layout.size(along_tokens))
-  return Work(stage.model, rows, length, resident)
+  packed = getattr(stage.data, "pack", True)
+  return Work(stage.model, rows, length, resident, packed)
 
 
 def add_lora(settings: Settings, params: dict) -> tuple[dict, int]:

@@ -98,10 +98,12 @@ def attend(
     q_BLNH: queries.
     blocks: (keys [B, K, S, H], values [B, K, S, H], mask) of each block of
       keys; one softmax goes over all of them. The mask is bool [B, 1, L, S], or
-      a `SegmentMask` for the splash kernel. Only "xla" reads several blocks.
+      a `SegmentMask`, for cuDNN of rows as `Compute.packed=False` has them.
+      Only "xla" reads several blocks.
     scale: scores are multiplied by it; H^-1/2 if None.
     cap: c, scores become c tanh(scores / c); None for none.
-    kernel: "xla", or "cudnn" without a cap; a `SegmentMask` means "splash".
+    kernel: "xla", or "cudnn" without a cap; a `SegmentMask` means "splash" if
+      it is not "cudnn".
     window: with a `SegmentMask`, the number of latest keys that a query reads,
       its own among them; all if None.
     place: the model's `Compute.place`.
@@ -109,11 +111,14 @@ def attend(
   by_segments = isinstance(blocks[0][2], SegmentMask)
   if kernel == "xla" and not by_segments:
     return _xla(q_BLNH, blocks, scale, cap)
-  [block] = blocks
-  if by_segments:
-    return _splash(q_BLNH, *block, window, scale, cap, place)
-  attend_rows = functools.partial(_cudnn, scale)
-  return _on_devices(place, attend_rows, None, q_BLNH.swapaxes(1, 2), *block)
+  [(k_BKSH, v_BKSH, mask)] = blocks
+  if by_segments and kernel != "cudnn":
+    return _splash(q_BLNH, k_BKSH, v_BKSH, mask, window, scale, cap, place)
+  # Padding behind a segment is hidden from it by causality alone.
+  attend_rows = functools.partial(_cudnn, scale, window)
+  masks = () if by_segments else (mask,)
+  q_BNLH = q_BLNH.swapaxes(1, 2)
+  return _on_devices(place, attend_rows, None, q_BNLH, k_BKSH, v_BKSH, *masks)
 
 
 def _on_devices(place, function, kernel, *arrays) -> Array:
@@ -167,16 +172,24 @@ def _padded(x: Array, unit: int, axis: int = 1) -> Array:
   return jnp.pad(x, widths) if any(widths[axis]) else x
 
 
-def _cudnn(scale, _kernel, q_BNLH, k_BKSH, v_BKSH, mask_B1LS):
-  """`attend` by cuDNN's kernel; lengths are padded to whole tiles of it."""
+def _cudnn(scale, window, _kernel, q_BNLH, k_BKSH, v_BKSH, mask_B1LS=None):
+  """`attend` by cuDNN's kernel; lengths are padded to whole tiles of it.
+
+  It is causal without a mask; only then is there a window.
+  """
   arrays = [x.swapaxes(1, 2) for x in (q_BNLH, k_BKSH, v_BKSH)]
-  mask_B1LS = _padded(_padded(mask_B1LS, _TILE, 2), _TILE, 3)
-  # A row that sees nothing, as those that are added, sees all: in a softmax of
-  # nothing NaNs arise, which would reach the gradients of other rows.
-  mask_B1LS |= ~mask_B1LS.any(axis=-1, keepdims=True)
+  if mask_B1LS is None:
+    how: dict[str, Any] = {"is_causal": True}
+    if window is not None and window < k_BKSH.shape[2]:
+      how["local_window_size"] = window - 1, 0
+  else:
+    mask_B1LS = _padded(_padded(mask_B1LS, _TILE, 2), _TILE, 3)
+    # A row that sees nothing, as those that are added, sees all: in a softmax
+    # of nothing NaNs arise, which would reach the gradients of other rows.
+    how = {"mask": mask_B1LS | ~mask_B1LS.any(axis=-1, keepdims=True)}
   q_BLNH, k_BSKH, v_BSKH = (_padded(x, _TILE) for x in arrays)
   out_BLNH = jax.nn.dot_product_attention(
-    q_BLNH, k_BSKH, v_BSKH, mask=mask_B1LS, scale=scale, implementation="cudnn"
+    q_BLNH, k_BSKH, v_BSKH, scale=scale, implementation="cudnn", **how
   )
   return out_BLNH.swapaxes(1, 2)[:, :, : q_BNLH.shape[2]]
 

@@ -37,6 +37,8 @@ def _attend(
   by_segments = isinstance(blocks[0][2], SegmentMask)
   if not by_segments or c.window is None or not c.full_layers:
     return within_window(q_BLNH, blocks)
+  if c.window >= q_BLNH.shape[1]:
+    return everywhere(q_BLNH, blocks)
   is_full = is_among(c, c.full_layers, layer)
   return jax.lax.cond(is_full, everywhere, within_window, q_BLNH, blocks)
 

@@ -41,6 +41,9 @@ class Compute:
   unroll: int = 1
   # The kernel of training and scoring; prompts are always read by "xla".
   attention: str = "xla"
+  # Whether a row may hold several segments. If not, it holds one with padding
+  # behind it, and "cudnn" is asked for causal attention without a mask array.
+  packed: bool = True
   # The kernels of a decoding step on a GPU, see `models.joined`; or "xla".
   decoding: str = "xla"
   # What the backward pass recomputes of a layer: nothing ("none"), all but its
@@ -57,6 +60,15 @@ class Compute:
     check_choice("attention", self.attention, ATTENTIONS)
     check_choice("decoding", self.decoding, DECODINGS)
     check_choice("remat", self.remat, REMATS)
+
+  @property
+  def reads_segments(self) -> bool:
+    """Tells whether the kernel reads a `SegmentMask`, not a mask array."""
+    if self.attention == "cudnn":
+      # cuDNN takes the first query it is given for that of the first key.
+      is_whole = self.place is None or self.place.sequence == 1
+      return is_whole and not self.packed
+    return self.attention == "splash"
 
 
 @dataclasses.dataclass(frozen=True)

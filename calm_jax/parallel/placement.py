@@ -74,9 +74,9 @@ class ModelPlacement:
     Args:
       function: returns [B, N, L, H].
       kernel: a `SplashAttentionKernel` of all queries, made for `sequence`
-        pieces; None for one that reads a mask.
+        pieces; None for cuDNN's.
       *others: segments of the queries [B, L] and of the keys [B, S]; without
-        a kernel a mask [B, 1, L, S].
+        a kernel a mask [B, 1, L, S] or nothing.
     """
     mesh, spec = self.layout.mesh, self.layout.fitting("heads", q_BNLH).spec
     rows, heads, tokens, _ = spec
@@ -87,7 +87,8 @@ class ModelPlacement:
       times = (N if N % needed else needed) // K
       k_BKSH, v_BKSH = (jnp.repeat(x, times, axis=1) for x in (k_BKSH, v_BKSH))
     if kernel is None:
-      kernel_spec, other_specs = None, (P(rows, None, tokens),)
+      kernel_spec = None
+      other_specs = (P(rows, None, tokens),) * len(others)
     else:
       sharding = NamedSharding(mesh, P(None, tokens))
       kernel_spec = kernel.manual_sharding_spec(sharding)

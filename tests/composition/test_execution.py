@@ -57,6 +57,14 @@ def test_each_device_gets_its_kernel(device, kernel):
   assert kernels == {kernel}
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_kernel_knows_whether_rows_are_packed(packed):
+  work = STEP._replace(packed=packed)
+  assert chosen(V5E, work).reads_segments
+  assert chosen(H100, work).reads_segments != packed
+  assert not chosen(CPU, work).reads_segments
+
+
 def test_what_is_asked_for_is_taken_or_refused():
   asked = Asked("xla", "full", 300, 2)
   compute = chosen(H100, asked=asked)

@@ -37,12 +37,18 @@ def plain_cudnn(monkeypatch):
   """JAX's plain path wherever cuDNN is asked; empty rows are NaN."""
   plain = jax.nn.dot_product_attention
 
-  def stand_in(q_BLNH, k_BSKH, v_BSKH, *, mask, scale, implementation):
+  def stand_in(
+    q_BLNH, k_BSKH, v_BSKH, *, scale, implementation, mask=None, **how
+  ):
     assert implementation == "cudnn"
-    assert mask.shape[2] % 128 == mask.shape[3] % 128 == 0
+    assert q_BLNH.shape[1] % 128 == k_BSKH.shape[1] % 128 == 0
     out_BLNH = plain(
-      q_BLNH, k_BSKH, v_BSKH, mask=mask, scale=scale, implementation="xla"
-    )
+      q_BLNH, k_BSKH, v_BSKH, mask=mask, scale=scale, implementation="xla",
+      **how,
+    )  # fmt: skip
+    if mask is None:
+      return out_BLNH
+    assert mask.shape[2:] == (q_BLNH.shape[1], k_BSKH.shape[1])
     sees_BLN1 = mask.any(-1).swapaxes(1, 2)[..., None]
     return jnp.where(sees_BLN1, out_BLNH, jnp.nan)
 
@@ -146,13 +152,67 @@ def test_cudnn_of_any_length_is_the_plain_path(
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
+def unpacked(
+  length: int, heads: int, keys: int, width: int, dtype: str, window
+):
+  """What "cudnn" and the plain path make of one segment a row."""
+  (q, k, v, weights), _ = inputs(heads, keys, width)
+  q, k, v = (x[:, :length].astype(dtype) for x in (q, k, v))
+  real = np.arange(length) < np.array([[length], [-(-length * 2 // 3)]])
+  segments = real.astype(np.int32)
+  weights = weights[:, :length] * real[..., None, None]
+  mask = masks.self_attention_mask(segments, segments)
+  if window is not None:
+    mask = window_mask(mask, window)
+  by_segments = attention.SegmentMask(segments, segments, None)
+
+  def run(mask, **how):
+    def loss(q, k, v):
+      out = attend(q, k, v, mask, scale=0.3, **how)
+      # What padding gets is finite, and has no part in gradients.
+      return (out * weights).sum(), jnp.where(weights == 0, 0 * out, out)
+
+    step = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
+    (_, out), grads = jax.jit(step)(q, k, v)
+    return [np.asarray(x, np.float32) for x in (out, *grads)]
+
+  kernel = run(by_segments, kernel="cudnn", window=window)
+  return zip(kernel, run(mask[:, None]), strict=True)
+
+
+WINDOWS = pytest.mark.parametrize("window", [None, 33])
+
+
 @LENGTHS
-def test_cudnn_itself_is_the_plain_path(length, heads, keys):
+@WINDOWS
+def test_cudnn_of_unpacked_rows_is_the_plain_path(
+  length, heads, keys, window, plain_cudnn
+):
+  for ours, theirs in unpacked(length, heads, keys, 8, "float32", window):
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def skip_without_cudnn():
   device = jax.devices()[0]
   model = helpers.model(1, dtype="bfloat16", head_dim=64)[0]
   if attention.choose("auto", device, model) != "cudnn":
     pytest.skip(f"cuDNN's attention does not run on {device.device_kind}")
+
+
+@LENGTHS
+def test_cudnn_itself_is_the_plain_path(length, heads, keys):
+  skip_without_cudnn()
   for ours, theirs in both(length, heads, keys, 64, "bfloat16"):
+    np.testing.assert_allclose(ours, theirs, atol=0.03 * np.abs(theirs).max())
+
+
+@LENGTHS
+@WINDOWS
+def test_cudnn_itself_of_unpacked_rows_is_the_plain_path(
+  length, heads, keys, window
+):
+  skip_without_cudnn()
+  for ours, theirs in unpacked(length, heads, keys, 64, "bfloat16", window):
     np.testing.assert_allclose(ours, theirs, atol=0.03 * np.abs(theirs).max())
 
 
@@ -194,7 +254,10 @@ def test_jax_lets_cudnn_have_any_length(
 
 
 def composed(attention_kernel: str, at=4, cap: float | None = 3.0, **changes):
-  """A composition whose anchor has windows on all layers but one."""
+  """A composition whose anchor has windows on all layers but one.
+
+  Rows are packed, unless `packed=False` is among the changes.
+  """
   spec, params = helpers.compose(connections=((2, at),), positions="rope")
   spec = helpers.retype(spec, attention=attention_kernel, **changes)
   anchor = dataclasses.replace(
@@ -203,6 +266,9 @@ def composed(attention_kernel: str, at=4, cap: float | None = 3.0, **changes):
   spec = dataclasses.replace(spec, anchor=anchor)
   segments = np.repeat([[1, 2, 0], [1, 1, 2]], [50, 70, 13], 1)
   starts = np.repeat([[0, 50, 120], [0, 0, 120]], [50, 70, 13], 1)
+  if not changes.get("packed", True):
+    segments = np.repeat([[1, 1, 0], [1, 0, 0]], [50, 70, 13], 1)
+    starts = np.zeros_like(segments)
   tokens = np.random.default_rng(1).integers(0, 61, segments.shape)
   sequence = Sequence(
     *map(jnp.asarray, (tokens, segments, np.arange(133) - starts))
@@ -249,14 +315,51 @@ def test_a_composition_by_cudnn_keeps_no_scores_of_its_models(hopper):
   assert has("cudnn", *scores) == (True, False, False)
 
 
+def test_unpacked_rows_have_no_mask_and_no_scores(hopper):
+  """Of the anchor, of m_A, and of the cross-attention: all are causal."""
+
+  def pairs(packed):
+    loss, theta = composed(
+      "cudnn", at=2, cap=None, dtype="bfloat16", packed=packed
+    )
+    text = for_cuda(jax.grad(loss), theta)
+    assert "@__cudnn$fmhaSoftmaxBackward(" in text or packed
+    return any(f"x{n}x{n}x" in text for n in (133, 256))
+
+  assert pairs(packed=True)
+  assert not pairs(packed=False)
+
+
+def test_a_composition_of_unpacked_rows_is_the_plain_one(plain_cudnn):
+  losses = []
+  for kernel in ("cudnn", "xla"):
+    loss, theta = composed(kernel, cap=None, packed=False)
+    losses.append(jax.jit(jax.value_and_grad(loss))(theta))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *losses
+  )
+
+
+@pytest.mark.parametrize("rows", [[[1, 2, 0]], [[0, 1, 1]]])
+def test_rows_that_are_packed_are_refused_where_none_are(rows):
+  spec, _ = helpers.compose(connections=((2, 2),))
+  rows = np.array(rows, np.int32)
+  batch = Batch(Sequence(0 * rows, rows, 0 * rows), {}, {})
+  forward.check(spec, batch)
+  spec = helpers.retype(spec, packed=False)
+  with pytest.raises(InputError, match="several segments"):
+    forward.check(spec, batch)
+
+
 @pytest.mark.parametrize(("remat", "calls"), [("dots", 1), ("full", 2)])
 def test_remat_keeps_what_cudnn_computed(remat, calls, hopper):
   """Its output and statistics are dear to make again, and small."""
   loss, theta = composed("cudnn", at=2, cap=None, dtype="bfloat16", remat=remat)
   text = str(jax.make_jaxpr(jax.grad(loss))(theta))
-  # The anchor up to the connection and m_A have no gradient: one call each.
+  # The anchor up to the connection and m_A have no gradient: one call each; and
+  # nothing of the cross-attention is computed again.
   kernel = "dot_product_attention_fwd_wrapper["
-  assert text.count(kernel) == 2 + calls
+  assert text.count(kernel) == 3 + calls
 
 
 def test_what_is_chosen():
