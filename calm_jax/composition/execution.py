@@ -21,6 +21,7 @@ _LEAST_ROWS = 1024
 # The least positions and logits for a CPU; few at a time are few in vain, where
 # most positions have no loss.
 _CPU_ROWS, _CPU_LOGITS = 512, 2**22
+_CHUNKS = 8  # if each has enough rows: those without a loss are skipped
 _LANES = 128  # A chunk is a multiple of it.
 # The share of a device's memory that the logits of a chunk may take. A logit
 # takes 10 bytes: float32, its gradient in float32, and once more in bfloat16.
@@ -157,6 +158,7 @@ def _chunk(vocabulary: int, device: Device, work: Work) -> int:
   most = int(memory * _LOGITS_SHARE / logits)
   if most < _LEAST_ROWS and 4 * _LEAST_ROWS * logits <= memory - work.resident:
     most = _LEAST_ROWS
+  most = min(most, max(_LEAST_ROWS, positions // _CHUNKS))
   chunks = math.ceil(positions / max(most, _LANES))
   rows = math.ceil(positions / chunks / _LANES) * _LANES
   return min(max(rows, min(most, _LEAST_ROWS)), positions)

@@ -137,7 +137,7 @@ def test_the_line_at_the_start():
   spec = execution.for_training(composed(), AUTO, H100, STEP)
   assert execution.describe(spec, STEP) == {
     "attention": "cudnn",
-    "loss": "5 x 1,664 tokens",
+    "loss": "8 x 1,024 tokens",
     "remat": "dots",
     "unroll": "1",
   }
