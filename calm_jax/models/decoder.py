@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm_jax.models import cache as cache_lib
-from calm_jax.models import joined
+from calm_jax.models import joined, linear_kernel
 from calm_jax.models.block import Block
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.layers import Linear, at_least_float32, norm
@@ -242,7 +242,11 @@ def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:
   x = norm(config).apply({"params": params["final_norm"]}, x_BLD)
   flat = x.reshape(-1, x.shape[-1]).astype(config.compute.dtype)
   if config.tie_embeddings:
-    flat = matmul(flat, params["embed"]["embedding"], transposed=True)
+    table = params["embed"]["embedding"]
+    if joined.reads_table(config, table, len(flat)):
+      flat, _ = linear_kernel.linear(flat, table)
+    else:
+      flat = matmul(flat, table, transposed=True)
   else:
     flat = matmul(flat, params["head"]["kernel"])
   dtype = at_least_float32(config.compute.dtype)

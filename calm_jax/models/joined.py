@@ -95,6 +95,16 @@ def is_read(module: dict) -> bool:
   return -(-D // weight["scale"].shape[1]) % 2 == 0
 
 
+def reads_table(config: ModelConfig, table_VD: Array | dict, rows: int) -> bool:
+  """Returns whether a kernel multiplies states with a quantised table.
+
+  XLA would write it to memory dequantised; it streams one that is not.
+  """
+  few = config.compute.decoding == "triton" and rows <= tiles.ROWS
+  quantised = quantisation.is_quantised(table_VD)
+  return few and quantised and is_read({"transposed": table_VD})
+
+
 def linear(x_BD: Array, module: dict, **options) -> tuple[Array, Array]:
   """`linear_kernel.linear` with the parameters of a `Linear`."""
   weight, bias = module["transposed"], module.get("bias")

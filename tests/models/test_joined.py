@@ -57,6 +57,7 @@ MODELS = {
   "experts": (False, {"num_experts": 4, "experts_per_token": 2}),
 }  # fmt: skip
 CHANGES = {
+  "gemma 3, int4": ("gemma 3", lambda p: quantisation_lib.quantise(p, "int4")),
   "llama, int8": ("llama", lambda p: quantisation_lib.quantise(p, "int8")),
   "qwen 2, int4": ("qwen 2", lambda p: quantisation_lib.quantise(p, "int4")),
   "llama, LoRA": ("llama", lambda p: lora.add(p, 2, jax.random.key(0))),
