@@ -11,9 +11,14 @@ import jax.numpy as jnp
 import pytest
 
 from calm_jax import plan
+from calm_jax.composition import cross_attention, execution
+from calm_jax.composition.connections import Augmenting, Composition, Connection
 from calm_jax.core.errors import InputError
 from calm_jax.experiments.config_files import read_settings
+from calm_jax.experiments.settings import Settings
 from calm_jax.generation import decode
+from calm_jax.models import decoder
+from calm_jax.models.config import ModelConfig
 from calm_jax.parallel.chips import TPUS
 from calm_jax.plan import PlanOptions
 from calm_jax.planning import (
@@ -25,6 +30,7 @@ from calm_jax.planning import (
   shapes,
   topology,
 )
+from calm_jax.training.stage import Stage
 from configs import kv
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
@@ -379,6 +385,47 @@ def test_a_gpu_step_is_compiled_for_that_gpu():
   backward = {name.endswith("Backward") for name in found.kernels}
   assert backward == {False, True}
   assert found.fits and found.sent["all-gather"] > 0
+
+
+@pytest.mark.skipif(
+  not gpu_topology.cuda_version(),
+  reason="no compiler for GPUs is installed: pip install 'calm_jax[gpu]'",
+)
+def test_attention_of_unpacked_rows_is_kernels_alone_on_a_gpu():
+  """No array of pairs; each forward kernel once, but for remat="full"."""
+  anchor = ModelConfig(
+    vocab_size=512, width=256, num_layers=4, num_heads=2, num_kv_heads=1,
+    head_dim=128, mlp_width=512, window=512,
+  ).with_compute(dtype="bfloat16")  # fmt: skip
+  other = dataclasses.replace(anchor, width=128, num_layers=2, num_heads=1)
+  pair = Augmenting(other, (Connection(2, 2),))
+  target = topology.target("gpu:1xH100")
+  stage = Stage(steps=4, warmup=1, batch_size=2, length=2048)
+
+  def compiled(remat, packed):
+    spec = Composition(anchor, (("kv", pair),))
+    work = execution.Work("composed", 2, 2048, packed=packed)
+    asked = execution.Asked(remat=remat)
+    spec = execution.for_training(spec, asked, target.kind, work)
+    params = jax.eval_shape(
+      lambda key: {
+        "anchor": decoder.init(key, anchor),
+        "augmenting": {"kv": decoder.init(key, other)},
+        "composition": cross_attention.init(key, spec),
+      },
+      jax.random.key(0),
+    )
+    job = shapes.Job(Settings("text", None), stage, spec, params, {})
+    placed = programs.Placed(job, None, target)
+    text = programs.training(placed, 2).compiled.as_text()
+    return hlo.kernels(text), "2048,2048]" in text
+
+  # Of m_A, of the anchor below and above the connection, and of the connection.
+  kernels = {"fmhaSoftmax": 4, "fmhaSoftmaxBackward": 2}
+  assert compiled("auto", packed=False) == (kernels, False)
+  kernels["fmhaSoftmax"] = 5
+  assert compiled("full", packed=False) == (kernels, False)
+  assert compiled("auto", packed=True)[1]
 
 
 def test_kernels_are_counted_by_name():
