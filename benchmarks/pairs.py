@@ -127,7 +127,7 @@ def chosen(
   shapes = jax.eval_shape(lambda: parameters(spec, "float32"))
   composition = shapes.pop("composition")
   resident = execution.resident_bytes(composition, shapes)
-  work = execution.Work("composed", rows, length, resident)
+  work = execution.Work("composed", rows, length, resident, packed=False)
   device = execution.Device.of(jax.devices()[0])
   return execution.for_training(spec, asked, device, work)
 
