@@ -53,8 +53,7 @@ class ExpressionOptions:
     operators: characters of "+-*".
     keys: "all"; "held_in"; "held_out"; "mixed", where one held-in and one
       held-out key are at random places and the others are any key; or
-      "levelled": all, those whose values have a digit less ten times as often,
-      so that values of all numbers of digits come about as often.
+      "levelled": all, those whose values have a digit less five times as often.
     part: "train" and "any" repeat expressions; "eval" draws distinct ones.
     max_products: how many × an expression may hold; + and − take the places of
       others. None for any number.
@@ -214,7 +213,7 @@ def _pools(kv: KeyDictionary, keys: str) -> tuple[np.ndarray, ...]:
   pools["mixed"] = (everything, held_in, held_out)
   if keys == "levelled":
     digits = np.array([len(str(value)) for value in kv.values])
-    pools[keys] = (np.repeat(everything, 10 ** (digits.max() - digits)),)
+    pools[keys] = (np.repeat(everything, 5 ** (digits.max() - digits)),)
   check_choice("keys", keys, [*pools, "levelled"])
   if not all(len(pool) for pool in pools[keys]):
     raise InputError(
