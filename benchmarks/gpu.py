@@ -61,14 +61,19 @@ def speeds(options) -> Found:
 
 
 def kernels(options) -> Found:
-  """Runs the tests of attention kernels, some of which need a GPU."""
+  """Runs the tests of kernels, some of which need a GPU."""
   run = subprocess.run(
     [
       sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-      "tests/models/test_attention.py",
+      "tests/models/test_attention.py", "tests/models/test_joined.py",
     ],
     cwd=ROOT,
-    env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+    env=os.environ
+    | {
+      "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+      # Else the reference rounds float32 to TensorFloat-32.
+      "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    },
     capture_output=True,
     text=True,
   )  # fmt: skip

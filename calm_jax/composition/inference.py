@@ -79,8 +79,11 @@ def _transpose_connections(params: dict) -> dict:
 
 def _kernels(spec: Composition) -> Callable[[str], dict]:
   """The changes of `Compute`, by models, for decoding on a GPU."""
-  half = spec.anchor.compute.dtype in attention.HALVES
-  return lambda _: {"decoding": "triton" if half else "xla"}
+  kernels = spec.anchor.compute.decoding
+  if kernels == "auto":
+    is_half = spec.anchor.compute.dtype in attention.HALVES
+    kernels = "triton" if is_half else "xla"
+  return lambda _: {"decoding": kernels}
 
 
 def choose_layout(params: dict) -> str:

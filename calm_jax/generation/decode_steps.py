@@ -190,7 +190,7 @@ def advance(
 
   names, first, cache = _same_tokens(spec, state), state.slot, state.cache
   # Caches of single layers are written in place on a GPU, see `cache`.
-  beside = spec.anchor.compute.decoding == "xla"
+  beside = spec.anchor.compute.decoding != "triton"
   if beside:
     cache = _change_caches(
       cache, names, lambda c: cache_lib.begin(c, size, first)

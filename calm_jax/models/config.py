@@ -10,7 +10,7 @@ from calm_jax.models.rope import Rope
 NORMS = ("rms", "rms_plus_one", "layer")
 QK_NORMS = (None, "head", "full")
 ATTENTIONS = ("xla", "cudnn", "splash")
-DECODINGS = ("xla", "triton")
+DECODINGS = ("auto", "xla", "triton")
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_exact")
 REMATS = ("auto", "none", "dots", "full")
 
@@ -44,8 +44,9 @@ class Compute:
   # Whether a row may hold several segments. If not, it holds one with padding
   # behind it, and "cudnn" is asked for causal attention without a mask array.
   packed: bool = True
-  # The kernels of a decoding step on a GPU, see `models.joined`; or "xla".
-  decoding: str = "xla"
+  # The kernels of a decoding step: "triton" where layers are joined for a GPU,
+  # see `models.joined`, or "xla"; "auto" is "triton" there for half precision.
+  decoding: str = "auto"
   # What the backward pass recomputes of a layer: nothing ("none"), all but its
   # matrix products and cuDNN's attention ("dots"), or all ("full"); "auto" is
   # "none" where all layers run at once, or else "dots".
