@@ -244,14 +244,19 @@ def kernel(folder: Path, axes: dict) -> None:
   k, v = (random.standard_normal((2, 200, 1, 8)) for _ in range(2))
   ids = np.repeat([[1, 2, 0], [1, 1, 2]], [70, 101, 29], 1)
   mask = masks.self_attention_mask(ids, ids)[:, None]
+  packed = attention.SegmentMask(ids, ids, None)
 
   def attend(q_BLNH, k_BSKH, v_BSKH, mask, **how):
     keys_values = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     return attention.attend(q_BLNH, [(*keys_values, mask)], **how)
 
   def splash(*qkv):
-    both = attention.SegmentMask(ids, ids, None)
-    return attend(*qkv, both, place=placement.ModelPlacement(layout, "anchor/"))
+    place = placement.ModelPlacement(layout, "anchor/")
+    return attend(*qkv, packed, kernel="splash", place=place)
+
+  def pieces(*qkv):
+    place = placement.ModelPlacement(whole, "anchor/")
+    return attend(*qkv, packed, kernel="pieces", place=place)
 
   def plain(*qkv, **how):
     return attend(*qkv, mask, **how)
@@ -288,9 +293,10 @@ def kernel(folder: Path, axes: dict) -> None:
   with (
     mock.patch.object(splash_attention, "make_splash_mha", interpreted),
     mock.patch.object(jax.nn, "dot_product_attention", stand_in),
+    mock.patch.object(attention, "_PIECE", 64),
   ):
-    found = run(splash), run(cudnn), run(causal)
-  expected = run(plain), run(plain), run(plain_causal)
+    found = run(splash), run(cudnn), run(pieces), run(causal)
+  expected = run(plain), run(plain), run(plain), run(plain_causal)
   for ours, theirs in zip(found, expected, strict=True):
     for one, other in zip(ours, theirs, strict=True):
       np.testing.assert_allclose(one, other, atol=2e-5)

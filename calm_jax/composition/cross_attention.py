@@ -18,20 +18,21 @@ from calm_jax.models.layers import Linear, Norm, at_least_float32
 Array = jax.Array
 
 
-def fits_cudnn(anchor: ModelConfig) -> bool:
-  """Returns whether cuDNN takes the heads of an anchor's cross-attentions.
+def kernel_of(anchor: ModelConfig) -> str:
+  """Chooses the kernel of an anchor's cross-attentions, without a cache.
 
-  It takes those of the anchor itself, or would not have been chosen for it.
+  It is the anchor's own, or "pieces" if cuDNN does not take the width of their
+  heads. It takes that of the anchor's, or would not have been chosen for it.
   """
-  width = anchor.width // anchor.num_heads
-  return width % 8 == 0 and width <= max(anchor.head_dim, 128)
+  kernel, width = anchor.compute.attention, anchor.width // anchor.num_heads
+  fits = width % 8 == 0 and width <= max(anchor.head_dim, 128)
+  return "pieces" if kernel == "cudnn" and not fits else kernel
 
 
 def reads_segments(anchor: ModelConfig) -> bool:
   """Returns whether cross-attention reads a `SegmentMask`, without a cache."""
-  compute = anchor.compute
-  takes_width = compute.attention != "cudnn" or fits_cudnn(anchor)
-  return compute.reads_segments and takes_width
+  kernel = kernel_of(anchor)
+  return anchor.with_compute(attention=kernel).compute.reads_segments
 
 
 class CrossAttention(nn.Module):
@@ -101,13 +102,13 @@ class CrossAttention(nn.Module):
     """
     by_segments = isinstance(mask_BLM, SegmentMask)
     mask = mask_BLM if by_segments else mask_BLM[:, None]
-    kernel = "xla"
     if keys_values["key"].ndim == 5:
-      key_blocks = blocks(keys_values, 0, mask)
+      kernel, key_blocks = "xla", blocks(keys_values, 0, mask)
     else:
+      kernel = kernel_of(self.anchor)
+      if kernel == "splash" and not by_segments:
+        kernel = "pieces"
       key_blocks = [(keys_values["key"], keys_values["value"], mask)]
-      if self.anchor.compute.attention == "cudnn" and fits_cudnn(self.anchor):
-        kernel = "cudnn"
     q_BLNH = self._query(x_BLD, mask_BLM)
     place = self.anchor.compute.place
     out_BLNH = attend(q_BLNH, key_blocks, kernel=kernel, place=place)

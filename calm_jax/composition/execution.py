@@ -200,7 +200,7 @@ def activation_bytes(
   total = rows * length * (2 * config.width + inner) * number
   if kernel == "xla":  # It keeps the scores in float32.
     total += 4 * rows * length**2 * config.num_heads / tensor
-  if kernel == "cudnn":  # Its output, and a statistic of each softmax.
+  if kernel in ("cudnn", "pieces"):  # Its output, and statistics of cuDNN's.
     outputs = config.num_heads * (config.head_dim * number + 4)
     total += rows * length * outputs / tensor
   return total

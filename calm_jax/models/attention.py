@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from calm_jax.core.errors import InputError, check_choice
 from calm_jax.models.config import ATTENTIONS, ModelConfig
@@ -22,6 +23,10 @@ _BLOCKS = (512, 256, _LANES)
 # cuDNN reads tiles of this length. Its gradient takes no odd length with a
 # mask, and may be NaN where it fills up a tile itself (pytorch issue 196678).
 _TILE = 128
+# "pieces" takes that many queries at a time, or more so that programs of long
+# rows stay small.
+_PIECE, _MOST_PIECES = 256, 16
+PIECES = "attention_in_pieces"  # the name of its output, for `jax.checkpoint`
 
 
 class SegmentMask(NamedTuple):
@@ -35,13 +40,13 @@ class SegmentMask(NamedTuple):
 def choose(asked: str, device: jax.Device, config: ModelConfig) -> str:
   """Chooses the kernel of a model on a device, one of config.ATTENTIONS.
 
-  "auto" asks for splash on TPUs, cudnn on GPUs, and xla elsewhere and for
-  models that those do not take. What cannot be had raises InputError.
+  "auto" asks for splash on TPUs, cudnn on GPUs, pieces for models that those
+  do not take, and xla elsewhere. What cannot be had raises InputError.
   """
   check_choice("attention", asked, ("auto", *ATTENTIONS))
   if asked == "auto":
     fast = {"tpu": "splash", "gpu": "cudnn"}.get(device.platform, "xla")
-    return "xla" if _why_not(fast, device, config) else fast
+    return "pieces" if _why_not(fast, device, config) else fast
   if reason := _why_not(asked, device, config):
     raise InputError(
       f"attention={asked!r} {reason}; use 'xla', or 'auto', which takes the "
@@ -99,21 +104,27 @@ def attend(
     blocks: (keys [B, K, S, H], values [B, K, S, H], mask) of each block of
       keys; one softmax goes over all of them. The mask is bool [B, 1, L, S], or
       a `SegmentMask`, for cuDNN of rows as `Compute.packed=False` has them.
-      Only "xla" reads several blocks.
+      Only "xla" reads several blocks. It reads no `SegmentMask`, and "splash"
+      nothing else.
     scale: scores are multiplied by it; H^-1/2 if None.
     cap: c, scores become c tanh(scores / c); None for none.
-    kernel: "xla", or "cudnn" without a cap; a `SegmentMask` means "splash" if
-      it is not "cudnn".
+    kernel: one of config.ATTENTIONS; "cudnn" without a cap.
     window: with a `SegmentMask`, the number of latest keys that a query reads,
       its own among them; all if None.
     place: the model's `Compute.place`.
   """
-  by_segments = isinstance(blocks[0][2], SegmentMask)
-  if kernel == "xla" and not by_segments:
+  if kernel == "xla":
     return _xla(q_BLNH, blocks, scale, cap)
   [(k_BKSH, v_BKSH, mask)] = blocks
-  if by_segments and kernel != "cudnn":
+  by_segments = isinstance(mask, SegmentMask)
+  if kernel == "splash":
     return _splash(q_BLNH, k_BKSH, v_BKSH, mask, window, scale, cap, place)
+  if kernel == "pieces":
+    # Devices that share the queries have pieces of them already.
+    if place is not None and place.sequence > 1:
+      return _xla(q_BLNH, blocks, scale, cap)
+    out_BLNH = _pieces(window, scale, cap, q_BLNH, k_BKSH, v_BKSH, mask)
+    return checkpoint_name(out_BLNH, PIECES)
   # Padding behind a segment is hidden from it by causality alone.
   attend_rows = functools.partial(_cudnn, scale, window)
   masks = () if by_segments else (mask,)
@@ -192,6 +203,60 @@ def _cudnn(scale, window, _kernel, q_BNLH, k_BKSH, v_BKSH, mask_B1LS=None):
     q_BLNH, k_BSKH, v_BSKH, scale=scale, implementation="cudnn", **how
   )
   return out_BLNH.swapaxes(1, 2)[:, :, : q_BNLH.shape[2]]
+
+
+def _in_pieces(window, scale, cap, q_BLNH, k_BKSH, v_BKSH, mask) -> Array:
+  """`attend` by XLA for some queries at a time, with the keys they may read."""
+
+  @jax.checkpoint
+  def attend_piece(q_BLNH, k_BKSH, v_BKSH, mask_B1LS):
+    return _xla(q_BLNH, [(k_BKSH, v_BKSH, mask_B1LS)], scale, cap)
+
+  L, outputs = q_BLNH.shape[1], []
+  length = max(_PIECE, -(-L // _MOST_PIECES))
+  for start in range(0, L, length):
+    queries, keys = slice(start, min(start + length, L)), slice(None)
+    if isinstance(mask, SegmentMask):
+      first = 0 if window is None else max(0, start - window + 1)
+      keys = slice(first, queries.stop)
+      mask_B1LS = _mask_of_piece(mask, window, queries, keys)
+    else:
+      mask_B1LS = mask[:, :, queries]
+    q_piece, k_piece = q_BLNH[:, queries], k_BKSH[:, :, keys]
+    outputs.append(
+      attend_piece(q_piece, k_piece, v_BKSH[:, :, keys], mask_B1LS)
+    )
+  return jnp.concatenate(outputs, axis=1)
+
+
+def _mask_of_piece(segments, window, queries: slice, keys: slice) -> Array:
+  """Makes the mask [B, 1, L, S] of some queries and keys."""
+  slots_L1 = jnp.arange(queries.start, queries.stop)[:, None]
+  slots_S = jnp.arange(keys.start, keys.stop)
+  visible_LS = slots_S <= slots_L1
+  if window is not None:
+    visible_LS &= slots_S > slots_L1 - window
+  queries_BL1 = segments.queries[:, queries, None]
+  return (visible_LS & (queries_BL1 == segments.keys[:, None, keys]))[:, None]
+
+
+# The gradient makes the scores again. The checkpoints alone would not do: the
+# policy of one around them, which keeps products of matrices, would rule.
+_pieces = jax.custom_vjp(_in_pieces, nondiff_argnums=(0, 1, 2))
+
+
+def _pieces_forward(*arguments):
+  return _in_pieces(*arguments), arguments[3:]
+
+
+def _pieces_backward(window, scale, cap, arrays, gradient_BLNH):
+  *qkv, mask = arrays
+  attend_rows = functools.partial(_in_pieces, window, scale, cap, mask=mask)
+  _, backward = jax.vjp(attend_rows, *qkv)
+  return *backward(gradient_BLNH), None
+
+
+_pieces.defvjp(_pieces_forward, _pieces_backward)
 
 
 def _xla(q_BLNH: Array, blocks, scale, cap) -> Array:

@@ -9,7 +9,7 @@ from calm_jax.models.rope import Rope
 
 NORMS = ("rms", "rms_plus_one", "layer")
 QK_NORMS = (None, "head", "full")
-ATTENTIONS = ("xla", "cudnn", "splash")
+ATTENTIONS = ("xla", "pieces", "cudnn", "splash")
 DECODINGS = ("auto", "xla", "triton")
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_exact")
 REMATS = ("auto", "none", "dots", "full")
@@ -48,7 +48,7 @@ class Compute:
   # see `models.joined`, or "xla"; "auto" is "triton" there for half precision.
   decoding: str = "auto"
   # What the backward pass recomputes of a layer: nothing ("none"), all but its
-  # matrix products and cuDNN's attention ("dots"), or all ("full"); "auto" is
+  # matrix products and attention kernels ("dots"), or all ("full"); "auto" is
   # "none" where all layers run at once, or else "dots".
   remat: str = "auto"
   # Positions of a batch whose logits exist at a time in training, on each
@@ -65,11 +65,13 @@ class Compute:
   @property
   def reads_segments(self) -> bool:
     """Tells whether the kernel reads a `SegmentMask`, not a mask array."""
+    # The others take the first query they are given for that of the first key.
+    is_whole = self.place is None or self.place.sequence == 1
     if self.attention == "cudnn":
-      # cuDNN takes the first query it is given for that of the first key.
-      is_whole = self.place is None or self.place.sequence == 1
       return is_whole and not self.packed
-    return self.attention == "splash"
+    return self.attention == "splash" or (
+      self.attention == "pieces" and is_whole
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ import numpy as np
 
 from calm_jax.models import cache as cache_lib
 from calm_jax.models import joined, linear_kernel
+from calm_jax.models.attention import PIECES
 from calm_jax.models.block import Block
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.layers import Linear, at_least_float32, norm
@@ -199,11 +200,12 @@ def _remat_policy(remat: str, sliced: bool) -> Callable | None:
 
 
 def _keeps_products(primitive, *args, **params) -> bool:
-  """Keeps what products of matrices and cuDNN's attention compute.
+  """Keeps what products of matrices and attention kernels compute.
 
-  Of attention that is its output and the statistics of its softmax.
+  Of attention that is its output, and cuDNN's statistics of its softmax.
   """
   is_kernel = primitive.name.startswith("dot_product_attention_fwd")
+  is_kernel |= primitive.name == "name" and params["name"] == PIECES
   return is_kernel or jax.checkpoint_policies.dots_saveable(
     primitive, *args, **params
   )

@@ -49,7 +49,7 @@ def chunk_of(device, work=STEP, **changes) -> int:
 
 @pytest.mark.parametrize(
   "device, kernel",
-  [(CPU, "xla"), (H100, "cudnn"), (T4, "xla"), (V5E, "splash")],
+  [(CPU, "xla"), (H100, "cudnn"), (T4, "pieces"), (V5E, "splash")],
 )
 def test_each_device_gets_its_kernel(device, kernel):
   spec = execution.for_inference(composed(), AUTO, device)
@@ -143,4 +143,4 @@ def test_the_line_at_the_start():
   }
   capped = composed(attention_cap=50.0)
   mixed = execution.for_training(capped, AUTO, T4._replace(memory=None), STEP)
-  assert execution.describe(mixed, STEP)["attention"] == "xla"
+  assert execution.describe(mixed, STEP)["attention"] == "pieces"

@@ -21,6 +21,7 @@ from calm_jax.composition.connections import (
 )
 from calm_jax.core.batch import Batch, plain_batch, plain_sequence
 from calm_jax.core.errors import InputError
+from calm_jax.models import attention
 
 L = 8
 RANDOM = np.random.default_rng(0)
@@ -224,9 +225,14 @@ def test_gradient_where_nothing_is_seen_is_zero():
     np.testing.assert_array_equal(leaf, 0)
 
 
+@pytest.mark.parametrize("kernel", ["xla", "pieces"])
 @pytest.mark.parametrize("names", [("kv",), ("kv", "code")])
-def test_padding_and_packing_change_no_real_position(names):
+def test_padding_and_packing_change_no_real_position(
+  names, kernel, monkeypatch
+):
+  monkeypatch.setattr(attention, "_PIECE", 3)
   spec, params = helpers.compose(names)
+  spec = helpers.retype(spec, attention=kernel)
   a, b = TOKENS[0, :5], TOKENS[1, :3]
   alone = {
     len(x): composed(params, spec, helpers.rows([x], [x], length=L))[0]

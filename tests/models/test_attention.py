@@ -15,13 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.ad_checkpoint import saved_residuals
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from calm_jax.composition import forward
+from calm_jax.composition import cross_attention, forward
 from calm_jax.core.batch import Batch, Sequence
 from calm_jax.core.errors import InputError
 from calm_jax.models import attention, masks
+from calm_jax.models.config import ModelConfig
 from calm_jax.models.masks import window_mask
 
 
@@ -103,7 +105,9 @@ def test_splash_is_the_plain_path(heads, keys, width, window, cap, scale):
 
   def kernel(q, k, v):
     both = attention.SegmentMask(segments, segments, None)
-    out = attend(q, k, v, both, window=window, scale=scale, cap=cap)
+    out = attend(
+      q, k, v, both, window=window, scale=scale, cap=cap, kernel="splash"
+    )
     return (out * weights).sum(), out
 
   def run(function):
@@ -113,6 +117,74 @@ def test_splash_is_the_plain_path(heads, keys, width, window, cap, scale):
 
   for ours, theirs in zip(run(kernel), run(plain), strict=True):
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize("by_segments", [True, False])
+@pytest.mark.parametrize(
+  ("heads", "keys", "window", "cap"),
+  [(3, 1, None, None), (6, 2, 300, 5.0), (2, 2, 40, None), (1, 1, None, 50.0)],
+)
+def test_pieces_are_the_plain_path(heads, keys, window, cap, by_segments):
+  """Of packed rows with padding; the last of three pieces is shorter."""
+  random = np.random.default_rng(0)
+  shapes = [(2, 700, n, 8) for n in (heads, keys, keys, heads)]
+  q, k, v, weights = (
+    jnp.asarray(random.standard_normal(s), jnp.float32) for s in shapes
+  )
+  q *= 3  # The caps bend some scores.
+  rows = [
+    np.repeat([1, 2, 3, 0], n) for n in ([90, 401, 9, 200], [1, 0, 699, 0])
+  ]
+  segments = np.stack(rows)
+  mask = masks.self_attention_mask(segments, segments)
+  if window is not None:
+    mask = window_mask(mask, window)
+  mask = mask[:, None]
+  weights *= (segments > 0)[..., None, None]
+
+  def run(mask, **how):
+    def loss(q, k, v):
+      out = attend(q, k, v, mask, scale=0.3, cap=cap, **how)
+      return (out * weights).sum(), out * (weights != 0)
+
+    step = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
+    (_, out), grads = jax.jit(step)(q, k, v)
+    return out, *grads
+
+  read = (
+    attention.SegmentMask(segments, segments, None) if by_segments else mask
+  )
+  pieces = run(read, kernel="pieces", window=window)
+  for ours, theirs in zip(pieces, run(mask), strict=True):
+    scale = np.abs(theirs).max()
+    np.testing.assert_allclose(ours / scale, theirs / scale, atol=1e-6)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full", "auto"])
+def test_pieces_keep_no_scores(remat, monkeypatch):
+  """No piece keeps them either, whatever else the backward pass finds."""
+  monkeypatch.setattr(attention, "_PIECE", 50)
+  # Keys of the three pieces, with and without a window of 40.
+  keys = {50, 100, 133, 89, 72}
+
+  def keeps_scores(kernel):
+    loss, theta = composed(kernel, at=2, cap=50.0, remat=remat)
+    shapes = [kept.shape for kept, _ in saved_residuals(loss, theta)]
+    return any(len(s) > 3 and s[-1] in keys for s in shapes)
+
+  assert keeps_scores("xla")
+  assert not keeps_scores("pieces")
+
+
+def test_a_composition_by_pieces_is_the_plain_one(monkeypatch):
+  monkeypatch.setattr(attention, "_PIECE", 50)
+  losses = []
+  for kernel in ("pieces", "xla"):
+    loss, theta = composed(kernel, at=2)
+    losses.append(jax.jit(jax.value_and_grad(loss))(theta))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *losses
+  )
 
 
 def both(length: int, heads: int, keys: int, width: int, dtype: str):
@@ -362,6 +434,21 @@ def test_remat_keeps_what_cudnn_computed(remat, calls, hopper):
   assert text.count(kernel) == 3 + calls
 
 
+@pytest.mark.parametrize(("width", "kernel"), [(384, "cudnn"), (864, "pieces")])
+def test_heads_of_cross_attention_too_wide_for_cudnn_are_cut(width, kernel):
+  wide = ModelConfig(
+    vocab_size=61, width=width, num_layers=4, num_heads=3, num_kv_heads=3,
+    head_dim=256, mlp_width=40,
+  )  # fmt: skip
+  anchor = wide.with_compute(attention="cudnn", dtype="bfloat16")
+  assert cross_attention.kernel_of(anchor) == kernel
+  # "pieces" reads segments also where rows are packed.
+  assert cross_attention.reads_segments(anchor) == (kernel == "pieces")
+  assert cross_attention.reads_segments(anchor.with_compute(packed=False))
+  other = anchor.with_compute(attention="splash")
+  assert cross_attention.kernel_of(other) == "splash"
+
+
 def test_what_is_chosen():
   model = helpers.model(1, dtype="bfloat16")[0]
   single = model.with_compute(dtype="float32")
@@ -372,13 +459,14 @@ def test_what_is_chosen():
     types.SimpleNamespace(platform="gpu", compute_capability=c)
     for c in ("7.5", "8.9", "9.0", "10.3", "12.0", "gfx942")
   )
-  assert attention.choose("auto", cpu, model) == "xla"
+  assert attention.choose("auto", cpu, capped) == "xla"
+  assert attention.choose("pieces", cpu, capped) == "pieces"
   assert attention.choose("auto", tpu, single) == "splash"
   for device, config, kernel in (
-    (old, model, "cudnn"), (old, single, "xla"), (old, capped, "xla"),
-    (old, wide, "xla"), (new, wide, "cudnn"), (newer, wide, "xla"),
-    (newer, model, "cudnn"), (newest, wide, "xla"), (newest, model, "cudnn"),
-    (older, model, "xla"), (amd, model, "xla"),
+    (old, model, "cudnn"), (old, single, "pieces"), (old, capped, "pieces"),
+    (old, wide, "pieces"), (new, wide, "cudnn"), (newer, wide, "pieces"),
+    (newer, model, "cudnn"), (newest, wide, "pieces"), (newest, model, "cudnn"),
+    (older, model, "pieces"), (amd, model, "pieces"),
   ):  # fmt: skip
     assert attention.choose("auto", device, config) == kernel
   for asked, device, config, reason in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -392,20 +393,24 @@ def test_a_gpu_step_is_compiled_for_that_gpu():
   reason="no compiler for GPUs is installed: pip install 'calm_jax[gpu]'",
 )
 def test_attention_of_unpacked_rows_is_kernels_alone_on_a_gpu():
-  """No array of pairs; each forward kernel once, but for remat="full"."""
-  anchor = ModelConfig(
+  """No array of pairs; each forward kernel once, but for remat="full".
+
+  Nor is there one with a soft cap, of packed rows too, which no kernel takes.
+  """
+  plain = ModelConfig(
     vocab_size=512, width=256, num_layers=4, num_heads=2, num_kv_heads=1,
     head_dim=128, mlp_width=512, window=512,
   ).with_compute(dtype="bfloat16")  # fmt: skip
-  other = dataclasses.replace(anchor, width=128, num_layers=2, num_heads=1)
-  pair = Augmenting(other, (Connection(2, 2),))
   target = topology.target("gpu:1xH100")
   stage = Stage(steps=4, warmup=1, batch_size=2, length=2048)
 
-  def compiled(remat, packed):
+  def compiled(remat, packed, cap=None, kernel="auto"):
+    anchor = dataclasses.replace(plain, attention_cap=cap)
+    other = dataclasses.replace(anchor, width=128, num_layers=2, num_heads=1)
+    pair = Augmenting(other, (Connection(2, 2),))
     spec = Composition(anchor, (("kv", pair),))
     work = execution.Work("composed", 2, 2048, packed=packed)
-    asked = execution.Asked(remat=remat)
+    asked = execution.Asked(kernel, remat)
     spec = execution.for_training(spec, asked, target.kind, work)
     params = jax.eval_shape(
       lambda key: {
@@ -418,7 +423,8 @@ def test_attention_of_unpacked_rows_is_kernels_alone_on_a_gpu():
     job = shapes.Job(Settings("text", None), stage, spec, params, {})
     placed = programs.Placed(job, None, target)
     text = programs.training(placed, 2).compiled.as_text()
-    return hlo.kernels(text), "2048,2048]" in text
+    # The scores of two heads lie in one matrix.
+    return hlo.kernels(text), bool(re.search(r"(2048|4096),2048\]", text))
 
   # Of m_A, of the anchor below and above the connection, and of the connection.
   kernels = {"fmhaSoftmax": 4, "fmhaSoftmaxBackward": 2}
@@ -426,6 +432,8 @@ def test_attention_of_unpacked_rows_is_kernels_alone_on_a_gpu():
   kernels["fmhaSoftmax"] = 5
   assert compiled("full", packed=False) == (kernels, False)
   assert compiled("auto", packed=True)[1]
+  assert compiled("auto", packed=True, cap=50.0) == ({}, False)
+  assert compiled("auto", packed=True, cap=50.0, kernel="xla") == ({}, True)
 
 
 def test_kernels_are_counted_by_name():
