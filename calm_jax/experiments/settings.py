@@ -140,7 +140,7 @@ class Settings:
 
   @property
   def asked(self) -> Asked:
-    """How the models are asked to be computed."""
+    """Returns the choices of kernels and memory that the settings make."""
     return Asked(self.attention, self.remat, self.loss_chunk, self.unroll)
 
   @property
