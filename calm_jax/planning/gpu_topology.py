@@ -69,13 +69,12 @@ def cuda_version() -> int:
 
   Its programs call cuDNN, which has to be installed too.
   """
-  # Of namespace packages that may themselves not be there.
+  # A name with a dot can only be looked for where its package is there.
+  if not all(map(importlib.util.find_spec, ("jax_plugins", "nvidia"))):
+    return 0
   for version in (13, 12):
-    names = f"xla_cuda{version}", f"jax_cuda{version}_plugin"
-    if importlib.util.find_spec("jax_plugins") is None:
-      return 0
-    has_compiler = importlib.util.find_spec(f"jax_plugins.{names[0]}")
-    if has_compiler and importlib.util.find_spec("nvidia.cudnn"):
+    names = f"jax_plugins.xla_cuda{version}", "nvidia.cudnn"
+    if all(map(importlib.util.find_spec, names)):
       return version
   return 0
 
