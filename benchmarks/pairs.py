@@ -128,7 +128,7 @@ def chosen(
   composition = shapes.pop("composition")
   resident = execution.resident_bytes(composition, shapes)
   work = execution.Work("composed", rows, length, resident, packed=False)
-  device = execution.Device.of(jax.devices()[0])
+  device = execution.Device.here()
   return execution.for_training(spec, asked, device, work)
 
 

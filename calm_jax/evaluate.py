@@ -90,7 +90,7 @@ def _evaluate(
     anchor=options.anchor,
     augmenting=options.augmenting,
   )
-  device = execution.Device.of(jax.devices()[0])
+  device = execution.Device.here()
   spec = execution.for_inference(model.spec, settings.asked, device)
   columns = _columns(dataclasses.replace(model, spec=spec))
   model = columns["composed"] if model.is_composed else columns["anchor"]

@@ -45,9 +45,10 @@ class Device(NamedTuple):
   memory: int | None = None  # bytes that JAX may use; None if not known
 
   @classmethod
-  def of(cls, device: jax.Device, memory: int | None = None) -> Self:
-    """Describes a JAX device, with another `memory` if it is given."""
-    if memory is None and device.platform != "cpu":
+  def here(cls) -> Self:
+    """Describes the first device of this process."""
+    device, memory = jax.devices()[0], None
+    if device.platform != "cpu":
       memory = (device.memory_stats() or {}).get("bytes_limit")
     capability = getattr(device, "compute_capability", "")
     return cls(device.platform, str(capability), memory)

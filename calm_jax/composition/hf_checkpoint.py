@@ -36,7 +36,7 @@ def load(
   spec = Composition(config)
   if shardings is None:
     # XLA cannot partition kernels: on a mesh they need a placement too.
-    device = execution.Device.of(jax.devices()[0])
+    device = execution.Device.here()
     spec = execution.for_inference(spec, execution.Asked(unroll=1), device)
   return Model(
     spec,

@@ -237,7 +237,7 @@ def _run_stage(
   if settings.random_augmenting:
     origins[parts["augmenting"]] = "random weights"
   work = run_models.stage_work(settings.stages[name], params, layout)
-  device = execution.Device.of(jax.devices()[0])
+  device = execution.Device.here()
   spec = execution.for_training(spec, settings.asked, device, work)
   chosen = execution.describe(spec, work).items()
   text = ", ".join(f"{choice} {value}" for choice, value in chosen)

@@ -67,7 +67,7 @@ def compose(
     seed=settings.trial_seed,
     **_composition_options(settings),
   )
-  device = execution.Device.of(jax.devices()[0])
+  device = execution.Device.here()
   spec = execution.for_inference(composed.spec, settings.asked, device)
   return dataclasses.replace(composed, spec=spec)
 

@@ -115,7 +115,7 @@ def test_a_part_is_exported_and_composed_again(composed, tmp_path):
 def test_a_model_is_loaded_with_the_kernel_of_the_device(tmp_path, monkeypatch):
   path = str(spelled.save(tmp_path / "model", 0))
   assert calm_jax.load_model(path).spec.anchor.compute.attention == "xla"
-  monkeypatch.setattr(Device, "of", lambda _: Device("tpu"))
+  monkeypatch.setattr(Device, "here", lambda: Device("tpu"))
   loaded = calm_jax.load_model(path, "bfloat16")
   assert loaded.spec.anchor.compute.attention == "splash"
   # XLA would not partition it.
