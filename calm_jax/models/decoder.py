@@ -25,9 +25,10 @@ from calm_jax.models.block import Block
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.layers import Linear, at_least_float32, norm
 from calm_jax.models.masks import Context, first_alike, make_context
-from calm_jax.models.quantisation import dense, matmul
+from calm_jax.models.quantisation import dense, is_quantised, matmul
 
 Array = jax.Array
+_LANES = 128  # A vocabulary is filled up to a multiple of it.
 
 
 def init(rng: Array, config: ModelConfig) -> dict:
@@ -231,16 +232,43 @@ def _placed(config: ModelConfig, weights: dict, part="layers", layer=None):
 
 
 def head_weights(params: dict, config: ModelConfig) -> dict:
-  """Returns the parameters that `logits` reads, gathered if sharded."""
+  """Returns the parameters that `logits` reads, as the loss needs them.
+
+  They are gathered if sharded. In half precision an odd vocabulary is filled
+  up: tensor cores read rows that start at multiples of 16 bytes, and XLA would
+  copy all logits and their gradients to such rows.
+  """
   owner, name = "head", "kernel"
   if config.tie_embeddings:
     owner, name = "embed", "embedding"
   weight = _placed(config, {name: params[owner][name]}, owner)
-  return {"final_norm": params["final_norm"], owner: weight}
+  weights = {"final_norm": params["final_norm"], owner: weight}
+  itemsize = jnp.dtype(config.compute.dtype).itemsize
+  is_odd = itemsize == 2 and config.vocab_size * itemsize % 16
+  return fill_up(weights) if is_odd else weights
+
+
+def fill_up(weights: dict) -> dict:
+  """Adds zeros to the vocabulary of `head_weights`, to a multiple of 128.
+
+  A quantised matrix is left as it is, since it is made anew at each use.
+  """
+  owner, name, axis = "head", "kernel", 1
+  if "embed" in weights:
+    owner, name, axis = "embed", "embedding", 0
+  weight = weights[owner][name]
+  if is_quantised(weight):
+    return weights
+  widths = [(0, 0), (0, 0)]
+  widths[axis] = 0, -weight.shape[axis] % _LANES
+  return weights | {owner: {name: jnp.pad(weight, widths)}}
 
 
 def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:
-  """Computes float32 logits or wider [B, L, V]; reads `head_weights` only."""
+  """Computes float32 logits or wider [B, L, V]; reads `head_weights` only.
+
+  Those of what `fill_up` added are the least number.
+  """
   x = norm(config).apply({"params": params["final_norm"]}, x_BLD)
   flat = x.reshape(-1, x.shape[-1]).astype(config.compute.dtype)
   if config.tie_embeddings:
@@ -257,6 +285,10 @@ def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:
     logits_BLV = logits_BLV * config.logit_scale
   if config.logit_cap is not None:
     logits_BLV = config.logit_cap * jnp.tanh(logits_BLV / config.logit_cap)
+  if logits_BLV.shape[-1] > config.vocab_size:
+    is_token_V = jnp.arange(logits_BLV.shape[-1]) < config.vocab_size
+    least = jnp.finfo(logits_BLV.dtype).min
+    logits_BLV = jnp.where(is_token_V, logits_BLV, least)
   return logits_BLV
 
 

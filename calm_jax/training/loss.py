@@ -34,8 +34,32 @@ def _token_losses(logits_BLV: Array, targets_BL: Array) -> Array:
 
 def _token_losses_forward(logits_BLV, targets_BL):
   target_BL1 = jnp.take_along_axis(logits_BLV, targets_BL[..., None], -1)
-  total_BL1 = jax.nn.logsumexp(logits_BLV, axis=-1, keepdims=True)
+  total_BL1 = jax.lax.platform_dependent(
+    logits_BLV,
+    cuda=single_pass_logsumexp,
+    default=functools.partial(jax.nn.logsumexp, axis=-1, keepdims=True),
+  )
   return (total_BL1 - target_BL1)[..., 0], (logits_BLV, targets_BL, total_BL1)
+
+
+def single_pass_logsumexp(logits_BLV: Array) -> Array:
+  """Computes the `logsumexp` of logits, [B, L, 1], of which one is finite.
+
+  It finds maximum and sum together. So a GPU, which waits for its memory here,
+  reads the logits once; a CPU would take longer.
+  """
+
+  def join(left, right):
+    most = jnp.maximum(left[0], right[0])
+    sums = (total * jnp.exp(top - most) for top, total in (left, right))
+    return most, sum(sums)
+
+  dtype = logits_BLV.dtype
+  start = jnp.finfo(dtype).min, jnp.zeros((), dtype)
+  operands = logits_BLV, jnp.ones_like(logits_BLV)
+  axis = logits_BLV.ndim - 1
+  most_BL, total_BL = jax.lax.reduce(operands, start, join, (axis,))
+  return (most_BL + jnp.log(total_BL))[..., None]
 
 
 def _token_losses_backward(saved, factor_BL):

@@ -38,6 +38,22 @@ def test_huge_logits_stay_finite():
   np.testing.assert_allclose(loss, [2e4])
 
 
+def test_a_single_pass_finds_the_sum_of_exponentials():
+  random = np.random.default_rng(0)
+  logits = random.standard_normal((2, 3, 131)).astype(np.float32)
+  logits[0] *= 1000
+  logits[1, 0, 60:] = np.finfo(np.float32).min
+  logits[1, 1, ::2] = -np.inf
+  logits[1, 2] = -1e4
+  exact = logits.astype(np.float64)
+  most = exact.max(-1, keepdims=True)
+  want = most + np.log(np.exp(exact - most).sum(-1, keepdims=True))
+  got = jax.jit(loss_lib.single_pass_logsumexp)(logits)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  logits[0, 0, 0] = np.nan
+  assert np.isnan(loss_lib.single_pass_logsumexp(logits)[0, 0])
+
+
 # In chunks.
 
 WEIGHTS = ["fractional", "ones", "none", "a_row_of_none"]

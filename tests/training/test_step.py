@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 
 import helpers
 import jax
@@ -17,6 +19,7 @@ from calm_jax.core.batch import Batch, Sequence
 from calm_jax.core.errors import InputError
 from calm_jax.models import decoder
 from calm_jax.models.config import Compute, ModelConfig
+from calm_jax.training import loss as loss_lib
 from calm_jax.training import step
 
 THETA, ANCHOR = "composition/.*", "anchor/.*"
@@ -128,6 +131,59 @@ def test_chunks_train_as_all_logits_do(head):
   losses, weights = rows(params, few, data)
   np.testing.assert_allclose(losses.sum(), want[0], rtol=1e-5)
   np.testing.assert_allclose(weights, data.weights.sum(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_vocabulary_that_is_filled_up_trains_the_same(head):
+  config, params = helpers.model(1, **HEADS[head])
+  weights = decoder.head_weights(params, config)
+  x_BLD = np.random.default_rng(0).standard_normal((4, 9, 32), np.float32)
+  data = batch()
+
+  def loss(change, size, *weights_and_x):
+    def head(weights, x):
+      return decoder.logits(change(weights), config, x)
+
+    labels = data.targets, data.weights
+    return loss_lib.chunked_sum(head, *weights_and_x, *labels, size)
+
+  def computed(change, size):
+    function = jax.value_and_grad(functools.partial(loss, change, size), (0, 1))
+    return jax.jit(function)(weights, x_BLD)
+
+  want = computed(lambda weights: weights, 0)
+  for size in (0, 8):
+    got = computed(decoder.fill_up, size)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+      got[1],
+      want[1],
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_odd_vocabulary_is_filled_up_in_half_precision(tied):
+  """So no array of logits has 61 columns, and the loss is as accurate."""
+
+  def widths(vocabulary, dtype):
+    shape = {"vocab_size": vocabulary, "tie_embeddings": tied, "dtype": dtype}
+    config, params = helpers.model(1, **shape)
+    spec, data = Composition(config), batch(vocabulary=vocabulary)
+
+    def losses(params):
+      return step.summed_loss({"anchor": params}, spec, data)
+
+    found, _ = jax.jit(jax.value_and_grad(losses))(params)
+    text = jax.jit(jax.grad(losses)).lower(params).as_text()
+    return set(re.findall(r"tensor<36x(\d+)x", text)), found
+
+  odd, exact = widths(61, "float32")
+  assert "61" in odd and "128" not in odd
+  filled, found = widths(61, "bfloat16")
+  assert "128" in filled and "61" not in filled
+  np.testing.assert_allclose(found, exact, rtol=0.01)
+  assert "64" in widths(64, "bfloat16")[0]
 
 
 # Remat.
