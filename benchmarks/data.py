@@ -1,6 +1,7 @@
 """Measures tokens a second of the data pipeline, and of the step that it feeds.
 
   python -m benchmarks.data [--repeats 5]
+  python -m benchmarks.data --kv
 
 Packed rows through `BatchIterator`, for a pair that shares a tokenizer, one
 that does not, and a mixture of plain text and prompts for the latter. The
@@ -8,6 +9,9 @@ training step is the composition's, of the small pair of benchmarks.pairs.
 Tokenisation comes once, when a run starts, and is timed apart. Nothing of the
 text is real: words of random letters, the frequent ones short. Growth is not
 measured: a token costs the pipeline the same whatever models and shapes are.
+
+--kv measures the stages of configs/kv.py:paper instead, without a step: what
+the pipeline could feed to a device.
 """
 
 from __future__ import annotations
@@ -30,8 +34,11 @@ from calm_jax.composition.connections import Composition
 from calm_jax.data import pipeline
 from calm_jax.data.documents import RowOptions
 from calm_jax.data.examples import TextExample
+from calm_jax.experiments import config_files
+from calm_jax.experiments.key_values import KeyValueExperiment
 from calm_jax.text.alignment import ChunkEncoder
 from calm_jax.text.tokenizer import Tokenizer, train_sentencepiece
+from configs import kv
 
 GOAL = 10
 BATCH, LENGTH = 8, 256
@@ -113,10 +120,30 @@ def sources(lines: list[str], anchor: Tokenizer, other: Tokenizer) -> dict:
   return made
 
 
+def report_key_values(repeats: int) -> None:
+  """Prints tokens a second of the key-value experiment's batches."""
+  settings = config_files.read_settings(kv.get_config("paper"))
+  with tempfile.TemporaryDirectory() as folder:
+    task = KeyValueExperiment(settings.task, settings.seed, Path(folder), {})
+  table = Table("stage", "shape", "tokens/s")
+  for name in settings.recipe:
+    stage = settings.stages[name]
+    source = task.source(stage, None, settings.seed)
+    rates = [pipeline_rate(source) for _ in range(repeats)]
+    shape = f"{stage.batch_size} x {stage.length}"
+    table.add_row(name, shape, f"{statistics.median(rates):,.0f}")
+  Console().print(table)
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--repeats", type=int, default=5)
-  repeats = parser.parse_args().repeats
+  parser.add_argument("--kv", action="store_true")
+  options = parser.parse_args()
+  repeats = options.repeats
+  if options.kv:
+    report_key_values(repeats)
+    return
   lines = texts(4000)
   with tempfile.TemporaryDirectory() as folder:
     anchor, other = (

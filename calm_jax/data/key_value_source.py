@@ -146,7 +146,9 @@ class KeyValueSource:
     words_NW = np.concatenate(parts, axis=1)
     lengths_NW = self._tokens.lengths_N[words_NW]
     lengths_N = lengths_NW.sum(axis=1)
-    tokens = self._tokens.tokens[self._tokens.places(words_NW.ravel())]
+    # Most words of a row are `NO_WORD`, and have no tokens.
+    words = words_NW[words_NW != key_value_text.NO_WORD]
+    tokens = self._tokens.tokens[self._tokens.places(words)]
     if lengths_N.max() > self.length:
       examples = np.split(tokens, np.cumsum(lengths_N)[:-1])
       text = self.tokenizer.decode(examples[lengths_N.argmax()])

@@ -150,6 +150,8 @@ class WordTable:
   def _result_words(self, expressions_NW, tasks_N) -> np.ndarray:
     """Words of what a task asks for after the expression in values."""
     rows = np.flatnonzero(_RESULT[tasks_N])
+    if not len(rows):
+      return np.full((len(tasks_N), 0), NO_WORD)
     expressions_NW, tasks = expressions_NW[rows], tasks_N[rows]
     last_N = np.maximum(key_values.num_terms(expressions_NW) - 1, 1)
     has_before_N, parts = _STEPS[tasks], []

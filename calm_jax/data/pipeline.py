@@ -12,6 +12,10 @@ from calm_jax.data.documents import RowOptions, make_segments
 from calm_jax.data.examples import TextExample
 from calm_jax.data.rows import TextSource
 
+# NumPy computes outside of Python's lock, and a GPU can train a small model on
+# a batch in less time than one thread takes to make the next.
+_THREADS = 4
+
 
 class BatchSource(Protocol):
   """Random access to global batches, as `BatchIterator` takes it."""
@@ -79,10 +83,10 @@ def _part_seed(seed: int, name: str) -> int:
 
 
 class BatchIterator(Iterator[Batch]):
-  """Iterates over a source, reads ahead in a thread, and can be resumed."""
+  """Iterates over a source, reads ahead in threads, and can be resumed."""
 
   def __init__(self, source: BatchSource):
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=8)
     batches = grain.MapDataset.source(source).to_iter_dataset(options)
     self._source, self._iterator = source, iter(batches)
 
