@@ -228,6 +228,7 @@ COMMANDS: dict[str, str] = {
   "python -m benchmarks.decode_program": (
     "Needs the GPU's compiler; tests/test_benchmarks.py counts a layer with it."
   ),
+  "python -m benchmarks.data --kv": "--repeats=1",
   "python -m benchmarks.startup": _OF_FULL_SIZE,
   "python -m benchmarks.faults": (
     "Takes an hour; tests/training/test_faults.py makes each fault once."
