@@ -35,6 +35,10 @@ _UNKNOWN = 16 * 2**30  # bytes of an accelerator that does not tell its memory
 # Layers of up to this size gain from a loop that runs several at a time on a
 # CPU, where each turn has its cost; larger ones only compile for longer.
 _SMALL_LAYER, _UNROLL = 2**19, 4
+# A GPU trains small models without a loop. The loop would copy what the
+# backward pass needs of each layer into stacks and out of them again, a tenth
+# of a step of width 384; in wide layers products of matrices outweigh that.
+_SMALL_GPU_LAYER, _FEW_LAYERS = 2**21, 12
 
 
 class Device(NamedTuple):
@@ -102,7 +106,13 @@ def for_training(
   if remat == "auto":
     remat = _remat(spec, config, rows, device, work)
   how = {"remat": remat, "loss_chunk": rows, "packed": work.packed}
-  return spec.with_compute(lambda _: how)
+  spec = spec.with_compute(lambda _: how)
+  # Without a loop the compiler may keep what it should compute again.
+  needed = _needed(spec, config, rows, work, _NONE_OVER_DOTS)
+  if asked.unroll or device.platform != "gpu" or not _fits(needed, device):
+    return spec
+  configs = models(spec)
+  return spec.with_compute(lambda part: {"unroll": _unlooped(configs[part])})
 
 
 def models(spec: Composition) -> dict[str, ModelConfig]:
@@ -173,18 +183,29 @@ def _remat(
   To keep everything pays on CPUs alone, and where all layers run in one loop:
   elsewhere reading it back takes longer than computing it.
   """
-  connections = spec.connections() if work.model == "composed" else []
-  first = min((c.anchor for _, c in connections), default=0)
   if device.platform == "cpu":
+    connections = spec.connections() if work.model == "composed" else []
     cut = any(c.anchor < spec.anchor.num_layers for _, c in connections)
     return "dots" if cut else "none"
+  needed = _needed(spec, config, rows, work)
+  return "dots" if _fits(needed, device) else "full"
+
+
+def _needed(
+  spec: Composition, config: ModelConfig, rows: int, work: Work, kept=1.0
+) -> float:
+  """Estimates the bytes of a step that keeps so many times what "dots" does."""
+  connections = spec.connections() if work.model == "composed" else []
+  first = min((c.anchor for _, c in connections), default=0)
   kernel = config.compute.attention
   layer = activation_bytes(config, kernel, work.rows, work.length)
   needed = work.resident + _LAYERS_AT_WORK * layer
   needed += rows * config.vocab_size * _LOGIT
-  needed += (config.num_layers - first) * layer
-  fits = _SLACK * needed <= (device.memory or _UNKNOWN)
-  return "dots" if fits else "full"
+  return needed + (config.num_layers - first) * kept * layer
+
+
+def _fits(needed: float, device: Device) -> bool:
+  return _SLACK * needed <= (device.memory or _UNKNOWN)
 
 
 def activation_bytes(
@@ -220,9 +241,20 @@ def kept_bytes(
 
 def _unroll(config: ModelConfig, device: Device) -> int:
   """Chooses how many layers a turn of the loop over layers runs."""
+  is_small = device.platform == "cpu" and _layer_size(config) < _SMALL_LAYER
+  return min(_UNROLL, config.num_layers) if is_small else 1
+
+
+def _unlooped(config: ModelConfig) -> int:
+  """Chooses all layers of a small model on a GPU, or else 1."""
+  is_small = _layer_size(config) < _SMALL_GPU_LAYER
+  few = config.num_layers <= _FEW_LAYERS
+  return config.num_layers if is_small and few else 1
+
+
+def _layer_size(config: ModelConfig) -> int:
+  """Counts the weights of the matrices of a layer, of one expert."""
   attention_size = 2 * config.width * config.head_dim
   attention_size *= config.num_heads + config.num_kv_heads
   matrices = 3 if config.gated_mlp else 2
-  size = attention_size + matrices * config.width * config.mlp_width
-  is_small = device.platform == "cpu" and size < _SMALL_LAYER
-  return min(_UNROLL, config.num_layers) if is_small else 1
+  return attention_size + matrices * config.width * config.mlp_width

@@ -24,8 +24,9 @@ _BLOCKS = (512, 256, _LANES)
 # mask, and may be NaN where it fills up a tile itself (pytorch issue 196678).
 _TILE = 128
 # "pieces" takes that many queries at a time, or more so that programs of long
-# rows stay small.
-_PIECE, _MOST_PIECES = 256, 16
+# rows stay small: each piece has products of its own shapes, which a GPU's
+# compiler tunes one by one.
+_PIECE, _MOST_PIECES = 512, 16
 PIECES = "attention_in_pieces"  # the name of its output, for `jax.checkpoint`
 
 

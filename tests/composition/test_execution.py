@@ -119,7 +119,19 @@ def test_a_cpu_keeps_all_of_layers_that_run_in_one_loop():
 def test_a_cpu_runs_several_small_layers_a_turn():
   small = {"width": 128, "num_heads": 4, "head_dim": 32, "mlp_width": 352}
   assert chosen(CPU, **small).unroll == 4
-  assert chosen(CPU).unroll == chosen(H100, **small).unroll == 1
+  assert chosen(CPU).unroll == chosen(V5E, **small).unroll == 1
+
+
+def test_a_gpu_runs_small_models_without_a_loop():
+  small = {"width": 384, "num_heads": 8, "head_dim": 48, "mlp_width": 1024}
+  assert chosen(H100, **small, num_layers=8, anchor_layer=8).unroll == 8
+  assert chosen(H100).unroll == chosen(H100, **small).unroll == 1
+  few = {"num_layers": 8, "anchor_layer": 4} | small
+  assert chosen(H100, asked=Asked(unroll=2), **few).unroll == 2
+  # Where "dots" fits only just, the compiler may not keep more.
+  edge = STEP._replace(rows=600)
+  assert chosen(H100, edge, **few).remat == "dots"
+  assert chosen(H100, edge, **few).unroll == 1
 
 
 def test_trained_leaves_count_with_gradient_and_moments():
