@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import devices, pairs
-from calm_jax.composition import inference
+from calm_jax.composition import execution, inference
 from calm_jax.composition.connections import Augmenting, Composition, Connection
 from calm_jax.models import quantisation
 from calm_jax.models.config import ModelConfig
@@ -54,7 +54,7 @@ def token(
     target: for which the program is compiled.
     layers: of the anchor; composed, its first is joined to the augmenting
       model's third.
-    layout: one of `inference.LAYOUTS`.
+    layout: one of `execution.LAYOUTS`.
     kind: one of `quantisation.KINDS`.
     rows: that decode together.
     composed: whether there is an augmenting model.
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
   table = Table(
     "layers", "weights", "launches a layer", "MB a layer", "a connection*"
   )
-  cases = [(layout, "") for layout in inference.LAYOUTS]
+  cases = [(layout, "") for layout in execution.LAYOUTS]
   cases += [("joined", kind) for kind in ("int8", "int4")]
   for layout, kind in cases:
     more, fewer = (token(target, n, layout, kind, options.rows) for n in (4, 3))

@@ -16,6 +16,10 @@ from calm_jax.composition.connections import Composition
 from calm_jax.models import attention
 from calm_jax.models.config import ModelConfig
 
+# How decoding holds layers: in stacks, as views of them, or copied and joined.
+LAYOUTS = ("stacked", "apart", "joined")
+# Of a GPU's memory, the share that stays free beside a second copy of layers.
+_SPARE = 0.1
 # Fewer rows are too thin a product of matrices to keep an accelerator busy.
 _LEAST_ROWS = 1024
 # The least positions and logits for a CPU; few at a time are few in vain, where
@@ -51,7 +55,12 @@ class Device(NamedTuple):
   @classmethod
   def here(cls) -> Self:
     """Describes the first device of this process."""
-    device, memory = jax.devices()[0], None
+    return cls.of(jax.devices()[0])
+
+  @classmethod
+  def of(cls, device: jax.Device) -> Self:
+    """Describes a device of this process."""
+    memory = None
     if device.platform != "cpu":
       memory = (device.memory_stats() or {}).get("bytes_limit")
     capability = getattr(device, "compute_capability", "")
@@ -113,6 +122,32 @@ def for_training(
     return spec
   configs = models(spec)
   return spec.with_compute(lambda part: {"unroll": _unlooped(configs[part])})
+
+
+def layout(device: Device, devices: int, size: int, free: int | None) -> str:
+  """Chooses how decoding holds layers, one of LAYOUTS.
+
+  XLA's backends for CPUs and GPUs copy the slices of a stack. Views cost
+  nothing on one CPU; one NVIDIA GPU needs room for a copy of all layers. A TPU
+  slices without a copy; on several devices `decoder.run_layers` gathers a layer
+  at a time.
+
+  Args:
+    device: the kind of device.
+    devices: how many hold the parameters.
+    size: bytes of all layers.
+    free: bytes of its memory that are not in use; None if not known.
+  """
+  if devices > 1 or device.platform == "tpu":
+    return "stacked"
+  if device.platform == "cpu":
+    return "apart"
+  if attention.nvidia_generation(device) < 8:
+    return "stacked"
+  if free is None or device.memory is None:
+    return "joined"
+  fits = size + _SPARE * device.memory <= free
+  return "joined" if fits else "stacked"
 
 
 def models(spec: Composition) -> dict[str, ModelConfig]:

@@ -12,6 +12,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from calm_jax.composition import visibility
@@ -24,6 +26,8 @@ from calm_jax.generation.decode_steps import DecodeState
 from calm_jax.generation.sampling import GREEDY, Sampler
 from calm_jax.parallel import processes
 from calm_jax.text.alignment import AlignedReader
+
+Array = jax.Array
 
 CHUNK = 16  # tokens that are generated before the host looks at them
 
@@ -131,11 +135,30 @@ def _continue(
 ) -> Iterator[tuple[int, list[int]]]:
   """Continues the rows of a batch, which are the prompts `indices`."""
   size = 1 if followers else min(CHUNK, max_new_tokens)
-  made: list[list[int]] = [[] for _ in indices]
   left = max_new_tokens - 1
-  token_B, done_B = processes.fetch((state.token_B, state.done_B))
-  new_BT = np.where(done_B, -1, token_B)[:, None]
+
+  def advance(state: DecodeState) -> tuple[DecodeState, Array]:
+    nonlocal left
+    steps = min(left, size)
+    left -= steps
+    return decode_steps.advance(
+      model.params,
+      model.spec,
+      state,
+      np.int32(steps),
+      sampler=sampler,
+      size=size,
+    )
+
+  # The device need not wait for the host where that changes nothing.
+  goes_ahead = not followers and finished is None
+  made: list[list[int]] = [[] for _ in indices]
+  new_BT = jnp.where(state.done_B, -1, state.token_B)[:, None]
   while True:
+    # The next tokens are made from the state, whose arrays it takes.
+    newest = new_BT, jnp.copy(state.done_B)
+    ahead = advance(state) if goes_ahead and left else None
+    new_BT, done_B = processes.fetch(newest)
     done_B = np.array(done_B)
     for row, i in enumerate(indices):
       tokens = [int(token) for token in new_BT[row] if token >= 0]
@@ -144,23 +167,15 @@ def _continue(
         yield i, tokens
         if finished and finished(i, made[row]):
           done_B[row] = True
-    if not left or done_B.all():
+    if done_B.all() or (ahead is None and not left):
       return
-    cache = state.cache
-    for follower in followers:
-      newest_B = np.where(done_B, -1, new_BT[:, -1])
-      cache = follower.follow(model, cache, newest_B)
-    steps = min(left, size)
-    state, new_BT = decode_steps.advance(
-      model.params,
-      model.spec,
-      state._replace(done_B=done_B, cache=cache),
-      np.int32(steps),
-      sampler=sampler,
-      size=size,
-    )
-    new_BT, done_B = processes.fetch((new_BT, state.done_B))
-    left -= steps
+    if ahead is None:
+      cache = state.cache
+      for follower in followers:
+        newest_B = np.where(done_B, -1, new_BT[:, -1])
+        cache = follower.follow(model, cache, newest_B)
+      ahead = advance(state._replace(done_B=done_B, cache=cache))
+    state, new_BT = ahead
 
 
 class Follower:

@@ -19,6 +19,7 @@ from calm_jax.composition.connections import Composition
 from calm_jax.core.batch import Batch, Sequence
 from calm_jax.generation.sampling import Sampler
 from calm_jax.models import cache as cache_lib
+from calm_jax.models import joined
 
 Array = jax.Array
 
@@ -189,8 +190,8 @@ def advance(
     return i + 1, state, out_BT.at[:, i].set(column_B)
 
   names, first, cache = _same_tokens(spec, state), state.slot, state.cache
-  # Caches of single layers are written in place on a GPU, see `cache`.
-  beside = spec.anchor.compute.decoding != "triton"
+  # A GPU, for which layers are joined, writes into their caches in place.
+  beside = not joined.is_joined(params["anchor"])
   if beside:
     cache = _change_caches(
       cache, names, lambda c: cache_lib.begin(c, size, first)

@@ -10,9 +10,8 @@ from calm_jax.models.rope import Rope
 NORMS = ("rms", "rms_plus_one", "layer")
 QK_NORMS = (None, "head", "full")
 ATTENTIONS = ("xla", "pieces", "cudnn", "splash")
-DECODINGS = ("auto", "xla", "triton")
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_exact")
-REMATS = ("auto", "none", "dots", "full")
+REMATS = ("none", "dots", "full")
 
 
 def _check_scalars(instance: Any) -> None:
@@ -44,13 +43,9 @@ class Compute:
   # Whether a row may hold several segments. If not, it holds one with padding
   # behind it, and "cudnn" is asked for causal attention without a mask array.
   packed: bool = True
-  # The kernels of a decoding step: "triton" where layers are joined for a GPU,
-  # see `models.joined`, or "xla"; "auto" is "triton" there for half precision.
-  decoding: str = "auto"
   # What the backward pass recomputes of a layer: nothing ("none"), all but its
-  # matrix products and attention kernels ("dots"), or all ("full"); "auto" is
-  # "none" where all layers run at once, or else "dots".
-  remat: str = "auto"
+  # matrix products and attention kernels ("dots"), or all ("full").
+  remat: str = "none"
   # Positions of a batch whose logits exist at a time in training, on each
   # device; 0 for all.
   loss_chunk: int = 0
@@ -59,7 +54,6 @@ class Compute:
   def __post_init__(self):
     _check_scalars(self)
     check_choice("attention", self.attention, ATTENTIONS)
-    check_choice("decoding", self.decoding, DECODINGS)
     check_choice("remat", self.remat, REMATS)
 
   @property

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm_jax.models import cache as cache_lib
-from calm_jax.models import joined, linear_kernel
 from calm_jax.models.attention import PIECES
 from calm_jax.models.block import Block
 from calm_jax.models.config import ModelConfig
@@ -159,22 +158,13 @@ def _run_apart(
   stop: int,
   cache: tuple | None,
 ) -> tuple[Array, tuple | None]:
-  """`run_layers` of layers that are not stacked, perhaps by kernels."""
+  """`run_layers` of layers that are not stacked."""
   caches = [None] * config.num_layers if cache is None else list(cache)
-  delta_BD, before = None, {}
   for i in range(start, stop):
-    like, weights = first_alike(config, i), layers[i]
-    if cache is None or not joined.has_step(config, weights, x_BLD):
-      x_BLD, caches[i] = _layer(
-        config, like, weights, x_BLD, context, caches[i]
-      )
-      continue
-    x_BD, delta_BD, caches[i] = joined.run_step(
-      config, like, weights, x_BLD[:, 0], delta_BD, before, context, caches[i]
+    like = first_alike(config, i)
+    x_BLD, caches[i] = _layer(
+      config, like, layers[i], x_BLD, context, caches[i]
     )
-    x_BLD, before = x_BD[:, None], weights
-  if delta_BD is not None:
-    x_BLD = joined.finish(config, before, x_BLD[:, 0], delta_BD)[:, None]
   return x_BLD, None if cache is None else tuple(caches)
 
 
@@ -191,7 +181,7 @@ def _remat_policy(remat: str, sliced: bool) -> Callable | None:
   """
   if remat == "full":
     return jax.checkpoint_policies.nothing_saveable
-  if remat == "dots" or (remat == "auto" and not sliced):
+  if remat == "dots":
     return _keeps_products
   if sliced:
     return None
@@ -272,11 +262,7 @@ def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:
   x = norm(config).apply({"params": params["final_norm"]}, x_BLD)
   flat = x.reshape(-1, x.shape[-1]).astype(config.compute.dtype)
   if config.tie_embeddings:
-    table = params["embed"]["embedding"]
-    if joined.reads_table(config, table, len(flat)):
-      flat, _ = linear_kernel.linear(flat, table)
-    else:
-      flat = matmul(flat, table, transposed=True)
+    flat = matmul(flat, params["embed"]["embedding"], transposed=True)
   else:
     flat = matmul(flat, params["head"]["kernel"])
   dtype = at_least_float32(config.compute.dtype)

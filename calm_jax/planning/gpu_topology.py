@@ -121,17 +121,3 @@ def capability_of(device: jax.Device) -> Iterator[None]:
   name = "check_compute_capability"
   with mock.patch.object(fused_attention_stablehlo, name, is_at_least):
     yield
-
-
-@contextlib.contextmanager
-def kernels_for(device: jax.Device) -> Iterator[None]:
-  """Lets JAX lower Triton's kernels for a GPU that this process has not."""
-  if device.platform != "gpu" or jax.default_backend() == "gpu":
-    yield
-    return
-  gpu = jax.sharding.AbstractDevice(
-    device_kind=device.device_kind, num_cores=None, platform="cuda"
-  )
-  mesh = jax.sharding.AbstractMesh((), (), abstract_device=gpu)
-  with jax.sharding.use_abstract_mesh(mesh):
-    yield

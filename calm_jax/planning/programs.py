@@ -141,15 +141,14 @@ def decoding(
   """Compiles `decode_steps.advance`: up to CHUNK tokens of `rows` rows.
 
   Caches have `slots` slots, all of which are multiplied with, read or not.
-  Layers are arranged by one of `inference.LAYOUTS`, or as the platform does.
+  Layers are arranged by one of `execution.LAYOUTS`, or as the platform does.
   """
   job, layout = placed.job, placed.layout
   spec, params = forward.submodel(job.spec, job.params, job.stage.model)
-  device = placed.target.devices[0]
   if arrangement == "auto":
-    by_platform = {"cpu": "apart", "gpu": "joined"}
-    platform = "several" if layout else device.platform
-    arrangement = by_platform.get(platform, "stacked")
+    target = placed.target
+    count = 1 if layout is None else len(target.devices)
+    arrangement = execution.layout(target.kind, count, 0, None)
   spec, params = inference.shapes(spec, params, arrangement)
   names = ["anchor", *(name for name, _ in spec.augmenting)]
   # Of the prompts only the shape matters.
@@ -172,11 +171,10 @@ def decoding(
   state = rest._replace(cache=caches)
   by_kind = {"frozen": params, "caches": caches, "batch": (rest, steps)}
   given = Given((params, state, steps), by_kind)
-  with gpu_topology.kernels_for(device):
-    traced = decode_steps.advance.trace(
-      params, spec, state, steps, sampler=GREEDY, size=decode.CHUNK
-    )
-    return _compile(traced, given, decode.CHUNK)
+  traced = decode_steps.advance.trace(
+    params, spec, state, steps, sampler=GREEDY, size=decode.CHUNK
+  )
+  return _compile(traced, given, decode.CHUNK)
 
 
 def _compile(traced, given: Given, trips: int | None = None) -> CompiledProgram:

@@ -13,12 +13,11 @@ from calm_jax.composition import execution
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError
 from calm_jax.models import decoder
-from calm_jax.models.config import ModelConfig
+from calm_jax.models.config import REMATS, ModelConfig
 from calm_jax.planning import estimate, flops, programs
 from calm_jax.planning.shapes import Job
 from calm_jax.planning.topology import Target
 
-REMATS = ("none", "dots", "full")
 _SHORTEST = 128  # tokens of a piece of a row: what a TPU's kernel reads at once
 
 # What the guess assumes. A number is bfloat16; a score or a logit, float32.

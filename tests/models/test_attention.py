@@ -160,7 +160,7 @@ def test_pieces_are_the_plain_path(heads, keys, window, cap, by_segments):
     np.testing.assert_allclose(ours / scale, theirs / scale, atol=1e-6)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full", "auto"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_pieces_keep_no_scores(remat, monkeypatch):
   """No piece keeps them either, whatever else the backward pass finds."""
   monkeypatch.setattr(attention, "_PIECE", 50)
