@@ -21,6 +21,7 @@ from rich.table import Table
 from benchmarks import devices, pairs
 from calm_jax.composition import execution, inference
 from calm_jax.composition.connections import Augmenting, Composition, Connection
+from calm_jax.generation import decode
 from calm_jax.models import quantisation
 from calm_jax.models.config import ModelConfig
 from calm_jax.planning import hlo, programs, topology
@@ -29,7 +30,7 @@ SLOTS = 256
 
 
 class Token(NamedTuple):
-  """What one turn of the loop launches, and the bytes that it moves."""
+  """What a GPU launches for a token, and the bytes that it moves."""
 
   launches: int
   megabytes: float
@@ -65,11 +66,13 @@ def token(
     other = shallow(dict(spec.augmenting)[pairs.NAME].config, 3)
     augmenting = ((pairs.NAME, Augmenting(other, (Connection(3, 1),))),)
   spec = Composition(shallow(spec.anchor, layers), augmenting)
-  job = devices.job(spec, rows, SLOTS)
   params = jax.eval_shape(lambda: pairs.parameters(spec, "bfloat16"))
   params = inference.change_models(
     params, lambda model: quantisation.shapes(model, kind)
   )
+  _, prepared = inference.shapes(spec, params, layout)
+  rows = max(rows, inference.least_rows(prepared))
+  job = devices.job(spec, rows, SLOTS)
   model = "composed" if composed else "anchor"
   job = job._replace(
     params=params, stage=dataclasses.replace(job.stage, model=model)
@@ -77,9 +80,9 @@ def token(
   placed = programs.Placed(job, None, target)
   program = programs.decoding(placed, rows, SLOTS, layout)
   text = program.compiled.as_text()
-  once, twice = hlo.count(text, 1), hlo.count(text, 2)
+  chunk = hlo.count(text, decode.CHUNK)
   return Token(
-    twice.launches - once.launches, (twice.memory - once.memory) / 1e6
+    round(chunk.launches / decode.CHUNK), chunk.memory / decode.CHUNK / 1e6
   )
 
 

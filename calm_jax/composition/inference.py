@@ -7,7 +7,7 @@ import jax
 from calm_jax.composition import cross_attention, execution
 from calm_jax.composition.connections import Composition
 from calm_jax.core.errors import check_choice
-from calm_jax.models import decoder, joined
+from calm_jax.models import decoder, joined, quantisation
 
 
 def prepare(
@@ -84,6 +84,18 @@ def choose_layout(params: dict) -> str:
     stats = first.memory_stats()
   free = kind.memory - stats["bytes_in_use"] if stats else None
   return execution.layout(kind, len(devices), size, free)
+
+
+def least_rows(params: dict) -> int:
+  """Returns how many rows decode together at least.
+
+  XLA's compiler for GPUs norms one row by several kernels, and two by one; but
+  it reads the few bits of quantised weights for one row at a time.
+  """
+  anchor = params["anchor"]
+  return (
+    2 if joined.is_joined(anchor) and not quantisation.kind_of(anchor) else 1
+  )
 
 
 def change_models(params: dict, change: Callable[[dict], dict]) -> dict:

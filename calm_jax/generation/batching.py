@@ -23,7 +23,11 @@ Readers = dict[str, list[AlignedReader]]
 
 
 def batches(
-  model: Model, rows_of_ids: Ids, prompt_lengths: Rows[int], batch_size: int
+  model: Model,
+  rows_of_ids: Ids,
+  prompt_lengths: Rows[int],
+  batch_size: int,
+  least: int = 1,
 ) -> Iterator[tuple[list[int], Batch, Readers]]:
   """Batches of rows of like length, so that padding stays small.
 
@@ -31,7 +35,8 @@ def batches(
     model: reads the batches.
     rows_of_ids: the anchor's tokens of each row.
     prompt_lengths: how many of them visibility="encoder" shows.
-    batch_size: rows of a batch at most; spare ones come last.
+    batch_size: rows of a batch at most, and
+    least: at least; spare ones come last.
 
   Yields:
     (the places of its rows in `rows_of_ids`, a batch, readers that have read
@@ -42,6 +47,7 @@ def batches(
   """
   order = sorted(range(len(rows_of_ids)), key=lambda i: len(rows_of_ids[i]))
   rows = min(batch_size, 1 << max(len(order) - 1, 0).bit_length())
+  rows = max(rows, least)
   for at in range(0, len(order), rows):
     chosen = order[at : at + rows]
     ids = [rows_of_ids[i] for i in chosen]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm_jax.composition import visibility
+from calm_jax.composition import inference, visibility
 from calm_jax.composition.connections import Augmenting
 from calm_jax.composition.model import Model
 from calm_jax.core.batch import Batch, Sequence
@@ -69,7 +69,8 @@ def stream(
   longest = batching.round_up(max(lengths))
   slots = batching.round_up(longest + max_new_tokens + CHUNK)
   seeds = [0] * len(prompts) if seeds is None else seeds
-  batches = batching.batches(model, prompts, lengths, batch_size)
+  least = inference.least_rows(params)
+  batches = batching.batches(model, prompts, lengths, batch_size, least)
   for indices, batch, readers in batches:
     followers = [
       Follower(name, joined, readers[name], batch.augmenting[name])
@@ -137,11 +138,13 @@ def _continue(
   size = 1 if followers else min(CHUNK, max_new_tokens)
   left = max_new_tokens - 1
 
+  advance_rows = decode_steps.advance_on(jax.default_backend())
+
   def advance(state: DecodeState) -> tuple[DecodeState, Array]:
     nonlocal left
     steps = min(left, size)
     left -= steps
-    return decode_steps.advance(
+    return advance_rows(
       model.params,
       model.spec,
       state,

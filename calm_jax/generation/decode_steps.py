@@ -155,10 +155,7 @@ def _step(
   return _pick(state, sampler)
 
 
-@functools.partial(
-  jax.jit, static_argnames=("spec", "sampler", "size"), donate_argnames="state"
-)
-def advance(
+def _advance(
   params: dict,
   spec: Composition,
   state: DecodeState,
@@ -172,7 +169,9 @@ def advance(
   Args:
     params, spec, sampler: as for `start`.
     state: is donated.
-    steps: int32 [], at most `size`; fewer are made if all rows are done.
+    steps: int32 [], at most `size`; fewer are made if all rows are done. A GPU
+      makes `size`, and only the first `steps` count: a state is good for
+      another call if they were all.
     size: columns of the result.
 
   Returns:
@@ -186,25 +185,48 @@ def advance(
   def body(carry):
     i, state, out_BT = carry
     state = _step(params, spec, state, sampler)
-    column_B = jnp.where(state.done_B, -1, state.token_B)
+    is_new_B = (i < steps) & ~state.done_B
+    column_B = jnp.where(is_new_B, state.token_B, -1)
     return i + 1, state, out_BT.at[:, i].set(column_B)
 
+  def loop(carry):
+    # At a condition that depends on data, a GPU waits for the host.
+    if on_gpu:
+      return jax.lax.fori_loop(0, size, lambda _, carry: body(carry), carry)
+    return jax.lax.while_loop(go_on, body, carry)
+
   names, first, cache = _same_tokens(spec, state), state.slot, state.cache
-  # A GPU, for which layers are joined, writes into their caches in place.
-  beside = not joined.is_joined(params["anchor"])
-  if beside:
+  on_gpu = joined.is_joined(params["anchor"])
+  if not on_gpu:  # which writes into its caches in place
     cache = _change_caches(
       cache, names, lambda c: cache_lib.begin(c, size, first)
     )
   out_BT = jnp.full((len(state.token_B), size), -1, jnp.int32)
   with jax.named_scope("decode"):
-    _, state, out_BT = jax.lax.while_loop(
-      go_on, body, (jnp.int32(0), state._replace(cache=cache), out_BT)
-    )
-  if beside:
+    carry = jnp.int32(0), state._replace(cache=cache), out_BT
+    _, state, out_BT = loop(carry)
+  if not on_gpu:
     cache = _change_caches(state.cache, names, cache_lib.settle)
     state = state._replace(cache=cache)
   return state, out_BT
+
+
+@functools.cache
+def advance_on(platform: str) -> Callable:
+  """Returns `_advance`, compiled as suits a platform.
+
+  A GPU runs kernels side by side that do not wait for each other, such as those
+  of the augmenting models and of the anchor.
+  """
+  options = None
+  if platform == "gpu":
+    options = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+  return jax.jit(
+    _advance,
+    static_argnames=("spec", "sampler", "size"),
+    donate_argnames="state",
+    compiler_options=options,
+  )
 
 
 def _change_caches(

@@ -281,13 +281,16 @@ def _xla(q_BLNH: Array, blocks, scale, cap) -> Array:
     scores.append(scores_BKRS + jnp.tile(bias_B1LS, (1, 1, N // K, 1)))
   tops = [s.max(axis=-1, keepdims=True) for s in scores]
   top_BKR1 = functools.reduce(jnp.maximum, tops)
-  # Divided by the sum at the end, where there are H features and not S keys.
-  out_BKRH = sum_BKR1 = 0
-  for scores_BKRS, (_, v_BKSH, _) in zip(scores, blocks, strict=True):
-    weights_BKRS = jnp.exp(scores_BKRS - jax.lax.stop_gradient(top_BKR1))
-    sum_BKR1 += weights_BKRS.sum(axis=-1, keepdims=True)
-    weights_BKRS = weights_BKRS.astype(v_BKSH.dtype)
-    out_BKRH += product("bkrs,bksh->bkrh", weights_BKRS, v_BKSH)
+  top_BKR1 = jax.lax.stop_gradient(top_BKR1)
+  weights = [jnp.exp(scores_BKRS - top_BKR1) for scores_BKRS in scores]
+  sum_BKR1 = sum(w.sum(axis=-1, keepdims=True) for w in weights)
+  if L == 1:  # A GPU then divides in the kernel that sums.
+    weights, sum_BKR1 = [w / sum_BKR1 for w in weights], 1
+  out_BKRH = sum(
+    product("bkrs,bksh->bkrh", weights_BKRS.astype(v_BKSH.dtype), v_BKSH)
+    for weights_BKRS, (_, v_BKSH, _) in zip(weights, blocks, strict=True)
+  )
+  # At the end there are H features to divide, and not S keys.
   out_BKRH = (out_BKRH / sum_BKR1).astype(q_BLNH.dtype)
   out_BKGLH = out_BKRH.reshape(B, K, -1, L, H)
   return out_BKGLH.transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)

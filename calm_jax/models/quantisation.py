@@ -123,10 +123,15 @@ def _pack(values: Array) -> Array:
   return jax.lax.bitcast_convert_type((low & 15) | (high << 4), jnp.uint8)
 
 
-def _unpack(packed: Array) -> Array:
+def _halves(packed: Array) -> tuple[Array, Array]:
+  """Returns the first and the second weight of each byte, as int8."""
   signed = jax.lax.bitcast_convert_type(packed, jnp.int8)
   # Shifts of int8 keep the sign.
-  pairs = jnp.stack([(signed << 4) >> 4, signed >> 4], axis=-1)
+  return (signed << 4) >> 4, signed >> 4
+
+
+def _unpack(packed: Array) -> Array:
+  pairs = jnp.stack(_halves(packed), axis=-1)
   return pairs.reshape(*packed.shape[:-1], -1)
 
 
@@ -197,8 +202,44 @@ def matmul(
 
 
 def _product(x: Array, weight: dict[str, Array], transposed: bool) -> Array:
-  made = dense(weight, x.dtype)
-  return x @ (made.T if transposed else made)
+  def multiply(x, weight):
+    made = dense(weight, x.dtype)
+    return x @ (made.T if transposed else made)
+
+  if transposed and len(x) == 1 and _has_even_blocks(x.shape[1], weight):
+    return jax.lax.platform_dependent(
+      x, weight, cuda=row_product, default=multiply
+    )
+  return multiply(x, weight)
+
+
+def _has_even_blocks(inputs: int, weight: dict[str, Array]) -> bool:
+  """Returns whether the blocks of W^T are all alike, and of whole bytes."""
+  blocks = weight["scale"].shape[1]
+  return inputs % blocks == 0 and (
+    "int8" in weight or inputs // blocks % 2 == 0
+  )
+
+
+def row_product(x_1D: Array, weight: dict[str, Array]) -> Array:
+  """Multiplies one row with W^T, summing over the terms of each output.
+
+  That is one kernel of a GPU, which reads W's few bits. As a product of
+  matrices XLA would write W dequantised to memory, and read it back.
+  """
+  scale_FK = weight["scale"].astype(jnp.float32)
+  blocks, x_D = scale_FK.shape[1], x_1D[0].astype(jnp.float32)
+
+  def terms(values, x):
+    x_KI = x.reshape(blocks, -1)
+    return values.reshape(-1, *x_KI.shape).astype(jnp.float32) * x_KI
+
+  if "int8" in weight:
+    terms_FKI = terms(weight["int8"], x_D)
+  else:
+    low, high = _halves(weight["int4"])
+    terms_FKI = terms(low, x_D[::2]) + terms(high, x_D[1::2])
+  return (terms_FKI * scale_FK[..., None]).sum((1, 2)).astype(x_1D.dtype)[None]
 
 
 _matmul = jax.custom_vjp(_product, nondiff_argnums=(2,))

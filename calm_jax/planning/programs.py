@@ -138,7 +138,7 @@ def training(placed: Placed, rows: int) -> CompiledProgram:
 def decoding(
   placed: Placed, rows: int, slots: int, arrangement: str = "auto"
 ) -> CompiledProgram:
-  """Compiles `decode_steps.advance`: up to CHUNK tokens of `rows` rows.
+  """Compiles `decode_steps.advance_on`: up to CHUNK tokens of `rows` rows.
 
   Caches have `slots` slots, all of which are multiplied with, read or not.
   Layers are arranged by one of `execution.LAYOUTS`, or as the platform does.
@@ -171,7 +171,8 @@ def decoding(
   state = rest._replace(cache=caches)
   by_kind = {"frozen": params, "caches": caches, "batch": (rest, steps)}
   given = Given((params, state, steps), by_kind)
-  traced = decode_steps.advance.trace(
+  advance = decode_steps.advance_on(placed.target.devices[0].platform)
+  traced = advance.trace(
     params, spec, state, steps, sampler=GREEDY, size=decode.CHUNK
   )
   return _compile(traced, given, decode.CHUNK)

@@ -118,6 +118,16 @@ def test_the_gradient_of_a_product(kind, transposed):
   close(found, (value, grad))
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(60, 33), (192, 7)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_product_of_a_row_that_gpus_compute(kind, inputs, outputs):
+  weight = jax.random.normal(jax.random.key(0), (outputs, inputs))
+  made = quantisation.quantise_leaf("embed/embedding", weight, kind)
+  x = jax.random.normal(jax.random.key(1), (1, inputs))
+  got = quantisation.row_product(x, made)
+  close(got, quantisation.matmul(x, made, transposed=True))
+
+
 # A model.
 
 
