@@ -238,7 +238,10 @@ def _mask_of_piece(segments, window, queries: slice, keys: slice) -> Array:
   if window is not None:
     visible_LS &= slots_S > slots_L1 - window
   queries_BL1 = segments.queries[:, queries, None]
-  return (visible_LS & (queries_BL1 == segments.keys[:, None, keys]))[:, None]
+  mask_BLS = visible_LS & (queries_BL1 == segments.keys[:, None, keys])
+  # It is small beside the scores of all heads, and XLA takes several times as
+  # long to compile where it may fuse it into all that reads it.
+  return jax.lax.optimization_barrier(mask_BLS[:, None])
 
 
 # The gradient makes the scores again. The checkpoints alone would not do: the

@@ -410,7 +410,7 @@ def test_attention_of_unpacked_rows_is_kernels_alone_on_a_gpu():
     pair = Augmenting(other, (Connection(2, 2),))
     spec = Composition(anchor, (("kv", pair),))
     work = execution.Work("composed", 2, 2048, packed=packed)
-    asked = execution.Asked(kernel, remat)
+    asked = execution.Asked(kernel, remat, unroll=1)
     spec = execution.for_training(spec, asked, target.kind, work)
     params = jax.eval_shape(
       lambda key: {
