@@ -436,6 +436,37 @@ def test_attention_of_unpacked_rows_is_kernels_alone_on_a_gpu():
   assert compiled("auto", packed=True, cap=50.0, kernel="xla") == ({}, True)
 
 
+@pytest.mark.skipif(
+  not gpu_topology.cuda_version(),
+  reason="no compiler for GPUs is installed: pip install 'calm_jax[gpu]'",
+)
+def test_a_gpu_makes_two_arrays_of_logits():
+  """They are the logits and their gradients, of an odd vocabulary, in half.
+
+  One kernel reads the logits for both maximum and sum of the softmax.
+  """
+  config = ModelConfig(
+    vocab_size=25_021, width=128, num_layers=1, num_heads=2, num_kv_heads=2,
+    head_dim=64, mlp_width=256,
+  ).with_compute(dtype="bfloat16")  # fmt: skip
+  target = topology.target("gpu:1xH100")
+  trained = {"model": "anchor", "trainable": ("anchor/.*",)}
+  stage = Stage(steps=4, warmup=1, batch_size=8, length=256, **trained)
+  work = execution.Work("anchor", 8, 256)
+  spec = execution.for_training(
+    Composition(config), execution.Asked(), target.kind, work
+  )
+  assert spec.anchor.compute.loss_chunk == 1024
+  params = {"anchor": decoder.param_shapes(config)}
+  job = shapes.Job(Settings("text", None), stage, spec, params, {})
+  placed = programs.Placed(job, None, target)
+  text = programs.training(placed, 8).compiled.as_text()
+  made = r" = (\w+)\[(?:1,1,)?1024,(25\d+)\]\S* [\w-]+\(.*, calls="
+  assert re.findall(made, text) == [("bf16", "25088")] * 2
+  pairs = r" = \(f32\[1024,\d+\]\S+ f32\[1024,\d+\]\S+ fusion\("
+  assert len(re.findall(pairs, text)) == 1
+
+
 def test_kernels_are_counted_by_name():
   call = '%{}.1 = f32[2] custom-call(%x), custom_call_target="{}"\n'
   text = "".join(
