@@ -101,7 +101,7 @@ def _small(config: ConfigDict) -> None:
   # Short numbers are rare, and m_B adds them wrongly where it has not met many
   # of them early: it learns to find digits by their distance from the "=".
   stages.anchor.data.tasks = {"num_math": 1.0}
-  stages.anchor.data.update(keys="levelled", pack=True)
+  stages.anchor.data.update(levelling=5, pack=True)
   stages.anchor.update(steps=550, batch_size=48, length=48)
   tasks = {"num_math": 0.4, "num_math_steps": 0.2, "num_math_given": 0.4}
   stages.anchor_prefix.data.tasks = tasks

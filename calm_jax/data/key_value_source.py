@@ -136,7 +136,7 @@ class KeyValueSource:
     expressions_NW = sample(n, options)
     tasks_N = rng.choice(len(TASKS), size=n, p=self._weights)
     numeric = np.flatnonzero(key_value_text.TASK_ASKED[tasks_N] != "keys")
-    if options.keys not in ("all", "levelled") and len(numeric):
+    if options.keys != "all" and len(numeric):
       any_keys = dataclasses.replace(options, keys="all")
       expressions_NW[numeric] = sample(len(numeric), any_keys)
     prompts_N = key_value_text.TASK_PROMPTS[tasks_N]

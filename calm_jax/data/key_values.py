@@ -51,12 +51,13 @@ class ExpressionOptions:
 
   Attributes:
     operators: characters of "+-*".
-    keys: "all"; "held_in"; "held_out"; "mixed", where one held-in and one
-      held-out key are at random places and the others are any key; or
-      "levelled": all, those whose values have a digit less five times as often.
+    keys: "all"; "held_in"; "held_out"; or "mixed", where one held-in and one
+      held-out key are at random places and the others are any key.
     part: "train" and "any" repeat expressions; "eval" draws distinct ones.
     max_products: how many × an expression may hold; + and − take the places of
       others. None for any number.
+    levelling: how many times as often as others a key is drawn whose value has
+      a digit less, from all keys; 10 draws all numbers of digits equally often.
   """
 
   min_terms: int
@@ -65,6 +66,7 @@ class ExpressionOptions:
   keys: str = "all"
   part: str = "train"
   max_products: int | None = None
+  levelling: int = 1
 
   def __post_init__(self):
     check_choice("part", self.part, ("train", "eval", "any"))
@@ -177,7 +179,7 @@ def _draw_num_terms(rng, n: int, options: ExpressionOptions) -> np.ndarray:
 def _draw(rng, kv, num_terms_N, options) -> np.ndarray:
   """Draws an expression of each of these numbers of terms."""
   n, terms = len(num_terms_N), options.max_terms
-  any_place, *chosen_places = _pools(kv, options.keys)
+  any_place, *chosen_places = _pools(kv, options)
   keys_NT = any_place[rng.integers(len(any_place), size=(n, terms))]
   if chosen_places:
     first = rng.integers(num_terms_N)
@@ -205,16 +207,19 @@ def _limit_products(rng, codes: np.ndarray, options) -> None:
   codes[is_beyond] = rng.choice(others, size=is_beyond.sum())
 
 
-def _pools(kv: KeyDictionary, keys: str) -> tuple[np.ndarray, ...]:
+def _pools(
+  kv: KeyDictionary, options: ExpressionOptions
+) -> tuple[np.ndarray, ...]:
   """Key ids that any place, one place and another place are drawn from."""
-  everything = np.arange(len(kv.keys))
+  keys, everything = options.keys, np.arange(len(kv.keys))
+  if options.levelling > 1:
+    digits = np.char.str_len(kv.values.astype(str))
+    counts = options.levelling ** (digits.max() - digits)
+    everything = np.repeat(everything, counts)
   held_in, held_out = np.flatnonzero(kv.held_in), np.flatnonzero(~kv.held_in)
   pools = {"all": (everything,), "held_in": (held_in,), "held_out": (held_out,)}
   pools["mixed"] = (everything, held_in, held_out)
-  if keys == "levelled":
-    digits = np.array([len(str(value)) for value in kv.values])
-    pools[keys] = (np.repeat(everything, 5 ** (digits.max() - digits)),)
-  check_choice("keys", keys, [*pools, "levelled"])
+  check_choice("keys", keys, list(pools))
   if not all(len(pool) for pool in pools[keys]):
     raise InputError(
       f"keys {keys!r}: {len(held_in)} keys are held in and {len(held_out)} held"

@@ -56,6 +56,7 @@ class KeyValueData:
   max_terms: Count | None = None
   operators: str | None = None
   max_products: Count | None = None
+  levelling: Count = 1
 
 
 class KeyValueExperiment:

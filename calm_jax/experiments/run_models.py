@@ -18,6 +18,7 @@ from calm_jax.language_model import LanguageModel, load_model
 from calm_jax.models import decoder, lora, quantisation
 from calm_jax.models.config import Compute, ModelConfig
 from calm_jax.models.hf import loading
+from calm_jax.models.rope import Rope
 from calm_jax.parallel.sharding import Layout
 from calm_jax.text.tokenizer import Tokenizer
 from calm_jax.training.stage import Stage
@@ -113,12 +114,14 @@ def scratch_config(
   settings: Settings, side: str, vocab_size: int
 ) -> ModelConfig:
   """The "anchor" or "augmenting" model that the run trains from scratch."""
-  shape = getattr(settings, f"{side}_model")
+  shape = dataclasses.asdict(getattr(settings, f"{side}_model"))
+  head_dim = shape["width"] // shape["num_heads"]
   return ModelConfig(
     vocab_size=vocab_size,
-    head_dim=shape.width // shape.num_heads,
+    head_dim=head_dim,
+    rope=Rope(head_dim, shape.pop("rope_theta")),
     compute=Compute(dtype=settings.dtype),
-    **dataclasses.asdict(shape),
+    **shape,
   )
 
 

@@ -12,6 +12,7 @@ from calm_jax.composition.connections import Augmenting
 from calm_jax.composition.execution import Asked
 from calm_jax.core.typed_fields import Count, CountOrRest, Range, Seed
 from calm_jax.experiments import variants
+from calm_jax.models.rope import Rope
 from calm_jax.parallel import mesh
 from calm_jax.parallel.rules import SHARDING
 from calm_jax.training.stage import Stage
@@ -27,6 +28,9 @@ class DecoderShape:
   num_kv_heads: Count = 4
   mlp_width: Count = 352
   max_length: Count = 512
+  # Base of the frequencies that positions turn with; short texts need a small
+  # one, with which most of them turn.
+  rope_theta: float = Rope.theta
   tie_embeddings: bool = False
 
 

@@ -111,7 +111,7 @@ def test_key_subsets(part):
 
 def test_levelled_keys_have_short_values_more_often():
   kv = make_dictionary(250, 0.3, seed=0)
-  drawn = draw(kv, 4000, max_terms=3, keys="levelled", part="any")
+  drawn = draw(kv, 4000, max_terms=3, levelling=5, part="any")
   key_ids = drawn[:, ::2][drawn[:, ::2] >= 0]
   lengths = np.char.str_len(kv.values[key_ids].astype(str))
   # A key of one digit weighs 25, of two 5, of three 1.
