@@ -77,10 +77,11 @@ def kernels(options) -> Found:
     capture_output=True,
     text=True,
   )  # fmt: skip
-  last = (run.stdout.strip() or run.stderr.strip()).splitlines()[-1]
+  lines = (run.stdout.strip() or run.stderr.strip()).splitlines()
   if run.returncode:
-    raise RuntimeError(last)
-  return {"result": last}
+    failed = [line for line in lines if line.startswith("FAILED")]
+    raise RuntimeError("; ".join([*failed, lines[-1]]))
+  return {"result": lines[-1]}
 
 
 def _training_pair(options):
