@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from calm_jax.experiments import config_files, variants
 from calm_jax.experiments.key_values import KeyValueTask
-from calm_jax.experiments.settings import Settings
+from calm_jax.experiments.settings import CompositionOptions, Settings
 from calm_jax.training.stage import Stage
 
 # Arithmetic on what is written last, whatever came before.
@@ -24,6 +24,9 @@ def get_config(variant: str = "small") -> ConfigDict:
     experiment="key_values",
     task=KeyValueTask(),
     workdir="runs/kv",
+    # The composition writes what m_A's newest state says, which it finds sooner
+    # and for more keys by its position than by what it holds.
+    composition=CompositionOptions(positions="rope"),
     augmenting_name="kv",
     recipe=("augmenting", "anchor", "anchor_prefix", "compose"),
     alternatives=("compose_direct",),
@@ -85,9 +88,10 @@ def _compose(kv_math: str) -> Stage:
 
 def _small(config: ConfigDict) -> None:
   config.alternatives = ()
-  config.composition.num_connections = 3
+  config.composition.num_connections = 2
+  # No row is longer than 64 tokens.
   config.anchor_model.update(
-    num_layers=3, num_heads=8, num_kv_heads=8, mlp_width=512
+    num_layers=3, num_heads=8, num_kv_heads=8, mlp_width=512, rope_theta=100.0
   )
   config.augmenting_model.update(width=96, mlp_width=256)
   stages = config.stages
@@ -98,17 +102,22 @@ def _small(config: ConfigDict) -> None:
   for name in ("augmenting", "augmenting_vanilla"):
     stages[name].data.pack = True
     stages[name].update(steps=300, batch_size=48, length=48, weight_decay=0.01)
-  # Short numbers are rare, and m_B adds them wrongly where it has not met many
-  # of them early: it learns to find digits by their distance from the "=".
+  # m_B first meets numbers of one, two and three digits nearly as often, or it
+  # learns to find digits by their distance from the "=", and adds wrongly
+  # wherever the second number is shorter. Then long ones, which are harder.
   stages.anchor.data.tasks = {"num_math": 1.0}
-  stages.anchor.data.update(levelling=5, pack=True)
-  stages.anchor.update(steps=550, batch_size=48, length=48)
+  stages.anchor.data.update(levelling=7, pack=True)
+  stages.anchor.update(steps=500, batch_size=48, length=48)
   tasks = {"num_math": 0.4, "num_math_steps": 0.2, "num_math_given": 0.4}
-  stages.anchor_prefix.data.tasks = tasks
-  stages.anchor_prefix.data.pack = True
-  stages.anchor_prefix.update(steps=470, batch_size=48, length=64)
+  stages.anchor_prefix.data.update(tasks=tasks, levelling=2, pack=True)
+  stages.anchor_prefix.update(steps=600, batch_size=48, length=64)
   for name in ("compose", "compose_direct"):
-    stages[name].steps = 500
+    stages[name].data.pack = True
+    stages[name].update(steps=400, batch_size=40, length=64)
+  # Without NUM-MATH in steps the composition unlearns it.
+  tasks = {"kv_math_steps": 0.45, "kv_subs": 0.25}
+  tasks |= {"num_math": 0.15, "num_math_steps": 0.15}
+  stages.compose.data.tasks = tasks
 
 
 def _both(config: ConfigDict) -> None:
@@ -121,7 +130,6 @@ def _ablations(config: ConfigDict) -> None:
   _small(config)
   config.workdir = "runs/ablations"
   config.task.num_examples = 512
-  config.stages.compose.update(steps=500)
 
 
 def _tiny(config: ConfigDict) -> None:
