@@ -270,11 +270,17 @@ def skip_without_cudnn():
     pytest.skip(f"cuDNN's attention does not run on {device.device_kind}")
 
 
+def close_in_half(ours, theirs):
+  # The gradient of a softmax over a single key is zero but for rounding.
+  atol = 0.03 * max(1, np.abs(theirs).max())
+  np.testing.assert_allclose(ours, theirs, atol=atol)
+
+
 @LENGTHS
 def test_cudnn_itself_is_the_plain_path(length, heads, keys):
   skip_without_cudnn()
   for ours, theirs in both(length, heads, keys, 64, "bfloat16"):
-    np.testing.assert_allclose(ours, theirs, atol=0.03 * np.abs(theirs).max())
+    close_in_half(ours, theirs)
 
 
 @LENGTHS
@@ -284,7 +290,7 @@ def test_cudnn_itself_of_unpacked_rows_is_the_plain_path(
 ):
   skip_without_cudnn()
   for ours, theirs in unpacked(length, heads, keys, 64, "bfloat16", window):
-    np.testing.assert_allclose(ours, theirs, atol=0.03 * np.abs(theirs).max())
+    close_in_half(ours, theirs)
 
 
 @pytest.mark.parametrize(
