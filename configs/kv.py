@@ -163,17 +163,17 @@ def _paper(config: ConfigDict) -> None:
     stage.update(batch_size=128, length=256, warmup=100, learning_rate=1e-3)
     stage.update(eval_every=1000, checkpoint_every=1000)
   for name in ("augmenting", "augmenting_vanilla"):
-    stages[name].update(steps=1000, batch_size=256, learning_rate=2e-3)
+    stages[name].update(steps=1200, batch_size=256, learning_rate=2e-3)
   # Two terms, a single operation, are the easiest to learn.
   for name in ("anchor", "anchor_prefix", "augmenting_vanilla"):
     stages[name].data.min_terms = 2
   # Most of what is learnt is one operation at a time: results that are given
   # at once are hardly predictable, and blur the loss.
   stages.anchor.data.tasks = {"num_math": 0.2, "num_math_steps": 0.8}
-  stages.anchor.steps = 3600
-  stages.anchor_prefix.steps = 2000
+  stages.anchor.steps = 5000
+  stages.anchor_prefix.steps = 3000
   for name in ("compose", "compose_direct"):
-    stages[name].update(steps=1400, learning_rate=2e-3)
+    stages[name].update(steps=2000, learning_rate=2e-3)
 
 
 VARIANTS = {
