@@ -138,7 +138,7 @@ def _continue(
   size = 1 if followers else min(CHUNK, max_new_tokens)
   left = max_new_tokens - 1
 
-  advance_rows = decode_steps.advance_on(jax.default_backend())
+  advance_rows = decode_steps.advance_on(jax.default_backend(), model.params)
 
   def advance(state: DecodeState) -> tuple[DecodeState, Array]:
     nonlocal left

@@ -211,15 +211,19 @@ def _advance(
   return state, out_BT
 
 
-@functools.cache
-def advance_on(platform: str) -> Callable:
-  """Returns `_advance`, compiled as suits a platform.
+def advance_on(platform: str, params: dict) -> Callable:
+  """Returns `_advance`, compiled as suits a platform and these parameters.
 
-  A GPU runs kernels side by side that do not wait for each other, such as those
-  of the augmenting models and of the anchor.
+  One GPU runs kernels side by side that do not wait for each other, such as
+  those of the augmenting models and of the anchor.
   """
+  return _compiled(platform == "gpu" and joined.is_joined(params["anchor"]))
+
+
+@functools.cache
+def _compiled(side_by_side: bool) -> Callable:
   options = None
-  if platform == "gpu":
+  if side_by_side:
     options = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
   return jax.jit(
     _advance,

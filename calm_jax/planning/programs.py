@@ -171,7 +171,8 @@ def decoding(
   state = rest._replace(cache=caches)
   by_kind = {"frozen": params, "caches": caches, "batch": (rest, steps)}
   given = Given((params, state, steps), by_kind)
-  advance = decode_steps.advance_on(placed.target.devices[0].platform)
+  platform = placed.target.devices[0].platform
+  advance = decode_steps.advance_on(platform, params)
   traced = advance.trace(
     params, spec, state, steps, sampler=GREEDY, size=decode.CHUNK
   )

@@ -142,9 +142,9 @@ def test_logits_while_generating_are_those_of_the_finished_text(
 
     return run
 
-  advance = watched(decode_steps.advance_on("cpu"))
+  advance = watched(decode_steps.advance_on("cpu", params))
   monkeypatch.setattr(decode_steps, "start", watched(decode_steps.start))
-  monkeypatch.setattr(decode_steps, "advance_on", lambda platform: advance)
+  monkeypatch.setattr(decode_steps, "advance_on", lambda *_: advance)
   model = spelled(spec, params, own)
   got = decode.generate(model, PROMPTS, max_new_tokens=new)
   assert len(seen) == new
@@ -206,7 +206,7 @@ def test_an_own_tokenizer_that_reads_too_much_is_an_error(spelled):
 
 def test_many_lengths_are_few_programs():
   spec, params = helpers.compose(names=("a",))  # shapes of no other test
-  programs = decode_steps.start, decode_steps.advance_on("cpu")
+  programs = decode_steps.start, decode_steps.advance_on("cpu", params)
   before = sum(program._cache_size() for program in programs)
   prompts = [[1 + i % 60] * (3 * i + 1) for i in range(32)]
   generate(params, spec, prompts, max_new_tokens=3, batch_size=8)
