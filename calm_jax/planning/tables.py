@@ -113,7 +113,8 @@ def show_choices(settings: Settings) -> None:
     rows = []
     for device in chips.values():
       spec = execution.for_training(job.spec, settings.asked, device, work)
-      rows.append(execution.describe(spec, work))
+      layers = execution.layout(device, 1, 0, None)
+      rows.append(execution.describe(spec, work) | {"decoding": layers})
     table = Table("device", *rows[0], title=f"{stage}, {settings.dtype}")
     for name, row in zip(chips, rows, strict=True):
       table.add_row(name, *row.values())
