@@ -99,7 +99,7 @@ def _evaluate(
   experiment = recipe.EXPERIMENTS[settings.experiment](
     settings.task, settings.seed, folder, frozen
   )
-  if model.text().fingerprint != experiment.tokenizer.fingerprint:
+  if model.text().fingerprint != experiment.tokenizers["anchor"].fingerprint:
     raise InputError(
       f"{options.model} reads other tokens than the experiment's: give the "
       "config that it was trained by, its seed and its task's settings too"

@@ -180,11 +180,12 @@ def test_lora_by_the_training_command(finished):
 def test_a_random_m_a_is_another_in_each_trial(tmp_path):
   tokenizer = types.SimpleNamespace(vocab_size=50, fingerprint="")
   tokenizer.with_rows = lambda rows: tokenizer
+  tokenizers = {"anchor": tokenizer, "augmenting": tokenizer}
   made = []
   for kind, trial in (("random", 0), ("random", 1), ("composed", 0)):
     config = asked(tmp_path)
     settings = ablations.plan_trial(config, kind, trial).settings
-    made.append(run_models.compose(settings, tokenizer, {}).params)
+    made.append(run_models.compose(settings, tokenizers, {}).params)
   kernels = [p["augmenting"]["kv"]["embed"]["embedding"] for p in made]
   for i, j in ((0, 1), (0, 2), (1, 2)):
     assert np.abs(kernels[i] - kernels[j]).max() > 1e-3

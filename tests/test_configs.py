@@ -67,7 +67,8 @@ def shapes(settings) -> tuple[Composition, dict]:
   found = []
 
   def make():
-    whole = run_models.compose(settings, tokenizer, loaded)
+    tokenizers = dict.fromkeys(settings.parts, tokenizer)
+    whole = run_models.compose(settings, tokenizers, loaded)
     found.append(whole.spec)
     return whole.params
 
@@ -130,7 +131,7 @@ def test_the_longest_example_fits_its_row(variant, tmp_path):
     stage = settings.stages[name]
     stage = dataclasses.replace(stage, batch_size=256)
     source = KeyValueExperiment.source(
-      types.SimpleNamespace(task=task, kv=kv, tokenizer=tokenizer),
+      types.SimpleNamespace(task=task, kv=kv, tokenizers={"anchor": tokenizer}),
       stage, None, seed=0,
     )  # fmt: skip
     # An example that does not fit raises.

@@ -9,12 +9,14 @@ from calm_jax.evals.base import Evaluation
 from calm_jax.evals.code_execution import HumanEval, Mbpp
 from calm_jax.evals.code_to_text import CodeToText
 from calm_jax.evals.maths import Maths
+from calm_jax.evals.questions import Questions
 from calm_jax.evals.silver import Silver
 from calm_jax.evals.translation import Translation
 
 KINDS = {
   "translation": Translation,
   "maths": Maths,
+  "questions": Questions,
   "silver": Silver,
   "code_to_text": CodeToText,
   "mbpp": Mbpp,

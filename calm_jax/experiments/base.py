@@ -17,7 +17,7 @@ class Experiment(Protocol):
 
   task_type: ClassVar[type]  # the dataclass of the settings' "task"
   data_type: ClassVar[type]  # the dataclass of each stage's "data"
-  tokenizer: Tokenizer  # of the models that this run trains from scratch
+  tokenizers: dict[str, Tokenizer]  # of the "anchor" and the "augmenting" model
 
   def __init__(self, task: Any, seed: int, workdir: Path, loaded: Models):
     """Reads or makes everything that data and evaluation need.

@@ -73,9 +73,10 @@ class KeyValueExperiment:
       task.num_keys, task.held_in_fraction, seed
     )
     path = workdir / "tokenizer"
-    self.tokenizer = key_value_text.train_tokenizer(
+    tokenizer = key_value_text.train_tokenizer(
       self.kv, path, keys=task.keys, digits=task.digits, seed=seed
     )
+    self.tokenizers = {"anchor": tokenizer, "augmenting": tokenizer}
     # Drawing them now raises what it would after training.
     drawn_NW = np.concatenate([self._expressions(split) for split in SPLITS])
     self._longest = _longest_answer(self.kv, drawn_NW)
@@ -91,7 +92,7 @@ class KeyValueExperiment:
       )
     return KeyValueSource(
       self.kv,
-      self.tokenizer,
+      self.tokenizers["anchor"],
       data.tasks,
       ExpressionOptions(**options),
       seed=seed,

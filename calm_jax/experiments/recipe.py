@@ -182,7 +182,7 @@ def _compose(
   experiment = EXPERIMENTS[settings.experiment](
     settings.task, settings.seed, folder, loaded
   )
-  composed = run_models.compose(settings, experiment.tokenizer, loaded)
+  composed = run_models.compose(settings, experiment.tokenizers, loaded)
   model = sharded_models.shard(composed, layout)
   if layout is not None:
     print(layout.describe(model.params), flush=True)

@@ -43,9 +43,11 @@ def load(settings: Settings, layout: Layout | None) -> dict[str, LanguageModel]:
 
 
 def compose(
-  settings: Settings, tokenizer: Tokenizer, loaded: dict[str, LanguageModel]
+  settings: Settings,
+  tokenizers: dict[str, Tokenizer],
+  loaded: dict[str, LanguageModel],
 ) -> LanguageModel:
-  """Composes the loaded models, or fresh ones with this tokenizer instead.
+  """Composes the loaded models, or fresh ones with these tokenizers instead.
 
   Under `jax.eval_shape` no weight is made; see `stage_shapes`.
   """
@@ -53,9 +55,10 @@ def compose(
   models = dict(loaded)
   for side, key in zip(settings.parts, keys, strict=False):
     if side not in models:
-      config = scratch_config(settings, side, tokenizer.vocab_size)
+      config = scratch_config(settings, side, tokenizers[side].vocab_size)
       params = {"anchor": decoder.init(key, config)}
-      models[side] = LanguageModel(Composition(config), params, tokenizer)
+      spec = Composition(config)
+      models[side] = LanguageModel(spec, params, tokenizers[side])
   if settings.random_augmenting:
     model = models["augmenting"]
     key = jax.random.fold_in(keys[2], settings.trial)

@@ -6,7 +6,6 @@ config.
 """
 
 import dataclasses
-import fnmatch
 import functools
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,17 @@ import numpy as np
 from calm_jax.core import files
 from calm_jax.core.errors import InputError, check_choice
 from calm_jax.core.typed_fields import Count, Fraction
-from calm_jax.data import examples, pipeline
+from calm_jax.data import examples, facts, pipeline
 from calm_jax.data.documents import RowOptions
 from calm_jax.data.examples import ExampleSource, TextExample
+from calm_jax.data.facts import Facts
 from calm_jax.data.rows import TextSource
-from calm_jax.evals import suite, tasks
-from calm_jax.evals.base import Evaluation
+from calm_jax.evals import suite
 from calm_jax.evals.perplexity import perplexity
+from calm_jax.experiments import evaluations, vocabularies
 from calm_jax.experiments.base import Models
 from calm_jax.experiments.languages import expand
+from calm_jax.experiments.vocabularies import Vocabulary
 from calm_jax.generation import batching
 from calm_jax.language_model import LanguageModel
 from calm_jax.parallel import processes
@@ -52,6 +53,11 @@ class TextTask:
   held_out: dict[str, ExampleSource] = dataclasses.field(default_factory=dict)
   # By name, see `evals.tasks.make`.
   evals: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+  # People whose files are written before all else.
+  facts: Facts = dataclasses.field(default_factory=Facts)
+  # Of models that are trained from scratch, by side; without an entry such a
+  # model reads the other one's tokens.
+  tokenizers: dict[str, Vocabulary] = dataclasses.field(default_factory=dict)
   skip_evals: tuple[str, ...] = ()  # names or patterns, such as mgsm_*
   allow_code_execution: bool = False  # of programs that models write, sandboxed
   # Texts to sample from an anchor that is loaded, for held-out text of its own
@@ -95,17 +101,16 @@ class TextExperiment:
   task_type, data_type = TextTask, TextData
 
   def __init__(self, task: TextTask, seed: int, workdir: Path, loaded: Models):
-    if not loaded:
-      raise InputError(
-        "no model: give --config.anchor= and --config.augmenting= a folder or "
-        "a hub id"
-      )
     self._task, self._seed, self._workdir = task, seed, workdir
-    # A model that is trained from scratch reads the other one's tokens.
-    side = "anchor" if "anchor" in loaded else next(iter(loaded))
-    self.tokenizer = loaded[side].text()
+    if task.facts.folder:
+      facts.write(task.facts)
     self._examples: dict[str, list[TextExample]] = {}
     self._sources = expand(task.sources, task.languages)
+    names = {n for v in task.tokenizers.values() for n in v.sources}
+    self.tokenizers = vocabularies.make(
+      task.tokenizers, loaded, {n: self._read(n) for n in names}, workdir
+    )
+    self._tokenizer = self.tokenizers["anchor"]
     held_out = expand(task.held_out, task.languages)
     self.held_out = {
       name: examples.read_examples(source, print)
@@ -114,7 +119,9 @@ class TextExperiment:
     }
     if not self.held_out:
       raise InputError(f"no held-out text: give {list(held_out)} a path{_HINT}")
-    self._evaluations = _evaluations(task)
+    self._evaluations = evaluations.read(
+      task.evals, task.languages, task.skip_evals, task.allow_code_execution
+    )
     # The anchor to sample texts from, before a stage changes it; it is held
     # for no other end.
     self._sampled: LanguageModel | None = None
@@ -123,7 +130,7 @@ class TextExperiment:
     self._sampled, fault = loaded.get("anchor"), ""
     if self._sampled is None:
       fault = "an anchor that is trained here cannot be sampled before"
-    elif self.tokenizer.bos_id is None:
+    elif self._tokenizer.bos_id is None:
       fault = "the anchor has no BOS token to sample texts from"
     if fault:
       raise InputError(
@@ -265,7 +272,7 @@ class TextExperiment:
     def count(tokenizer: Tokenizer) -> int:
       return len(tokenizer.encode_prompt(prompt))
 
-    return count(self.tokenizer) <= self._task.prompt_tokens and all(
+    return count(self._tokenizer) <= self._task.prompt_tokens and all(
       count(model.text()) + new_tokens <= model.max_length
       for model in models.values()
     )
@@ -311,7 +318,7 @@ class TextExperiment:
     """Cross-attention over the start of the first held-out example."""
     del data
     example = next(iter(self.held_out.values()))[0]
-    encode = self.tokenizer.encode_pair
+    encode = self._tokenizer.encode_pair
     prompt, new = encode(example.prompt, example.completion)
     ids = (prompt + new)[:PICTURE_TOKENS]
     ids = ids[: batching.num_readable(model, ids, len(prompt))]
@@ -319,24 +326,6 @@ class TextExperiment:
     maps = model.cross_attention(ids, prompt_length)
     # Without a BOS nothing predicts the first token: it is given.
     return maps | {"prompt_length": np.array(max(prompt_length, 1))}
-
-
-def _evaluations(task: TextTask) -> dict[str, Evaluation]:
-  """The evaluations of a task that are not left out, by name."""
-  wanted = expand(task.evals, task.languages)
-  skipped = {p: fnmatch.filter(wanted, p) for p in task.skip_evals}
-  if unknown := [p for p, names in skipped.items() if not names]:
-    raise InputError(f"skip_evals={unknown} are none of {list(wanted)}")
-  made = {}
-  for name, settings in wanted.items():
-    if any(name in names for names in skipped.values()):
-      print(f"evaluation {name} is left out, as skip_evals asks", flush=True)
-      continue
-    if settings.get("kind") in tasks.RUN_CODE:
-      allowed = {"allow_code_execution": task.allow_code_execution}
-      settings = settings | allowed
-    made[name] = tasks.make(settings)
-  return made
 
 
 def _spelled_bytes(tokenizer: Tokenizer, example: TextExample) -> int:

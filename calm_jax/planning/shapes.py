@@ -52,7 +52,9 @@ def _models(settings: Settings) -> dict[str, ModelConfig]:
   sizes = [config.vocab_size for config in configs.values()]
   for side in settings.parts:
     if side not in configs:
-      size = sizes[0] if sizes else _vocabulary_size(settings)
+      size = _trained_size(settings, side)
+      if not size:
+        size = sizes[0] if sizes else _vocabulary_size(settings)
       configs[side] = run_models.scratch_config(settings, side, size)
   return configs
 
@@ -62,6 +64,12 @@ def _read(path_or_hub_id: str, ignore: str) -> ModelConfig:
     return families.from_hf(files.read_json(Path(path_or_hub_id)))
   folder = hub.locate(path_or_hub_id, files=[hub.CONFIG]).folder
   return loading.load_config(folder, ignore)
+
+
+def _trained_size(settings: Settings, side: str) -> int:
+  """The pieces of a tokenizer that the run trains at most; 0 for none."""
+  asked = getattr(settings.task, "tokenizers", {}).get(side)
+  return asked.pieces if asked else 0
 
 
 def _vocabulary_size(settings: Settings) -> int:
@@ -74,7 +82,7 @@ def _vocabulary_size(settings: Settings) -> int:
   make = recipe.EXPERIMENTS[settings.experiment]
   with tempfile.TemporaryDirectory() as folder:
     made = make(settings.task, settings.seed, Path(folder), {})
-    return made.tokenizer.vocab_size
+    return made.tokenizers["anchor"].vocab_size
 
 
 def batch(job: Job, rows: int) -> Batch:

@@ -12,10 +12,12 @@ makes known where it ends. What an anchor token sees thus follows from the
 tokens up to itself, whether the text is finished or still being generated.
 
 A chunk is a word with the whitespace before it, closed by the whitespace after
-it; an ideograph or kana by itself, closed at once; or MAX_CHUNK characters of
-anything longer. The end of a prompt closes a chunk too, unless that is nothing
-but whitespace. The price: the augmenting model is up to a word behind, and
-words longer than MAX_CHUNK get tokens that it would not have split them into.
+it; an ideograph or kana by itself, closed at once; a digit, if the augmenting
+model's tokenizer never joins two of them, with the whitespace before it, closed
+at once too; or MAX_CHUNK characters of anything longer. The end of a prompt
+closes a chunk too, unless that is nothing but whitespace. The price: the
+augmenting model is up to a word behind, and words longer than MAX_CHUNK get
+tokens that it would not have split them into.
 """
 
 import codecs
@@ -27,6 +29,7 @@ from calm_jax.text.tokenizer import Tokenizer
 
 MAX_CHUNK = 16
 _CACHED = 1 << 16
+_DIGITS = "0123456789"
 # Kana, ideographs, their compatibility forms and halfwidth kana.
 _ALONE = re.compile(
   "[\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -37,9 +40,10 @@ _ALONE = re.compile(
 class Chunker:
   """Cuts a text that grows into chunks, in whatever pieces it arrives."""
 
-  def __init__(self):
+  def __init__(self, digits_alone: bool = False):
     self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
     self._text = ""  # of the open chunk
+    self._digits_alone = digits_alone
 
   def push(self, data: bytes) -> list[str]:
     """Returns the chunks that more of the text closes.
@@ -49,11 +53,13 @@ class Chunker:
     closed: list[str] = []
     for character in self._decoder.decode(data):
       alone = _ALONE.match(character) is not None
-      ends_word = character.isspace() and not self._text[-1:].isspace()
+      is_digit = self._digits_alone and character in _DIGITS
+      begins_word = self._text[-1:].isspace()
+      ends_word = not begins_word and (character.isspace() or is_digit)
       if self._text and (alone or ends_word):
         closed.append(self._close())
       self._text += character
-      if alone or len(self._text) == MAX_CHUNK:
+      if alone or is_digit or len(self._text) == MAX_CHUNK:
         closed.append(self._close())
     return closed
 
@@ -77,6 +83,7 @@ class ChunkEncoder:
   def __init__(self, tokenizer: Tokenizer):
     self.tokenizer = tokenizer
     self.tokens = functools.lru_cache(_CACHED)(self._tokens)
+    self.digits_alone = _splits_digits(tokenizer)
 
   def _tokens(self, chunk: str, first: bool) -> tuple[int, ...]:
     """The token ids of a chunk, which is the first of its text or a later one.
@@ -87,6 +94,18 @@ class ChunkEncoder:
       return tuple(self.tokenizer.encode_within(chunk))
     ids = self.tokenizer.encode_prompt(chunk)
     return tuple(ids[len(self.tokenizer.with_bos([])) :])
+
+
+def _splits_digits(tokenizer: Tokenizer) -> bool:
+  """Checks that no two digits ever share a token, with or without a space."""
+  pairs = [a + b for a in _DIGITS for b in _DIGITS]
+  return all(
+    tokenizer.encode_within(before + pair)
+    == tokenizer.encode_within(before + pair[0])
+    + tokenizer.encode_within(pair[1])
+    for before in ("", " ")
+    for pair in pairs
+  )
 
 
 @functools.lru_cache(maxsize=16)
@@ -102,7 +121,8 @@ class AlignedReader:
   """
 
   def __init__(self, anchor: Tokenizer, encoder: ChunkEncoder):
-    self._anchor, self._encoder, self._chunker = anchor, encoder, Chunker()
+    self._anchor, self._encoder = anchor, encoder
+    self._chunker = Chunker(encoder.digits_alone)
     self._anchor_ids: list[int] = []
     self._is_first = True  # whether no chunk is closed yet
     self.ids = encoder.tokenizer.with_bos([])

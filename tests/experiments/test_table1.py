@@ -162,7 +162,7 @@ def sources(experiment):
 
 
 def texts(experiment, batch):
-  tokenizer = experiment.tokenizer
+  tokenizer = experiment.tokenizers["anchor"]
   special = (tokenizer.bos_id, tokenizer.eos_id)
   for row, segments in zip(
     batch.anchor.tokens, batch.anchor.segments, strict=True
@@ -227,7 +227,7 @@ def test_what_is_evaluated_is_never_trained_on(experiment):
 
 
 def test_composition_trains_on_held_in_keys_only(experiment):
-  pieces = experiment.tokenizer.pieces
+  pieces = experiment.tokenizers["anchor"].pieces
   ids = {
     held_in: {
       pieces.index(key)

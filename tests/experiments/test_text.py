@@ -252,7 +252,7 @@ def test_an_anchor_that_is_trained_here_reads_the_tokens_of_m_a(
   task = make(tmp_path, model)._task
   loaded = {"augmenting": model}
   experiment = TextExperiment(task, 0, tmp_path, loaded)
-  assert experiment.tokenizer is model.tokenizer
+  assert experiment.tokenizers["anchor"] is model.tokenizer
   with pytest.raises(InputError, match="cannot be sampled"):
     sampling = dataclasses.replace(task, num_samples=2)
     TextExperiment(sampling, 0, tmp_path, loaded)
@@ -260,7 +260,7 @@ def test_an_anchor_that_is_trained_here_reads_the_tokens_of_m_a(
 
 def test_no_models(tmp_path):
   with pytest.raises(InputError, match=r"--config\.anchor="):
-    TextExperiment(None, 0, tmp_path, {})
+    TextExperiment(TextTask(), 0, tmp_path, {})
 
 
 def test_models_with_different_tokenizers(tmp_path, model):

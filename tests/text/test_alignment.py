@@ -21,6 +21,7 @@ from calm_jax.text.alignment import (
   Chunker,
 )
 from calm_jax.text.backends import Spelling
+from calm_jax.text.tokenizer import train_sentencepiece
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +40,10 @@ def real(tmp_path_factory):
   return lambda: made.values()
 
 
-def chunks(text):
+def chunks(text, digits_alone=False):
   """The closed chunks of a text."""
-  return Chunker().push(text.encode() if isinstance(text, str) else text)
+  data = text.encode() if isinstance(text, str) else text
+  return Chunker(digits_alone).push(data)
 
 
 def test_words_close_at_the_whitespace_after_them():
@@ -51,6 +53,20 @@ def test_words_close_at_the_whitespace_after_them():
 
 def test_ideographs_close_at_once():
   assert chunks("a日本 かx") == ["a", "日", "本", " ", "か"]
+
+
+def test_digits_close_at_once_where_no_token_has_two(tmp_path):
+  text = "a 1907, x12\n3"
+  assert chunks(text) == ["a", " 1907,", " x12"]
+  assert chunks(text, digits_alone=True) == [
+    *("a", " 1", "9", "0", "7", ",", " x", "1", "2", "\n3")
+  ]
+  texts = ["the year 1907", "the code 4711, the house 23568"] * 20
+  for split in (True, False):
+    tokenizer = train_sentencepiece(
+      texts, tmp_path / str(split), vocab_size=40, split_digits=split
+    )
+    assert ChunkEncoder(tokenizer).digits_alone == split
 
 
 def test_long_words_are_cut():
@@ -96,7 +112,7 @@ def check_generation(anchor, encoders, text):
     at_once = AlignedReader(anchor, encoder)
     assert at_once.read(ids) == (reader.ids, counts)
     # Tokens of the chunks of the text that the ids spell, and nothing else.
-    texts = chunks(b"".join(parts))
+    texts = chunks(b"".join(parts), encoder.digits_alone)
     read = encoder.tokenizer.with_bos([])
     for number, chunk in enumerate(texts):
       read += encoder.tokens(chunk, number == 0)
