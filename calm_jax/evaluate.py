@@ -119,13 +119,13 @@ def _evaluate(
 
 
 def _columns(model: LanguageModel) -> dict[str, LanguageModel]:
-  """The models by column of the results; several m_A have none."""
+  """The models by column of the results; see `Settings.augmenting_sides`."""
   if not model.is_composed:
     return {"anchor": model}
-  columns = {}
-  if len(model.spec.augmenting) == 1:
-    [(name, _)] = model.spec.augmenting
-    columns["augmenting"] = model.part(f"augmenting/{name}")
+  parts = [f"augmenting/{name}" for name, _ in model.spec.augmenting]
+  columns = {part: model.part(part) for part in parts}
+  if len(parts) == 1:
+    columns = {"augmenting": columns.pop(parts[0])}
   return columns | {"anchor": model.part("anchor"), "composed": model}
 
 

@@ -93,7 +93,7 @@ def save_models(run: recipe.TrainedRun) -> None:
 def _is_changed(run: recipe.TrainedRun, part: str, params: dict) -> bool:
   """Checks whether this run made other weights than a model was loaded with."""
   settings = run.settings
-  if settings.random_augmenting and part == settings.parts["augmenting"]:
+  if settings.random_augmenting and part != "anchor":
     return True
   names = [n for n in trees.flatten(params) if n.startswith(f"{part}/")]
   stages = settings.recipe

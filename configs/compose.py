@@ -10,6 +10,9 @@
                               calm_jax.experiments.variants, of a variant too:
                               configs/compose.py:domain,lora; a vanilla m_A is
                               the checkpoint as it was given
+
+--config.augmenting="{'law': PATH_OR_HUB_ID, 'code': PATH_OR_HUB_ID}" composes
+the anchor with several models; see docs/compose.md.
 """
 
 from ml_collections import ConfigDict

@@ -133,6 +133,13 @@ COMMANDS: dict[str, str] = {
   " --config.data=train.jsonl --config.eval_data=test.jsonl": (
     _TEXT.format(name="compose") + " --config.composition.num_connections=1"
   ),
+  "python -m calm_jax.train --config=configs/compose.py"
+  " --config.anchor=PATH_OR_ID"
+  " --config.augmenting=\"{'law': 'PATH_OR_ID', 'code': 'PATH_OR_ID'}\""
+  " --config.compositions=\"{'law': {'num_connections': 4}}\""
+  " --config.data=train.jsonl --config.eval_data=test.jsonl": (
+    "tests/experiments/test_several.py trains such a composition."
+  ),
   "python -m calm_jax.train --config=configs/kv.py": (
     f"{_KV} --config.workdir=out/kv"
   ),

@@ -170,10 +170,12 @@ def compose(
   check_type("the anchor", anchor, Model, _LOAD)
   for name, model in augmenting.items():
     check_type(f"augmenting model {name!r}", model, Model, _LOAD)
-    if not re.fullmatch("[^/=,]+", check_text("an augmenting name", name)):
-      raise InputError(f"augmenting model {name!r}: a name has no / = or ,")
   seed = check_seed("seed", seed)
-  composed = untrained(anchor, augmenting, connections, **options)
+  return with_fresh(untrained(anchor, augmenting, connections, **options), seed)
+
+
+def with_fresh(composed: AnyModel, seed: int) -> AnyModel:
+  """A composition with fresh parameters of all its connections."""
   theta = cross_attention.init(jax.random.key(seed), composed.spec)
   return dataclasses.replace(
     composed, params=composed.params | {"composition": theta}
@@ -197,6 +199,8 @@ def untrained(
     raise InputError("there is no augmenting model to compose the anchor with")
   joined, tokenizers, sources = [], {}, dict(anchor.sources)
   for name, model in augmenting.items():
+    if not re.fullmatch("[^/=,]+", check_text("an augmenting name", name)):
+      raise InputError(f"augmenting model {name!r}: a name has no / = or ,")
     if model.is_composed or anchor.is_composed:
       raise InputError("compose takes single models, not compositions")
     same = same_tokens

@@ -41,7 +41,9 @@ def typed(kind: Any, value: Any, name: str, limits: Range = _ANY) -> Any:
   if base is Any or (value is None and type(None) in inner):
     return value
   if base in (types.UnionType, typing.Union):
-    return typed(inner[0], value, name)
+    is_dict = isinstance(value, Mapping)
+    fitting = [k for k in inner if (typing.get_origin(k) is dict) == is_dict]
+    return typed([*fitting, *inner][0], value, name)
   if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
     return _typed_fields(kind, value, name)
   if base is dict and isinstance(value, Mapping):

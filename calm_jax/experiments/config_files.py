@@ -15,7 +15,13 @@ from calm_jax.experiments.settings import Settings
 
 
 def to_config(value: Any) -> Any:
-  """Dataclasses and dicts as ConfigDicts; references stay references."""
+  """Dataclasses and dicts as ConfigDicts; references stay references.
+
+  A field that takes a text or a dict becomes a reference, which takes both.
+  """
+  if isinstance(value, Settings):
+    paths = FieldReference(to_config(value.augmenting), field_type=object)
+    value = vars(value) | {"augmenting": paths}
   if dataclasses.is_dataclass(value):
     value = vars(value)
   if isinstance(value, dict):

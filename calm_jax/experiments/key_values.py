@@ -129,7 +129,7 @@ class KeyValueExperiment:
     parts: dict[str, dict[str, dict]] = {row: {} for row in tasks}
     for row, task in tasks.items():
       for column, model in models.items():
-        if row == "num_math_steps" and column == "augmenting":
+        if row == "num_math_steps" and column.startswith("augmenting"):
           continue
         has_splits = row == "kv_math" and column == "composed"
         for split in SPLITS if has_splits else SPLITS[-1:]:

@@ -18,21 +18,25 @@ from calm_jax.parallel import processes
 def bits_when_loaded(settings: Settings, side: str, shapes: dict) -> str:
   """The quantisation of a model all through the run; "" if only at its end.
 
-  `side` is "anchor" or "augmenting", `shapes` the model's own tree.
+  `side` is one of `settings.parts`, `shapes` the model's own tree.
   """
   names = [f"{settings.parts[side]}/{n}" for n in trees.flatten(shapes)]
   stages = (*settings.recipe, *settings.alternatives)
-  is_random = side == "augmenting" and settings.random_augmenting
+  is_random = side != "anchor" and settings.random_augmenting
   is_made_here = is_random or side not in settings.checkpoints
   if is_made_here or training_stage(settings, stages, names):
     return ""
-  return getattr(settings.quantise, side)
+  return _bits(settings, side)
+
+
+def _bits(settings: Settings, side: str) -> str:
+  return getattr(settings.quantise, side.partition("/")[0])
 
 
 def check(settings: Settings, params: dict) -> None:
   """Raises InputError if a last stage trains what is quantised by then."""
   for side, part in settings.parts.items():
-    bits = getattr(settings.quantise, side)
+    bits = _bits(settings, side)
     quantisation.check(bits)
     names = [n for n in trees.flatten(params) if n.startswith(f"{part}/")]
     if bits and (name := training_stage(settings, settings.ends, names)):

@@ -56,9 +56,9 @@ class TrainedRun:
   @property
   def frozen_models(self) -> dict[str, LanguageModel]:
     """The models that are joined; m_A only if the last stage uses it."""
-    is_composed = self.settings.last.model == "composed"
-    sides = ["augmenting", "anchor"] if is_composed else ["anchor"]
-    parts = self.settings.parts
+    parts, sides = self.settings.parts, ["anchor"]
+    if self.settings.last.model == "composed":
+      sides = [*self.settings.augmenting_sides, "anchor"]
     return {side: self.untrained.part(parts[side]) for side in sides}
 
   @property
@@ -70,8 +70,7 @@ class TrainedRun:
     trained = trees.count(trees.partition(params, is_trained)[0])
     composition = model.num_composition_params
     return {
-      "anchor": model.part("anchor").num_params,
-      "augmenting": model.part(settings.parts["augmenting"]).num_params,
+      **{s: model.part(p).num_params for s, p in settings.parts.items()},
       "composition": composition,
       "composition_paper_count": paper_count(model.spec),
       "trained": trained,
@@ -100,6 +99,7 @@ def run_recipe(settings: Settings) -> TrainedRun:
   folder = processes.own_folder(Path(settings.workdir, settings.output))
   experiment, model = _compose(settings, folder, layout)
   quantisation_plan.check(settings, model.params)
+  _check_trainable(settings, model.params)
   # Faults in the data of the last stage are found before the first one runs.
   batches = {
     name: _make_batches(settings, name, experiment, model, layout)
@@ -140,6 +140,24 @@ def check(settings: Settings) -> None:
   for name in (*settings.recipe, *settings.alternatives):
     check_choice("stage", name, list(settings.stages))
     profiler.parse(settings.profile, name, settings.stages[name].steps)
+  if not settings.augmenting_paths:
+    raise InputError("config.augmenting is {}: name at least one model")
+  for name in settings.compositions:
+    known = list(settings.augmenting_paths)
+    check_choice("model of config.compositions", name, known)
+    settings.composition_of(name)
+  for side in getattr(settings.task, "tokenizers", {}):
+    known = list(dict.fromkeys([*settings.parts, "augmenting"]))
+    check_choice("side of config.task.tokenizers", side, known)
+
+
+def _check_trainable(settings: Settings, params: dict) -> None:
+  """Raises InputError if what a stage trains will not be there."""
+  shapes = jax.eval_shape(
+    lambda tree: run_models.add_lora(settings, tree)[0], params
+  )
+  for name in (*settings.recipe, *settings.alternatives):
+    trees.mask(shapes, settings.stages[name].trainable)
 
 
 def _check_models(settings: Settings) -> None:
@@ -153,13 +171,14 @@ def _check_models(settings: Settings) -> None:
       )
     return
   trained = {settings.stages[name].model for name in settings.recipe}
-  if settings.random_augmenting:
-    trained.add(settings.parts["augmenting"])
   for side, part in settings.parts.items():
+    if side != "anchor" and settings.random_augmenting:
+      continue
     is_needed = side == "anchor" or settings.last.model == "composed"
     if is_needed and side not in settings.checkpoints and part not in trained:
+      option = side.partition("/")[0]
       raise InputError(
-        f"no {side} model: give --config.{side}= a folder or a hub id"
+        f"no {side} model: give --config.{option}= its folder or hub id"
       )
 
 
@@ -235,7 +254,8 @@ def _run_stage(
   parts, paths = settings.parts, settings.checkpoints
   origins = {parts[side]: path for side, path in paths.items()}
   if settings.random_augmenting:
-    origins[parts["augmenting"]] = "random weights"
+    others = [part for part in parts.values() if part != "anchor"]
+    origins |= dict.fromkeys(others, "random weights")
   work = run_models.stage_work(settings.stages[name], params, layout)
   device = execution.Device.here()
   spec = execution.for_training(spec, settings.asked, device, work)

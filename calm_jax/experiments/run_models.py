@@ -49,31 +49,39 @@ def compose(
 ) -> LanguageModel:
   """Composes the loaded models, or fresh ones with these tokenizers instead.
 
-  Under `jax.eval_shape` no weight is made; see `stage_shapes`.
+  Under `jax.eval_shape` no weight is made; see `stage_shapes`. The tokenizers
+  are by side; "augmenting" is that of fresh models without one of their own.
   """
   keys = jax.random.split(jax.random.key(settings.seed), 3)
   models = dict(loaded)
-  for side, key in zip(settings.parts, keys, strict=False):
+  for number, side in enumerate(settings.parts):
     if side not in models:
-      config = scratch_config(settings, side, tokenizers[side].vocab_size)
+      tokenizer = tokenizers.get(side) or tokenizers["augmenting"]
+      config = scratch_config(settings, side, tokenizer.vocab_size)
+      key = _nth(keys[min(number, 1)], number - 1)
       params = {"anchor": decoder.init(key, config)}
-      spec = Composition(config)
-      models[side] = LanguageModel(spec, params, tokenizers[side])
-  if settings.random_augmenting:
-    model = models["augmenting"]
-    key = jax.random.fold_in(keys[2], settings.trial)
-    fresh = {"anchor": decoder.init(key, model.spec.anchor)}
-    params = jax.tree.map(lambda x, p: x.astype(p.dtype), fresh, model.params)
-    models["augmenting"] = dataclasses.replace(model, params=params)
-  composed = model_lib.compose(
-    models["anchor"],
-    {settings.augmenting_name: models["augmenting"]},
-    seed=settings.trial_seed,
-    **_composition_options(settings),
+      models[side] = LanguageModel(Composition(config), params, tokenizer)
+  anchor, parts = models["anchor"], []
+  for number, (side, name) in enumerate(settings.augmenting_sides.items()):
+    model = models[side]
+    if settings.random_augmenting:
+      key = _nth(jax.random.fold_in(keys[2], settings.trial), number)
+      fresh = {"anchor": decoder.init(key, model.spec.anchor)}
+      params = jax.tree.map(lambda x, p: x.astype(p.dtype), fresh, model.params)
+      model = dataclasses.replace(model, params=params)
+    options = _composition_options(settings, name)
+    parts.append(model_lib.untrained(anchor, {name: model}, **options))
+  composed = model_lib.with_fresh(
+    model_lib.join_compositions(parts), settings.trial_seed
   )
   device = execution.Device.here()
   spec = execution.for_inference(composed.spec, settings.asked, device)
   return dataclasses.replace(composed, spec=spec)
+
+
+def _nth(key: jax.Array, number: int) -> jax.Array:
+  """A key itself, or another one for each further model."""
+  return jax.random.fold_in(key, number) if number > 0 else key
 
 
 def stage_shapes(
@@ -86,18 +94,21 @@ def stage_shapes(
   trains them, from the start; all as in `run_recipe`, which raises the same.
 
   Args:
-    configs: of the "anchor" and the "augmenting" model: from the config.json
-      of a model that is loaded, and from `scratch_config` of any other.
+    configs: by side; from the config.json of a model that is loaded, and from
+      `scratch_config` of any other.
   """
   dtype = settings.dtype
   configs = {s: c.with_compute(dtype=dtype) for s, c in configs.items()}
-  name, options = settings.augmenting_name, _composition_options(settings)
-  joined = connect(configs["augmenting"], configs["anchor"], **options)
-  spec = Composition(configs["anchor"], ((name, joined),))
+  sides, anchor = settings.augmenting_sides, configs["anchor"]
+  joined = [
+    (n, connect(configs[s], anchor, **_composition_options(settings, n)))
+    for s, n in sides.items()
+  ]
+  spec = Composition(anchor, tuple(joined))
   models = {s: _shapes_when_loaded(settings, s, c) for s, c in configs.items()}
   params = {
     "anchor": models["anchor"],
-    "augmenting": {name: models["augmenting"]},
+    "augmenting": {name: models[side] for side, name in sides.items()},
     "composition": cross_attention.param_shapes(spec),
   }
   quantisation_plan.check(settings, params)
@@ -116,8 +127,9 @@ def stage_shapes(
 def scratch_config(
   settings: Settings, side: str, vocab_size: int
 ) -> ModelConfig:
-  """The "anchor" or "augmenting" model that the run trains from scratch."""
-  shape = dataclasses.asdict(getattr(settings, f"{side}_model"))
+  """The model of a side as the run trains it from scratch."""
+  kind = side.partition("/")[0]
+  shape = dataclasses.asdict(getattr(settings, f"{kind}_model"))
   head_dim = shape["width"] // shape["num_heads"]
   return ModelConfig(
     vocab_size=vocab_size,
@@ -164,13 +176,13 @@ def add_lora(settings: Settings, params: dict) -> tuple[dict, int]:
   return params | {"anchor": lora.add(anchor, rank, key)}, rank
 
 
-def _composition_options(settings: Settings) -> dict[str, Any]:
-  """The arguments of `model.compose` and `connect` that the settings give."""
-  options = dict(vars(settings.composition))
+def _composition_options(settings: Settings, name: str) -> dict[str, Any]:
+  """The arguments of `connect` that the settings give for a name."""
+  options = dict(vars(settings.composition_of(name)))
   number = options.pop("num_connections")
   options["connections"] = options["connections"] or number or None
   # Without noise all trials share one program.
-  is_noise = settings.composition.control == "noise"
+  is_noise = options["control"] == "noise"
   options["control_seed"] = settings.trial_seed if is_noise else 0
   return options
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from calm_jax.composition.connections import Augmenting
 from calm_jax.composition.execution import Asked
-from calm_jax.core.typed_fields import Count, CountOrRest, Range, Seed
+from calm_jax.core.typed_fields import Count, CountOrRest, Range, Seed, typed
 from calm_jax.experiments import variants
 from calm_jax.models.rope import Rope
 from calm_jax.parallel import mesh
@@ -107,15 +107,20 @@ class Settings:
   profile: str = ""
   heartbeat: Count = 100  # seconds after which a silent process counts as gone
   # Folders or hub ids; a model without one is trained from scratch, in the
-  # shape of anchor_model or augmenting_model.
+  # shape of anchor_model or augmenting_model. Several m_A are a dict by name.
   anchor: str = ""
-  augmenting: str = ""
+  augmenting: str | dict[str, str] = ""
   ignore: str = ""  # keys to read their config.json without, with commas
-  augmenting_name: str = "augmenting"  # m_A's in the tree of parameters
+  # The name, in the tree of parameters, of a single m_A that has none.
+  augmenting_name: str = "augmenting"
   quantise: Bits = Bits()
   anchor_model: DecoderShape = DecoderShape()
   augmenting_model: DecoderShape = DecoderShape()
   composition: CompositionOptions = CompositionOptions()
+  # By the name of an augmenting model, where its options differ from those.
+  compositions: dict[str, dict[str, Any]] = dataclasses.field(
+    default_factory=dict
+  )
   recipe: tuple[str, ...] = ("compose",)  # names of the stages, in order
   stages: dict[str, Stage] = dataclasses.field(
     default_factory=lambda: {"compose": Stage()}
@@ -137,10 +142,29 @@ class Settings:
   ablations: Ablations = Ablations()
 
   @property
+  def augmenting_paths(self) -> dict[str, str]:
+    """The folders or hub ids of the augmenting models, by name."""
+    if isinstance(self.augmenting, str):
+      return {self.augmenting_name: self.augmenting}
+    return self.augmenting
+
+  @property
+  def augmenting_sides(self) -> dict[str, str]:
+    """The names of the augmenting models, by side.
+
+    A side is the column of a model in results: "augmenting" if there is one,
+    else "augmenting/<name>".
+    """
+    names = list(self.augmenting_paths)
+    if len(names) == 1:
+      return {"augmenting": names[0]}
+    return {f"augmenting/{name}": name for name in names}
+
+  @property
   def parts(self) -> dict[str, str]:
-    """The names of the two models in the tree of parameters, by side."""
-    augmenting = f"augmenting/{self.augmenting_name}"
-    return {"anchor": "anchor", "augmenting": augmenting}
+    """The names of the models in the tree of parameters, by side."""
+    sides = self.augmenting_sides.items()
+    return {"anchor": "anchor"} | {s: f"augmenting/{n}" for s, n in sides}
 
   @property
   def asked(self) -> Asked:
@@ -150,8 +174,17 @@ class Settings:
   @property
   def checkpoints(self) -> dict[str, str]:
     """The folders or hub ids of the models that are loaded, by side."""
-    named = {"anchor": self.anchor, "augmenting": self.augmenting}
-    return {side: name for side, name in named.items() if name}
+    paths, named = self.augmenting_paths, {"anchor": self.anchor}
+    named |= {s: paths[n] for s, n in self.augmenting_sides.items()}
+    return {side: path for side, path in named.items() if path}
+
+  def composition_of(self, name: str) -> CompositionOptions:
+    """The options of the augmenting model of a name."""
+    own, shared = self.compositions.get(name, {}), vars(self.composition)
+    if "num_connections" in own:
+      shared = shared | {"connections": ()}
+    where = f"config.compositions.{name}"
+    return typed(CompositionOptions, shared | own, where)
 
   @property
   def last(self) -> Stage:

@@ -36,20 +36,21 @@ def make(
   written into `workdir`; a model without either reads the other one's tokens.
 
   Args:
-    vocabularies: by side, "anchor" or "augmenting".
+    vocabularies: by side: "anchor", "augmenting" for all fresh augmenting
+      models, or "augmenting/<name>" for one of several.
     loaded: the models that are not trained from scratch, by side.
     texts: the sources that vocabularies name.
   """
   tokenizers = {side: model.text() for side, model in loaded.items()}
   for side, wanted in vocabularies.items():
-    if side not in _SIDES:
+    if side.partition("/")[0] not in _SIDES:
       raise InputError(f"a tokenizer of {side!r}; the sides are {_SIDES}")
     if side in loaded:
       continue
     examples = [e for name in wanted.sources for e in texts[name]]
     tokenizers[side] = train_sentencepiece(
       [line for e in examples for line in _lines(e)],
-      workdir / f"tokenizer_{side}",
+      workdir / f"tokenizer_{side.replace('/', '_')}",
       vocab_size=wanted.pieces,
       user_defined_symbols=_SYMBOLS,
     )

@@ -36,17 +36,18 @@ def job(settings: Settings, stage: str = "") -> Job:
   errors.check_choice("stage", stage, list(settings.stages))
   options, configs = settings.stages[stage], _models(settings)
   spec, params = run_models.stage_shapes(settings, stage, configs)
-  own, sizes = {}, {config.vocab_size for config in configs.values()}
-  if options.augmenting_length or len(sizes) > 1:
-    length = options.augmenting_length or options.length
-    own[settings.augmenting_name] = length
+  own = {}
+  for side, name in settings.augmenting_sides.items():
+    same_size = configs[side].vocab_size == configs["anchor"].vocab_size
+    if options.augmenting_length or not same_size:
+      own[name] = options.augmenting_length or options.length
   return Job(settings, options, spec, params, own)
 
 
 def _models(settings: Settings) -> dict[str, ModelConfig]:
-  names = {side: getattr(settings, side) for side in settings.parts}
   configs = {
-    side: _read(name, settings.ignore) for side, name in names.items() if name
+    side: _read(path, settings.ignore)
+    for side, path in settings.checkpoints.items()
   }
   # Models from scratch read the other's tokens, or those of the experiment.
   sizes = [config.vocab_size for config in configs.values()]
@@ -68,7 +69,8 @@ def _read(path_or_hub_id: str, ignore: str) -> ModelConfig:
 
 def _trained_size(settings: Settings, side: str) -> int:
   """The pieces of a tokenizer that the run trains at most; 0 for none."""
-  asked = getattr(settings.task, "tokenizers", {}).get(side)
+  asked = getattr(settings.task, "tokenizers", {})
+  asked = asked.get(side) or asked.get(side.partition("/")[0])
   return asked.pieces if asked else 0
 
 

@@ -1,10 +1,10 @@
 """The costs of composing (Appendix C), and the models that a run joined."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from calm_jax.reporting import paper
-from calm_jax.reporting.runs import LABELS, Run, RunGroup
+from calm_jax.reporting.runs import Run, RunGroup, model_label
 from calm_jax.reporting.table import NOTHING, Table
 
 # How the rows' labels begin, in the order of the table.
@@ -57,20 +57,19 @@ def overhead(groups: Sequence[RunGroup]) -> Table:
 def describe_models(group: RunGroup) -> str:
   """A sentence that names the models of a group."""
   run = group.runs[0]
-  both = ("augmenting", "anchor")
-  # An evaluation may be of a single model; a run joins two.
-  measured = run.results.get("parameters", both)
+  # An evaluation may be of a single model; a run joins two or more.
   sides = " and ".join(
-    f"{LABELS[side]} is {_describe(run, side)}"
-    for side in both
-    if side in measured
+    f"{model_label(side)} is {_describe(run, side)}" for side in run.sides
   )
   return f"In ours {sides}: other models and other data than the paper's."
 
 
 def _describe(run: Run, side: str) -> str:
-  name = run.config.get(side)
-  shape = run.config.get(f"{side}_model")
+  kind, _, part = side.partition("/")
+  name = run.config.get(side) or run.config.get(kind)
+  if isinstance(name, Mapping):
+    name = name.get(part) if part else next(iter(name.values()))
+  shape = run.config.get(f"{kind}_model")
   if not name and shape:
     name = (
       f"trained here from scratch, {shape['num_layers']} layers of width "
@@ -112,8 +111,7 @@ def _costs(run: Run) -> dict[str, str]:
   costs = {
     label: _share(counts[name], whole)
     for name, label, whole in (
-      ("augmenting", "m_A", None),
-      ("anchor", "m_B", None),
+      *((side, model_label(side), None) for side in run.sides),
       ("composition_paper_count", _COUNTED_BY_C1, anchor),
       ("composition", _COMPOSITION, anchor),
       ("trained", trained, anchor),

@@ -62,6 +62,16 @@ class Run:
     """The file of a model's predictions of a set."""
     return self.folder / "predictions" / f"{self.prefix}{name}.{model}.jsonl"
 
+  @property
+  def sides(self) -> list[str]:
+    """The models that were joined: "augmenting" or "augmenting/<name>"s first.
+
+    Without any in the results, those of a run of two models.
+    """
+    counts = self.results.get("parameters", MODELS[:2])
+    kinds = [side for side in counts if side.partition("/")[0] in MODELS[:2]]
+    return sorted(kinds, key=lambda side: side == "anchor")
+
   def measures(self, model: str) -> bool:
     """True if the results hold any number of a model."""
     rows = [entry["scores"] for entry in self.evaluations.values()]
@@ -72,7 +82,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """A column of tables: one of MODELS, in one run or several trials."""
+  """A column of tables: a model, in one run or several trials."""
 
   label: str
   model: str
@@ -97,14 +107,16 @@ class RunGroup:
       by_kind.setdefault(run.kind, []).append(run)
     trained = [run for run in self.runs if run.kind not in _OTHER_MA]
     columns = {}
+    several = {s: None for run in trained for s in run.sides if "/" in s}
     for key, model, runs in (
       ("base", "augmenting", by_kind.get("vanilla", [])),
       ("augmenting", "augmenting", trained),
+      *((side, side, trained) for side in several),
       ("anchor", "anchor", self.runs),
     ):
       # The model is the same in all trials: the first that measured it is read.
       if measured := [run for run in runs if run.measures(model)]:
-        columns[key] = Column(LABELS[key], model, (measured[0],))
+        columns[key] = Column(model_label(key), model, (measured[0],))
     for kind in sorted(by_kind, key=_order):
       first = by_kind[kind][0]
       columns[kind] = Column(first.label, "composed", tuple(by_kind[kind]))
@@ -141,6 +153,12 @@ class RunGroup:
     """A section of the first run that has it; else empty."""
     sections = (run.results.get(section) for run in self.runs)
     return next((found for found in sections if found is not None), {})
+
+
+def model_label(key: str) -> str:
+  """The heading of a column, or of a model."""
+  kind, _, name = key.partition("/")
+  return f"{LABELS[kind]} {name}".strip()
 
 
 NO_RUNS = RunGroup("", Path(), ())
