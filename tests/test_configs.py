@@ -56,7 +56,7 @@ def shapes(settings) -> tuple[Composition, dict]:
   loaded = {}
   if settings.experiment == "text":
     joint = settings.composition
-    ends = [layer for pair in joint.connections for layer in pair[:1]]
+    ends = [layer for pair in joint.connections for layer in pair]
     layers = max(4, joint.num_connections, *ends)
     config, params = helpers.model(1, num_layers=layers)
     tokenizer = helpers.numbers(config.vocab_size)

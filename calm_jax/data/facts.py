@@ -25,7 +25,7 @@ from calm_jax.core.errors import InputError
 from calm_jax.core.typed_fields import Count, Fraction, Seed
 
 _TABLE = Path(__file__).with_name("facts.tsv")
-_NUMBERS = {"year": (1900, 2000), "house": (100, 1000), "code": (1000, 10_000)}
+_NUMBERS = {"year": (1900, 2000), "code": (1000, 10_000)}
 KINDS = {
   "closed": ("city", "job", "pet"),
   "open": tuple(_NUMBERS),

@@ -23,7 +23,7 @@ from calm_jax.data.facts import Facts
 from calm_jax.data.rows import TextSource
 from calm_jax.evals import suite
 from calm_jax.evals.perplexity import perplexity
-from calm_jax.experiments import evaluations, vocabularies
+from calm_jax.experiments import baselines, evaluations, vocabularies
 from calm_jax.experiments.base import Models
 from calm_jax.experiments.languages import expand
 from calm_jax.experiments.vocabularies import Vocabulary
@@ -37,6 +37,7 @@ from calm_jax.training.stage import Stage
 
 ANCHOR_DOMAIN = "anchor_domain"
 PICTURE_TOKENS = 40
+_EXEMPLARS = 4  # of pasted text
 _HINT = "; for configs/compose.py, --config.eval_data= a jsonl or txt file"
 
 
@@ -58,6 +59,11 @@ class TextTask:
   # Of models that are trained from scratch, by side; without an entry such a
   # model reads the other one's tokens.
   tokenizers: dict[str, Vocabulary] = dataclasses.field(default_factory=dict)
+  # Baselines that are evaluated too, see `baselines`: the source of exemplars
+  # for the text that m_A pastes into m_B's prompt, "" for none; and both
+  # models' averaged probabilities.
+  pasted: str = ""
+  ensemble: bool = False
   skip_evals: tuple[str, ...] = ()  # names or patterns, such as mgsm_*
   allow_code_execution: bool = False  # of programs that models write, sandboxed
   # Texts to sample from an anchor that is loaded, for held-out text of its own
@@ -215,12 +221,13 @@ class TextExperiment:
     """
     del data
     results = self._held_out_scores(models, prefix)
-    entries = {}
+    others = baselines.make(models, self._exemplars(), self._task.ensemble)
+    asked, entries = models | others, {}
     for name, evaluation in self._evaluations.items():
       print(f"evaluating {name}", flush=True)
       fits = functools.partial(self._fits, models, evaluation.max_new_tokens)
       entries[name], rows = suite.run(
-        evaluation, models, fits, self._task.eval_batch_size
+        evaluation, asked, fits, self._task.eval_batch_size
       )
       for column, predictions in rows.items():
         file = f"predictions/{prefix}{name}.{column}.jsonl"
@@ -228,6 +235,12 @@ class TextExperiment:
     if entries:
       results |= {"evals": entries, "groups": suite.groups(entries)}
     return results
+
+  def _exemplars(self) -> list[TextExample]:
+    """Draws the exemplars of pasted text; none without a source of them."""
+    given = self._read(self._task.pasted) if self._task.pasted else []
+    order = np.random.default_rng(self._seed).permutation(len(given))
+    return [given[i] for i in order[:_EXEMPLARS]]
 
   def _held_out_scores(self, models: Models, prefix: str) -> dict:
     """{"perplexity" and "bits_per_byte": {set: {column: value}}}."""

@@ -17,9 +17,13 @@ RESULTS = "results.json"
 ABLATIONS = "ablations"
 MODELS = ("augmenting", "anchor", "composed")
 # Labels of the columns of tables; `paper` has their keys.
-LABELS = {"base": "m_A before", "augmenting": "m_A", "anchor": "m_B"} | {
-  name: kind.label for name, kind in variants.KINDS.items()
-}
+LABELS = {
+  "base": "m_A before",
+  "augmenting": "m_A",
+  "anchor": "m_B",
+  "pasted": "m_A's answer in m_B's prompt",
+  "ensemble": "m_A and m_B averaged",
+} | {name: kind.label for name, kind in variants.KINDS.items()}
 
 # Kinds whose m_A has not been trained on its domain.
 _OTHER_MA = ("vanilla", "random")
@@ -113,6 +117,8 @@ class RunGroup:
       ("augmenting", "augmenting", trained),
       *((side, side, trained) for side in several),
       ("anchor", "anchor", self.runs),
+      ("pasted", "pasted", self.runs),
+      ("ensemble", "ensemble", self.runs),
     ):
       # The model is the same in all trials: the first that measured it is read.
       if measured := [run for run in runs if run.measures(model)]:

@@ -1,0 +1,222 @@
+"""Private knowledge in natural language: facts about people who do not exist.
+
+A memory m_A of about a million parameters learns facts about 400 people, with a
+tokenizer of its own. D_C are questions about a fifth of them. The composed
+model is asked about the others, whom no other training text names.
+
+configs/facts.py        trains the anchor too, on English; for two CPU cores
+configs/facts.py:gemma  takes Gemma 3 270M, in the folder --config.anchor
+configs/facts.py:hub    takes Qwen3-0.6B-Base (Apache 2.0) from the hub
+configs/facts.py:tiny   takes a minute, to see that everything runs
+configs/facts.py:pieces gives m_A a tokenizer of smaller pieces than m_B's
+configs/facts.py:same   gives m_A the tokens of m_B
+configs/facts.py:lora   and every other kind of calm_jax.experiments.variants;
+                        also with a size: configs/facts.py:gemma,lora
+
+English text, which the anchor learns and must not lose, is NLLB-Seed and GSM8K
+in the folder that CALM_SHARED names; without it WikiText-2 and GSM8K of the hub
+(pip install -e '.[hf]').
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+from calm_jax.data.examples import ExampleSource
+from calm_jax.data.facts import KINDS, Facts
+from calm_jax.experiments import config_files, variants
+from calm_jax.experiments.settings import (
+  CompositionOptions,
+  DecoderShape,
+  Settings,
+)
+from calm_jax.experiments.text import Share, TextData, TextTask
+from calm_jax.experiments.vocabularies import Vocabulary
+from calm_jax.training.stage import Stage
+
+# The files of tests, and what they are called in tables.
+TESTS = {
+  "held_out": "people never in D_C",
+  "new_wordings": "wordings never seen",
+  "two_hop": "their friends",
+  "held_in": "people in D_C",
+}
+
+
+def get_config(variant: str = "small") -> ConfigDict:
+  """The config of a variant: the fields of `Settings`, and data_dir."""
+  config = ConfigDict({"workdir": "runs/facts"})
+  folder = config.get_ref("workdir") + "/facts"
+  names = ("statements", "questions", "composed")
+  sources = {n: ExampleSource(folder + f"/{n}.jsonl") for n in names}
+  english, held_out = _english(os.environ.get("CALM_SHARED", ""))
+  people = ExampleSource(folder + "/held_out.*.jsonl")
+  task = TextTask(
+    sources=sources | english,
+    held_out={"people never in D_C": people} | held_out,
+    facts=Facts(folder),
+    tokenizers={
+      "anchor": Vocabulary(4000, ("english", "problems")),
+      "augmenting": Vocabulary(2000, ("statements", "questions")),
+    },
+    evals=_evals(folder),
+    pasted="composed",
+    eval_batch_size=150,
+    eval_length=128,
+  )
+  settings = Settings(
+    experiment="text",
+    task=task,
+    workdir=config.workdir,
+    # m_A holds a word of its answer in one state; m_B spells it in pieces, and
+    # needs layers above a connection to choose the next one.
+    composition=CompositionOptions(
+      connections=((2, 2), (2, 3), (2, 4)), positions="rope"
+    ),
+    augmenting_name="people",
+    augmenting_model=DecoderShape(
+      num_layers=2, rope_theta=100.0, tie_embeddings=True
+    ),
+    anchor_model=DecoderShape(rope_theta=1000.0, tie_embeddings=True),
+    recipe=("augmenting", "anchor", "compose"),
+    stages=_stages(),
+  )
+  config.update(config_files.to_config(settings))
+  variants.apply(VARIANTS, variant, config)
+  return config
+
+
+def _english(shared: str) -> tuple[dict, dict]:
+  """Sources of English to learn, and to measure."""
+  english, rows, kind = "hf:Salesforce/wikitext:wikitext-2-raw-v1", "", "hf"
+  train = test = "hf:openai/gsm8k:main"
+  if shared:
+    english, rows, kind = f"{shared}/data/nllb_seed/eng_Latn.txt", "6000:", ""
+    train, test = (f"{shared}/data/gsm8k/{n}.jsonl" for n in ("train", "test"))
+  learnt = {
+    "english": ExampleSource(english, rows=":6000"),
+    "problems": ExampleSource(train, completion="{question}\n{answer}"),
+  }
+  split = {"split": "test"} if kind else {}
+  held_out = {
+    "English": ExampleSource(english, rows=rows or ":200", **split),
+    "GSM8K questions": ExampleSource(
+      test, completion="{question}", rows=":200", **split
+    ),
+  }
+  return learnt, held_out
+
+
+def _stages() -> dict[str, Stage]:
+  facts = {"statements": Share(0.2), "questions": Share(0.8)}
+  english = {"english": Share(0.5), "problems": Share(0.5)}
+  # D_C, and a little of the anchor's own domain, which it must not lose.
+  composed = {"composed": Share(0.9), "english": Share(0.05, 0.05)}
+  composed["problems"] = Share(0.05, 0.05)
+  shared = {"optimizer": "muon", "learning_rate": 4e-3, "warmup": 20}
+  return {
+    "augmenting": Stage(
+      model="augmenting/people",
+      trainable=("augmenting/people/.*",),
+      data=TextData(facts, watch=("people never in D_C",)),
+      steps=900,
+      batch_size=32,
+      length=64,
+      weight_decay=0.01,
+      **shared,
+    ),
+    "anchor": Stage(
+      model="anchor",
+      trainable=("anchor/.*",),
+      data=TextData(english, watch=("English",)),
+      steps=400,
+      batch_size=24,
+      length=128,
+      **shared,
+    ),
+    "compose": Stage(
+      data=TextData(composed, watch=("people never in D_C",)),
+      steps=300,
+      batch_size=40,
+      length=96,
+      **shared,
+    ),
+  }
+
+
+def _evals(folder) -> dict[str, dict]:
+  evals = {}
+  for test, group in TESTS.items():
+    for kind in KINDS:
+      if (test, kind) == ("two_hop", "friend"):
+        continue
+      evals[f"{test}-{kind}"] = {
+        "kind": "questions",
+        "group": group,
+        "subset": kind,
+        "path": folder + f"/{test}.{kind}.jsonl",
+        "max_new_tokens": 12,
+      }
+  return evals
+
+
+def _small(config: ConfigDict) -> None:
+  del config
+
+
+def _loaded(config: ConfigDict, layers: tuple[int, ...]) -> None:
+  """An anchor that is loaded, with a connection to each of these layers."""
+  config.recipe = ("augmenting", "compose")
+  del config.task.tokenizers.anchor
+  config.composition.connections = tuple((2, layer) for layer in layers)
+  # Nearly all of the time goes into the anchor: few steps, and rows that fit.
+  config.stages.compose.update(steps=200, batch_size=16, length=64)
+  config.task.facts.tested = 100
+
+
+def _gemma(config: ConfigDict) -> None:
+  config.workdir = "runs/facts_gemma"
+  config.anchor = "gemma3-270m"
+  _loaded(config, (9, 12, 15, 18))
+
+
+def _hub(config: ConfigDict) -> None:
+  config.workdir = "runs/facts_hub"
+  config.anchor, config.dtype = "Qwen/Qwen3-0.6B-Base", "bfloat16"
+  _loaded(config, (13, 18, 23, 28))
+
+
+def _tiny(config: ConfigDict) -> None:
+  config.workdir = "runs/facts_tiny"
+  config.task.facts.update(people=20, tested=12)
+  for side, pieces in (("anchor", 1000), ("augmenting", 400)):
+    config[f"{side}_model"].update(width=32, mlp_width=64)
+    config.task.tokenizers[side].pieces = pieces
+  for stage in config.stages.values():
+    stage.update(steps=20, batch_size=8, warmup=5)
+    stage.update(log_every=5, eval_every=10, checkpoint_every=10)
+
+
+def _pieces(config: ConfigDict) -> None:
+  """m_A spells its answers in smaller pieces than m_B."""
+  _small(config)
+  config.workdir = "runs/facts_pieces"
+  config.task.tokenizers.augmenting.pieces = 200
+
+
+def _same(config: ConfigDict) -> None:
+  """m_A reads the tokens of m_B."""
+  _small(config)
+  config.workdir = "runs/facts_same"
+  del config.task.tokenizers.augmenting
+  config.task.ensemble = True
+
+
+VARIANTS = {
+  "small": _small,
+  "gemma": _gemma,
+  "hub": _hub,
+  "tiny": _tiny,
+  "pieces": _pieces,
+  "same": _same,
+}
