@@ -34,7 +34,11 @@ def main(config: ConfigDict) -> dict[str, Any]:
     processes.start(settings.heartbeat)
   with processes.quiet_but_first():
     run = recipe.run_recipe(settings)
-    results = _evaluate(run) | {"config": config_files.to_dict(config)}
+    # With the models that config.add_to brings.
+    fields = ("anchor", "augmenting")
+    models = {name: getattr(run.settings, name) for name in fields}
+    described = config_files.to_dict(config) | models
+    results = _evaluate(run) | {"config": described}
     if jax.process_index() == 0:
       report.write_report(run.folder, results)
       report.print_results(run.folder)

@@ -12,7 +12,8 @@
                               the checkpoint as it was given
 
 --config.augmenting="{'law': PATH_OR_HUB_ID, 'code': PATH_OR_HUB_ID}" composes
-the anchor with several models; see docs/compose.md.
+the anchor with several models, and --config.add_to=COMPOSITION adds models to
+one that is trained; see docs/compose.md.
 """
 
 from ml_collections import ConfigDict

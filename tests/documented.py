@@ -140,6 +140,13 @@ COMMANDS: dict[str, str] = {
   " --config.data=train.jsonl --config.eval_data=test.jsonl": (
     "tests/experiments/test_several.py trains such a composition."
   ),
+  "python -m calm_jax.train --config=configs/compose.py"
+  " --config.add_to=runs/compose/composition"
+  " --config.augmenting=\"{'code': 'PATH_OR_ID'}\""
+  " --config.data=code.jsonl --config.eval_data=code_test.jsonl"
+  " --config.workdir=runs/both": (
+    "tests/experiments/test_several.py adds to a saved composition."
+  ),
   "python -m calm_jax.train --config=configs/kv.py": (
     f"{_KV} --config.workdir=out/kv"
   ),

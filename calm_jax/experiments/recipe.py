@@ -11,7 +11,12 @@ from calm_jax.composition import execution
 from calm_jax.composition.connections import Composition, paper_count
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError, check_choice, check_folder
-from calm_jax.experiments import quantisation_plan, run_models, sharded_models
+from calm_jax.experiments import (
+  quantisation_plan,
+  run_models,
+  saved_composition,
+  sharded_models,
+)
 from calm_jax.experiments.base import Experiment
 from calm_jax.experiments.key_values import KeyValueExperiment
 from calm_jax.experiments.settings import Settings
@@ -94,6 +99,7 @@ def run_recipe(settings: Settings) -> TrainedRun:
   holds a run of other settings.
   """
   check(settings)
+  settings = saved_composition.resolve(settings)
   _check_models(settings)
   layout = make_layout(settings)
   folder = processes.own_folder(Path(settings.workdir, settings.output))
@@ -147,7 +153,8 @@ def check(settings: Settings) -> None:
     check_choice("model of config.compositions", name, known)
     settings.composition_of(name)
   for side in getattr(settings.task, "tokenizers", {}):
-    known = list(dict.fromkeys([*settings.parts, "augmenting"]))
+    parts = settings.parts
+    known = list(dict.fromkeys([*parts, *parts.values(), "augmenting"]))
     check_choice("side of config.task.tokenizers", side, known)
 
 
@@ -199,7 +206,10 @@ def _compose(
   """Loads what is loaded, and makes the experiment and the composition."""
   loaded = run_models.load(settings, layout)
   experiment = EXPERIMENTS[settings.experiment](
-    settings.task, settings.seed, folder, loaded
+    settings.task,
+    settings.seed,
+    folder,
+    {side: loaded[side] for side in settings.parts if side in loaded},
   )
   composed = run_models.compose(settings, experiment.tokenizers, loaded)
   model = sharded_models.shard(composed, layout)

@@ -12,7 +12,11 @@ from calm_jax.composition import model as model_lib
 from calm_jax.composition.connections import Composition, connect
 from calm_jax.composition.execution import Work
 from calm_jax.core import hub, trees
-from calm_jax.experiments import quantisation_plan, sharded_models
+from calm_jax.experiments import (
+  quantisation_plan,
+  saved_composition,
+  sharded_models,
+)
 from calm_jax.experiments.settings import Settings
 from calm_jax.language_model import LanguageModel, load_model
 from calm_jax.models import decoder, lora, quantisation
@@ -25,9 +29,21 @@ from calm_jax.training.stage import Stage
 
 
 def load(settings: Settings, layout: Layout | None) -> dict[str, LanguageModel]:
-  """Loads the models that the settings name, quantised if they stay so."""
+  """Loads the models that the settings name, quantised if they stay so.
+
+  With config.add_to that composition is among them, as "composed".
+  """
   loaded = {}
+  if saved := saved_composition.load(settings, layout):
+    parts, names = settings.parts.items(), dict(saved.spec.augmenting)
+    loaded = {"composed": saved} | {
+      side: saved.part(part)
+      for side, part in parts
+      if part.removeprefix("augmenting/") in {"anchor", *names}
+    }
   for side, name in settings.checkpoints.items():
+    if side in loaded:
+      continue
     config = loading.load_config(hub.locate(name).folder, settings.ignore)
     shapes = decoder.param_shapes(config)
     bits = quantisation_plan.bits_when_loaded(settings, side, shapes)
@@ -50,20 +66,26 @@ def compose(
   """Composes the loaded models, or fresh ones with these tokenizers instead.
 
   Under `jax.eval_shape` no weight is made; see `stage_shapes`. The tokenizers
-  are by side; "augmenting" is that of fresh models without one of their own.
+  are by part or side; "augmenting" is that of fresh models without one of
+  their own. With config.add_to a composition grows.
   """
   keys = jax.random.split(jax.random.key(settings.seed), 3)
   models = dict(loaded)
-  for number, side in enumerate(settings.parts):
+  for number, (side, part) in enumerate(settings.parts.items()):
     if side not in models:
-      tokenizer = tokenizers.get(side) or tokenizers["augmenting"]
+      names = [n for n in (part, side, "augmenting") if n in tokenizers]
+      tokenizer = tokenizers[names[0]]
       config = scratch_config(settings, side, tokenizer.vocab_size)
       key = _nth(keys[min(number, 1)], number - 1)
       params = {"anchor": decoder.init(key, config)}
       models[side] = LanguageModel(Composition(config), params, tokenizer)
-  anchor, parts = models["anchor"], []
+  anchor, saved = models["anchor"], models.get("composed")
+  parts = [saved] if saved else []
+  kept = saved.params["composition"] if saved else {}
   for number, (side, name) in enumerate(settings.augmenting_sides.items()):
     model = models[side]
+    if name in kept:
+      continue
     if settings.random_augmenting:
       key = _nth(jax.random.fold_in(keys[2], settings.trial), number)
       fresh = {"anchor": decoder.init(key, model.spec.anchor)}
@@ -71,12 +93,15 @@ def compose(
       model = dataclasses.replace(model, params=params)
     options = _composition_options(settings, name)
     parts.append(model_lib.untrained(anchor, {name: model}, **options))
-  composed = model_lib.with_fresh(
-    model_lib.join_compositions(parts), settings.trial_seed
-  )
+  joined = model_lib.join_compositions(parts)
+  composed = model_lib.with_fresh(joined, settings.trial_seed)
+  theta = composed.params["composition"] | kept
   device = execution.Device.here()
-  spec = execution.for_inference(composed.spec, settings.asked, device)
-  return dataclasses.replace(composed, spec=spec)
+  return dataclasses.replace(
+    composed,
+    spec=execution.for_inference(composed.spec, settings.asked, device),
+    params=composed.params | {"composition": theta},
+  )
 
 
 def _nth(key: jax.Array, number: int) -> jax.Array:

@@ -110,6 +110,9 @@ class Settings:
   # shape of anchor_model or augmenting_model. Several m_A are a dict by name.
   anchor: str = ""
   augmenting: str | dict[str, str] = ""
+  # A saved composition that the models of `augmenting` are added to, with an
+  # anchor of its own.
+  add_to: str = ""
   ignore: str = ""  # keys to read their config.json without, with commas
   # The name, in the tree of parameters, of a single m_A that has none.
   augmenting_name: str = "augmenting"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from calm_jax.composition.connections import Composition
 from calm_jax.core import errors, files, hub
 from calm_jax.core.batch import Batch, Sequence
-from calm_jax.experiments import recipe, run_models
+from calm_jax.experiments import recipe, run_models, saved_composition
 from calm_jax.experiments.settings import Settings
 from calm_jax.models.config import ModelConfig
 from calm_jax.models.hf import families, loading
@@ -32,6 +32,7 @@ def job(settings: Settings, stage: str = "") -> Job:
 
   A model may also be a config.json by itself. InputError if there is none.
   """
+  settings = saved_composition.resolve(settings)
   stage = stage or settings.recipe[-1]
   errors.check_choice("stage", stage, list(settings.stages))
   options, configs = settings.stages[stage], _models(settings)
@@ -70,8 +71,8 @@ def _read(path_or_hub_id: str, ignore: str) -> ModelConfig:
 def _trained_size(settings: Settings, side: str) -> int:
   """The pieces of a tokenizer that the run trains at most; 0 for none."""
   asked = getattr(settings.task, "tokenizers", {})
-  asked = asked.get(side) or asked.get(side.partition("/")[0])
-  return asked.pieces if asked else 0
+  names = (settings.parts[side], side, side.partition("/")[0])
+  return next((asked[name].pieces for name in names if name in asked), 0)
 
 
 def _vocabulary_size(settings: Settings) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import spelled
 import tiny
@@ -15,7 +17,7 @@ from calm_jax import evaluate, train
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError
 from calm_jax.evaluate import EvaluateOptions
-from calm_jax.experiments import config_files, run_models
+from calm_jax.experiments import config_files, run_models, saved_composition
 from calm_jax.planning import shapes
 from calm_jax.training.stage import Stage
 from configs import compose, kv
@@ -250,3 +252,98 @@ def test_one_name_is_the_augmenting_model():
   config.augmenting = {"kv": ""}
   named = config_files.read_settings(config)
   assert named.parts == alone.parts and named.checkpoints == {}
+
+
+@pytest.fixture(scope="module")
+def first(folders, tmp_path_factory):
+  """(composition's folder, results) of a run with "people" alone."""
+  workdir = tmp_path_factory.mktemp("first")
+  config = config_of(folders, workdir, people=folders["people"])
+  config.composition.num_connections = 1
+  return workdir / "composition", train.main(config)
+
+
+def grown(folders, first, workdir):
+  """A run that adds a model of other tokens to the first composition."""
+  config = config_of(folders, workdir, code=folders["code"])
+  config.anchor, config.add_to = "", str(first)
+  config.composition.update(num_connections=2, positions="rope")
+  return config
+
+
+def test_a_second_model_leaves_the_first_as_it_was(first, folders, tmp_path):
+  folder, before = first
+  config = grown(folders, folder, tmp_path)
+  results = train.main(config)
+  old = calm_jax.load_composed(folder)
+  new = calm_jax.load_composed(tmp_path / "composition")
+  joined = dict(new.spec.augmenting)
+  assert joined["people"] == dict(old.spec.augmenting)["people"]
+  assert len(joined["code"].connections) == 2
+  assert joined["code"].positions == "rope"
+  counts = results["parameters"]
+  assert counts["trained"] == trees.count(new.params["composition"]["code"])
+  outputs = [
+    leaf
+    for name, leaf in trees.flatten(new.params["composition"]["code"]).items()
+    if name.endswith("output/kernel")
+  ]
+  assert all(np.any(leaf) for leaf in outputs)
+  # Without the new one, the old one's parameters and answers to the bit.
+  rest = new.drop("code")
+  assert rest.spec == old.spec
+  jax.tree.map(np.testing.assert_array_equal, rest.params, old.params)
+  scores = rest.score(["a bad"], [" cab"])
+  np.testing.assert_array_equal(scores, old.score(["a bad"], [" cab"]))
+  assert np.any(new.score(["a bad"], [" cab"]) != scores)
+  # Alone, all of them are measured as before.
+  columns = results["bits_per_byte"]["domain"]
+  alone = before["bits_per_byte"]["domain"]
+  assert columns["anchor"] == alone["anchor"]
+  assert columns["augmenting/people"] == alone["augmenting"]
+  report = (tmp_path / "report.md").read_text()
+  assert "m_A people is people" in report and "m_A code is code" in report
+
+
+def test_before_it_is_trained_a_new_model_changes_no_answer(
+  first, folders, tmp_path
+):
+  folder, _ = first
+  settings = config_files.read_settings(grown(folders, folder, tmp_path))
+  settings = saved_composition.resolve(settings)
+  assert settings.stages["compose"].trainable == ("composition/code/.*",)
+  loaded = run_models.load(settings, None)
+  made = run_models.compose(settings, {}, loaded)
+  scores = made.score(["a bad"] * 2, [" cab", "k a."])
+  old = calm_jax.load_composed(folder).score(["a bad"] * 2, [" cab", "k a."])
+  np.testing.assert_array_equal(scores, old)
+  # A plan knows the trees without a weight.
+  job = shapes.job(config_files.read_settings(grown(folders, folder, tmp_path)))
+  found = {n: x.shape for n, x in trees.flatten(made.params).items()}
+  assert {n: x.shape for n, x in trees.flatten(job.params).items()} == found
+  assert [name for name, _ in job.spec.augmenting] == ["people", "code"]
+  for (_, ours), (_, planned) in zip(
+    made.spec.augmenting, job.spec.augmenting, strict=True
+  ):
+    assert ours.connections == planned.connections
+    assert ours.positions == planned.positions
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    ({"augmenting": {"people": "x"}}, r"named \['people'\] already"),
+    ({"anchor": "x"}, "leave config.anchor empty"),
+    ({"random_augmenting": True}, "random_augmenting False"),
+    ({"compositions": {"people": {}}}, r"'people' is none of \['code'\]"),
+    ({"augmenting": ""}, "no augmenting/augmenting model: give"),
+  ],
+)
+def test_what_does_not_fit_a_saved_composition(
+  first, folders, tmp_path, change, said
+):
+  config = grown(folders, first[0], tmp_path)
+  for name, value in change.items():
+    config[name] = value
+  with pytest.raises(InputError, match=said):
+    train.main(config)
