@@ -13,6 +13,7 @@ from tokenizers import (
   models,
   normalizers,
   pre_tokenizers,
+  processors,
   trainers,
 )
 from tokenizers import Tokenizer as Backend
@@ -27,14 +28,15 @@ TEXTS = [
 
 
 def toys(folder: Path) -> dict[str, Tokenizer]:
-  """Byte-level BPE, with NFC, with chat markers; four SentencePiece models."""
+  """Byte-level BPE, with NFC, with chat markers; five SentencePiece models."""
   made = {
-    "byte_level": _byte_level(folder / "byte_level"),
-    "byte_level_nfc": _byte_level(folder / "nfc", normalizers.NFC()),
+    "byte_level": byte_level(folder / "byte_level"),
+    "byte_level_nfc": byte_level(folder / "nfc", normalizers.NFC()),
     "chat": _chat(folder / "chat"),
     "one_dropped": _metaspace(folder / "dropped"),
   }
   made["unigram_folding"] = _folding(folder / "folding")
+  made["cls_sep"] = cls_sep(folder / "cls_sep")
   for name, options in {
     "bpe_bytes": {"model_type": "bpe", "byte_fallback": True, "vocab_size": 340,
                   "normalization_rule_name": "identity",
@@ -52,7 +54,7 @@ def toys(folder: Path) -> dict[str, Tokenizer]:
   return made
 
 
-def _byte_level(folder: Path, normalizer=None) -> Tokenizer:
+def byte_level(folder: Path, normalizer=None) -> Tokenizer:
   backend = Backend(models.BPE())
   if normalizer is not None:
     backend.normalizer = normalizer
@@ -72,7 +74,7 @@ def _byte_level(folder: Path, normalizer=None) -> Tokenizer:
 
 def _chat(folder: Path) -> Tokenizer:
   """NFC, two special markers, one that is not, and a BOS that is not either."""
-  _byte_level(folder, normalizers.NFC())
+  byte_level(folder, normalizers.NFC())
   backend = Backend.from_file(str(folder / "tokenizer.json"))
   backend.add_special_tokens(["<|user|>", "<|end|>"])
   backend.add_tokens(["<b>", "<|begin|>"])
@@ -118,6 +120,47 @@ def _folding(folder: Path) -> Tokenizer:
   )  # fmt: skip
   backend.train_from_iterator(TEXTS, trainer)
   return _saved(backend, folder)
+
+
+def cls_sep(folder: Path) -> Tokenizer:
+  """A SentencePiece model as ALBERT's tokenizer, such as the Goldfish have.
+
+  [CLS] and [SEP] are its BOS and EOS, and the vocabulary is filled up with
+  names that stand in no text. Converted as transformers 4 does it, but for the
+  table of normalisation, for which NFKC stands.
+  """
+  folder.mkdir()
+  prefix = folder / "spiece"
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(TEXTS), model_prefix=str(prefix), vocab_size=70,
+    hard_vocab_limit=False, minloglevel=2,
+  )  # fmt: skip
+  model = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+  ids = range(model.vocab_size())
+  pieces = [(model.id_to_piece(i), model.get_score(i)) for i in ids]
+  backend = Backend(models.Unigram(pieces, unk_id=model.unk_id()))
+  backend.normalizer = normalizers.Sequence([
+    normalizers.Replace("``", '"'), normalizers.Replace("''", '"'),
+    normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " "),
+  ])  # fmt: skip
+  backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+  backend.decoder = decoders.Metaspace(prepend_scheme="always")
+  named = {"bos": "[CLS]", "eos": "[SEP]", "cls": "[CLS]", "sep": "[SEP]",
+           "pad": "<pad>", "mask": "[MASK]", "unk": "<unk>"}  # fmt: skip
+  fill = [f"[XXXXX{i}]" for i in range(5)]
+  backend.add_special_tokens(
+    ["[CLS]", "[SEP]", "<pad>", "[MASK]", "<unk>", *fill]
+  )
+  first, last = (backend.token_to_id(t) for t in ("[CLS]", "[SEP]"))
+  backend.post_processor = processors.TemplateProcessing(
+    single="[CLS] $A [SEP]", special_tokens=[("[CLS]", first), ("[SEP]", last)]
+  )
+  backend.save(str(folder / "tokenizer.json"))
+  config = {f"{kind}_token": piece for kind, piece in named.items()}
+  config |= {"tokenizer_class": "AlbertTokenizer", "keep_accents": True}
+  config["additional_special_tokens"] = fill
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  return load_tokenizer(folder)
 
 
 def _saved(backend: Backend, folder: Path) -> Tokenizer:

@@ -281,14 +281,16 @@ class TextExperiment:
 
   def _fits(self, models: Models, new_tokens: int, prompt: str) -> bool:
     """True if a prompt is short enough, and all models can answer it."""
-
-    def count(tokenizer: Tokenizer) -> int:
-      return len(tokenizer.encode_prompt(prompt))
-
-    return count(self._tokenizer) <= self._task.prompt_tokens and all(
-      count(model.text()) + new_tokens <= model.max_length
-      for model in models.values()
-    )
+    prompt_ids = self._tokenizer.encode_prompt(prompt)
+    if len(prompt_ids) > self._task.prompt_tokens:
+      return False
+    for model in models.values():
+      ids = model.text().encode_prompt(prompt)
+      # An augmenting model reads tokens of its own, which may be more.
+      readable = batching.num_readable(model, ids, len(ids), new_tokens)
+      if readable < len(ids):
+        return False
+    return True
 
   def _eval_length(self, models: Models) -> int:
     """Tokens of a window of held-out text, the same for all models."""

@@ -6,12 +6,15 @@ import dataclasses
 import json
 import math
 
+import helpers
 import numpy as np
 import pytest
+import real_tokenizers
 import spelled
 import tiny
 
 import calm_jax
+from calm_jax.composition.connections import Composition
 from calm_jax.core.errors import InputError
 from calm_jax.data.examples import ExampleSource
 from calm_jax.experiments.text import (
@@ -21,6 +24,7 @@ from calm_jax.experiments.text import (
   TextExperiment,
   TextTask,
 )
+from calm_jax.language_model import LanguageModel
 
 LENGTH = 8
 LINES = [
@@ -244,6 +248,18 @@ def test_which_prompts_fit(tmp_path, model):
   # The model reads 64 tokens, with those of the answer.
   assert experiment._fits(models, 59, "abcd")
   assert not experiment._fits(models, 60, "abcd")
+
+
+def test_a_prompt_fits_if_m_a_can_read_it_in_its_own_tokens(tmp_path, model):
+  tokenizer = real_tokenizers.cls_sep(tmp_path / "cls_sep")
+  config, params = helpers.model(
+    2, vocab_size=tokenizer.vocab_size, max_length=16
+  )
+  small = LanguageModel(Composition(config), {"anchor": params}, tokenizer)
+  models = {"composed": calm_jax.compose(model, small, 1)}
+  experiment, room = make(tmp_path, model), 16 - len("[CLS] ▁a b c d".split())
+  assert experiment._fits(models, room, "abcd")
+  assert not experiment._fits(models, room + 1, "abcd")
 
 
 def test_an_anchor_that_is_trained_here_reads_the_tokens_of_m_a(
