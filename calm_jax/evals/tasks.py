@@ -8,6 +8,7 @@ from calm_jax.core.errors import check_choice
 from calm_jax.evals.base import Evaluation
 from calm_jax.evals.code_execution import HumanEval, Mbpp
 from calm_jax.evals.code_to_text import CodeToText
+from calm_jax.evals.lexicon import Lexicon
 from calm_jax.evals.maths import Maths
 from calm_jax.evals.questions import Questions
 from calm_jax.evals.silver import Silver
@@ -17,6 +18,7 @@ KINDS = {
   "translation": Translation,
   "maths": Maths,
   "questions": Questions,
+  "lexicon": Lexicon,
   "silver": Silver,
   "code_to_text": CodeToText,
   "mbpp": Mbpp,

@@ -257,7 +257,8 @@ def test_a_prompt_fits_if_m_a_can_read_it_in_its_own_tokens(tmp_path, model):
   )
   small = LanguageModel(Composition(config), {"anchor": params}, tokenizer)
   models = {"composed": calm_jax.compose(model, small, 1)}
-  experiment, room = make(tmp_path, model), 16 - len("[CLS] ▁a b c d".split())
+  experiment = make(tmp_path, model)
+  room = 16 - 5  # without [CLS], "▁a", "b", "c" and "d"
   assert experiment._fits(models, room, "abcd")
   assert not experiment._fits(models, room + 1, "abcd")
 
