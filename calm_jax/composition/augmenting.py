@@ -9,8 +9,8 @@ import jax
 
 from calm_jax.composition import cross_attention
 from calm_jax.composition.connections import Composition
-from calm_jax.composition.controls import controlled
-from calm_jax.core.batch import Sequence
+from calm_jax.composition.controls import controlled, replaced
+from calm_jax.core.batch import Control, Sequence
 from calm_jax.models import cache as cache_lib
 from calm_jax.models import decoder, masks
 from calm_jax.models.attention import SegmentMask
@@ -68,6 +68,7 @@ def keys_values(
   cache: dict | None = None,
   index: Array | None = None,
   lengths_B: Array | None = None,
+  control: Control | None = None,
 ) -> dict:
   """Runs an augmenting model up to its last tapped layer, and computes each
   connection's keys and values.
@@ -76,6 +77,7 @@ def keys_values(
     params, spec, cache, index, lengths_B: as for `forward.states`.
     name: of the augmenting model, which reads `sequence` [B, M]; with M = 0
       its part of the cache is returned.
+    control: changes the states that keys and values are made of.
 
   Returns:
     {"augmenting": its part of the cache as of `run`,
@@ -106,8 +108,11 @@ def keys_values(
   for connection in joined.connections:
     layer = connection.augmenting
     attention = cross_attention.bound(params, spec, name, connection)
-    h_BME = controlled(joined, tapped[layer], sequence.positions, layer)
-    made = attention.keys_values(h_BME, sequence.positions)
+    positions = sequence.positions
+    h_BME = controlled(joined, tapped[layer], positions, layer)
+    if control is not None:
+      h_BME, positions = replaced(control, h_BME, positions, layer)
+    made = attention.keys_values(h_BME, positions)
     if old is not None:
       made = cache_lib.extend(old["cross"][connection.name], made, 0, index)
     cross[connection.name] = made

@@ -1,6 +1,8 @@
 """Controls that the paper lacks: m_A's states destroyed on their way to m_B.
 
-Accuracy that survives these controls cannot come from m_A's knowledge.
+Accuracy that survives these controls cannot come from m_A's knowledge. Those of
+`Augmenting.control` hold in training too; a batch's `Control` replaces the
+states of a trained composition, for an audit.
 
 B batch, M augmenting length, E augmenting width.
 """
@@ -9,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from calm_jax.composition.connections import Augmenting
+from calm_jax.core.batch import Control
 from calm_jax.core.errors import InputError
 
 Array = jax.Array
@@ -32,6 +35,21 @@ def controlled(
     rng = jax.random.fold_in(jax.random.key(joined.control_seed), layer)
     return _noise_like(h_BME, rng, positions_BM)
   return h_BME
+
+
+def replaced(
+  control: Control, h_BME: Array, positions_BM: Array, layer: int
+) -> tuple[Array, Array]:
+  """Returns the states of a tapped layer that each row is given instead of its
+  own, and their positions."""
+  h_BME, positions_BM = h_BME[control.rows_B], positions_BM[control.rows_B]
+
+  def noise(h_BME):
+    rng = jax.random.fold_in(jax.random.key(control.seed), layer)
+    return _noise_like(h_BME, rng, positions_BM)
+
+  given = jax.lax.cond(control.noise, noise, lambda h_BME: h_BME, h_BME)
+  return given, positions_BM
 
 
 def _noise_like(h_BME: Array, rng: Array, positions_BM: Array) -> Array:

@@ -102,7 +102,8 @@ def states(
 
   Args:
     params, spec: the whole tree, and what is composed.
-    batch: what the models read; see `visibility` for what they may see of it.
+    batch: what the models read; see `visibility` for what they may see of it,
+      and `controls` for its `control`.
       With a cache, an augmenting model whose rows have no slot reads nothing
       new. Only models without an entry in `augmenting` and `visible` can be
       attended to by the splash kernel.
@@ -116,41 +117,42 @@ def states(
   Returns:
     Hidden states after the last layer [B, L, D], and the updated cache or None.
   """
-  lengths = lengths or {}
-  by_segments = cache is None and weights is None
+  lengths, control = lengths or {}, batch.control
+  by_segments = cache is None and weights is None and control is None
   by_segments = by_segments and cross_attention.reads_segments(spec.anchor)
   new: dict[str, dict] = {"augmenting": {}, "cross": {}}
-  # By the anchor's layer, cross-attentions with their keys, values and masks.
+  # By the anchor's layer, cross-attentions with keys and values, and the mask;
+  # and what each contribution is multiplied by, if by anything.
   by_layer: dict[int, list[tuple]] = {}
   with jax.named_scope("augmenting"):
     for name, joined in spec.augmenting:
       sequence = batch.augmenting.get(name, batch.anchor)
       read = augmenting.keys_values(
-        params, spec, name, sequence, cache, index, lengths.get(name)
+        params, spec, name, sequence, cache, index, lengths.get(name), control
       )
       for kind, kept in read.items():
         new[kind][name] = kept
+      segments = read["augmenting"]["segments"]
+      if control is not None:
+        segments = segments[control.rows_B]
       mask = visibility.attention_mask(
-        joined.visibility,
-        batch,
-        name,
-        read["augmenting"]["segments"],
-        index,
-        by_segments,
+        joined.visibility, batch, name, segments, index, by_segments
       )
       for connection in joined.connections:
         attention = cross_attention.bound(params, spec, name, connection)
-        term = attention, read["cross"][connection.name], mask
+        gate = None if control is None else control.gates[name][connection.name]
+        term = attention, (read["cross"][connection.name], mask), gate
         by_layer.setdefault(connection.anchor, []).append(term)
 
   def contribute(layer, x):
     terms = by_layer.get(layer, [])
     if weights is not None:
-      weights.extend(a.probabilities(x, *given) for a, *given in terms)
+      weights.extend(a.probabilities(x, *given) for a, given, _ in terms)
     if not terms:
       return x
     # All contributions to a layer come from the same hidden state.
-    return x + sum(a.attend(x, *given) for a, *given in terms)
+    made = [(a.attend(x, *given), gate) for a, given, gate in terms]
+    return x + sum(y if g is None else y * g.astype(y.dtype) for y, g in made)
 
   with jax.named_scope("anchor"):
     x, new["anchor"] = augmenting.run(

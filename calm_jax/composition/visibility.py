@@ -6,7 +6,9 @@ of the augmenting model's row that lie before its visible count.
     the same tokens, causal    the slot of the position itself, plus one
     other tokens, causal       counted by the text; see `text.alignment`
     encoder (§4.4)             the same, up to what the prompt's last token sees
-    unmasked                   all, which leaks the targets in training
+    unmasked                   all, which leaks the targets in training; under
+                               a `Control` what it sees in generation: the
+                               prompt, and what the position itself has read
 
 B batch, L anchor length, M augmenting length.
 """
@@ -47,12 +49,17 @@ def visible_counts(
   """
   shape = batch.anchor.tokens.shape
   same_tokens = name not in batch.augmenting
-  if visibility == "unmasked" or not (
-    same_tokens or batch.augmenting[name].tokens.shape[1]
-  ):
+  reads = same_tokens or batch.augmenting[name].tokens.shape[1]
+  as_generated = batch.control is not None and batch.prompt_ends is not None
+  if not reads or (visibility == "unmasked" and not as_generated):
     return jnp.full(shape, _EVERYTHING, jnp.int32)
   if name in batch.visible:
     causal_BL = batch.visible[name]
+    if batch.control is not None:
+      # A position sees what the position beside it sees of the other row, at
+      # last all of it.
+      given_BL = causal_BL[batch.control.rows_B]
+      causal_BL = jax.lax.cummax(jnp.asarray(given_BL), axis=1)
   else:
     slots_L = first_slot + jnp.arange(1, shape[1] + 1, dtype=jnp.int32)
     causal_BL = jnp.broadcast_to(slots_L, shape)
@@ -63,11 +70,12 @@ def visible_counts(
       "visibility='encoder' needs to know where prompts end: give the batch "
       "`prompt_ends`"
     )
-  if same_tokens:
-    return jnp.minimum(batch.prompt_ends, causal_BL)
-  last_BL = jnp.maximum(batch.prompt_ends - 1, 0)
-  at_prompt_BL = jnp.take_along_axis(causal_BL, last_BL, axis=1)
-  return jnp.minimum(at_prompt_BL, causal_BL)
+  at_prompt_BL = batch.prompt_ends
+  if not same_tokens:
+    last_BL = jnp.maximum(batch.prompt_ends - 1, 0)
+    at_prompt_BL = jnp.take_along_axis(causal_BL, last_BL, axis=1)
+  limit = jnp.maximum if visibility == "unmasked" else jnp.minimum
+  return limit(at_prompt_BL, causal_BL)
 
 
 def attention_mask(

@@ -19,6 +19,19 @@ class Sequence(NamedTuple):
   positions: Array  # place of the token within its segment, from 0
 
 
+class Control(NamedTuple):
+  """Changes what an anchor is given of m_A's states, at inference only.
+
+  All of it is data: one compiled program serves every control of an audit.
+  """
+
+  rows_B: Array  # int32 [B], the row whose states each row is given
+  noise: Array  # bool [], whether it is given noise of their norms instead
+  seed: Array  # uint32 [], of the noise
+  # By augmenting model and connection float32 [], 0 to take one out, else 1.
+  gates: dict[str, dict[str, Array]]
+
+
 class Batch(NamedTuple):
   """Rows of tokens for all models, and what is to be predicted."""
 
@@ -36,6 +49,7 @@ class Batch(NamedTuple):
   targets: Array | None = None
   # Float32 [B, L]: 1 where a target counts, else 0.
   weights: Array | None = None
+  control: Control | None = None  # None to give the states as they are
 
 
 def plain_batch(tokens_BL: Array) -> Batch:

@@ -13,6 +13,7 @@ from calm_jax.composition.connections import Augmenting, Composition
 from calm_jax.composition.model import Model
 from calm_jax.core.batch import Batch, Sequence, plain_batch
 from calm_jax.core.errors import InputError, check_int
+from calm_jax.generation.replacements import Replacement
 from calm_jax.text.alignment import AlignedReader, chunk_encoder
 
 SHORTEST, FINEST = 32, 1024  # of the lengths that rows are padded to
@@ -28,6 +29,7 @@ def batches(
   prompt_lengths: Rows[int],
   batch_size: int,
   least: int = 1,
+  replacement: Replacement | None = None,
 ) -> Iterator[tuple[list[int], Batch, Readers]]:
   """Batches of rows of like length, so that padding stays small.
 
@@ -37,6 +39,9 @@ def batches(
     prompt_lengths: how many of them visibility="encoder" shows.
     batch_size: rows of a batch at most, and
     least: at least; spare ones come last.
+    replacement: of the augmenting models' states. The prompts of a batch then
+      end at one slot, and a last batch with too few rows to take the states of
+      others from gets those of the batch before as spare ones.
 
   Yields:
     (the places of its rows in `rows_of_ids`, a batch, readers that have read
@@ -50,10 +55,18 @@ def batches(
   rows = max(rows, least)
   for at in range(0, len(order), rows):
     chosen = order[at : at + rows]
-    ids = [rows_of_ids[i] for i in chosen]
-    given = [prompt_lengths[i] for i in chosen]
-    readers = _readers(model, len(chosen))
-    yield chosen, _left_padded(model.spec, ids, given, readers, rows), readers
+    read = chosen
+    if replacement is not None and replacement.draw is not None:
+      read = chosen + order[max(0, at - rows + len(chosen)) : at]
+    ids = [rows_of_ids[i] for i in read]
+    given = [prompt_lengths[i] for i in read]
+    readers = _readers(model, len(read))
+    aligned = replacement is not None
+    batch = _left_padded(model.spec, ids, given, readers, rows, aligned)
+    if replacement is not None:
+      control = replacement.control(model.spec, ids, given, rows)
+      batch = batch._replace(control=control)
+    yield chosen, batch, readers
 
 
 def token_batch(
@@ -127,21 +140,33 @@ def _left_padded(
   prompt_lengths: Rows[int],
   readers: Readers,
   rows: int,
+  aligned: bool = False,
 ) -> Batch:
-  """A batch of token rows, padded on the left, as every model reads them."""
-  lengths = [len(ids) for ids in rows_of_ids]
-  L = round_up(max(lengths))
+  """A batch of token rows, padded on the left, as every model reads them.
+
+  If `aligned`, they are padded on the right too, so that prompts end together.
+  """
+  lengths = np.array([len(ids) for ids in rows_of_ids])
+  gaps = _gaps(lengths, prompt_lengths, aligned)
+  L = round_up(int(max(lengths + gaps)))
   shape = rows, L
   ends_B1 = np.full((rows, 1), L, np.int32)
-  ends_B1[: len(lengths), 0] += np.subtract(prompt_lengths, lengths)
+  ends_B1[: len(lengths), 0] += prompt_lengths - lengths - gaps
   augmenting, visible = _augmenting_rows(
-    spec, rows_of_ids, prompt_lengths, readers, shape, left=True
+    spec, rows_of_ids, prompt_lengths, readers, shape, True, aligned
   )
   # Counts for all models, so that scoring masks as generation does.
   slots_BL = np.broadcast_to(np.arange(1, L + 1, dtype=np.int32), shape)
   visible = {n: visible.get(n, slots_BL) for n, _ in spec.augmenting}
   ends_BL = np.broadcast_to(ends_B1, shape)
-  return Batch(pad(rows_of_ids, *shape), augmenting, visible, ends_BL)
+  anchor = pad(rows_of_ids, *shape, gaps=gaps)
+  return Batch(anchor, augmenting, visible, ends_BL)
+
+
+def _gaps(lengths: Rows[int], prompts: Rows[int], aligned: bool) -> np.ndarray:
+  """Returns the slots after each row that let prompts end together, or 0."""
+  after = np.subtract(lengths, prompts)
+  return after.max() - after if aligned else np.zeros_like(after)
 
 
 def _augmenting_rows(
@@ -151,10 +176,16 @@ def _augmenting_rows(
   readers: Readers,
   shape: tuple[int, int],
   left: bool,
+  aligned: bool = False,
 ) -> tuple[dict[str, Sequence], dict[str, np.ndarray]]:
-  """`augmenting` and `visible` of a `Batch` whose anchor's rows have a shape;
-  rows padded on the left have lengths rounded up."""
+  """`augmenting` and `visible` of a `Batch` whose anchor's rows have a shape.
+
+  Rows padded on the left have lengths rounded up. If `aligned`, all prompts end
+  together, in each model's rows.
+  """
   B, L = shape
+  lengths = [len(ids) for ids in rows_of_ids]
+  gaps = _gaps(lengths, prompt_lengths, aligned)
   augmenting, visible = {}, {}
   for name, row_readers in readers.items():
     texts = [
@@ -163,14 +194,21 @@ def _augmenting_rows(
         row_readers, rows_of_ids, prompt_lengths, strict=True
       )
     ]
-    longest = max(len(ids) for ids, _ in texts)
-    check_length(name, dict(spec.augmenting)[name], longest)
+    lengths = np.array([len(ids) for ids, _ in texts])
+    check_length(name, dict(spec.augmenting)[name], lengths.max())
+    ends = [
+      counts[max(given, 1) - 1]
+      for (_, counts), given in zip(texts, prompt_lengths, strict=True)
+    ]
+    own_gaps = _gaps(lengths, ends, aligned)
+    longest = int(max(lengths + own_gaps))
     M = round_up(longest) if left else max(1, longest)
-    augmenting[name] = pad([ids for ids, _ in texts], B, M, left=left)
+    rows = [ids for ids, _ in texts]
+    augmenting[name] = pad(rows, B, M, left=left, gaps=own_gaps)
     visible[name] = np.zeros((B, L), np.int32)
     for row, (ids, counts) in enumerate(texts):
-      offset = _slots(len(ids), M, left).start
-      slots = _slots(len(counts), L, left)
+      offset = _slots(len(ids), M, left, own_gaps[row]).start
+      slots = _slots(len(counts), L, left, gaps[row])
       visible[name][row, slots] = offset + np.array(counts)
   return augmenting, visible
 
@@ -182,14 +220,17 @@ def pad(
   *,
   left: bool = True,
   first: Rows[int] | None = None,
+  gaps: Rows[int] | None = None,
 ) -> Sequence:
   """Ids as [rows, length], one segment a row; spare rows are padding.
 
-  `first` gives the position of each row's first id, 0 if None.
+  `first` gives the position of each row's first id, 0 if None; `gaps`, if they
+  are padded on the left, the slots that stay free after each.
   """
   out = Sequence(*(np.zeros((rows, length), np.int32) for _ in range(3)))
   for row, ids in enumerate(rows_of_ids):
-    slots = _slots(len(ids), length, left)
+    gap = 0 if gaps is None else gaps[row]
+    slots = _slots(len(ids), length, left, gap)
     out.tokens[row, slots] = ids
     out.segments[row, slots] = 1
     begin = 0 if first is None else first[row]
@@ -197,9 +238,10 @@ def pad(
   return out
 
 
-def _slots(count: int, length: int, left: bool) -> slice:
-  """The slots of `count` tokens in a row that is padded on one side."""
-  start = length - count if left else 0
+def _slots(count: int, length: int, left: bool, gap: int = 0) -> slice:
+  """The slots of `count` tokens in a row that is padded on one side, but for
+  a gap after those that are padded on the left."""
+  start = length - count - gap if left else 0
   return slice(start, start + count)
 
 

@@ -19,10 +19,11 @@ import numpy as np
 from calm_jax.composition import inference, visibility
 from calm_jax.composition.connections import Augmenting
 from calm_jax.composition.model import Model
-from calm_jax.core.batch import Batch, Sequence
+from calm_jax.core.batch import Batch, Control, Sequence
 from calm_jax.generation import batching, decode_steps
 from calm_jax.generation.batching import Ids
 from calm_jax.generation.decode_steps import DecodeState
+from calm_jax.generation.replacements import Replacement
 from calm_jax.generation.sampling import GREEDY, Sampler
 from calm_jax.parallel import processes
 from calm_jax.text.alignment import AlignedReader
@@ -41,6 +42,7 @@ def stream(
   seeds: Rows[int] | None = None,
   finished: Callable[[int, list[int]], bool] | None = None,
   batch_size: int = 64,
+  replacement: Replacement | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
   """Continues prompts, a few tokens at a time.
 
@@ -52,6 +54,8 @@ def stream(
     finished: called with (index of the prompt, its new tokens so far); ends
       the continuation if True.
     batch_size: rows that decode together.
+    replacement: of the states that the anchor is given of its augmenting
+      models.
 
   Yields:
     (index of a prompt, its next tokens), at least one token.
@@ -70,7 +74,9 @@ def stream(
   slots = batching.round_up(longest + max_new_tokens + CHUNK)
   seeds = [0] * len(prompts) if seeds is None else seeds
   least = inference.least_rows(params)
-  batches = batching.batches(model, prompts, lengths, batch_size, least)
+  batches = batching.batches(
+    model, prompts, lengths, batch_size, least, replacement
+  )
   for indices, batch, readers in batches:
     followers = [
       Follower(name, joined, readers[name], batch.augmenting[name])
@@ -170,13 +176,14 @@ def _continue(
         yield i, tokens
         if finished and finished(i, made[row]):
           done_B[row] = True
-    if done_B.all() or (ahead is None and not left):
+    is_done = done_B[: len(indices)].all()  # Spare rows are no prompt's.
+    if is_done or (ahead is None and not left):
       return
     if ahead is None:
       cache = state.cache
       for follower in followers:
         newest_B = np.where(done_B, -1, new_BT[:, -1])
-        cache = follower.follow(model, cache, newest_B)
+        cache = follower.follow(model, cache, newest_B, state.control)
       ahead = advance(state._replace(done_B=done_B, cache=cache))
     state, new_BT = ahead
 
@@ -199,7 +206,9 @@ class Follower:
     self._slot = prompt.tokens.shape[1]  # the next free one
     self.slots = batching.round_up(2 * self._slot)
 
-  def follow(self, model: Model, cache: dict, new_B: np.ndarray) -> dict:
+  def follow(
+    self, model: Model, cache: dict, new_B: np.ndarray, control: Control | None
+  ) -> dict:
     """Reads what the newest token of each row (-1 for none) completes.
 
     The cache of all models is donated; returns the new one. Raises InputError
@@ -222,5 +231,5 @@ class Follower:
     slot = np.int32(self._slot)
     self._slot += size
     return decode_steps.feed(
-      model.params, model.spec, cache, sequence, slot, name=self.name
+      model.params, model.spec, cache, sequence, slot, control, name=self.name
     )

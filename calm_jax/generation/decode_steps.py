@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from calm_jax.composition import augmenting, forward, visibility
 from calm_jax.composition.connections import Composition
-from calm_jax.core.batch import Batch, Sequence
+from calm_jax.core.batch import Batch, Control, Sequence
 from calm_jax.generation.sampling import Sampler
 from calm_jax.models import cache as cache_lib
 from calm_jax.models import joined
@@ -43,6 +43,7 @@ class DecodeState(NamedTuple):
   keys_B: Array  # the random key of each row
   seen_BV: Array | None  # tokens so far; None without a repetition penalty
   done_B: Array  # whether a stop token was picked
+  control: Control | None  # the batch's
 
 
 def _pick(state: DecodeState, sampler: Sampler) -> DecodeState:
@@ -117,6 +118,7 @@ def start(
     keys_B=jax.vmap(jax.random.key)(seeds_B),
     seen_BV=seen_BV,
     done_B=~is_real_BL.any(-1),
+    control=batch.control,
   )
   return _pick(state, sampler)
 
@@ -142,7 +144,8 @@ def _step(
   nothing = Sequence(*(jnp.zeros((B, 0), jnp.int32) for _ in token))
   reading = _same_tokens(spec, state)
   others = [name for name, _ in spec.augmenting if name not in reading]
-  batch = Batch(token, dict.fromkeys(others, nothing), {})
+  given = dict.fromkeys(others, nothing)
+  batch = Batch(token, given, {}, control=state.control)
   x_BLD, cache = forward.states(
     params, spec, batch, state.cache, state.slot, state.lengths
   )
@@ -264,6 +267,7 @@ def feed(
   cache: dict,
   sequence: Sequence,
   index: Array,
+  control: Control | None = None,
   *,
   name: str,
 ) -> dict:
@@ -271,7 +275,9 @@ def feed(
 
   The cache of all models, which is returned, is donated.
   """
-  new = augmenting.keys_values(params, spec, name, sequence, cache, index)
+  new = augmenting.keys_values(
+    params, spec, name, sequence, cache, index, control=control
+  )
   return cache | {kind: cache[kind] | {name: new[kind]} for kind in _AUGMENTING}
 
 

@@ -12,6 +12,7 @@ from calm_jax.composition.model import Model
 from calm_jax.core.batch import Batch
 from calm_jax.generation import batching
 from calm_jax.generation.batching import Ids
+from calm_jax.generation.replacements import Replacement
 from calm_jax.parallel import processes
 
 
@@ -45,10 +46,16 @@ def _token_scores(params, spec, batch: Batch, targets_BL, allowed_V):
 
 
 def score(
-  model: Model, prompts: Ids, completions: Ids, *, batch_size: int = 16
+  model: Model,
+  prompts: Ids,
+  completions: Ids,
+  *,
+  batch_size: int = 16,
+  replacement: Replacement | None = None,
 ) -> list[Score]:
   """Log-likelihood of token ids, which may be none, after prompts.
 
+  `replacement` is of the states that the anchor is given.
   Raises InputError if a prompt is empty, or too long for the models.
   """
   given = batching.check_rows(model, prompts)
@@ -62,16 +69,22 @@ def score(
   scores: list[Score] = [Score(0.0, 0, True)] * len(given)
   lengths = [len(prompt) for prompt in given]
   allowed_V = batching.allowed_ids(model)
-  batches = batching.batches(model, rows_of_ids, lengths, batch_size)
+  batches = batching.batches(
+    model, rows_of_ids, lengths, batch_size, replacement=replacement
+  )
   for chosen, batch, _ in batches:
     targets_BL = np.roll(batch.anchor.tokens, -1, axis=1)
+    places = {}
     for row, i in enumerate(chosen):
-      targets_BL[row, -1:] = learnt[i][-1:] or 0
+      # The prompt's last token predicts the first of the completion.
+      first = int(batch.prompt_ends[row, 0]) - 1
+      places[row] = slice(first, first + len(learnt[i]))
+      targets_BL[row, places[row]] = learnt[i]
     logprob_BL, likeliest_BL = processes.fetch(
       _token_scores(model.params, model.spec, batch, targets_BL, allowed_V)
     )
     for row, i in enumerate(chosen):
-      here = slice(len(targets_BL[row]) - len(learnt[i]), None)
+      here = places[row]
       logprob = float(logprob_BL[row, here].sum())
       is_greedy = bool(likeliest_BL[row, here].all())
       scores[i] = Score(logprob, len(learnt[i]), is_greedy)

@@ -11,6 +11,7 @@ from calm_jax.core.errors import (
   check_texts,
 )
 from calm_jax.generation import decode, scoring
+from calm_jax.generation.replacements import Replacement
 from calm_jax.generation.sampling import Sampler
 from calm_jax.generation.scoring import Score
 from calm_jax.text import stop_strings
@@ -24,6 +25,7 @@ def generate(
   stop: str | Sequence[str] = (),
   seed: int | Sequence[int] = 0,
   batch_size: int = 64,
+  replacement: Replacement | None = None,
   **sampling,
 ) -> str | list[str]:
   """Continues texts, greedily unless a temperature is given.
@@ -35,6 +37,8 @@ def generate(
     seed: of the drawing: one for all, from which prompt i draws with
       seed + i, or one a prompt. Neighbours in the batch make no difference.
     batch_size: rows that decode together.
+    replacement: of the states that the anchor is given of its augmenting
+      models; None to give them as they are.
     **sampling: temperature, top_k, top_p, min_p, repetition_penalty; see
       `Sampler`.
 
@@ -66,6 +70,7 @@ def generate(
     seeds=seeds,
     finished=stopped if stop else None,
     batch_size=batch_size,
+    replacement=replacement,
   )
   made = [stop_strings.cut(text(i, new), stop) for i, new in enumerate(out)]
   return made[0] if isinstance(prompts, str) else made
@@ -135,11 +140,12 @@ def score(
   completions: Sequence[str],
   *,
   batch_size: int = 16,
+  replacement: Replacement | None = None,
 ) -> list[Score]:
   """Log-likelihoods in nats of completions, one after each prompt.
 
   Prompts get a BOS token if the tokenizer has one; `batch_size` rows are
-  computed together.
+  computed together. `replacement` is as for `generate`.
 
   Raises:
     InputError: the model has no tokenizer, a prompt is too long, or has no
@@ -155,4 +161,10 @@ def score(
     )
   pairs = list(map(model.text().encode_pair, prompts, completions))
   prompt_ids, completion_ids = zip(*pairs, strict=True) if pairs else ((), ())
-  return scoring.score(model, prompt_ids, completion_ids, batch_size=batch_size)
+  return scoring.score(
+    model,
+    prompt_ids,
+    completion_ids,
+    batch_size=batch_size,
+    replacement=replacement,
+  )

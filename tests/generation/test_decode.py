@@ -91,6 +91,7 @@ class Spelled:
 def spelled(monkeypatch):
   """Makes a model, some of whose augmenting models read other tokens."""
   monkeypatch.setattr(batching, "AlignedReader", lambda *_: Spelled())
+  monkeypatch.setattr(batching, "chunk_encoder", lambda _: None)
 
   def model(spec, params, own=()) -> Model:
     tokenizer = helpers.numbers(spec.anchor.vocab_size)
