@@ -8,6 +8,7 @@ import numpy as np
 
 MODELS = ("augmenting", "anchor", "composed")
 LANGUAGES = ("lij_Latn", "mar_Deva", "taq_Latn", "ary_Arab", "deu_Latn")
+QUESTIONS = "people never in D_C"
 SCRIPT = "<script>alert(1)</script><img src=https://example.org/x.png>"
 
 
@@ -110,7 +111,8 @@ def evaluation(folder, group, subset, metric, values, *, kind="composed"):
       rows.append(row)
     write_lines(folder / "predictions" / f"{name}.{model}.jsonl", rows)
   return name, {
-    "task": "translation", "group": group, "subset": subset, "metric": metric,
+    "task": "questions" if group == QUESTIONS else "translation",
+    "group": group, "subset": subset, "metric": metric,
     "examples": 8, "shots": 4.7, "asked_shots": 5,
     "note": "chrF1|nrefs:1|version:2.6.0" if metric == "chrf1" else "",
     "scores": scores, "against_anchor": against,
@@ -153,6 +155,19 @@ def code(folder, kind="composed", **changes):
   evals = [("HumanEval", "", "pass@1"), ("MBPP", "", "pass@1")]
   evals += [("CodeXGLUE", name, "chrf1") for name in ("python", "ruby")]
   return text(folder, kind, evals=evals, **changes)
+
+
+def facts(folder, kind="composed", trained=80_000, **changes):
+  evals = [(QUESTIONS, name, "accuracy") for name in ("closed", "open")]
+  text(folder, kind, evals=evals, **changes)
+  path = folder / "results.json"
+  results = json.loads(path.read_text())
+  results["parameters"]["trained"] = trained
+  for entry in results["evals"].values():
+    if kind == "composed":
+      entry["scores"]["pasted"] = {"value": 50.0, "low": 40.0, "high": 60.0}
+  path.write_text(json.dumps(results))
+  return folder
 
 
 def ablations(folder, kinds=("composed", "lora"), trials=2):

@@ -27,7 +27,7 @@ from calm_jax.core.typed_fields import Count, Fraction, Seed
 _TABLE = Path(__file__).with_name("facts.tsv")
 _NUMBERS = {"year": (1900, 2000), "code": (1000, 10_000)}
 KINDS = {
-  "closed": ("city", "job", "pet"),
+  "closed": ("country", "job", "colour"),
   "open": tuple(_NUMBERS),
   "friend": ("friend",),
 }

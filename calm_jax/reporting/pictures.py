@@ -9,11 +9,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from calm_jax.core.errors import InputError
-from calm_jax.reporting import figures, paper
+from calm_jax.reporting import effort, figures, paper
 from calm_jax.reporting.attention import attention_figure
 from calm_jax.reporting.predictions import count_by_terms
 from calm_jax.reporting.runs import Run, RunGroup
 from calm_jax.training.metrics import read_metrics
+
+_QUESTIONS = "questions"  # the task of evaluations by exact match
 
 
 class Picture(NamedTuple):
@@ -25,12 +27,14 @@ class Picture(NamedTuple):
 
 
 def pictures(group: RunGroup) -> list[Picture]:
-  """Draws Figure 2, accuracy by length, loss and attention, as far as possible.
+  """Draws accuracy by trained parameters, gains, accuracy by length, loss and
+  attention, as far as possible.
 
   InputError if a file is not what a run writes.
   """
   first = group.runs[0]
-  drawn = [_gains(benchmark, first) for benchmark in group.benchmarks]
+  drawn = [_efforts(group)]
+  drawn += [_gains(benchmark, first) for benchmark in group.benchmarks]
   drawn += [_accuracy(first), _loss(group), _attention(group)]
   return [picture for picture in drawn if picture]
 
@@ -81,11 +85,28 @@ def language_order(
   return sorted(codes, key=lambda code: rank.get(code, math.inf)), how
 
 
+def _efforts(group: RunGroup) -> Picture | None:
+  """Draws the first benchmark of questions, if several models were trained."""
+  entries = group.evaluations.values()
+  asked = [e["group"] for e in entries if e["task"] == _QUESTIONS]
+  found = effort.efforts(group, asked[0]) if asked else []
+  if sum(e.trained > 0 for e in found) < 2:
+    return None
+  title = f"Accuracy on {asked[0]}"
+  return Picture(
+    effort.effort_figure(found, title),
+    f"{title}, by trained parameters",
+    "Mean of all kinds of questions; bars: 95% Wilson intervals. A line is a "
+    "model, or a way to use both, that nothing was trained for.",
+  )
+
+
 def _gains(benchmark: str, run: Run) -> Picture | None:
   deltas = {
     entry["subset"]: entry["against_anchor"]["composed"]
     for entry in run.evaluations.values()
     if entry["group"] == benchmark
+    and entry["task"] != _QUESTIONS
     and "composed" in entry.get("against_anchor", {})
   }
   if len(deltas) < 2:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from calm_jax.core.errors import InputError
-from calm_jax.reporting import pictures, runs
+from calm_jax.reporting import effort, pictures, runs
 
 
 def drawn(folder):
@@ -33,6 +33,34 @@ def test_what_there_is_data_for(tmp_path):
   assert "by name" in found["Gains of the composed model, MGSM"].caption
   first, *_ = drawn(made_runs.code(tmp_path / "code"))
   assert first.endswith("CodeXGLUE")
+
+
+def test_accuracy_by_trained_parameters(tmp_path):
+  folder = made_runs.facts(tmp_path / "facts")
+  title = f"Accuracy on {made_runs.QUESTIONS}, by trained parameters"
+  # One model that was trained is no comparison.
+  assert title not in drawn(folder)
+  made_runs.facts(folder / "lora", "lora", trained=81_000)
+  found = drawn(folder)
+  assert next(iter(found)) == title
+  assert not any(title.startswith("Gains") for title in found)
+  [group] = runs.find_groups([folder])
+  efforts = effort.efforts(group, made_runs.QUESTIONS)
+  # The mean of both kinds of questions, of 16 answers.
+  assert {e.label: (e.trained, e.accuracy) for e in efforts} == {
+    "m_A": (0, 12.5),
+    "m_B": (0, 20.5),
+    "m_A's answer in m_B's prompt": (0, 50.0),
+    "composed": (80_000, 26.0),
+    "m_B with LoRA": (81_000, 22.5),
+  }
+  for one in efforts:
+    assert one.low < one.accuracy < one.high
+  figure = found[title].figure
+  [axes] = figure.axes
+  assert len(axes.containers) == 2
+  with pytest.raises(InputError, match="trained"):
+    effort.effort_figure(efforts[:3], "title")
 
 
 def test_languages_go_from_low_to_high_resource():
