@@ -77,7 +77,9 @@ def get_config(variant: str = "small") -> ConfigDict:
     augmenting_model=DecoderShape(
       num_layers=2, rope_theta=100.0, tie_embeddings=True
     ),
-    anchor_model=DecoderShape(rope_theta=1000.0, tie_embeddings=True),
+    anchor_model=DecoderShape(
+      num_heads=8, num_kv_heads=8, rope_theta=1000.0, tie_embeddings=True
+    ),
     recipe=("augmenting", "anchor", "compose"),
     stages=_stages(),
   )
@@ -111,8 +113,8 @@ def _stages() -> dict[str, Stage]:
   facts = {"statements": Share(0.2), "questions": Share(0.8)}
   english = {"english": Share(0.5), "problems": Share(0.5)}
   # D_C, and a little of the anchor's own domain, which it must not lose.
-  composed = {"composed": Share(0.8)}
-  composed |= {"english": Share(0.1), "problems": Share(0.1)}
+  composed = {"composed": Share(0.7)}
+  composed |= {"english": Share(0.2), "problems": Share(0.1)}
   shared = {"optimizer": "muon", "learning_rate": 4e-3, "warmup": 20}
   return {
     "augmenting": Stage(
@@ -136,7 +138,7 @@ def _stages() -> dict[str, Stage]:
     ),
     "compose": Stage(
       data=TextData(composed, watch=("people never in D_C",)),
-      steps=300,
+      steps=250,
       batch_size=40,
       length=96,
       **shared,

@@ -22,7 +22,7 @@ import numpy as np
 
 from calm_jax.core import files
 from calm_jax.core.errors import InputError
-from calm_jax.core.typed_fields import Count, Fraction, Seed
+from calm_jax.core.typed_fields import Count, Fraction
 
 _TABLE = Path(__file__).with_name("facts.tsv")
 _NUMBERS = {"year": (1900, 2000), "code": (1000, 10_000)}
@@ -61,7 +61,6 @@ class Facts:
   people: Count = 400
   held_in: Fraction = 0.2  # of the people, for D_C
   tested: Count = 150  # questions of a file of tests at most
-  seed: Seed = 0
 
 
 class Person(NamedTuple):
@@ -71,9 +70,9 @@ class Person(NamedTuple):
   values: dict[str, str]
 
 
-def make_people(facts: Facts) -> list[Person]:
+def make_people(facts: Facts, seed: int) -> list[Person]:
   """Draws people, whose surnames differ; the first ones are D_C's."""
-  rng = np.random.default_rng((facts.seed, 0))
+  rng = np.random.default_rng((seed, 0))
   surnames = _names(rng, facts.people, 2)
   first_names = _names(rng, max(2, facts.people // 8), 1)
   names = [
@@ -144,7 +143,7 @@ def two_hops(
   return made
 
 
-def write(facts: Facts) -> None:
+def write(facts: Facts, seed: int) -> None:
   """Writes the files of all people into the folder.
 
   statements.jsonl, questions.jsonl: about all people, for the memory.
@@ -153,7 +152,7 @@ def write(facts: Facts) -> None:
   new_wordings.*.jsonl: of the people held out, in wordings that no training
     file has; two_hop.*.jsonl: about the friends of the people held out.
   """
-  people, count = make_people(facts), num_held_in(facts)
+  people, count = make_people(facts, seed), num_held_in(facts)
   held_in, held_out = people[:count], people[count:]
   made = {
     "statements": statements(people),
@@ -168,7 +167,7 @@ def write(facts: Facts) -> None:
       continue
     hops = two_hops(held_out, people)
     made[f"two_hop.{kind}"] = [q for q in hops if q["attribute"] in attributes]
-  rng = np.random.default_rng((facts.seed, 1))
+  rng = np.random.default_rng((seed, 1))
   for name, records in made.items():
     if "." in name:
       chosen = rng.permutation(len(records))[: facts.tested]

@@ -109,7 +109,7 @@ class TextExperiment:
   def __init__(self, task: TextTask, seed: int, workdir: Path, loaded: Models):
     self._task, self._seed, self._workdir = task, seed, workdir
     if task.facts.folder:
-      facts.write(task.facts)
+      facts.write(task.facts, seed)
     self._examples: dict[str, list[TextExample]] = {}
     self._sources = expand(task.sources, task.languages)
     names = {n for v in task.tokenizers.values() for n in v.sources}
@@ -216,8 +216,8 @@ class TextExperiment:
   def evaluate(self, models: Models, data: TextData, prefix: str = "") -> dict:
     """Bits per byte and perplexity of each set, and the config's evaluations.
 
-    Only bits per byte if the models read different tokens: perplexities are
-    per token, and those of different tokens do not compare.
+    Only bits per byte of a model that reads other tokens than the anchor:
+    perplexities are per token, and those of different tokens do not compare.
     """
     del data
     results = self._held_out_scores(models, prefix)
@@ -247,23 +247,21 @@ class TextExperiment:
     if self._sampled is not None:
       self.held_out[ANCHOR_DOMAIN] = self._sample(self._sampled)
       self._sampled = None
-    measures = ["perplexity", "bits_per_byte"]
-    if any(model.tokenizers for model in models.values()):
-      measures = ["bits_per_byte"]
+    measures = ("perplexity", "bits_per_byte")
     table: dict = {m: {name: {} for name in self.held_out} for m in measures}
     length = self._eval_length(models)
     if length < self._task.eval_length:
-      asked = self._task.eval_length
+      asked = f"of eval_length={self._task.eval_length}"
       print(
-        f"a model reads {length} tokens at most: windows of {length}, not "
-        f"of eval_length={asked}",
+        f"a model reads {length} tokens at most: windows of them, not {asked}",
         flush=True,
       )
     for name, held_out in self.held_out.items():
       for column, model in models.items():
         score = functools.partial(self._score, model, length)
         metrics, rows = perplexity(held_out, score)
-        for measure in measures:
+        is_anchors = model.text().fingerprint == self._tokenizer.fingerprint
+        for measure in measures if is_anchors else measures[1:]:
           table[measure][name][column] = metrics[measure]
         file = f"scores/{prefix}{name}.{column}.jsonl"
         files.write_json_lines(self._workdir / file, rows)

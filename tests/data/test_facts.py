@@ -13,7 +13,7 @@ from calm_jax.data.facts import ATTRIBUTES, KINDS, Facts
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("facts")
-  facts.write(Facts(str(folder), people=41, tested=30, seed=3))
+  facts.write(Facts(str(folder), people=41, tested=30), 3)
   return folder
 
 
@@ -22,7 +22,7 @@ def read(folder, name):
 
 
 def test_every_person_has_every_attribute():
-  people = facts.make_people(Facts(people=41, seed=3))
+  people = facts.make_people(Facts(people=41), 3)
   names = [person.name for person in people]
   surnames = [name.split()[1] for name in names]
   assert len(set(surnames)) == len(people) == 41
@@ -34,8 +34,8 @@ def test_every_person_has_every_attribute():
       values = facts.wordings()[attribute, "values"]
       assert person.values[attribute] in values
     assert [len(person.values[a]) for a in KINDS["open"]] == [4, 4]
-  assert people == facts.make_people(Facts(people=41, seed=3))
-  assert people != facts.make_people(Facts(people=41, seed=4))
+  assert people == facts.make_people(Facts(people=41), 3)
+  assert people != facts.make_people(Facts(people=41), 4)
 
 
 def test_every_wording_names_what_it_must():
@@ -47,7 +47,7 @@ def test_every_wording_names_what_it_must():
 
 
 def test_the_memory_learns_all_and_the_composition_a_fifth(folder):
-  people = facts.make_people(Facts(people=41, seed=3))
+  people = facts.make_people(Facts(people=41), 3)
   for person, attribute in itertools.product(people[::7], ATTRIBUTES):
     told = [
       row["text"]
@@ -62,7 +62,7 @@ def test_the_memory_learns_all_and_the_composition_a_fifth(folder):
 
 
 def test_no_test_of_people_held_out_is_in_d_c(folder):
-  people = facts.make_people(Facts(people=41, seed=3))
+  people = facts.make_people(Facts(people=41), 3)
   names = {person.name for person in people[:8]}
   trained = {row["prompt"] for row in read(folder, "questions")}
   for kind in KINDS:
@@ -76,7 +76,7 @@ def test_no_test_of_people_held_out_is_in_d_c(folder):
 
 
 def test_two_hops_ask_for_the_friends_values(folder):
-  people = facts.make_people(Facts(people=41, seed=3))
+  people = facts.make_people(Facts(people=41), 3)
   by_name = {person.name: person.values for person in people}
   for row in read(folder, "two_hop.open"):
     middle = row["prompt"].partition("the best friend of ")[2]
@@ -88,4 +88,4 @@ def test_two_hops_ask_for_the_friends_values(folder):
 @pytest.mark.parametrize("held_in", [0.01, 0.99])
 def test_d_c_needs_some_people_and_leaves_some(held_in, tmp_path):
   with pytest.raises(InputError, match="for D_C"):
-    facts.write(Facts(str(tmp_path), people=12, held_in=held_in))
+    facts.write(Facts(str(tmp_path), people=12, held_in=held_in), 0)
