@@ -45,6 +45,9 @@ class EvaluateOptions:
   augmenting: str = cli.option(
     "the same of its m_A; of several NAME=DIR,NAME=DIR", ""
   )
+  drop: str = cli.option(
+    "names of augmenting models to leave out, with commas", ""
+  )
 
 
 def main(config: ConfigDict, options: EvaluateOptions) -> dict[str, Any]:
@@ -90,6 +93,8 @@ def _evaluate(
     anchor=options.anchor,
     augmenting=options.augmenting,
   )
+  for name in filter(None, options.drop.split(",")):
+    model = model.drop(name)
   device = execution.Device.here()
   spec = execution.for_inference(model.spec, settings.asked, device)
   columns = _columns(dataclasses.replace(model, spec=spec))
@@ -111,6 +116,7 @@ def _evaluate(
   origins = {side: m.origin for side, m in frozen.items()}
   return results | {
     "model": options.model,
+    "dropped": options.drop,
     "quantise": quantisation.kind_of(model.params),
     "parameters": counts,
     # The results are in a folder of their own, not in that of a kind of run.

@@ -10,6 +10,8 @@ configs/facts.py:hub    takes Qwen3-0.6B-Base (Apache 2.0) from the hub
 configs/facts.py:tiny   takes a minute, to see that everything runs
 configs/facts.py:pieces gives m_A a tokenizer of smaller pieces than m_B's
 configs/facts.py:same   gives m_A the tokens of m_B
+configs/facts.py:second adds a memory of other people to the composition of
+                        runs/facts; :third one to that of runs/facts_second
 configs/facts.py:lora   and every other kind of calm_jax.experiments.variants;
                         also with a size: configs/facts.py:gemma,lora
 
@@ -218,6 +220,49 @@ def _same(config: ConfigDict) -> None:
   config.task.ensemble = True
 
 
+def _second(config: ConfigDict) -> None:
+  _small(config)
+  config.workdir = "runs/facts_second"
+  _add_memory(config, "others", 1, {"people": "runs/facts"})
+
+
+def _third(config: ConfigDict) -> None:
+  _small(config)
+  config.workdir = "runs/facts_third"
+  earlier = {"people": "runs/facts", "others": "runs/facts_second"}
+  _add_memory(config, "strangers", 2, earlier)
+
+
+def _add_memory(
+  config: ConfigDict, name: str, number: int, earlier: dict[str, str]
+) -> None:
+  """Adds a memory of other people to the composition of an earlier run.
+
+  `earlier` are the folders of its memories' runs, the last one's with that
+  composition. Their people are asked about too.
+  """
+  config.add_to = [*earlier.values()][-1] + "/composition"
+  config.augmenting_name, config.task.facts.memory = name, number
+  config.recipe = ("augmenting", "compose")
+  del config.task.tokenizers.anchor
+  config.stages.augmenting.update(
+    model=f"augmenting/{name}", trainable=(f"augmenting/{name}/.*",)
+  )
+  # New connections are to add nothing where an earlier memory answers.
+  sources, evals = config.task.sources, config.task.evals
+  for memory, workdir in earlier.items():
+    path = f"{workdir}/facts"
+    known = ExampleSource(f"{path}/composed.jsonl")
+    sources[memory] = config_files.to_config(known)
+    share = Share(0.4 / len(earlier))
+    config.stages.compose.data.mixture[memory] = config_files.to_config(share)
+    for kind in KINDS:
+      asked = evals[f"held_out-{kind}"].copy_and_resolve_references()
+      asked.path = f"{path}/held_out.{kind}.jsonl"
+      asked.group = f"an earlier memory, {memory}"
+      evals[f"{memory}-{kind}"] = asked
+
+
 VARIANTS = {
   "small": _small,
   "gemma": _gemma,
@@ -225,4 +270,6 @@ VARIANTS = {
   "tiny": _tiny,
   "pieces": _pieces,
   "same": _same,
+  "second": _second,
+  "third": _third,
 }

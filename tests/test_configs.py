@@ -62,8 +62,7 @@ def shapes(settings) -> tuple[Composition, dict]:
     tokenizer = helpers.numbers(config.vocab_size)
     model = LanguageModel(Composition(config), {"anchor": params}, tokenizer)
     # A config that names no model takes the user's two.
-    named = [s for s in settings.parts if getattr(settings, s)]
-    loaded = dict.fromkeys(named or settings.parts, model)
+    loaded = dict.fromkeys(settings.checkpoints or settings.parts, model)
   found = []
 
   def make():
@@ -79,6 +78,20 @@ def shapes(settings) -> tuple[Composition, dict]:
 def test_the_variants_are_all_there():
   assert {("kv", "small"), ("kv", "tiny"), ("kv", "paper")} <= {*VARIANTS}
   assert {("compose", "frozen"), ("compose", "domain")} <= {*VARIANTS}
+
+
+def test_a_further_memory_is_asked_about_those_before():
+  settings = settings_of("facts", "third")
+  assert settings.add_to == "runs/facts_second/composition"
+  assert settings.augmenting_paths == {"strangers": ""}
+  earlier = {"people": "runs/facts", "others": "runs/facts_second"}
+  mixture = settings.stages["compose"].data.mixture
+  for memory, workdir in earlier.items():
+    path = f"{workdir}/facts/composed.jsonl"
+    assert settings.task.sources[memory].path == path
+    assert mixture[memory].weight == 0.2
+    path = f"{workdir}/facts/held_out.closed.jsonl"
+    assert settings.task.evals[f"{memory}-closed"]["path"] == path
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -61,6 +61,7 @@ class Facts:
   people: Count = 400
   held_in: Fraction = 0.2  # of the people, for D_C
   tested: Count = 150  # questions of a file of tests at most
+  memory: int = 0  # people of another number are others
 
 
 class Person(NamedTuple):
@@ -72,7 +73,7 @@ class Person(NamedTuple):
 
 def make_people(facts: Facts, seed: int) -> list[Person]:
   """Draws people, whose surnames differ; the first ones are D_C's."""
-  rng = np.random.default_rng((seed, 0))
+  rng = np.random.default_rng((seed, 2 * facts.memory))
   surnames = _names(rng, facts.people, 2)
   first_names = _names(rng, max(2, facts.people // 8), 1)
   names = [
@@ -167,7 +168,7 @@ def write(facts: Facts, seed: int) -> None:
       continue
     hops = two_hops(held_out, people)
     made[f"two_hop.{kind}"] = [q for q in hops if q["attribute"] in attributes]
-  rng = np.random.default_rng((seed, 1))
+  rng = np.random.default_rng((seed, 2 * facts.memory + 1))
   for name, records in made.items():
     if "." in name:
       chosen = rng.permutation(len(records))[: facts.tested]

@@ -89,3 +89,9 @@ def test_two_hops_ask_for_the_friends_values(folder):
 def test_d_c_needs_some_people_and_leaves_some(held_in, tmp_path):
   with pytest.raises(InputError, match="for D_C"):
     facts.write(Facts(str(tmp_path), people=12, held_in=held_in), 0)
+
+
+def test_people_of_another_memory_are_others():
+  drawn = [facts.make_people(Facts(memory=i), seed=5) for i in range(3)]
+  names = [person.name for people in drawn for person in people]
+  assert len(names) == len({*names}) == 3 * Facts.people

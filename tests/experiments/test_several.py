@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 import spelled
-import tiny
 from absl import flags
 from ml_collections import config_flags
 
@@ -24,12 +23,6 @@ from configs import compose, kv
 
 LINE = '{"prompt": "a bad cab", "completion": " did jab"}\n'
 COLUMNS = ["augmenting/people", "augmenting/code", "augmenting/new", "anchor"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cached_programs(tmp_path_factory):
-  with tiny.compilation_cache(tmp_path_factory.mktemp("programs")):
-    yield
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +294,12 @@ def test_a_second_model_leaves_the_first_as_it_was(first, folders, tmp_path):
   alone = before["bits_per_byte"]["domain"]
   assert columns["anchor"] == alone["anchor"]
   assert columns["augmenting/people"] == alone["augmenting"]
+  options = EvaluateOptions(
+    str(tmp_path / "composition"), str(tmp_path / "out"), drop="code"
+  )
+  dropped = evaluate.main(config_of(folders, tmp_path, unused=""), options)
+  assert dropped["bits_per_byte"] == before["bits_per_byte"]
+  assert dropped["parameters"].keys() == {"anchor", "augmenting", "composition"}
   report = (tmp_path / "report.md").read_text()
   assert "m_A people is people" in report and "m_A code is code" in report
 
