@@ -251,11 +251,9 @@ class TextExperiment:
     table: dict = {m: {name: {} for name in self.held_out} for m in measures}
     length = self._eval_length(models)
     if length < self._task.eval_length:
-      asked = f"of eval_length={self._task.eval_length}"
-      print(
-        f"a model reads {length} tokens at most: windows of them, not {asked}",
-        flush=True,
-      )
+      asked = self._task.eval_length
+      read = f"windows of {length}, not of eval_length={asked}"
+      print(f"a model reads {length} tokens at most: {read}", flush=True)
     for name, held_out in self.held_out.items():
       for column, model in models.items():
         score = functools.partial(self._score, model, length)
