@@ -25,7 +25,7 @@ from calm_jax.core.errors import InputError
 from calm_jax.experiments import config_files, recipe, variants
 from calm_jax.experiments.settings import Settings
 from calm_jax.reporting import table
-from calm_jax.reporting.runs import LABELS, RESULTS
+from calm_jax.reporting.runs import RESULTS, Run, model_label
 from calm_jax.reporting.table1 import accuracies
 from calm_jax.reporting.tables import LOSS, trials_table
 from calm_jax.training.metrics import read_metrics
@@ -158,10 +158,10 @@ def summarise(runs: Runs) -> dict[str, Any]:
   """ablations.json: by kind the runs' numbers, their mean and their range."""
   rows: dict[str, list[dict]] = {}
   for results in runs.get("composed", []):
-    for model in ("augmenting", "anchor"):
+    for model in Run(Path(), results).sides:
       if frozen := scores(results, model):
         untrained = {"parameters": 0, "difference": None}
-        rows[LABELS[model]] = [{"scores": frozen} | untrained]
+        rows[model_label(model)] = [{"scores": frozen} | untrained]
   for kind, made in runs.items():
     rows[variants.KINDS[kind].label] = [_row(results) for results in made]
   return {

@@ -3,6 +3,7 @@
   python -m calm_jax.info DIR_OR_ID
   python -m calm_jax.info COMPOSITION --anchor=DIR_OR_ID    if that was moved
   python -m calm_jax.info --anchor=DIR_OR_ID --augmenting=DIR_OR_ID
+  python -m calm_jax.info --anchor=DIR_OR_ID --augmenting=NAME=DIR,NAME=DIR
   python -m calm_jax.info --example=bert
 
 Of a composition, made or only planned, it shows what it costs beside the
@@ -14,6 +15,7 @@ m_B costs. The example is Appendix C's own.
 import argparse
 import math
 from collections.abc import Collection
+from pathlib import Path
 
 import jax
 from rich.console import Console
@@ -86,7 +88,9 @@ def main() -> None:
     lines = ["BERT-small (m_A) and BERT-large (m_B), as in Appendix C.1"]
   elif not name:
     spec = plan(*planned, arguments.connections, arguments.ignore)
-    lines = [f"anchor: {planned[0]}", f"augmenting/m_A: {planned[1]}"]
+    others = _augmenting(planned[1]).items()
+    lines = [f"anchor: {planned[0]}"]
+    lines += [f"augmenting/{part}: {path}" for part, path in others]
   elif checkpoint.describes_composition(name, *planned):
     spec, lines = _saved_composition(name, *planned)
   else:
@@ -102,15 +106,23 @@ def main() -> None:
 def plan(
   anchor: str, augmenting: str, connections: int | None = None, ignore: str = ""
 ) -> Composition:
-  """Joins two checkpoints as `compose` would.
+  """Joins checkpoints as `compose` would; several m_A by name.
 
   Raises:
     InputError: one is not there, or so many connections are impossible.
   """
   config = _config(anchor, ignore=ignore)
-  augmenting_config = _config(augmenting, ignore=ignore)
-  joined = connect(augmenting_config, config, connections)
-  return Composition(config, (("m_A", joined),))
+  joined = [
+    (part, connect(_config(path, ignore=ignore), config, connections))
+    for part, path in _augmenting(augmenting).items()
+  ]
+  return Composition(config, tuple(joined))
+
+
+def _augmenting(locations: str) -> dict[str, str]:
+  if Path(locations).is_dir():  # whatever its name
+    return {"m_A": locations}
+  return model_files.by_name(locations) or {"m_A": locations}
 
 
 def _saved_composition(

@@ -60,6 +60,22 @@ def test_a_plan(run, tmp_path):
   assert f"m_B is {steps['anchor_step']:.3g} FLOPs" in out
 
 
+def test_a_plan_of_several(run, tmp_path):
+  for i, name in enumerate(("anchor", "law", "lr=1")):
+    changes = {"vocab_size": 14, "num_layers": 4 + i}
+    export.save_params(tmp_path / name, *helpers.model(i, **changes))
+  law, code = str(tmp_path / "law"), str(tmp_path / "lr=1")
+  out = run(
+    f"--anchor={tmp_path / 'anchor'}", f"--augmenting=law={law},c={code}"
+  )
+  assert f"augmenting/law: {law}" in out and f"augmenting/c: {code}" in out
+  spec = info.plan(str(tmp_path / "anchor"), f"law={law},c={code}", 2)
+  layers = {name: joined.config.num_layers for name, joined in spec.augmenting}
+  assert layers == {"law": 5, "c": 6}
+  [(name, _)] = info.plan(str(tmp_path / "anchor"), code).augmenting
+  assert name == "m_A"
+
+
 @pytest.mark.parametrize(
   "arguments",
   [

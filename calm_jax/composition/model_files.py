@@ -39,6 +39,15 @@ def name(source: hub.CheckpointRef, folder: pathlib.Path | None) -> str:
   return str(path.resolve())
 
 
+def by_name(locations: str, name: str = "[^/=,]+") -> dict[str, str]:
+  """Reads "NAME=FOLDER,NAME=FOLDER"; nothing of a text that is not that.
+
+  `name` is a regex of the names.
+  """
+  start, *given = re.split(rf"(?:^|,)({name})=", locations)
+  return {} if start else dict(zip(given[::2], given[1::2], strict=True))
+
+
 def hashes(folder: pathlib.Path) -> dict[str, str]:
   """Returns the sha256, by name, of the files that make a model's weights."""
   paths = [folder / hub.CONFIG, *weight_files.weight_files(folder)]
@@ -107,9 +116,8 @@ def _locations(
   names = [joined["name"] for joined in config["augmenting"]]
   if augmenting and isinstance(augmenting, Location):
     known = "|".join(map(re.escape, names))
-    start, *given = re.split(rf"(?:^|,)({known})=", str(augmenting))
-    if given and not start:
-      augmenting = dict(zip(given[::2], given[1::2], strict=True))
+    if given := by_name(str(augmenting), known):
+      augmenting = given
     elif len(names) == 1:
       augmenting = {names[0]: augmenting}
     else:

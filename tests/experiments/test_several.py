@@ -17,6 +17,7 @@ from calm_jax.core import trees
 from calm_jax.core.errors import InputError
 from calm_jax.evaluate import EvaluateOptions
 from calm_jax.experiments import config_files, run_models, saved_composition
+from calm_jax.models import quantisation
 from calm_jax.planning import shapes
 from calm_jax.training.stage import Stage
 from configs import compose, kv
@@ -133,6 +134,25 @@ def test_a_plan_has_the_trees_of_the_run(finished, folders, stage):
   assert job.own == {"code": 24}
   batch = shapes.batch(job, 2)
   assert [*batch.visible] == (["code"] if stage == "compose" else [])
+
+
+def test_all_of_several_are_quantised(folders, tmp_path):
+  config = three(folders, tmp_path)
+  config.quantise.augmenting = "int8"
+  settings = config_files.read_settings(config)
+  loaded = run_models.load(settings, None)
+  kinds = {side: quantisation.kind_of(m.params) for side, m in loaded.items()}
+  assert kinds == {
+    "anchor": "", "augmenting/people": "int8", "augmenting/code": "int8"
+  }  # fmt: skip
+  planned = shapes.job(settings).params
+  assert quantisation.kind_of(planned["anchor"]) == ""
+  for tree in planned["augmenting"].values():
+    assert quantisation.kind_of(tree) == "int8"
+  config.stages.compose.trainable = ("augmenting/code/.*",)
+  settings = config_files.read_settings(config)
+  with pytest.raises(InputError, match="'compose' trains it"):
+    shapes.job(settings)
 
 
 def test_fresh_models_and_connections_all_differ(folders, tmp_path):
