@@ -11,7 +11,8 @@ configs/facts.py:tiny   takes a minute, to see that everything runs
 configs/facts.py:pieces gives m_A a tokenizer of smaller pieces than m_B's
 configs/facts.py:same   gives m_A the tokens of m_B
 configs/facts.py:second adds a memory of other people to the composition of
-                        runs/facts; :third one to that of runs/facts_second
+                        runs/facts (or --config.people=DIR); :third one to that
+                        of runs/facts_second
 configs/facts.py:lora   and every other kind of calm_jax.experiments.variants;
                         also with a size: configs/facts.py:gemma,lora
 
@@ -239,9 +240,8 @@ def _add_memory(
   """Adds a memory of other people to the composition of an earlier run.
 
   `earlier` are the folders of its memories' runs, the last one's with that
-  composition. Their people are asked about too.
+  composition; --config.<memory> gives another. Their people are asked about.
   """
-  config.add_to = [*earlier.values()][-1] + "/composition"
   config.augmenting_name, config.task.facts.memory = name, number
   config.recipe = ("augmenting", "compose")
   del config.task.tokenizers.anchor
@@ -251,14 +251,16 @@ def _add_memory(
   # New connections are to add nothing where an earlier memory answers.
   sources, evals = config.task.sources, config.task.evals
   for memory, workdir in earlier.items():
-    path = f"{workdir}/facts"
-    known = ExampleSource(f"{path}/composed.jsonl")
+    config[memory] = workdir
+    folder = config.get_ref(memory)
+    config.add_to = folder + "/composition"
+    known = ExampleSource(folder + "/facts/composed.jsonl")
     sources[memory] = config_files.to_config(known)
     share = Share(0.4 / len(earlier))
     config.stages.compose.data.mixture[memory] = config_files.to_config(share)
     for kind in KINDS:
       asked = evals[f"held_out-{kind}"].copy_and_resolve_references()
-      asked.path = f"{path}/held_out.{kind}.jsonl"
+      asked.path = folder + f"/facts/held_out.{kind}.jsonl"
       asked.group = f"an earlier memory, {memory}"
       evals[f"{memory}-{kind}"] = asked
 
