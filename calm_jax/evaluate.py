@@ -48,6 +48,7 @@ class EvaluateOptions:
   drop: str = cli.option(
     "names of augmenting models to leave out, with commas", ""
   )
+  audit: bool = cli.option("measure a composition under controls too", False)
 
 
 def main(config: ConfigDict, options: EvaluateOptions) -> dict[str, Any]:
@@ -109,7 +110,15 @@ def _evaluate(
       f"{options.model} reads other tokens than the experiment's: give the "
       "config that it was trained by, its seed and its task's settings too"
     )
-  results = measure(experiment, columns, settings.last.data, folder)
+  audited = settings.audit
+  if not options.audit:
+    audited = dataclasses.replace(audited, examples=0)
+  elif not (model.is_composed and audited.examples):
+    raise InputError(
+      "--audit is for compositions, and config.audit.examples is not to be 0"
+    )
+  data = settings.last.data
+  results = measure(experiment, columns, data, folder, audited)
   counts = {side: m.num_params for side, m in frozen.items()}
   if model.is_composed:
     counts["composition"] = model.num_composition_params

@@ -1,7 +1,8 @@
 """Models as a user holds them: loaded, composed, asked and saved."""
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,8 +13,16 @@ from calm_jax.composition.model import Model
 from calm_jax.composition.model_files import Location
 from calm_jax.core import hub
 from calm_jax.core.batch import Batch
-from calm_jax.core.errors import check_text
-from calm_jax.generation import attention_maps, batching, text
+from calm_jax.core.errors import (
+  InputError,
+  check_int,
+  check_seed,
+  check_text,
+  check_texts,
+)
+from calm_jax.evals import audit
+from calm_jax.generation import attention_maps, audited_models, batching, text
+from calm_jax.text import stop_strings
 
 Array = jax.Array
 
@@ -48,6 +57,56 @@ class LanguageModel(Model):
     """
     batch = batching.token_batch(self, tokens_BL)
     return _logits(self.params, self.spec, batch)
+
+  def audit(
+    self,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    max_new_tokens: int | None = None,
+    stop: str | Sequence[str] = (),
+    draws: int = 3,
+    seed: int = 0,
+    batch_size: int = 32,
+  ) -> dict[str, dict[str, Any]]:
+    """Measures what a composition's answers owe to the content of m_A's states.
+
+    Args:
+      prompts: what is asked, with the right `completions`; each example that
+        differs from another may lend it its states.
+      max_new_tokens: of an answer; those of the longest completion, and one,
+        if None.
+      stop: texts that end an answer.
+      draws: how many times states of other examples are drawn.
+      seed: of the draws and of the noise.
+      batch_size: rows that are computed together.
+
+    Returns:
+      What `evals.audit.audit` does: "answers", in percent by exact match, and
+      "likelihood" of the right completions in nats per byte.
+
+    Raises:
+      InputError: the model is no composition, or as for `generate` and `score`.
+    """
+    prompts = check_texts("prompts", prompts)
+    completions = check_texts("completions", completions)
+    if len(prompts) != len(completions):
+      raise InputError(
+        f"{len(prompts)} prompts, {len(completions)} completions"
+      )
+    draws = check_int("draws", draws, 1)
+    columns = audited_models.columns(self, draws, check_seed("seed", seed))
+    if max_new_tokens is None:
+      pairs = map(self.text().encode_pair, prompts, completions)
+      max_new_tokens = 1 + max(len(new) for _, new in pairs)
+    examples = audit.AuditSet(
+      prompts=prompts,
+      completions=completions,
+      judge=audit.exact_match_judge(prompts, completions),
+      max_new_tokens=max_new_tokens,
+      stop=tuple(stop_strings.check(stop)),
+    )
+    return audit.audit(examples, columns, batch_size)
 
   def attention(self, prompt: str, completion: str) -> dict[str, np.ndarray]:
     """`cross_attention` of a text, and "prompt_length" in tokens."""

@@ -50,7 +50,9 @@ def _evaluate(run: recipe.TrainedRun) -> dict[str, Any]:
   """Evaluates what a run trained; draws where the composed model attends."""
   settings, models, stage = run.settings, run.models, run.settings.last
   columns = run.frozen_models | {"composed": models.pop(settings.recipe[-1])}
-  results = measure(run.experiment, columns, stage.data, run.folder)
+  results = measure(
+    run.experiment, columns, stage.data, run.folder, settings.audit
+  )
   results["other_runs"] = {
     name: run.experiment.evaluate(
       {"composed": other}, settings.stages[name].data, prefix=f"{name}/"

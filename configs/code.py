@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from calm_jax.data.examples import ExampleSource
 from calm_jax.experiments import config_files, variants
 from calm_jax.experiments.settings import Settings
-from calm_jax.experiments.text import Share, TextData, TextTask
+from calm_jax.experiments.text_task import Share, TextData, TextTask
 from calm_jax.training.stage import Stage
 
 LANGUAGES = ("go", "java", "javascript", "php", "python", "ruby")
@@ -81,6 +81,8 @@ def get_config(variant: str = "full") -> ConfigDict:
     },
   )
   config.update(config_files.to_config(settings))
+  # Programs and descriptions are long: held-out text is audited.
+  config.audit.evals = ()
   variants.apply(VARIANTS, variant, config)
   return config
 

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from calm_jax.data.examples import ExampleSource
 from calm_jax.experiments import config_files, variants
 from calm_jax.experiments.settings import Settings
-from calm_jax.experiments.text import Share, TextData, TextTask
+from calm_jax.experiments.text_task import Share, TextData, TextTask
 from calm_jax.training.stage import Stage
 
 

@@ -33,7 +33,7 @@ from calm_jax.experiments.settings import (
   DecoderShape,
   Settings,
 )
-from calm_jax.experiments.text import Share, TextData, TextTask
+from calm_jax.experiments.text_task import Share, TextData, TextTask
 from calm_jax.experiments.vocabularies import Vocabulary
 from calm_jax.training.stage import Stage
 

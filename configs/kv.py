@@ -129,12 +129,14 @@ def _ablations(config: ConfigDict) -> None:
   """For `python -m calm_jax.ablations`: 30 runs of the last stage."""
   _small(config)
   config.workdir = "runs/ablations"
+  config.audit.examples = 0  # An audit takes as long as a third of a run.
   config.task.num_examples = 512
 
 
 def _tiny(config: ConfigDict) -> None:
   config.workdir = "runs/kv_tiny"
   config.task.update(num_keys=200, num_examples=16)
+  config.audit.update(examples=16, draws=1)
   for side in ("anchor", "augmenting"):
     config[f"{side}_model"].update(width=32, num_layers=2, mlp_width=64)
   for stage in config.stages.values():

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from calm_jax.data.examples import ExampleSource
 from calm_jax.experiments import config_files, variants
 from calm_jax.experiments.settings import Settings
-from calm_jax.experiments.text import Share, TextData, TextTask
+from calm_jax.experiments.text_task import Share, TextData, TextTask
 from calm_jax.training.stage import Stage
 
 # Of NLLB-Seed; FLORES-200 has them all.
@@ -68,6 +68,8 @@ def get_config(variant: str = "full") -> ConfigDict:
     stages=_stages(),
   )
   config.update(config_files.to_config(settings))
+  # Translations and solutions are long: held-out text is audited.
+  config.audit.evals = ()
   variants.apply(VARIANTS, variant, config)
   return config
 

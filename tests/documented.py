@@ -57,8 +57,12 @@ _TWO_STEPS = " ".join(
 _KV = (
   f"{_TINY_MODELS} {_TWO_STEPS} --config.task.num_keys=200"
   " --config.task.num_examples=8 --config.composition.num_connections=1"
+  " --config.audit.examples=0"
 )
-_TEXT = "--config.workdir=out/{name} --config.dtype=float32 " + " ".join(
+_TEXT = (
+  "--config.workdir=out/{name} --config.dtype=float32"
+  " --config.audit.examples=0 "
+) + " ".join(
   f"--config.stages.compose.{field}={value}"
   for field, value in {
     "steps": 2,
@@ -169,6 +173,10 @@ COMMANDS: dict[str, str] = {
   ),
   "python -m calm_jax.train --config=configs/code.py --config.data_dir=DIR"
   f" {_ALLOW}": _BENCHMARKS_DATA,
+  "python -m calm_jax.evaluate --config=configs/kv.py"
+  " --model=runs/kv/composition --audit --out=DIR": (
+    "Needs the composition of a whole run; tests/test_evaluate.py audits one."
+  ),
   "python -m calm_jax.evaluate --config=configs/ntl.py --config.data_dir=DIR"
   " --model=DIR_OR_ID --out=DIR": (
     "Needs the benchmarks' files; tests/test_evaluate.py evaluates without."

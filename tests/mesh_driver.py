@@ -310,6 +310,7 @@ def command(folder: Path, axes: dict) -> None:
   config.distributed = jax.distributed.is_initialized()
   config.mesh.update(axes)
   config.task.update(num_keys=80, num_examples=8)
+  config.audit.update(examples=4, draws=1)
   for side in ("anchor", "augmenting"):
     config[f"{side}_model"].update(
       width=8, num_heads=2, num_kv_heads=1, mlp_width=8

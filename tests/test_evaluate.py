@@ -83,6 +83,42 @@ def test_a_composition_beside_its_models(composed, tmp_path):
   assert (tmp_path / "out" / "attention.npz").exists()
 
 
+def test_audit(composed, tmp_path):
+  questions = [
+    {"prompt": prompt, "completion": " a"} for prompt in ("did", "cab", "jab")
+  ]
+  config = config_of(tmp_path)
+  path = tmp_path / "questions.jsonl"
+  path.write_text("\n".join(map(json.dumps, questions)))
+  config.task.evals = {
+    "asked": {
+      "kind": "questions", "group": "asked", "path": str(path),
+      "max_new_tokens": 2,
+    }
+  }  # fmt: skip
+  config.audit.update(examples=2, draws=1)
+  options = EvaluateOptions(str(composed), str(tmp_path / "out"), audit=True)
+  audit = evaluate.main(config, options)["audit"]
+  assert audit["answers"].keys() == {"asked"}
+  assert audit["answers"]["asked"]["examples"] == 2
+  assert audit["answers"]["asked"]["chance"] == 100
+  found = audit["likelihood"]["domain"]["scores"]
+  model = calm_jax.load_composed(composed)
+  texts = [line["text"] for line in LINES]
+  for column, one in (("correct", model), ("anchor", model.part("anchor"))):
+    # Without EOS, which spells nothing.
+    nats = sum(nats_of(one, text)[:-1].sum() for text in texts)
+    want = -nats / sum(map(len, texts))
+    assert found[column]["value"] == pytest.approx(want, rel=1e-4)
+  assert found["zeroed"]["value"] == pytest.approx(found["anchor"]["value"])
+  assert "audit" in (tmp_path / "out" / "report.md").read_text().lower()
+  options = dataclasses.replace(
+    options, model=str(composed.with_name("anchor"))
+  )
+  with pytest.raises(InputError, match="--audit is for compositions"):
+    evaluate.main(config, options)
+
+
 def test_back_translated_problems(composed, tmp_path):
   """Table 7's measures, from the command's config to results.json."""
   lines = {

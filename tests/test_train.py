@@ -24,6 +24,7 @@ def small(workdir):
   config.alternatives = ()
   config.task.num_keys = 80
   config.task.num_examples = 8
+  config.audit.update(examples=4, draws=1)
   for side in ("anchor", "augmenting"):
     config[f"{side}_model"].update(
       width=8, num_heads=2, num_kv_heads=1, mlp_width=8
@@ -71,6 +72,10 @@ def test_results(finished):
   assert list(results["stage_flops"]) == RECIPE
   assert all(count > 0 for count in results["stage_flops"].values())
   assert results["other_runs"] == {}
+  audit = results["audit"]
+  for kind in ("answers", "likelihood"):
+    assert list(audit[kind]) == ["kv_subs", "num_math", "kv_math_steps"]
+    assert {e["examples"] for e in audit[kind].values()} == {4}
   assert results["config"]["stages"]["compose"]["steps"] == 2
 
 
@@ -100,7 +105,7 @@ def test_the_report_and_what_it_shows(finished):
   workdir, _ = finished
   report = (workdir / "report.md").read_text()
   page = (workdir / "report.html").read_text()
-  assert page.count("data:image/svg+xml;base64,") == 3
+  assert page.count("data:image/svg+xml;base64,") == 5
   assert "KV-MATH" in report and "KV-MATH" in page
   with np.load(workdir / "attention.npz") as look:
     assert look["weights"].shape[0] == len(look["connections"]) == 1

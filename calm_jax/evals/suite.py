@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from calm_jax.evals import statistics
-from calm_jax.evals.base import Evaluation, Fits, Judgement, Row
+from calm_jax.evals.base import Evaluation, Fits, Judgement, Prompt, Row
 
 
 class TextModel(Protocol):
@@ -38,8 +38,7 @@ def run(
     The evaluation's entry in results.json, and the predictions by column.
   """
   fits = functools.cache(fits)
-  prompts = evaluation.prompts(fits)
-  shown = [p._replace(text=_longest_end(p.text, fits)) for p in prompts]
+  prompts, shown = evaluation.prompts(fits), shown_prompts(evaluation, fits)
   judged: dict[str, Judgement] = {}
   for column, model in models.items():
     outputs = model.generate(
@@ -65,6 +64,12 @@ def run(
   if measures := {c: j.measures for c, j in judged.items() if j.measures}:
     entry["measures"] = measures
   return entry, {column: one.rows for column, one in judged.items()}
+
+
+def shown_prompts(evaluation: Evaluation, fits: Fits) -> list[Prompt]:
+  """Returns the prompts of an evaluation, the beginning of long ones cut."""
+  prompts = evaluation.prompts(fits)
+  return [p._replace(text=_longest_end(p.text, fits)) for p in prompts]
 
 
 def groups(evals: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

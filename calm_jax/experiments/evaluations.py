@@ -15,9 +15,13 @@ def read(
   languages: Sequence[str],
   skip: Sequence[str],
   allow_code_execution: bool,
+  only: Sequence[str] = ("*",),
+  limit: int = 0,
 ) -> dict[str, Evaluation]:
   """Reads the evaluations that are not left out, by name.
 
+  `only` are patterns of those that are read, the first `limit` examples of each
+  if that is not 0.
   `skip` are names or patterns, such as mgsm_*. Raises InputError if one is of
   no evaluation, or as `tasks.make`.
   """
@@ -27,6 +31,11 @@ def read(
     raise InputError(f"skip_evals={unknown} are none of {list(wanted)}")
   made = {}
   for name, settings in wanted.items():
+    if not any(fnmatch.fnmatch(name, pattern) for pattern in only):
+      continue
+    if limit:
+      asked = settings.get("limit") or limit
+      settings = settings | {"limit": min(asked, limit)}
     if any(name in names for names in skipped.values()):
       print(f"evaluation {name} is left out, as skip_evals asks", flush=True)
       continue

@@ -10,8 +10,11 @@ from calm_jax.core.typed_fields import Count
 from calm_jax.data import key_value_text, key_values
 from calm_jax.data.key_value_source import KeyValueSource
 from calm_jax.data.key_values import ExpressionOptions, KeyDictionary
+from calm_jax.evals import audit
+from calm_jax.evals.audit import AuditSet
 from calm_jax.evals.base import Row
 from calm_jax.evals.exact_match import count_right, exact_match
+from calm_jax.experiments.audit_sets import AuditOptions
 from calm_jax.experiments.base import Models
 from calm_jax.language_model import LanguageModel
 from calm_jax.training.stage import Stage
@@ -179,6 +182,25 @@ class KeyValueExperiment:
     )
     files.write_json_lines(self.workdir / "predictions" / file, rows)
     return round(accuracy, 2), rows
+
+  def audit_sets(
+    self, model: LanguageModel, data: KeyValueData, options: AuditOptions
+  ) -> dict[str, AuditSet]:
+    """The tasks of Table 1, of KV-MATH all keys held out."""
+    del model
+    drawn = self._expressions("held_out")[: options.examples]
+    sets = {}
+    for task in ("kv_subs", "num_math", _kv_math(data)):
+      examples = key_value_text.make_examples(self.kv, drawn, task)
+      prompts = [example.prompt for example in examples]
+      completions = [example.completion for example in examples]
+      sets[task] = AuditSet(
+        prompts=prompts,
+        completions=completions,
+        judge=audit.exact_match_judge(prompts, completions),
+        max_new_tokens=self._longest,
+      )
+    return sets
 
   def attention_maps(self, model: LanguageModel, data: KeyValueData) -> dict:
     """Cross-attention over one KV-MATH example with all keys held out."""

@@ -12,6 +12,7 @@ from calm_jax.composition.connections import Augmenting
 from calm_jax.composition.execution import Asked
 from calm_jax.core.typed_fields import Count, CountOrRest, Range, Seed, typed
 from calm_jax.experiments import variants
+from calm_jax.experiments.audit_sets import AuditOptions
 from calm_jax.models.rope import Rope
 from calm_jax.parallel import mesh
 from calm_jax.parallel.rules import SHARDING
@@ -143,6 +144,8 @@ class Settings:
   # Stages that train a vanilla m_A, in place of those on its domain.
   vanilla: tuple[str, ...] = ()
   ablations: Ablations = Ablations()
+  # Of a composition, after training.
+  audit: AuditOptions = dataclasses.field(default_factory=AuditOptions)
 
   @property
   def augmenting_paths(self) -> dict[str, str]:

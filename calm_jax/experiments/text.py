@@ -5,7 +5,6 @@ measured on held-out text, in bits per byte, and by the evaluations of the
 config.
 """
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,29 @@ import numpy as np
 
 from calm_jax.core import files
 from calm_jax.core.errors import InputError, check_choice
-from calm_jax.core.typed_fields import Count, Fraction
 from calm_jax.data import examples, facts, pipeline
 from calm_jax.data.documents import RowOptions
-from calm_jax.data.examples import ExampleSource, TextExample
-from calm_jax.data.facts import Facts
+from calm_jax.data.examples import TextExample
 from calm_jax.data.rows import TextSource
 from calm_jax.evals import suite
+from calm_jax.evals.audit import AuditSet
+from calm_jax.evals.base import Evaluation
 from calm_jax.evals.perplexity import perplexity
-from calm_jax.experiments import baselines, evaluations, vocabularies
+from calm_jax.experiments import (
+  audit_sets,
+  baselines,
+  evaluations,
+  vocabularies,
+)
+from calm_jax.experiments.audit_sets import AuditOptions
 from calm_jax.experiments.base import Models
 from calm_jax.experiments.languages import expand
-from calm_jax.experiments.vocabularies import Vocabulary
+from calm_jax.experiments.text_task import TextData, TextTask
 from calm_jax.generation import batching
+from calm_jax.generation.text import spelled_bytes
 from calm_jax.language_model import LanguageModel
 from calm_jax.parallel import processes
 from calm_jax.text.alignment import chunk_encoder
-from calm_jax.text.tokenizer import Tokenizer
 from calm_jax.training import step
 from calm_jax.training.stage import Stage
 
@@ -39,63 +44,6 @@ ANCHOR_DOMAIN = "anchor_domain"
 PICTURE_TOKENS = 40
 _EXEMPLARS = 4  # of pasted text
 _HINT = "; for configs/compose.py, --config.eval_data= a jsonl or txt file"
-
-
-@dataclasses.dataclass(frozen=True)
-class TextTask:
-  """The text that is learnt (`sources`) and measured (`held_out`), by name.
-
-  Entries with {language} in their names stand for one of each language. A
-  held-out set of an empty path is left out.
-  """
-
-  languages: tuple[str, ...] = ()  # codes, such as lij_Latn
-  sources: dict[str, ExampleSource] = dataclasses.field(default_factory=dict)
-  held_out: dict[str, ExampleSource] = dataclasses.field(default_factory=dict)
-  # By name, see `evals.tasks.make`.
-  evals: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-  # People whose files are written before all else.
-  facts: Facts = dataclasses.field(default_factory=Facts)
-  # Of models that are trained from scratch, by side; without an entry such a
-  # model reads the other one's tokens.
-  tokenizers: dict[str, Vocabulary] = dataclasses.field(default_factory=dict)
-  # Baselines that are evaluated too, see `baselines`: the source of exemplars
-  # for the text that m_A pastes into m_B's prompt, "" for none; and both
-  # models' averaged probabilities.
-  pasted: str = ""
-  ensemble: bool = False
-  skip_evals: tuple[str, ...] = ()  # names or patterns, such as mgsm_*
-  allow_code_execution: bool = False  # of programs that models write, sandboxed
-  # Texts to sample from an anchor that is loaded, for held-out text of its own
-  # domain if there is no "anchor_domain"; 0 for none.
-  num_samples: int = 0
-  sample_tokens: Count = 200  # of a sample at most
-  prompt_tokens: Count = 1024  # of an evaluation's prompt at most, the anchor's
-  eval_batch_size: Count = 32  # rows, in generation too
-  eval_length: Count = 256  # tokens of a row
-
-
-@dataclasses.dataclass(frozen=True)
-class Share:
-  """The weight of a source in a mixture, and the fraction of it that is used.
-
-  Languages share the weight of an entry with {language}.
-  """
-
-  weight: float
-  fraction: Fraction = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class TextData:
-  """The data of a stage; the mixture is by the names of the task's sources."""
-
-  mixture: dict[str, Share] = dataclasses.field(default_factory=dict)
-  pack: bool = True  # whether a row holds several examples
-  too_long: str = "error"  # or "cut" or "drop": a prompt longer than a row
-  watch: tuple[
-    str, ...
-  ] = ()  # held-out sets whose loss is followed; () for all
 
 
 class TextExperiment:
@@ -125,9 +73,7 @@ class TextExperiment:
     }
     if not self.held_out:
       raise InputError(f"no held-out text: give {list(held_out)} a path{_HINT}")
-    self._evaluations = evaluations.read(
-      task.evals, task.languages, task.skip_evals, task.allow_code_execution
-    )
+    self._evaluations = self._read_evaluations()
     # The anchor to sample texts from, before a stage changes it; it is held
     # for no other end.
     self._sampled: LanguageModel | None = None
@@ -213,6 +159,11 @@ class TextExperiment:
       self._examples[name] = examples.read_examples(self._sources[name], print)
     return self._examples[name]
 
+  def _read_evaluations(self, *limits) -> dict[str, Evaluation]:
+    task = self._task
+    chosen = task.evals, task.languages, task.skip_evals
+    return evaluations.read(*chosen, task.allow_code_execution, *limits)
+
   def evaluate(self, models: Models, data: TextData, prefix: str = "") -> dict:
     """Bits per byte and perplexity of each set, and the config's evaluations.
 
@@ -235,6 +186,20 @@ class TextExperiment:
     if entries:
       results |= {"evals": entries, "groups": suite.groups(entries)}
     return results
+
+  def audit_sets(
+    self, model: LanguageModel, data: TextData, options: AuditOptions
+  ) -> dict[str, AuditSet]:
+    """Held-out text, and the evaluations that the options name."""
+    del data
+    models = {"": model} | {n: model.part(n) for n in model.sources}
+    length, limit = self._eval_length(models), options.examples
+    sets = audit_sets.held_out_sets(self.held_out, model, length, limit)
+    for name, one in self._read_evaluations(options.evals, limit).items():
+      fits = functools.partial(self._fits, models, one.max_new_tokens)
+      if asked := audit_sets.evaluation_set(one, fits):
+        sets[name] = asked
+    return sets
 
   def _exemplars(self) -> list[TextExample]:
     """Draws the exemplars of pasted text; none without a source of them."""
@@ -322,7 +287,11 @@ class TextExperiment:
           sums[origin] += np.array(row)
     tokenizer = model.text()
     return [
-      (*map(float, sums[e.origin]), _spelled_bytes(tokenizer, e)) for e in texts
+      (
+        *map(float, sums[e.origin]),
+        spelled_bytes(tokenizer, e.prompt, e.completion),
+      )
+      for e in texts
     ]
 
   def attention_maps(self, model: LanguageModel, data: TextData) -> dict:
@@ -337,11 +306,3 @@ class TextExperiment:
     maps = model.cross_attention(ids, prompt_length)
     # Without a BOS nothing predicts the first token: it is given.
     return maps | {"prompt_length": np.array(max(prompt_length, 1))}
-
-
-def _spelled_bytes(tokenizer: Tokenizer, example: TextExample) -> int:
-  """Bytes of the completion that its tokens spell; no unknown characters."""
-  ids = tokenizer.encode_pair(example.prompt, example.completion)
-  text = tokenizer.decode_continuation(*ids)
-  # Normalisation may write more than there was.
-  return min(len(text.encode()), len(example.completion.encode()))

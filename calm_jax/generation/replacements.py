@@ -82,7 +82,7 @@ def all_of(spec: Composition) -> frozenset[Pair]:
   return frozenset((name, c.name) for name, c in spec.connections())
 
 
-def of_models(spec: Composition) -> dict[str, frozenset[Pair]]:
+def groups_of(spec: Composition) -> dict[str, frozenset[Pair]]:
   """Returns groups of connections to take out together, by a name to print.
 
   They are those of each augmenting model, if there are several, and each
@@ -111,7 +111,10 @@ def controls(
     "zeroed": [Replacement(without=everything)],
     "noise": [Replacement(noise=seed)],
   }
-  for name, group in of_models(spec).items():
-    made[f"without {name}"] = [Replacement(without=group)]
-    made[f"only {name}"] = [Replacement(without=everything - group)]
-  return made
+  groups = groups_of(spec)
+  parts = {f"without {name}": group for name, group in groups.items()}
+  # Of two, one without is the other alone.
+  for name, group in groups.items():
+    if everything - group not in parts.values():
+      parts[f"only {name}"] = everything - group
+  return made | {n: [Replacement(without=group)] for n, group in parts.items()}

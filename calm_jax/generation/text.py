@@ -15,6 +15,7 @@ from calm_jax.generation.replacements import Replacement
 from calm_jax.generation.sampling import Sampler
 from calm_jax.generation.scoring import Score
 from calm_jax.text import stop_strings
+from calm_jax.text.tokenizer import Tokenizer
 
 
 def generate(
@@ -115,6 +116,16 @@ def _stream(
       sent = settled
   if text[sent:]:
     yield text[sent:]
+
+
+def spelled_bytes(tokenizer: Tokenizer, prompt: str, completion: str) -> int:
+  """Counts the bytes of a completion that its tokens spell, which are those
+  without unknown characters."""
+  text = tokenizer.decode_continuation(
+    *tokenizer.encode_pair(prompt, completion)
+  )
+  # Normalisation may write more than there was.
+  return min(len(text.encode()), len(completion.encode()))
 
 
 def _several(name: str, texts: str | Sequence[str]) -> list[str]:

@@ -9,12 +9,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from calm_jax.core.errors import InputError
-from calm_jax.reporting import effort, figures, paper
+from calm_jax.reporting import audit, effort, figures, paper
 from calm_jax.reporting.attention import attention_figure
 from calm_jax.reporting.predictions import count_by_terms
 from calm_jax.reporting.runs import Run, RunGroup
 from calm_jax.training.metrics import read_metrics
 
+# What the bars of an audit show, by its kind.
+_AUDITED = {"answers": "%", "likelihood": "nats per byte"}
 _QUESTIONS = "questions"  # the task of evaluations by exact match
 
 
@@ -27,13 +29,14 @@ class Picture(NamedTuple):
 
 
 def pictures(group: RunGroup) -> list[Picture]:
-  """Draws accuracy by trained parameters, gains, accuracy by length, loss and
-  attention, as far as possible.
+  """Draws accuracy by trained parameters, the audit, gains, accuracy by length,
+  loss and attention, as far as possible.
 
   InputError if a file is not what a run writes.
   """
   first = group.runs[0]
   drawn = [_efforts(group)]
+  drawn += [_audit(group, *pair) for pair in _AUDITED.items()]
   drawn += [_gains(benchmark, first) for benchmark in group.benchmarks]
   drawn += [_accuracy(first), _loss(group), _attention(group)]
   return [picture for picture in drawn if picture]
@@ -98,6 +101,20 @@ def _efforts(group: RunGroup) -> Picture | None:
     f"{title}, by trained parameters",
     "Mean of all kinds of questions; bars: 95% Wilson intervals. A line is a "
     "model, or a way to use both, that nothing was trained for.",
+  )
+
+
+def _audit(group: RunGroup, kind: str, ylabel: str) -> Picture | None:
+  found = audit.entries(group, kind)
+  if not found:
+    return None
+  return Picture(
+    audit.bars_figure(found, ylabel),
+    f"Audit: {kind}",
+    "One trained composition with m_A's own states (correct), those of other "
+    "examples (mismatched), none (zeroed) and noise, beside the models alone. "
+    "What correct is above mismatched comes from what m_A has read; lines are "
+    "95% intervals.",
   )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calm_jax.core import files
-from calm_jax.reporting import evaluations, paper
+from calm_jax.reporting import audit, evaluations, paper
 from calm_jax.reporting.costs import overhead
 from calm_jax.reporting.grid import TableRow, grid, measure_trials
 from calm_jax.reporting.predictions import HEADLINE
@@ -48,7 +48,7 @@ def tables(groups: Sequence[RunGroup]) -> list[Table]:
     more = [parts_table(group), evaluations.others(group)]
     more.append(_back_translation(group))
     more += [_scores(group, name) for name in _SCORES]
-    more.append(trials_table(group.trials))
+    more += [*audit.tables(group), trials_table(group.trials)]
     made += [_name(table, group, len(groups)) for table in more if table.rows]
   return [*made, overhead(groups)]
 

@@ -17,7 +17,8 @@ from calm_jax.data import pipeline
 from calm_jax.data.documents import RowOptions
 from calm_jax.data.examples import ExampleSource, TextExample
 from calm_jax.experiments import recipe
-from calm_jax.experiments.text import TextExperiment, TextTask
+from calm_jax.experiments.text import TextExperiment
+from calm_jax.experiments.text_task import TextTask
 from calm_jax.generation import batching
 from calm_jax.language_model import LanguageModel
 from calm_jax.text.alignment import ChunkEncoder

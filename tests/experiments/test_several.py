@@ -44,6 +44,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
 def config_of(folders, workdir, **augmenting):
   config = compose.get_config()
   config.workdir = str(workdir)
+  config.audit.update(examples=3, draws=1)
   config.anchor, config.augmenting = folders["anchor"], augmenting
   for name in ("data", "eval_data", "anchor_eval_data"):
     config[name] = folders["text.jsonl"]

@@ -17,13 +17,8 @@ import calm_jax
 from calm_jax.composition.connections import Composition
 from calm_jax.core.errors import InputError
 from calm_jax.data.examples import ExampleSource
-from calm_jax.experiments.text import (
-  PICTURE_TOKENS,
-  Share,
-  TextData,
-  TextExperiment,
-  TextTask,
-)
+from calm_jax.experiments.text import PICTURE_TOKENS, TextExperiment
+from calm_jax.experiments.text_task import Share, TextData, TextTask
 from calm_jax.language_model import LanguageModel
 
 LENGTH = 8
