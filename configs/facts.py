@@ -170,10 +170,12 @@ def _small(config: ConfigDict) -> None:
 
 
 def _loaded(config: ConfigDict, layers: tuple[int, ...]) -> None:
-  """An anchor that is loaded, with a connection to each of these layers."""
+  """A pretrained anchor, with a connection to each of these layers."""
   config.recipe = ("augmenting", "compose")
   del config.task.tokenizers.anchor
   config.composition.connections = tuple((2, layer) for layer in layers)
+  # The states of these layers are in the hundreds.
+  config.composition.output_scale = "state"
   # Nearly all of the time goes into the anchor: few steps, and rows that fit.
   config.stages.compose.update(steps=300, batch_size=16, length=64)
   config.stages.compose.data.mixture.english.weight = 0.05

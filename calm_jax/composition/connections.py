@@ -13,6 +13,7 @@ _KNOWN = {
   "visibility": VISIBILITIES,
   "positions": ("none", "rope"),
   "output_init": ("zeros", "normal"),
+  "output_scale": ("none", "state"),
   "control": CONTROLS,
   "norm": (True, False),
 }
@@ -44,6 +45,10 @@ class Augmenting:
       newest key it may attend to (if unmasked, in training, the text's last).
     output_init: W^O at the start: "zeros" (the composed model starts as the
       anchor exactly) or "normal".
+    output_scale: what the output is multiplied by: "none", as in the paper, or
+      "state", the root mean square of the anchor's state that it is added to.
+      States of pretrained models grow to hundreds or thousands from layer to
+      layer, which W^O alone takes long to reach.
     control: replaces the model's states before the anchor attends to them, in
       training and after it: "none" does not; "zeroed" by zeros, which leaves
       the anchor as it is; "shuffled" by those of the batch row before, slot by
@@ -58,6 +63,7 @@ class Augmenting:
   norm: bool = True
   positions: str = "none"
   output_init: str = "zeros"
+  output_scale: str = "none"
   control: str = "none"
   control_seed: int = 0
 

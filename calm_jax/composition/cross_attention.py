@@ -117,7 +117,12 @@ class CrossAttention(nn.Module):
       # would average over what it must not see.
       sees_BL = mask_BLM.any(-1)
       out_BLNH = jnp.where(sees_BL[..., None, None], out_BLNH, 0)
-    return self.output(out_BLNH.reshape(*out_BLNH.shape[:2], -1))
+    out_BLD = self.output(out_BLNH.reshape(*out_BLNH.shape[:2], -1))
+    if self.joined.output_scale == "none":
+      return out_BLD
+    wide_BLD = x_BLD.astype(at_least_float32(x_BLD.dtype))
+    size_BL1 = jnp.sqrt(jnp.mean(wide_BLD**2, axis=-1, keepdims=True))
+    return out_BLD * size_BL1.astype(out_BLD.dtype)
 
   def probabilities(
     self, x_BLD: Array, keys_values: dict, mask_BLM: Array

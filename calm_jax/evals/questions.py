@@ -1,7 +1,9 @@
 """Questions whose answers are judged by exact match, from a jsonl file."""
 
+import collections
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +18,8 @@ from calm_jax.evals.base import Evaluation, Judgement, Prompt, Question
 class Questions(base.Options):
   """Each line's "prompt", of which the whole "completion" is the answer.
 
-  Spaces around an answer do not count, and a line's end ends it. `shots`
+  Spaces around an answer do not count, and a line's end ends it. Tables say how
+  often the most frequent answer to each kind of question is right. `shots`
   exemplars are drawn for each question from the others in the file `pool`.
   """
 
@@ -29,22 +32,25 @@ class Questions(base.Options):
     """Reads the files; InputError if they are not as they must be."""
     items = _read(self.path)[: self.limit or None]
     pool = _read(self.pool) if self.shots else []
-    shown = [prompt + completion for prompt, completion in pool]
+    shown = [row["prompt"] + row["completion"] for row in pool]
     questions = []
-    for number, (prompt, _) in enumerate(items):
+    for number, item in enumerate(items):
       rng = np.random.default_rng((self.seed, number))
       order = rng.permutation(len(pool)).tolist()
-      places = [i for i in order if pool[i][0] != prompt][: self.shots]
-      questions.append(Question(prompt, {i: shown[i] for i in places}))
+      others = [i for i in order if pool[i]["prompt"] != item["prompt"]]
+      places = others[: self.shots]
+      questions.append(Question(item["prompt"], {i: shown[i] for i in places}))
+    note = f"a constant answer {self.subset}: {_constant(items):.1f}"
 
     def judge(prompts: list[Prompt], outputs: list[str]) -> Judgement:
       rows = []
       answers = zip(prompts, items, outputs, strict=True)
-      for prompt, (_, right), output in answers:
+      for prompt, item, output in answers:
+        right, given = item["completion"].strip(), output.strip()
         row = {"prompt": prompt.text, "exemplars": prompt.exemplars}
-        row |= {"completion": right.strip(), "prediction": output.strip()}
-        rows.append(row | {"correct": right.strip() == output.strip()})
-      return base.judge_correct(rows)
+        row |= {"completion": right, "prediction": given}
+        rows.append(row | {"correct": right == given})
+      return dataclasses.replace(base.judge_correct(rows), note=note)
 
     return Evaluation(
       task="questions",
@@ -60,7 +66,19 @@ class Questions(base.Options):
     )
 
 
-def _read(path: str) -> list[tuple[str, str]]:
+def _read(path: str) -> list[dict[str, Any]]:
   fields = {"prompt": check_text, "completion": check_text}
-  lines = files.read_json_lines(Path(path), fields)
-  return [(row["prompt"], row["completion"]) for _, row in lines]
+  return [row for _, row in files.read_json_lines(Path(path), fields)]
+
+
+def _constant(items: list[dict[str, Any]]) -> float:
+  """The accuracy in % of the most frequent answer to each kind of question.
+
+  Kinds are the values of "attribute", where lines have it.
+  """
+  counts: dict[str, collections.Counter] = {}
+  for item in items:
+    kind = counts.setdefault(item.get("attribute", ""), collections.Counter())
+    kind[item["completion"].strip()] += 1
+  most = sum(max(kind.values()) for kind in counts.values())
+  return 100 * most / max(len(items), 1)

@@ -60,6 +60,7 @@ class CompositionOptions:
   norm: bool = Augmenting.norm
   positions: str = Augmenting.positions
   output_init: str = Augmenting.output_init
+  output_scale: str = Augmenting.output_scale
   control: str = Augmenting.control
 
 

@@ -19,6 +19,7 @@ from calm_jax.composition.connections import (
   default_connections,
   paper_count,
 )
+from calm_jax.composition.cross_attention import CrossAttention
 from calm_jax.core.batch import Batch, plain_batch, plain_sequence
 from calm_jax.core.errors import InputError
 from calm_jax.models import attention
@@ -108,6 +109,25 @@ def test_output_init_normal_is_not_the_anchor():
   fresh = helpers.fresh(spec, params)["composition"]["kv"]
   for leaves in fresh.values():
     assert np.std(leaves["output"]["kernel"]) == pytest.approx(0.02, rel=0.2)
+
+
+def test_the_output_is_in_units_of_the_state():
+  config = helpers.model(1)[0]
+  rng = np.random.default_rng(0)
+  x_BLD = rng.normal(size=(2, 5, 32)) * 10.0 ** rng.uniform(-2, 3, (2, 5, 1))
+  h_BME = rng.normal(size=(2, 7, 24))
+  mask_BLM = np.ones((2, 5, 7), bool)
+  outputs = {}
+  for scale in ("none", "state"):
+    joined = Augmenting(config, (), output_init="normal", output_scale=scale)
+    cross = CrossAttention(config, joined)
+    args = [jnp.asarray(x, jnp.float32) for x in (x_BLD, h_BME)]
+    params = cross.init(jax.random.key(3), *args, mask_BLM)
+    outputs[scale] = np.asarray(cross.apply(params, *args, mask_BLM))
+  size_BL1 = np.sqrt((x_BLD**2).mean(-1, keepdims=True))
+  np.testing.assert_allclose(
+    outputs["state"], outputs["none"] * size_BL1, rtol=1e-5
+  )
 
 
 def test_norms_are_optional():

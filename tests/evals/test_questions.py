@@ -50,6 +50,19 @@ def test_the_whole_answer_counts(path):
   assert models["anchor"].prompts == [row["prompt"] for row in ROWS]
 
 
+def test_what_a_constant_answer_gets(tmp_path):
+  path, rows = tmp_path / "kinds.jsonl", []
+  for kind, answers in (("city", "aab"), ("year", "cddd"), ("code", "e")):
+    rows += [
+      {"prompt": f"{kind} {i}", "completion": f" {answer}", "attribute": kind}
+      for i, answer in enumerate(answers)
+    ]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  made = make(str(path), subset="S")
+  entry, _ = suite.run(made, {"anchor": Answers(*"x" * 8)}, bool, 8)
+  assert entry["note"] == "a constant answer S: 75.0"
+
+
 def test_exemplars_are_drawn_from_the_pool(path):
   model = Answers("", "")
   made = make(path, pool=path, shots=2, limit=2)
