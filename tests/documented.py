@@ -184,8 +184,9 @@ COMMANDS: dict[str, str] = {
   "CALM_SHARED=DIR python -m calm_jax.train --config=configs/ntl.py:tiny": (
     _BENCHMARKS_DATA
   ),
-  "CALM_SHARED=DIR python -m calm_jax.train --config=configs/code.py:tiny"
-  f" {_ALLOW}": _BENCHMARKS_DATA,
+  "CALM_SHARED=DIR python -m calm_jax.train --config=configs/code.py:tiny": (
+    _BENCHMARKS_DATA
+  ),
   "python -m calm_jax.lm_eval --model calm_jax --model_args"
   " pretrained=DIR_OR_ID --tasks arc_easy": (
     "Downloads a task; tests/test_lm_eval.py runs one of its own."
@@ -216,6 +217,12 @@ COMMANDS: dict[str, str] = {
     _PLANS
   ),
   "python -m calm_jax.plan --config=configs/code.py --topology=v5e:4x4": _PLANS,
+  "python -m calm_jax.plan --config=configs/ntl.py --topology=v5e:2x4"
+  " --config.anchor=configs/shapes/qwen3-0.6b.json"
+  " --config.augmenting=\"{'lij': 'configs/shapes/goldfish-full.json',"
+  " 'fur': 'configs/shapes/goldfish-full.json',"
+  " 'vec': 'configs/shapes/goldfish-full.json'}\""
+  " --nolargest_batch --decode_rows=0": _PLANS,
   "python -m calm_jax.plan --config=configs/compose.py --topology=v5e:4x4"
   " --search --config.anchor=configs/shapes/gemma2-27b.json"
   f" --config.augmenting=configs/shapes/gemma2-2b.json {_LONG_ROWS}": _PLANS,

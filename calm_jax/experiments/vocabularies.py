@@ -22,6 +22,9 @@ class Vocabulary:
 
   pieces: Count
   sources: tuple[str, ...]
+  # Further texts that are a token each, such as the tabs of programs, which
+  # SentencePiece does not learn.
+  symbols: tuple[str, ...] = ()
 
 
 def make(
@@ -52,7 +55,7 @@ def make(
       [line for e in examples for line in _lines(e)],
       workdir / f"tokenizer_{side.replace('/', '_')}",
       vocab_size=wanted.pieces,
-      user_defined_symbols=_SYMBOLS,
+      user_defined_symbols=[*_SYMBOLS, *wanted.symbols],
     )
   if not tokenizers:
     raise InputError(

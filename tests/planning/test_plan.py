@@ -32,7 +32,7 @@ from calm_jax.planning import (
   topology,
 )
 from calm_jax.training.stage import Stage
-from configs import kv
+from configs import kv, ntl
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
 
@@ -340,6 +340,26 @@ def test_shapes_of_published_models_and_their_errors(tmp_path):
     shapes.job(
       dataclasses.replace(settings, anchor="", augmenting="", experiment="text")
     )
+
+
+def test_the_languages_recipe_has_an_anchor_and_three_goldfish():
+  config, fish = ntl.get_config(), "configs/shapes/goldfish-full.json"
+  config.anchor = "configs/shapes/qwen3-0.6b.json"
+  config.augmenting = dict.fromkeys(config.augmenting, fish)
+  found = shapes.job(read_settings(config))
+  counts = {
+    part: sum(x.size for x in jax.tree.leaves(tree))
+    for part, tree in found.params["augmenting"].items()
+  }
+  # The number that the cards of these models give.
+  assert counts == dict.fromkeys(("lij", "fur", "vec"), 124_770_816)
+  # Each reads rows of its own tokens, and has three connections of its own.
+  assert found.own == dict.fromkeys(counts, 512)
+  one = 3 * (768 * 1024 + 4 * 1024**2)
+  theta = found.params["composition"].values()
+  for tree in theta:
+    kernels = [x.size for x in jax.tree.leaves(tree) if x.ndim > 1]
+    assert sum(kernels) == one
 
 
 @pytest.mark.skipif(
