@@ -18,7 +18,7 @@ Pair = tuple[str, str]  # an augmenting model, and a connection of it by name
 
 @dataclasses.dataclass(frozen=True)
 class Replacement:
-  """What an anchor is given of its augmenting models; by default, their states.
+  """A change of the states that an anchor is given; by default, there is none.
 
   With `draw`, each row of a batch is given another row's states, drawn by that
   seed: m_A's on the other row's prompt and on whatever the other row goes on

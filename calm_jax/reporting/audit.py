@@ -34,7 +34,7 @@ _MOST_PANELS = 12
 
 
 class AuditEntry(NamedTuple):
-  """What an audit measured on one set."""
+  """The numbers of an audit on one set."""
 
   label: str
   entry: Mapping[str, Any]
