@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 # Tests and examples run on the CPU, whatever else the machine has.
 CPU := JAX_PLATFORMS=cpu
 
-.PHONY: kv ablations test test-all parity lm-eval lint format clean
+.PHONY: kv facts ablations test test-all parity lm-eval lint format clean
 
 # XLA takes and returns its scratch memory at every step; in huge pages that
 # costs far fewer page faults. Other C libraries ignore it.
-kv ablations: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
+kv facts ablations: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 kv: $(VENV)/installed
 	$(BIN)/python -m calm_jax.train --config=configs/kv.py
+
+# English is read from the folder CALM_SHARED, or else from the hub.
+facts: $(VENV)/hf
+	$(BIN)/python -m calm_jax.train --config=configs/facts.py
 
 ablations: $(VENV)/installed
 	$(BIN)/python -m calm_jax.ablations --config=configs/kv.py:ablations
@@ -54,6 +58,10 @@ $(BIN)/python:
 
 $(VENV)/installed: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/hf: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[hf]'
 	touch $@
 
 # What tests and lints need, at once: each call of pip takes seconds.

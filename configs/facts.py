@@ -47,7 +47,7 @@ TESTS = {
 
 
 def get_config(variant: str = "small") -> ConfigDict:
-  """The config of a variant: the fields of `Settings`, and data_dir."""
+  """The config of a variant, with the fields of `Settings`."""
   config = ConfigDict({"workdir": "runs/facts"})
   folder = config.get_ref("workdir") + "/facts"
   names = ("statements", "questions", "composed")
@@ -87,6 +87,7 @@ def get_config(variant: str = "small") -> ConfigDict:
     stages=_stages(),
   )
   config.update(config_files.to_config(settings))
+  config.audit.evals = ("held_out-closed", "held_out-open")
   variants.apply(VARIANTS, variant, config)
   return config
 
@@ -178,6 +179,8 @@ def _loaded(config: ConfigDict, layers: tuple[int, ...]) -> None:
   config.composition.output_scale = "state"
   # Nearly all of the time goes into the anchor: few steps, and rows that fit.
   config.stages.compose.update(steps=300, batch_size=16, length=64)
+  # 4e-3 is too much for an output in units of the state.
+  config.stages.compose.learning_rate = 7e-4
   config.stages.compose.data.mixture.english.weight = 0.05
   config.stages.compose.data.mixture.problems.weight = 0.05
   config.task.facts.tested = 60
@@ -200,6 +203,7 @@ def _hub(config: ConfigDict) -> None:
 def _tiny(config: ConfigDict) -> None:
   config.workdir = "runs/facts_tiny"
   config.task.facts.update(people=20, tested=12)
+  config.audit.update(examples=8, draws=1)
   for side, pieces in (("anchor", 1000), ("augmenting", 400)):
     config[f"{side}_model"].update(width=32, mlp_width=64)
     config.task.tokenizers[side].pieces = pieces

@@ -163,6 +163,11 @@ COMMANDS: dict[str, str] = {
   "python -m calm_jax.ablations --config=configs/kv.py:ablations": (
     "Trains for minutes; tests/test_ablations.py does so at its smallest."
   ),
+  "python -m calm_jax.train --config=configs/facts.py:gemma"
+  " --config.anchor=DIR": (
+    "Trains with a model of 270 M parameters;"
+    " tests/experiments/test_private_facts.py runs the smallest variant."
+  ),
   "python -m calm_jax.train": "Named without arguments.",
   "python -m calm_jax.train --config=... --config.quantise.anchor=int8"
   " --config.quantise.augmenting=int8": (
@@ -281,7 +286,7 @@ COMMANDS: dict[str, str] = {
 } | {
   f"make {target}": "Installs into .venv; test_docs.py knows the target."
   for target in (
-    ".venv/installed", "ablations", "format", "kv", "lint", "lm-eval", "parity",
-    "test", "test-all",
+    ".venv/installed", "ablations", "facts", "format", "kv", "lint", "lm-eval",
+    "parity", "test", "test-all",
   )
 }  # fmt: skip
