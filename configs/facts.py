@@ -156,10 +156,11 @@ def _evals(folder) -> dict[str, dict]:
     for kind in KINDS:
       if (test, kind) == ("two_hop", "friend"):
         continue
+      is_name = kind == "friend"
       evals[f"{test}-{kind}"] = {
         "kind": "questions",
-        "group": group,
-        "subset": kind,
+        "group": "names of friends" if is_name else group,
+        "subset": group if is_name else kind,
         "path": folder + f"/{test}.{kind}.jsonl",
         "max_new_tokens": 12,
       }
@@ -267,7 +268,7 @@ def _add_memory(
     for kind in KINDS:
       asked = evals[f"held_out-{kind}"].copy_and_resolve_references()
       asked.path = folder + f"/facts/held_out.{kind}.jsonl"
-      asked.group = f"an earlier memory, {memory}"
+      asked.group, asked.subset = f"an earlier memory, {memory}", kind
       evals[f"{memory}-{kind}"] = asked
 
 

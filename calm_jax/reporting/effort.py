@@ -1,13 +1,14 @@
 """Accuracy against trained parameters: composing beside adapting m_B."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from calm_jax.core.errors import InputError
-from calm_jax.reporting.figures import STYLE
+from calm_jax.reporting.figures import STYLE, make_panels
 from calm_jax.reporting.predictions import wilson_interval
 from calm_jax.reporting.runs import Column, RunGroup
 
@@ -52,39 +53,51 @@ def _effort(column: Column, names: Sequence[str]) -> Effort | None:
   return Effort(column.label, trained, accuracy, 100 * low, 100 * high)
 
 
-def effort_figure(found: Sequence[Effort], title: str) -> Figure:
-  """Draws a mark for each model that was trained, and a line for each other.
+def effort_figure(benchmarks: Mapping[str, Sequence[Effort]]) -> Figure:
+  """Draws a panel for each benchmark: a mark for each model that was trained,
+  and a line for each other.
 
-  InputError if nothing was trained.
+  InputError if a benchmark has no model that was trained.
   """
-  trained = [effort for effort in found if effort.trained]
-  if not trained:
-    raise InputError("no model to draw was trained")
+  columns = min(len(benchmarks), 2)
+  rows = math.ceil(len(benchmarks) / columns)
+  size = (max(3.4 * columns, 5), 2.7 * rows + 1)
   with matplotlib.rc_context(STYLE):
-    figure = Figure(figsize=(6.6, 3.7), layout="constrained")
-    axes = figure.subplots()
-    for at, effort in enumerate(trained):
-      spread = [[effort.accuracy - effort.low], [effort.high - effort.accuracy]]
-      axes.errorbar(
-        effort.trained,
-        effort.accuracy,
-        yerr=[[max(0.0, part) for part in side] for side in spread],
-        fmt=_MARKS[at % len(_MARKS)],
-        color="k" if at == 0 else "0.45",
-        label=effort.label,
-        capsize=3,
-        ms=8,
-      )
-    lines = [effort for effort in found if not effort.trained]
-    for effort, style in zip(lines, (":", "--", "-.", "-") * 2, strict=False):
-      label = f"{effort.label}, nothing trained"
-      axes.axhline(effort.accuracy, ls=style, color="#0072B2", label=label)
-    axes.set_xscale("log")
-    counts = [effort.trained for effort in trained]
-    axes.set_xlim(min(counts) / 3, max(counts) * 3)
-    axes.set_ylim(-3, 103)
-    axes.set_xlabel("trained parameters")
-    axes.set_ylabel("accuracy (%)")
-    axes.set_title(title, parse_math=False)
-    figure.legend(loc="outside right upper")
+    figure, panels = make_panels(len(benchmarks), columns, size, sharey=True)
+    for axes, (title, found) in zip(panels, benchmarks.items(), strict=True):
+      if not any(effort.trained for effort in found):
+        raise InputError(f"{title}: no model to draw was trained")
+      _draw(axes, found)
+      axes.set_title(title, parse_math=False)
+      axes.set_xlabel("trained parameters")
+    panels[0].set_ylim(-3, 103)
+    for axes in panels[::columns]:
+      axes.set_ylabel("accuracy (%)")
+    handles = dict(
+      zip(*reversed(panels[0].get_legend_handles_labels()), strict=True)
+    )
+    place = {"loc": "outside lower center", "ncols": 2}
+    figure.legend(handles.values(), handles.keys(), **place)
   return figure
+
+
+def _draw(axes, found: Sequence[Effort]) -> None:
+  trained = [effort for effort in found if effort.trained]
+  for at, effort in enumerate(trained):
+    below, above = effort.accuracy - effort.low, effort.high - effort.accuracy
+    axes.errorbar(
+      effort.trained,
+      effort.accuracy,
+      yerr=[[max(0.0, below)], [max(0.0, above)]],
+      fmt=_MARKS[at % len(_MARKS)],
+      color="k" if at == 0 else "0.45",
+      label=effort.label,
+      capsize=3,
+      ms=8,
+    )
+  lines = [effort for effort in found if not effort.trained]
+  for effort, style in zip(lines, (":", "--", "-.", "-") * 2, strict=False):
+    axes.axhline(effort.accuracy, ls=style, color="#0072B2", label=effort.label)
+  counts = [effort.trained for effort in trained]
+  axes.set_xscale("log")
+  axes.set_xlim(min(counts) / 3, max(counts) * 3)

@@ -89,16 +89,17 @@ def language_order(
 
 
 def _efforts(group: RunGroup) -> Picture | None:
-  """Draws the first benchmark of questions, if several models were trained."""
+  """Draws the benchmarks of questions, if several models were trained."""
   entries = group.evaluations.values()
-  asked = [e["group"] for e in entries if e["task"] == _QUESTIONS]
-  found = effort.efforts(group, asked[0]) if asked else []
-  if sum(e.trained > 0 for e in found) < 2:
+  asked = dict.fromkeys(e["group"] for e in entries if e["task"] == _QUESTIONS)
+  found = {name: effort.efforts(group, name) for name in asked}
+  if not found or any(
+    sum(e.trained > 0 for e in x) < 2 for x in found.values()
+  ):
     return None
-  title = f"Accuracy on {asked[0]}"
   return Picture(
-    effort.effort_figure(found, title),
-    f"{title}, by trained parameters",
+    effort.effort_figure(found),
+    "Accuracy by trained parameters",
     "Mean of all kinds of questions; bars: 95% Wilson intervals. A line is a "
     "model, or a way to use both, that nothing was trained for.",
   )

@@ -37,7 +37,7 @@ def test_what_there_is_data_for(tmp_path):
 
 def test_accuracy_by_trained_parameters(tmp_path):
   folder = made_runs.facts(tmp_path / "facts")
-  title = f"Accuracy on {made_runs.QUESTIONS}, by trained parameters"
+  title = "Accuracy by trained parameters"
   # One model that was trained is no comparison.
   assert title not in drawn(folder)
   made_runs.facts(folder / "lora", "lora", trained=81_000)
@@ -60,7 +60,7 @@ def test_accuracy_by_trained_parameters(tmp_path):
   [axes] = figure.axes
   assert len(axes.containers) == 2
   with pytest.raises(InputError, match="trained"):
-    effort.effort_figure(efforts[:3], "title")
+    effort.effort_figure({"title": efforts[:3]})
 
 
 def test_languages_go_from_low_to_high_resource():
