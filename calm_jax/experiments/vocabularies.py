@@ -44,7 +44,12 @@ def make(
     loaded: the models that are not trained from scratch, by side.
     texts: the sources that vocabularies name.
   """
-  tokenizers = {side: model.text() for side, model in loaded.items()}
+  tokenizers = {
+    side: model.text()
+    for side, model in loaded.items()
+    # Another model without a tokenizer reads the anchor's tokens.
+    if side == "anchor" or model.tokenizer is not None
+  }
   for side, wanted in vocabularies.items():
     if side.partition("/")[0] not in _SIDES:
       raise InputError(f"a tokenizer of {side!r}; the sides are {_SIDES}")
@@ -58,6 +63,8 @@ def make(
       user_defined_symbols=[*_SYMBOLS, *wanted.symbols],
     )
   if not tokenizers:
+    for model in loaded.values():
+      model.text()  # Raises, as it has none.
     raise InputError(
       "no model: give --config.anchor= and --config.augmenting= a folder or "
       "a hub id"

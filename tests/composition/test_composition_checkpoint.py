@@ -179,7 +179,7 @@ def test_what_the_config_says(composed, saved, bases):
   assert config["augmenting"] == [{
     "name": "kv", "connections": [[4, 4]], "visibility": "causal",
     "norm": True, "positions": "none", "output_init": "zeros",
-    "control": "none", "control_seed": 0,
+    "output_scale": "none", "control": "none", "control_seed": 0,
   }]  # fmt: skip
 
 
