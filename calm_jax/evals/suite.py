@@ -38,7 +38,8 @@ def run(
     The evaluation's entry in results.json, and the predictions by column.
   """
   fits = functools.cache(fits)
-  prompts, shown = evaluation.prompts(fits), shown_prompts(evaluation, fits)
+  prompts = evaluation.prompts(fits)
+  shown = shown_prompts(prompts, fits)
   judged: dict[str, Judgement] = {}
   for column, model in models.items():
     outputs = model.generate(
@@ -66,9 +67,8 @@ def run(
   return entry, {column: one.rows for column, one in judged.items()}
 
 
-def shown_prompts(evaluation: Evaluation, fits: Fits) -> list[Prompt]:
-  """Returns the prompts of an evaluation, the beginning of long ones cut."""
-  prompts = evaluation.prompts(fits)
+def shown_prompts(prompts: list[Prompt], fits: Fits) -> list[Prompt]:
+  """Cuts the beginning of prompts that do not fit."""
   return [p._replace(text=_longest_end(p.text, fits)) for p in prompts]
 
 

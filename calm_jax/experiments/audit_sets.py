@@ -28,7 +28,7 @@ class AuditOptions:
 def evaluation_set(evaluation: Evaluation, fits: Fits) -> AuditSet | None:
   """Returns the prompts of an evaluation of the suite, and its judge; None if
   all are the same, so that there are no other examples."""
-  shown = suite.shown_prompts(evaluation, fits)
+  shown = suite.shown_prompts(evaluation.prompts(fits), fits)
   if len({prompt.text for prompt in shown}) == 1:
     return None
   return AuditSet(
