@@ -5,8 +5,8 @@
     --config.anchor=configs/shapes/llama3-70b.json \\
     --config.augmenting=configs/shapes/llama3-8b.json --search
 
-It compiles the training step, and the decoding of a token, for a topology from
-shapes alone: v5e:, v5p: and v6e: with the `tpu` extra and no TPU, gpu:8xH100
+It compiles the training step, and what an evaluation reads and decodes, for a
+topology from shapes alone: v5e:, v5p: and v6e: with the `tpu` extra and no TPU, gpu:8xH100
 with the `gpu` extra and no GPU. Without that extra the CPU's compiler stands
 in, which knows shapes and collectives but not what a GPU keeps in between. No
 weight is read: a model's config.json is enough, also by itself. See
@@ -26,7 +26,7 @@ from calm_jax.core import files
 from calm_jax.core.errors import InputError, check_folder
 from calm_jax.core.typed_fields import Count, Range
 from calm_jax.experiments import config_files
-from calm_jax.generation import batching, decode
+from calm_jax.generation import decode
 from calm_jax.planning import (
   estimate,
   programs,
@@ -57,7 +57,9 @@ class PlanOptions:
   )
   largest_batch: bool = cli.option("look for the largest batch that fits", True)
   decode_rows: int = cli.option(
-    "rows that decode together; none are planned for 0", 32
+    "rows that decode together; those of the config's evaluations for -1, and "
+    "none are planned for 0",
+    -1,
   )
   effort: Annotated[float, Range(-1, 1)] = cli.option(
     "of the TPU's compiler to make programs fast: 0 is that of a run, which "
@@ -99,15 +101,20 @@ def main(config: ConfigDict, options: PlanOptions) -> dict[str, Any]:
   largest, batches = None, []
   if options.largest_batch and time.monotonic() < until:
     largest, batches = search.largest(job, target, best, until=until)
-  # As `decode.stream` does for prompt and continuation together.
-  slots = batching.round_up(job.stage.length + decode.CHUNK)
-  decoding = None
-  if options.decode_rows and time.monotonic() < until:
-    placed = programs.place(job, target, best.axes)
-    program = programs.decoding(placed, options.decode_rows, slots)
+  rows = options.decode_rows
+  if rows < 0:
+    rows = getattr(settings.task, "eval_batch_size", 32)
+  prompts = programs.longest_prompts(job, rows)
+  reading = decoding = None
+  placed = programs.place(job, target, best.axes)
+  if rows and time.monotonic() < until:
+    program = programs.reading(placed, prompts)
+    reading = estimate.estimate(placed, program)
+  if rows and time.monotonic() < until:
+    program = programs.decoding(placed, prompts)
     decoding = estimate.estimate(placed, program, decode.CHUNK)
   plan = tables.Plan(
-    job, target, cases, largest, batches, decoding, options.decode_rows, slots
+    job, target, cases, largest, batches, prompts, reading, decoding
   )
   result = tables.to_json(plan)
   tables.show(plan)

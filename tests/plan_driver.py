@@ -67,7 +67,13 @@ def by_plan(job: Job, axes: dict[str, int], count: int) -> dict[str, float]:
   """The same of what is planned."""
   name = "cpu" if count == 1 else f"cpu:{count}"
   placed = programs.place(job, topology.target(name), axes)
-  program = programs.training(placed, job.stage.batch_size)
+  return estimated(placed, programs.training(placed, job.stage.batch_size))
+
+
+def estimated(
+  placed: programs.Placed, program: programs.CompiledProgram
+) -> dict[str, float]:
+  """The same of a program that was planned."""
   found = estimate.estimate(placed, program)
   given = sum(found.memory[kind] for kind in programs.KINDS)
   return {

@@ -188,6 +188,11 @@ def _continue(
     state, new_BT = ahead
 
 
+def follower_slots(length: int) -> int:
+  """Slots of a follower's cache at first, for prompts of so many tokens."""
+  return batching.round_up(2 * length)
+
+
 class Follower:
   """Feeds one augmenting model the tokens that growing texts complete.
 
@@ -204,7 +209,7 @@ class Follower:
     self.name, self._joined, self._readers = name, joined, readers
     self._lengths_B = prompt.segments.sum(axis=1)  # tokens read so far
     self._slot = prompt.tokens.shape[1]  # the next free one
-    self.slots = batching.round_up(2 * self._slot)
+    self.slots = follower_slots(self._slot)
 
   def follow(
     self, model: Model, cache: dict, new_B: np.ndarray, control: Control | None

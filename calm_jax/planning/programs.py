@@ -135,39 +135,78 @@ def training(placed: Placed, rows: int) -> CompiledProgram:
   return _compile(traced, given)
 
 
-def decoding(
-  placed: Placed, rows: int, slots: int, arrangement: str = "auto"
-) -> CompiledProgram:
-  """Compiles `decode_steps.advance_on`: up to CHUNK tokens of `rows` rows.
+class Prompts(NamedTuple):
+  """The prompts that a batch of an evaluation reads, and room for answers."""
 
-  Caches have `slots` slots, all of which are multiplied with, read or not.
-  Layers are arranged by one of `execution.LAYOUTS`, or as the platform does.
+  rows: int
+  length: int  # tokens of each row
+  slots: int  # of a cache of the anchor's tokens, answers included
+
+
+def longest_prompts(job: Job, rows: int) -> Prompts:
+  """Describes the longest that the config's evaluations ask, as `decode` does.
+
+  Without any, a prompt and its answer are as long as a row of training.
   """
-  job, layout = placed.job, placed.layout
+  task, length, new = job.settings.task, job.stage.length, 0
+  if evals := getattr(task, "evals", None):
+    new = max(asked["max_new_tokens"] for asked in evals.values())
+    readers = [job.spec.anchor]
+    readers += [a.config for n, a in job.spec.augmenting if n not in job.own]
+    limit = min(config.max_length for config in readers)
+    length = min(task.prompt_tokens, limit - new)
+  length = batching.round_up(length)
+  return Prompts(rows, length, batching.round_up(length + new + decode.CHUNK))
+
+
+def _start(placed: Placed, prompts: Prompts) -> tuple[tuple, dict[str, Any]]:
+  """Makes the arguments of `decode_steps.start`, by position and by name."""
+  job, target = placed.job, placed.target
   spec, params = forward.submodel(job.spec, job.params, job.stage.model)
-  if arrangement == "auto":
-    target = placed.target
-    count = 1 if layout is None else len(target.devices)
-    arrangement = execution.layout(target.kind, count, 0, None)
+  count = 1 if placed.layout is None else len(target.devices)
+  arrangement = execution.layout(target.kind, count, 0, None)
   spec, params = inference.shapes(spec, params, arrangement)
-  names = ["anchor", *(name for name, _ in spec.augmenting)]
-  # Of the prompts only the shape matters.
-  prompts_BL = np.zeros((rows, batching.SHORTEST), np.int32)
+  prompts_BL = np.zeros((prompts.rows, prompts.length), np.int32)
+  slots, own = {"anchor": prompts.slots}, {}
+  for name, joined in spec.augmenting:
+    slots[name] = prompts.slots
+    if name in job.own:
+      length = min(prompts.length, joined.config.max_length)
+      own[name] = prompts_BL[:, :length]
+      slots[name] = decode.follower_slots(length)
+  # Counts for all models, as `batching` makes them.
   batch = plain_batch(prompts_BL)._replace(
-    augmenting=dict.fromkeys(job.own, plain_sequence(prompts_BL)),
-    visible=dict.fromkeys(job.own, prompts_BL),
+    augmenting={name: plain_sequence(rows_BM) for name, rows_BM in own.items()},
+    visible={name: prompts_BL for name, _ in spec.augmenting},
     prompt_ends=prompts_BL,
   )
-  seeds_B, stop_S = np.zeros(rows, np.uint32), np.zeros(1, np.int32)
-  given = spec, batch, seeds_B, stop_S, np.int32(0)
-  options = {"slots": tuple((n, slots) for n in names), "sampler": GREEDY}
-  state = jax.eval_shape(
-    lambda params: decode_steps.start(params, *given, **options), params
-  )
+  seeds_B, stop_S = np.zeros(prompts.rows, np.uint32), np.zeros(1, np.int32)
+  rest = placed.at((batch, seeds_B, stop_S, np.int32(0)))
+  options = {"slots": tuple(slots.items()), "sampler": GREEDY}
+  return (placed.params(params), spec, *rest), options
+
+
+def reading(placed: Placed, prompts: Prompts) -> CompiledProgram:
+  """Compiles `decode_steps.start`, which reads prompts and makes the caches."""
+  arguments, options = _start(placed, prompts)
+  params, _, *batch = arguments
+  given = Given((params, *batch), {"frozen": params, "batch": batch})
+  with gpu_topology.capability_of(placed.target.devices[0]):
+    traced = decode_steps.start.trace(*arguments, **options)
+  return _compile(traced, given)
+
+
+def decoding(placed: Placed, prompts: Prompts) -> CompiledProgram:
+  """Compiles `decode_steps.advance_on`: up to CHUNK tokens after prompts.
+
+  All slots of the caches are multiplied with, read or not.
+  """
+  arguments, options = _start(placed, prompts)
+  (params, spec, *_), layout = arguments, placed.layout
+  state = decode_steps.start.eval_shape(*arguments, **options)
   of_caches = None if layout is None else layout.caches(state.cache)
   caches = placed.at(state.cache, of_caches)
-  params, rest = placed.params(params), placed.at(state._replace(cache=None))
-  steps = placed.at(np.int32(decode.CHUNK))
+  rest, steps = placed.at((state._replace(cache=None), np.int32(decode.CHUNK)))
   state = rest._replace(cache=caches)
   by_kind = {"frozen": params, "caches": caches, "batch": (rest, steps)}
   given = Given((params, state, steps), by_kind)

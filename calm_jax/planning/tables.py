@@ -12,6 +12,7 @@ from calm_jax.experiments.settings import Settings
 from calm_jax.parallel.chips import GIB, GPUS, TPUS
 from calm_jax.planning import shapes, topology
 from calm_jax.planning.estimate import Estimate
+from calm_jax.planning.programs import Prompts
 from calm_jax.planning.search import Case
 from calm_jax.planning.shapes import Job
 from calm_jax.planning.topology import Target
@@ -32,9 +33,9 @@ class Plan(NamedTuple):
   cases: list[Case]  # the best first
   largest: int | None  # rows of the largest batch that fits, if looked for
   batches: list[Case]  # compiled to find it
-  decoding: Estimate | None
-  rows: int  # of decoding
-  slots: int  # of the caches in decoding
+  prompts: Prompts  # that are read and continued
+  reading: Estimate | None  # of all prompts
+  decoding: Estimate | None  # of a token of each
 
 
 def say(line: str | Table) -> None:
@@ -66,15 +67,17 @@ def to_json(plan: Plan) -> dict[str, Any]:
     result["batches"] = {
       case.rows: dataclasses.asdict(case.found) for case in plan.batches
     }
-  if plan.decoding is not None:
-    shape = {"rows": plan.rows, "slots": plan.slots}
-    result["decode"] = dataclasses.asdict(plan.decoding) | shape
+  passes = {"read": plan.reading, "decode": plan.decoding}
+  for name, found in passes.items():
+    if found is not None:
+      result[name] = dataclasses.asdict(found) | plan.prompts._asdict()
   return result
 
 
 def show(plan: Plan) -> None:
   """Prints the tables."""
-  target, best, decoding = plan.target, plan.cases[0], plan.decoding
+  target, best, prompts = plan.target, plan.cases[0], plan.prompts
+  decoding = plan.decoding
   say(
     f"[bold]{target.name}[/]: {len(target.devices)} chips of "
     f"{_gib(target.chip.hbm)}; {best}"
@@ -82,8 +85,12 @@ def show(plan: Plan) -> None:
   if not target.exact:
     say(_STAND_IN)
   programs = {"training step": best.found}
+  if plan.reading is not None:
+    title = f"{prompts.rows} prompts of {prompts.length:,} tokens are read"
+    programs[title] = plan.reading
   if decoding is not None:
-    programs[f"{plan.rows} rows decode, {plan.slots} slots"] = decoding
+    title = f"{prompts.rows} rows decode, {prompts.slots:,} slots"
+    programs[title] = decoding
   say(_memory_table(programs, target.chip.hbm))
   say(_speed_table(programs))
   for name, count in best.found.kernels.items():
@@ -96,7 +103,7 @@ def show(plan: Plan) -> None:
     rate = best.rows * plan.job.stage.length / best.found.step
     say(f"at most {rate:,.0f} tokens/s in training")
   if decoding is not None and decoding.step:
-    say(f"at most {plan.rows / decoding.step:,.0f} tokens/s in decoding")
+    say(f"at most {prompts.rows / decoding.step:,.0f} tokens/s in decoding")
   if plan.largest is not None:
     tried = ", ".join(map(str, sorted(case.rows for case in plan.batches)))
     say(f"largest batch seen to fit: {plan.largest} rows (compiled: {tried})")

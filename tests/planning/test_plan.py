@@ -67,7 +67,8 @@ def test_json_is_what_was_found(planned):
   assert json.loads(json.dumps(result)) == read
   assert read["best"]["found"]["fits"]
   assert read["decode"]["memory"]["caches"] > 0
-  assert read["decode"]["flops"] > 0
+  assert 0 < read["decode"]["flops"] < read["read"]["flops"]
+  assert read["decode"]["rows"] == 4
 
 
 def test_memory_by_kind_adds_up_to_what_the_compiler_says(job):
@@ -126,7 +127,8 @@ def test_a_decoded_token_is_as_counted_by_hand():
   placed = programs.place(job, target._replace(chip=chip), ONE)
   found, caches = [], []
   for slots in (2048, 4096):
-    program = programs.decoding(placed, 4, slots)
+    prompts = programs.Prompts(4, 32, slots)
+    program = programs.decoding(placed, prompts)
     one = estimate.estimate(placed, program, decode.CHUNK)
     flops, weights, cache = decoded_by_hand(job, 4, slots)
     assert one.flops == one.worked == flops
@@ -353,6 +355,8 @@ def test_the_languages_recipe_has_an_anchor_and_three_goldfish():
   }
   # The number that the cards of these models give.
   assert counts == dict.fromkeys(("lij", "fur", "vec"), 124_770_816)
+  # Its evaluations answer 256 tokens to 2,048, GSM8K's; a chunk comes on top.
+  assert programs.longest_prompts(found, 32) == (32, 2048, 3072)
   # Each reads rows of its own tokens, and has three connections of its own.
   assert found.own == dict.fromkeys(counts, 512)
   one = 3 * (768 * 1024 + 4 * 1024**2)

@@ -14,10 +14,13 @@ import pytest
 import tiny
 
 from calm_jax.composition import execution
+from calm_jax.composition.model import Model
 from calm_jax.core.batch import Sequence
 from calm_jax.experiments import run_models
 from calm_jax.experiments.settings import Settings
-from calm_jax.planning import shapes
+from calm_jax.experiments.text_task import TextTask
+from calm_jax.generation import decode, decode_steps
+from calm_jax.planning import programs, shapes, topology
 
 ALL = {
   "axes": {"fsdp": 2, "tensor": 2, "sequence": 2},
@@ -85,6 +88,44 @@ def test_a_step_with_other_tokens_is_that_of_a_run(tmp_path):
   found = plan_driver.by_plan(job, plan_driver.ONE, 1)
   for kind in ("arguments", "results", "temporaries"):
     assert found[kind] == told[kind] > 0, kind
+
+
+def test_an_evaluation_is_read_and_decoded_as_it_is_planned(monkeypatch):
+  task = TextTask(evals={"asked": {"max_new_tokens": 30}}, prompt_tokens=20)
+  (spec, params), settings = tiny.compose(), Settings("text", task)
+  work = run_models.stage_work(tiny.stage(), params)
+  spec = execution.for_training(
+    spec, settings.asked, execution.Device("cpu"), work
+  )
+  told = []
+
+  def recorded(program):
+    def record(*arguments, **options):
+      compiled = program.lower(*arguments, **options).compile()
+      told.append(plan_driver.by_compiler(compiled))
+      return program(*arguments, **options)
+
+    return record
+
+  start, advance_on = decode_steps.start, decode_steps.advance_on
+  monkeypatch.setattr(decode_steps, "start", recorded(start))
+  monkeypatch.setattr(
+    decode_steps, "advance_on", lambda *on: recorded(advance_on(*on))
+  )
+  prompts = np.ones((4, 20), np.int32)
+  decode.generate(Model(spec, params), prompts.tolist(), max_new_tokens=30)
+  monkeypatch.undo()
+  job = shapes.Job(
+    settings, tiny.stage(), spec, jax.eval_shape(lambda: params), {}
+  )
+  placed = programs.place(job, topology.target("cpu"), plan_driver.ONE)
+  asked = programs.longest_prompts(job, 4)
+  for program, compiled in zip(
+    (programs.reading, programs.decoding), told[:2], strict=True
+  ):
+    found = plan_driver.estimated(placed, program(placed, asked))
+    for kind in ("arguments", "results", "temporaries"):
+      assert found[kind] == compiled[kind] > 0, (program, kind)
 
 
 # Eight devices.
