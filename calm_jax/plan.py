@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from calm_jax import cli
 from calm_jax.core import files
 from calm_jax.core.errors import InputError, check_folder
-from calm_jax.core.typed_fields import Count, Range
+from calm_jax.core.typed_fields import Count, CountOrRest, Range
 from calm_jax.experiments import config_files
 from calm_jax.generation import decode
 from calm_jax.planning import (
@@ -56,7 +56,7 @@ class PlanOptions:
     "training steps that the search compiles at most", 4
   )
   largest_batch: bool = cli.option("look for the largest batch that fits", True)
-  decode_rows: int = cli.option(
+  decode_rows: CountOrRest = cli.option(
     "rows that decode together; those of the config's evaluations for -1, and "
     "none are planned for 0",
     -1,
