@@ -9,8 +9,8 @@ from calm_jax.core import files
 from calm_jax.core.errors import InputError
 from calm_jax.core.typed_fields import Fraction, Seed
 from calm_jax.data import examples, records
-from calm_jax.evals import base, fewshot
-from calm_jax.evals.base import Evaluation, Judgement, Prompt, Question
+from calm_jax.evals import base, fewshot, questions
+from calm_jax.evals.base import Evaluation, Question
 
 COLUMNS = ("source", "target")
 
@@ -34,28 +34,13 @@ class Lexicon(base.Options):
   def evaluation(self) -> Evaluation:
     """Reads the file; InputError if it is not as it must be."""
     words = self._words()
-    answers = [sorted(words[word]) for word in words]
-
-    def judge(prompts: list[Prompt], outputs: list[str]) -> Judgement:
-      rows = []
-      for prompt, right, output in zip(prompts, answers, outputs, strict=True):
-        row = {"prompt": prompt.text, "completion": " | ".join(right)}
-        row |= {"prediction": output.strip()}
-        rows.append(row | {"correct": output.strip() in right})
-      return base.judge_correct(rows)
-
-    return Evaluation(
+    ask = self.prompt.replace
+    return questions.exact_match(
+      self,
+      [Question(ask("{source}", word), {}) for word in words],
+      [sorted(translations) for translations in words.values()],
       task="lexicon",
-      group=self.group,
       subset=self.language,
-      metric="accuracy",
-      examples=len(words),
-      max_new_tokens=self.max_new_tokens,
-      stop=("\n",),
-      questions=[
-        Question(self.prompt.replace("{source}", word), {}) for word in words
-      ],
-      judge=judge,
     )
 
   def _words(self) -> dict[str, set[str]]:

@@ -40,30 +40,48 @@ class Questions(base.Options):
       others = [i for i in order if pool[i]["prompt"] != item["prompt"]]
       places = others[: self.shots]
       questions.append(Question(item["prompt"], {i: shown[i] for i in places}))
-    note = f"a constant answer {self.subset}: {_constant(items):.1f}"
-
-    def judge(prompts: list[Prompt], outputs: list[str]) -> Judgement:
-      rows = []
-      answers = zip(prompts, items, outputs, strict=True)
-      for prompt, item, output in answers:
-        right, given = item["completion"].strip(), output.strip()
-        row = {"prompt": prompt.text, "exemplars": prompt.exemplars}
-        row |= {"completion": right, "prediction": given}
-        rows.append(row | {"correct": right == given})
-      return dataclasses.replace(base.judge_correct(rows), note=note)
-
-    return Evaluation(
+    return exact_match(
+      self,
+      questions,
+      [[item["completion"].strip()] for item in items],
+      f"a constant answer {self.subset}: {_constant(items):.1f}",
       task="questions",
-      group=self.group,
       subset=self.subset,
-      metric="accuracy",
-      examples=len(items),
       shots=self.shots,
-      max_new_tokens=self.max_new_tokens,
-      stop=("\n",),
-      questions=questions,
-      judge=judge,
     )
+
+
+def exact_match(
+  options: base.Options,
+  questions: list[Question],
+  answers: list[list[str]],
+  note: str = "",
+  **fields: Any,
+) -> Evaluation:
+  """Makes an evaluation of questions, each with one or several right answers.
+
+  The note is of its judgements, the fields are others of `Evaluation`.
+  """
+
+  def judge(prompts: list[Prompt], outputs: list[str]) -> Judgement:
+    rows = []
+    for prompt, right, output in zip(prompts, answers, outputs, strict=True):
+      given = output.strip()
+      row = {"prompt": prompt.text, "exemplars": prompt.exemplars}
+      row |= {"completion": " | ".join(right), "prediction": given}
+      rows.append(row | {"correct": given in right})
+    return dataclasses.replace(base.judge_correct(rows), note=note)
+
+  return Evaluation(
+    group=options.group,
+    metric="accuracy",
+    examples=len(questions),
+    max_new_tokens=options.max_new_tokens,
+    stop=("\n",),
+    questions=questions,
+    judge=judge,
+    **fields,
+  )
 
 
 def _read(path: str) -> list[dict[str, Any]]:
