@@ -20,7 +20,7 @@ those evaluations out with --config.task.skip_evals="('mbpp','humaneval')".
 --config.anchor, --config.augmenting and --config.task.languages replace the
 models and the languages. An m_A that is no specialist learns the code of the
 folder first with --config.recipe="('augmenting','compose')". docs/plan.md has
-the memory and time of a run; configs/ntl.py says how to pin a model's commit.
+the memory and time of a run. A hub id may end in @ and a commit, as here.
 """
 
 import os
@@ -65,8 +65,10 @@ def get_config(variant: str = "full") -> ConfigDict:
     dtype="bfloat16",
     # Apache 2.0, of one tokenizer and one vocabulary size; the 7 B model's
     # differs, and its tokens would be aligned by the text.
-    anchor="Qwen/Qwen2.5-1.5B",
-    augmenting="Qwen/Qwen2.5-Coder-0.5B",
+    anchor="Qwen/Qwen2.5-1.5B@8faed761d45a263340a0528343f099c05c9a4323",
+    augmenting=(
+      "Qwen/Qwen2.5-Coder-0.5B@8123ea2e9354afb7ffcc6c8641d1b2f5ecf18301"
+    ),
     augmenting_name="code",
     stages={
       "augmenting": Stage(

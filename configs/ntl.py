@@ -19,15 +19,17 @@ All these models are Apache 2.0; docs/plan.md has the memory and time of a run.
   gsm8k/train.jsonl test.jsonl  GSM8K
   mgsm/mgsm_<language>.tsv      MGSM
 
-The Goldfish have learnt NLLB-Seed: only FLORES-200 is held out.
+The Goldfish have learnt NLLB-Seed: only FLORES-200 is held out. Their main
+branches have pickled weights alone, which are never opened: the revision here
+is the pull request by which a bot of the hub offers them as safetensors. Where
+there is none, convert them by transformers and give the folder:
+
+  AutoModelForCausalLM.from_pretrained(ID).save_pretrained(FOLDER)
+  AutoTokenizer.from_pretrained(ID).save_pretrained(FOLDER)
+
 --config.anchor, --config.augmenting (a dict of several by name) and
---config.task.languages replace the models and the languages; the newest commit
-of a hub id is taken, and to pin another one, download it into a folder:
-
-  hf download goldfish-models/lij_latn_full --revision=COMMIT --local-dir=lij
-
-and give the folder. A folder without tokenizer.json needs transformers 4 to
-write it, by AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER).
+--config.task.languages replace the models and the languages. A hub id may end
+in @ and a commit, branch or tag; without, its main branch is read.
 """
 
 import os
@@ -43,10 +45,11 @@ from calm_jax.training.stage import Stage
 
 # The specialists, by language.
 GOLDFISH = {
-  "lij_Latn": "goldfish-models/lij_latn_full",
-  "fur_Latn": "goldfish-models/fur_latn_full",
-  "vec_Latn": "goldfish-models/vec_latn_full",
+  "lij_Latn": "goldfish-models/lij_latn_full@refs/pr/1",
+  "fur_Latn": "goldfish-models/fur_latn_full@refs/pr/1",
+  "vec_Latn": "goldfish-models/vec_latn_full@refs/pr/1",
 }
+QWEN3 = "Qwen/Qwen3-0.6B-Base@da87bfb608c14b7cf20ba1ce41287e8de496c0cd"
 # Of NLLB-Seed; FLORES-200 has them all.
 ALL_LANGUAGES = (
   "ace_Latn", "ban_Latn", "bho_Deva", "bjn_Latn", "bug_Latn", "crh_Latn",
@@ -81,7 +84,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     ),
     workdir="runs/ntl",
     dtype="bfloat16",
-    anchor="Qwen/Qwen3-0.6B-Base",
+    anchor=QWEN3,
     augmenting={code[:3]: path for code, path in GOLDFISH.items()},
     stages={"compose": _compose(steps=500, batch_size=32)},
   )
@@ -180,7 +183,7 @@ def _one_augmenting(config: ConfigDict, path: str) -> None:
 
 
 def _trained(config: ConfigDict) -> None:
-  _one_augmenting(config, "Qwen/Qwen3-0.6B-Base")
+  _one_augmenting(config, QWEN3)
   config.task.languages = ALL_LANGUAGES
   config.anchor = "Qwen/Qwen3-8B-Base"
   config.recipe = ("augmenting", "compose")

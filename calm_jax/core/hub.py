@@ -80,7 +80,7 @@ _OTHERS = {
 }
 _BELOW = ("*", "*/*", "models--*/snapshots/*")  # the last in the hub's cache
 _SHOWN = 8
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(.+))?")
 
 
 class CheckpointRef(NamedTuple):
@@ -100,9 +100,10 @@ def locate(
   """Finds a checkpoint's folder, or downloads it from the Hugging Face hub.
 
   It is a folder, or `org/name` on the hub with a branch, tag or commit as its
-  revision, by default its main branch; InputError if neither. Only `files` that
-  match are downloaded; if none are given, the weights that the index names or
-  model.safetensors, and what belongs to the model and its tokenizer.
+  revision, which `org/name@revision` gives too, by default its main branch;
+  InputError if neither. Only `files` that match are downloaded; if none are
+  given, the weights that the index names or model.safetensors, and what belongs
+  to the model and its tokenizer.
   """
   name = check_path("path_or_hub_id", path_or_hub_id)
   if revision is not None:
@@ -119,11 +120,13 @@ def locate(
     if kind := _other_kind([path.name]):
       raise InputError(f"{path.parent} holds {kind}")
     raise InputError(f"{name} is a file; give the folder that it is in")
-  if not _HUB_ID.fullmatch(name):
+  hub_id = _HUB_ID.fullmatch(name)
+  if hub_id is None:
     raise InputError(
       f"no folder {name!r}; give one with {CONFIG} and {WEIGHTS}, or an id on "
-      "the Hugging Face hub, which looks like org/name"
+      "the Hugging Face hub, which looks like org/name or org/name@revision"
     )
+  name, revision = hub_id[1], revision or hub_id[2]
   try:
     folder = _download(name, revision, files or _SMALL_FILES)
     if not files:

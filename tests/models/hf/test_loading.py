@@ -55,7 +55,8 @@ def test_resolve_finds_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "name", ["./nope/model", "/nope/model", "nope", "a/b/c", "../a", "~/a"]
+  "name",
+  ["./nope/model", "/nope/model", "nope", "a/b/c", "../a", "~/a", "a/b@"],
 )
 def test_resolve_does_not_ask_the_hub_for_a_path(name, monkeypatch, tmp_path):
   def asked(*_, **__):
@@ -83,9 +84,10 @@ def test_resolve_offline_says_what_to_do(monkeypatch, tmp_path):
   with pytest.raises(InputError, match="hf download org/name --local-dir"):
     hub.locate("org/name")
   with pytest.raises(InputError, match="cannot get org/name at revision 'v1'"):
-    hub.locate("org/name", "v1")
+    hub.locate("org/name@v1")
 
 
+@pytest.mark.parametrize("asked", [("org/name", "v1"), ("org/name@v1",)])
 @pytest.mark.parametrize(
   ("weights", "index"),
   [
@@ -96,7 +98,7 @@ def test_resolve_offline_says_what_to_do(monkeypatch, tmp_path):
   ],
 )
 def test_resolve_downloads_what_belongs_to_a_model(
-  monkeypatch, tmp_path, weights, index
+  monkeypatch, tmp_path, weights, index, asked
 ):
   remote = {
     "config.json": "{}", "tokenizer.json": "{}", "added_tokens.json": "{}",
@@ -113,6 +115,7 @@ def test_resolve_downloads_what_belongs_to_a_model(
   revisions = []
 
   def download(name, revision, allow_patterns):
+    assert name == "org/name"
     revisions.append(revision)
     kept = huggingface_hub.utils.filter_repo_objects(
       [*remote, *others], allow_patterns=allow_patterns
@@ -124,10 +127,11 @@ def test_resolve_downloads_what_belongs_to_a_model(
     return str(tmp_path / "snapshots" / "c0ffee")
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-  source = hub.locate("org/name", "v1")
+  source = hub.locate(*asked)
   here = {p.relative_to(source.folder) for p in source.folder.rglob("*.*")}
   assert {str(path) for path in here} == remote.keys()
-  assert revisions == ["v1", "c0ffee"] and source.revision == "c0ffee"
+  assert revisions == ["v1", "c0ffee"]
+  assert source[:2] == ("org/name", "c0ffee")
 
 
 # config.json.
