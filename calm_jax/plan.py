@@ -6,11 +6,11 @@
     --config.augmenting=configs/shapes/llama3-8b.json --search
 
 It compiles the training step, and what an evaluation reads and decodes, for a
-topology from shapes alone: v5e:, v5p: and v6e: with the `tpu` extra and no TPU, gpu:8xH100
-with the `gpu` extra and no GPU. Without that extra the CPU's compiler stands
-in, which knows shapes and collectives but not what a GPU keeps in between. No
-weight is read: a model's config.json is enough, also by itself. See
-docs/plan.md.
+topology from shapes alone: v5e:, v5p: and v6e: with the `tpu` extra and no TPU,
+gpu:8xH100 with the `gpu` extra and no GPU. Without that extra the CPU's
+compiler stands in, which knows shapes and collectives but not what a GPU keeps
+in between. No weight is read: a model's config.json is enough, also by itself.
+See docs/plan.md.
 """
 
 import dataclasses
