@@ -97,7 +97,7 @@ def get_config(variant: str = "full") -> ConfigDict:
 
 def _sources(data) -> dict[str, ExampleSource]:
   return {
-    "{language}": _monolingual(data, LEARNT),
+    "{language}": _nllb_seed(data, "{language}", LEARNT),
     "{language}-eng": ExampleSource(
       data + "/nllb_seed/{language}.txt",
       kind="parallel",
@@ -107,7 +107,7 @@ def _sources(data) -> dict[str, ExampleSource]:
       completion=" {target}",
       rows=LEARNT,
     ),
-    "eng": ExampleSource(data + "/nllb_seed/eng_Latn.txt", rows=LEARNT),
+    "eng": _nllb_seed(data, "eng_Latn", LEARNT),
     "gsm8k": ExampleSource(
       data + "/gsm8k/train.jsonl",
       prompt="Question: {question}\nAnswer:",
@@ -116,8 +116,8 @@ def _sources(data) -> dict[str, ExampleSource]:
   }
 
 
-def _monolingual(data, rows: str) -> ExampleSource:
-  return ExampleSource(data + "/nllb_seed/{language}.txt", rows=rows)
+def _nllb_seed(data, name: str, rows: str) -> ExampleSource:
+  return ExampleSource(data + f"/nllb_seed/{name}.txt", rows=rows)
 
 
 def _compose(**changes) -> Stage:
@@ -176,7 +176,7 @@ def _one_augmenting(config: ConfigDict, path: str) -> None:
   data = config.get_ref("data_dir")
   config.task.held_out = config_files.to_config(
     {
-      name: ExampleSource(data + f"/nllb_seed/{name}.txt", rows=HELD_OUT)
+      name: _nllb_seed(data, name, HELD_OUT)
       for name in ("{language}", "eng_Latn")
     }
   )
