@@ -226,8 +226,11 @@ COMMANDS: dict[str, str] = {
   " --config.anchor=configs/shapes/qwen3-0.6b.json"
   " --config.augmenting=\"{'lij': 'configs/shapes/goldfish-full.json',"
   " 'fur': 'configs/shapes/goldfish-full.json',"
-  " 'vec': 'configs/shapes/goldfish-full.json'}\""
-  " --nolargest_batch --decode_rows=0": _PLANS,
+  " 'vec': 'configs/shapes/goldfish-full.json'}\" --nolargest_batch": _PLANS,
+  "python -m calm_jax.plan --config=configs/code.py --topology=gpu:1xH100"
+  " --config.anchor=configs/shapes/qwen2.5-1.5b.json"
+  " --config.augmenting=configs/shapes/qwen2.5-coder-0.5b.json"
+  " --nolargest_batch": _PLANS,
   "python -m calm_jax.plan --config=configs/compose.py --topology=v5e:4x4"
   " --search --config.anchor=configs/shapes/gemma2-27b.json"
   f" --config.augmenting=configs/shapes/gemma2-2b.json {_LONG_ROWS}": _PLANS,
