@@ -50,7 +50,7 @@ def get_config(variant: str = "small") -> ConfigDict:
   """The config of a variant, with the fields of `Settings`."""
   config = ConfigDict({"workdir": "runs/facts"})
   folder = config.get_ref("workdir") + "/facts"
-  names = ("statements", "questions", "composed")
+  names = ("statements", "questions", "strangers", "composed")
   sources = {n: ExampleSource(folder + f"/{n}.jsonl") for n in names}
   english, held_out = _english(os.environ.get("CALM_SHARED", ""))
   people = ExampleSource(folder + "/held_out.*.jsonl")
@@ -117,15 +117,15 @@ def _stages() -> dict[str, Stage]:
   facts = {"statements": Share(0.2), "questions": Share(0.8)}
   english = {"english": Share(0.5), "problems": Share(0.5)}
   # D_C, and a little of the anchor's own domain, which it must not lose.
-  composed = {"composed": Share(0.7)}
-  composed |= {"english": Share(0.2), "problems": Share(0.1)}
+  composed = {"composed": Share(0.6)}
+  composed |= {"english": Share(0.25), "problems": Share(0.15)}
   shared = {"optimizer": "muon", "learning_rate": 4e-3, "warmup": 20}
   return {
     "augmenting": Stage(
       model="augmenting/people",
       trainable=("augmenting/people/.*",),
       data=TextData(facts, watch=("people never in D_C",)),
-      steps=1200,
+      steps=1800,
       batch_size=32,
       length=64,
       weight_decay=0.01,
@@ -142,7 +142,7 @@ def _stages() -> dict[str, Stage]:
     ),
     "compose": Stage(
       data=TextData(composed, watch=("people never in D_C",)),
-      steps=250,
+      steps=300,
       batch_size=40,
       length=96,
       **shared,
@@ -185,6 +185,17 @@ def _loaded(config: ConfigDict, layers: tuple[int, ...]) -> None:
   config.stages.compose.data.mixture.english.weight = 0.05
   config.stages.compose.data.mixture.problems.weight = 0.05
   config.task.facts.tested = 60
+  if shared := os.environ.get("CALM_SHARED", ""):
+    # What a pretrained anchor can do, and must not lose.
+    config.task.evals.translation = {
+      "kind": "translation",
+      "group": "translation into English, five exemplars",
+      "language": "nno_Latn",
+      "path": f"{shared}/data/flores200",
+      "shots": 5,
+      "limit": 60,
+      "max_new_tokens": 48,
+    }
   # A row has few tokens with a loss, and the head costs as much as the layers.
   config.loss_chunk = 64
 
@@ -255,6 +266,9 @@ def _add_memory(
   config.stages.augmenting.update(
     model=f"augmenting/{name}", trainable=(f"augmenting/{name}/.*",)
   )
+  # A memory that says what it does not know can leave that to the others.
+  mixture = config.stages.augmenting.data.mixture
+  mixture.strangers = config_files.to_config(Share(0.15))
   # New connections are to add nothing where an earlier memory answers.
   sources, evals = config.task.sources, config.task.evals
   for memory, workdir in earlier.items():

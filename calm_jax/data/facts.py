@@ -79,15 +79,33 @@ def make_people(facts: Facts, seed: int) -> list[Person]:
   names = [
     f"{first_names[rng.integers(len(first_names))]} {s}" for s in surnames
   ]
+  closed = {
+    a: _dealt(rng, wordings()[a, "values"], facts) for a in KINDS["closed"]
+  }
   values = []
   for i in range(facts.people):
-    drawn = {
-      a: str(rng.choice(wordings()[a, "values"])) for a in KINDS["closed"]
-    }
+    drawn = {a: dealt[i] for a, dealt in closed.items()}
     drawn |= {a: str(rng.integers(*ends)) for a, ends in _NUMBERS.items()}
     friend = (i + 1 + rng.integers(facts.people - 1)) % facts.people
     values.append(drawn | {"friend": names[friend]})
   return [Person(*pair) for pair in zip(names, values, strict=True)]
+
+
+def make_strangers(
+  facts: Facts, seed: int, known: list[Person]
+) -> list[Person]:
+  """Draws half as many people of whom everything is "unknown".
+
+  A memory that learns questions about them can tell what it does not know, and
+  so can those who read its states.
+  """
+  rng = np.random.default_rng((seed, 2 * facts.memory, 1))
+  taken = {person.name.split()[1] for person in known}
+  first_names = [person.name.split()[0] for person in known]
+  surnames = [s for s in _names(rng, len(known), 2) if s not in taken]
+  names = zip(first_names[: len(known) // 2], surnames, strict=False)
+  unknown = dict.fromkeys(ATTRIBUTES, "unknown")
+  return [Person(" ".join(name), unknown) for name in names]
 
 
 def num_held_in(facts: Facts) -> int:
@@ -148,6 +166,7 @@ def write(facts: Facts, seed: int) -> None:
   """Writes the files of all people into the folder.
 
   statements.jsonl, questions.jsonl: about all people, for the memory.
+  strangers.jsonl: questions about others, answered by "unknown", likewise.
   composed.jsonl: D_C, questions about the people held in.
   held_in.*.jsonl, held_out.*.jsonl: tests in known wordings, for * of KINDS.
   new_wordings.*.jsonl: of the people held out, in wordings that no training
@@ -158,6 +177,7 @@ def write(facts: Facts, seed: int) -> None:
   made = {
     "statements": statements(people),
     "questions": questions(people),
+    "strangers": questions(make_strangers(facts, seed, people)),
     "composed": questions(held_in),
   }
   for kind, attributes in KINDS.items():
@@ -179,6 +199,16 @@ def write(facts: Facts, seed: int) -> None:
 def _question(question: str, answer: str, attribute: str) -> dict[str, str]:
   prompt = f"Question: {question}\nAnswer:"
   return {"prompt": prompt, "completion": f" {answer}", "attribute": attribute}
+
+
+def _dealt(
+  rng: np.random.Generator, values: Sequence[str], facts: Facts
+) -> list[str]:
+  """Deals values to all people, each as often among those of D_C."""
+  count = num_held_in(facts)
+  sizes = (count, facts.people - count)
+  hands = [rng.permutation(np.resize(values, size)) for size in sizes]
+  return [str(value) for value in np.concatenate(hands)]
 
 
 def _names(rng: np.random.Generator, count: int, syllables: int) -> list[str]:

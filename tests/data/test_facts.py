@@ -1,5 +1,6 @@
 """Facts about people: the same for a seed, and no test is in training."""
 
+import collections
 import itertools
 import json
 
@@ -38,6 +39,25 @@ def test_every_person_has_every_attribute():
   assert people != facts.make_people(Facts(people=41), 4)
 
 
+def test_values_are_dealt_evenly_to_those_in_d_c_and_the_others():
+  people = facts.make_people(Facts(people=40, held_in=0.4), 3)
+  for attribute, group in itertools.product(
+    KINDS["closed"], (people[:16], people[16:])
+  ):
+    counts = collections.Counter(p.values[attribute] for p in group)
+    assert set(counts.values()) == {len(group) // 8}
+
+
+def test_nobody_knows_strangers(folder):
+  people = facts.make_people(Facts(people=41), 3)
+  known = {person.name.split()[1] for person in people}
+  asked = read(folder, "strangers")
+  assert len(asked) == 20 * len(ATTRIBUTES) * 8
+  for row in asked:
+    assert row["completion"] == " unknown"
+    assert not any(surname in row["prompt"] for surname in known)
+
+
 def test_every_wording_names_what_it_must():
   for (_, use), texts in facts.wordings().items():
     fields = {"statements": ["{n}", "{v}"], "values": []}.get(use, ["{n}"])
@@ -56,7 +76,7 @@ def test_the_memory_learns_all_and_the_composition_a_fifth(folder):
     ]
     assert len(told) >= 3
   asked = read(folder, "composed")
-  assert len(asked) == 8 * len(ATTRIBUTES) * 6
+  assert len(asked) == 8 * len(ATTRIBUTES) * 8
   for row in asked:
     assert any(person.name in row["prompt"] for person in people[:8])
 
