@@ -10,18 +10,23 @@ import sys
 import helpers
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import spelled
 
+import calm_jax
 from benchmarks import (
   decode_program,
   generate,
   gpu,
   machine,
   pairs,
+  probe,
   steps,
   traffic,
 )
-from calm_jax.core import flops, trees
+from calm_jax.core import files, flops, trees
+from calm_jax.models import decoder
 from calm_jax.planning import flops as formulas
 from calm_jax.planning import gpu_topology, topology
 
@@ -262,3 +267,44 @@ def test_a_gpu_decodes_a_layer_by_few_kernels_that_read_its_bytes(kind):
   heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
   weights = width * (heads + 3 * inner) * (2 if kind == "" else 1 + 2 / 64)
   assert more.megabytes - fewer.megabytes < 1.1 * weights / 1e6
+
+
+@pytest.mark.parametrize("shift", [0.0, 40.0])
+def test_a_probe_reads_what_is_linear_and_nothing_else(shift):
+  random = np.random.default_rng(0)
+  answers = np.array(["red", "blue", "grey"])[random.integers(0, 3, 400)]
+  x_NE = random.normal(size=(400, 7)) * 10.0 ** np.arange(-3, 4) + shift
+  x_NE[:, 0] += (answers == "red") * 0.02
+  x_NE[:, 6] -= (answers == "grey") * 2e4
+  said = probe.classify(x_NE[:300], answers[:300], x_NE[300:])
+  assert np.mean(said == answers[300:]) > 0.95
+  said = probe.classify(x_NE[:300], random.permutation(answers)[:300], x_NE)
+  assert np.mean(said == answers) < 0.5
+
+
+def test_a_probe_of_a_folder_and_questions(tmp_path):
+  """The state of prompts of many lengths is that of each prompt alone."""
+  spelled.save(tmp_path / "model", 3, num_layers=2)
+  values = ["12", "34", "bad", "jab"]
+  lines = [
+    {"prompt": "a bad cab"[: 3 + i % 7], "completion": f" {values[i % 4]}"}
+    | {"attribute": "code" if i % 4 < 2 else "word"}
+    for i in range(80)
+  ]
+  files.write_json_lines(tmp_path / "q.jsonl", lines)
+  rows = probe.main([str(tmp_path / "model"), str(tmp_path / "q.jsonl")])
+  assert [*rows] == ["code, digit 1", "code, digit 2", "word"]
+  assert {len(row) for row in rows.values()} == {3}
+  model = calm_jax.load_model(str(tmp_path / "model"))
+  prompts = [line["prompt"] for line in lines]
+  x_SNE = probe.states(model, prompts)
+  for i in (0, 6, 71):
+    alone_SE = probe.states(model, prompts[i : i + 1])[:, 0]
+    np.testing.assert_allclose(x_SNE[:, i], alone_SE, atol=1e-5)
+  # The last ones make the model's logits.
+  last_1LE = jnp.asarray(x_SNE[-1, :1, None])
+  ids = model.text().encode_prompt(prompts[0])
+  logits = decoder.logits(model.params["anchor"], model.spec.anchor, last_1LE)
+  np.testing.assert_allclose(
+    logits[0, 0], np.asarray(model.logits([ids]))[0, -1], atol=1e-4
+  )
