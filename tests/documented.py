@@ -244,6 +244,9 @@ COMMANDS: dict[str, str] = {
   " --search --config.anchor=configs/shapes/llama3-70b.json"
   f" --config.augmenting=configs/shapes/llama3-8b.json {_LONG_ROWS}": _PLANS,
   # Benchmarks.
+  "python -m benchmarks.probe": (
+    "Needs a run's folder; tests/test_benchmarks.py probes a made model."
+  ),
   "python -m benchmarks.gpu --minutes=7 --json=gpu.json": (
     "--only=speeds --pair=tiny"
   ),
