@@ -189,9 +189,8 @@ COMMANDS: dict[str, str] = {
   "CALM_SHARED=DIR python -m calm_jax.train --config=configs/ntl.py:tiny": (
     _BENCHMARKS_DATA
   ),
-  "CALM_SHARED=DIR python -m calm_jax.train --config=configs/ntl.py:tiny,lora": (
-    _BENCHMARKS_DATA
-  ),
+  "CALM_SHARED=DIR python -m calm_jax.train"
+  " --config=configs/ntl.py:tiny,lora": _BENCHMARKS_DATA,
   "CALM_SHARED=DIR python -m calm_jax.train"
   " --config=configs/ntl.py:tiny,finetune"
   " --config.stages.compose.learning_rate=4e-3": _BENCHMARKS_DATA,
