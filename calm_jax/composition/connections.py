@@ -46,9 +46,10 @@ class Augmenting:
     output_init: W^O at the start: "zeros" (the composed model starts as the
       anchor exactly) or "normal".
     output_scale: what the output is multiplied by: "none", as in the paper, or
-      "state", the root mean square of the anchor's state that it is added to.
-      States of pretrained models grow to hundreds or thousands from layer to
-      layer, which W^O alone takes long to reach.
+      "state", the mean magnitude of the anchor's state that it is added to.
+      States of pretrained models grow to hundreds from layer to layer, which
+      W^O alone takes long to reach. (Their root mean square says little: a few
+      dimensions are far larger than all others.)
     control: replaces the model's states before the anchor attends to them, in
       training and after it: "none" does not; "zeroed" by zeros, which leaves
       the anchor as it is; "shuffled" by those of the batch row before, slot by

@@ -121,7 +121,7 @@ class CrossAttention(nn.Module):
     if self.joined.output_scale == "none":
       return out_BLD
     wide_BLD = x_BLD.astype(at_least_float32(x_BLD.dtype))
-    size_BL1 = jnp.sqrt(jnp.mean(wide_BLD**2, axis=-1, keepdims=True))
+    size_BL1 = jnp.mean(jnp.abs(wide_BLD), axis=-1, keepdims=True)
     return out_BLD * size_BL1.astype(out_BLD.dtype)
 
   def probabilities(

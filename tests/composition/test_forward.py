@@ -124,7 +124,7 @@ def test_the_output_is_in_units_of_the_state():
     args = [jnp.asarray(x, jnp.float32) for x in (x_BLD, h_BME)]
     params = cross.init(jax.random.key(3), *args, mask_BLM)
     outputs[scale] = np.asarray(cross.apply(params, *args, mask_BLM))
-  size_BL1 = np.sqrt((x_BLD**2).mean(-1, keepdims=True))
+  size_BL1 = np.abs(x_BLD).mean(-1, keepdims=True)
   np.testing.assert_allclose(
     outputs["state"], outputs["none"] * size_BL1, rtol=1e-5
   )
