@@ -277,11 +277,14 @@ class TextExperiment:
 
     A text that is longer than a row goes on in a next window.
     """
+    # Logits of a row at a time: those of a batch are many gigabytes where a
+    # vocabulary is large.
+    spec = model.spec.with_compute(lambda _: {"loss_chunk": length})
     score = jax.jit(step.row_losses, static_argnums=1)
     source = self._eval_source(model, texts, length)
     sums = {example.origin: np.zeros(2) for example in texts}
     for i in range(len(source)):
-      losses = processes.fetch(score(model.params, model.spec, source[i]))
+      losses = processes.fetch(score(model.params, spec, source[i]))
       for origins, *row in zip(source.row_origins(i), *losses, strict=True):
         for origin in origins:  # one, or none in a row of padding
           sums[origin] += np.array(row)

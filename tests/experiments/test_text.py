@@ -20,6 +20,7 @@ from calm_jax.data.examples import ExampleSource
 from calm_jax.experiments.text import PICTURE_TOKENS, TextExperiment
 from calm_jax.experiments.text_task import Share, TextData, TextTask
 from calm_jax.language_model import LanguageModel
+from calm_jax.training import step
 
 LENGTH = 8
 LINES = [
@@ -108,6 +109,18 @@ def test_perplexity_equals_numpy(tmp_path, model):
   for row, (nats, tokens) in zip(rows, parts, strict=True):
     assert row["tokens"] == tokens
     assert row["nats"] == pytest.approx(nats, rel=1e-5)
+
+
+def test_the_logits_of_a_row_at_a_time_are_held(tmp_path, model, monkeypatch):
+  chunks, row_losses = [], step.row_losses
+
+  def spy(params, spec, batch):
+    chunks.append(spec.anchor.compute.loss_chunk)
+    return row_losses(params, spec, batch)
+
+  monkeypatch.setattr(step, "row_losses", spy)
+  make(tmp_path, model, eval_batch_size=64).evaluate({"anchor": model}, None)
+  assert chunks and {*chunks} == {LENGTH}
 
 
 def test_the_anchors_domain_is_sampled_from_it(tmp_path, model):
