@@ -208,7 +208,9 @@ def _gemma(config: ConfigDict) -> None:
 
 def _hub(config: ConfigDict) -> None:
   config.workdir = "runs/facts_hub"
-  config.anchor, config.dtype = "Qwen/Qwen3-0.6B-Base", "bfloat16"
+  commit = "da87bfb608c14b7cf20ba1ce41287e8de496c0cd"
+  config.anchor = f"Qwen/Qwen3-0.6B-Base@{commit}"
+  config.dtype = "bfloat16"
   _loaded(config, (13, 18, 23, 28))
 
 
