@@ -89,13 +89,16 @@ def language_order(
 
 
 def _efforts(group: RunGroup) -> Picture | None:
-  """Draws the benchmarks of questions, if several models were trained."""
+  """Draws the benchmarks of questions that several trained models answered."""
   entries = group.evaluations.values()
   asked = dict.fromkeys(e["group"] for e in entries if e["task"] == _QUESTIONS)
-  found = {name: effort.efforts(group, name) for name in asked}
-  if not found or any(
-    sum(e.trained > 0 for e in x) < 2 for x in found.values()
-  ):
+  by_name = {name: effort.efforts(group, name) for name in asked}
+  found = {
+    name: efforts
+    for name, efforts in by_name.items()
+    if sum(e.trained > 0 for e in efforts) > 1
+  }
+  if not found:
     return None
   return Picture(
     effort.effort_figure(found),

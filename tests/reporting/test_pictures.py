@@ -63,6 +63,20 @@ def test_accuracy_by_trained_parameters(tmp_path):
     effort.effort_figure({"title": efforts[:3]})
 
 
+def test_a_benchmark_that_one_trained_model_answered_is_not_drawn(tmp_path):
+  folder = made_runs.facts(tmp_path / "facts")
+  made_runs.facts(folder / "lora", "lora", trained=81_000)
+  path = folder / "results.json"
+  results = json.loads(path.read_text())
+  for name, entry in list(results["evals"].items()):
+    if entry["task"] == "questions":
+      more = entry | {"group": "skipped by LoRA"}
+      results["evals"][f"{name}-more"] = more
+  path.write_text(json.dumps(results))
+  figure = drawn(folder)["Accuracy by trained parameters"].figure
+  assert [axes.get_title() for axes in figure.axes] == [made_runs.QUESTIONS]
+
+
 def test_languages_go_from_low_to_high_resource():
   results = {
     "config": {"task": {"languages": ["c", "a", "x"]}},
