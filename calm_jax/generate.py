@@ -3,6 +3,10 @@
   python -m calm_jax.generate --model=DIR_OR_ID --prompt="Once upon"
   python -m calm_jax.generate --model=DIR_OR_ID --prompts=file.jsonl
   python -m calm_jax.generate --model=DIR_OR_ID      asks for prompts
+  python -m calm_jax.generate --model=DIR_OR_ID --chat
+
+With --chat prompts are what a user says to an instruct model, and what you type
+is one conversation.
 
 A file holds a JSON object {"prompt"} a line; the answers are printed as
 {"prompt", "completion"}, a line each. Programs are kept in the folder of
@@ -44,6 +48,8 @@ def _arguments() -> argparse.Namespace:
   which = parser.add_mutually_exclusive_group()
   which.add_argument("--prompt", help="the text to continue")
   which.add_argument("--prompts", type=Path, help='a file of lines {"prompt"}')
+  flag("--chat", action="store_true", help="talk by the model's chat template")
+  flag("--system", help="the system message of a chat")
   for name, default in _OPTIONS.items():
     flag(f"--{name}", type=type(default), default=default)
   flag(
@@ -58,6 +64,10 @@ def _arguments() -> argparse.Namespace:
   arguments = parser.parse_args()
   if arguments.prompts and arguments.attention:
     parser.error("--attention draws a --prompt, none of --prompts")
+  if arguments.chat and arguments.attention:
+    parser.error("--attention draws a --prompt, no --chat")
+  if arguments.system is not None and not arguments.chat:
+    parser.error("--system is for --chat")
   return arguments
 
 
@@ -73,18 +83,27 @@ def main() -> None:
   names = ("dtype", "quantise", "ignore", "anchor", "augmenting")
   given = {name: getattr(arguments, name) for name in names}
   model = sharded_models.load(arguments.model, layout, **given)
+  system = arguments.system
+  said = [] if system is None else [_message("system", system)]
   if arguments.prompts:
-    texts = model.generate(prompts, batch_size=arguments.batch_size, **options)
+    asked: dict[str, list] = {"prompts": prompts}
+    if arguments.chat:
+      talks = [[*said, _message("user", prompt)] for prompt in prompts]
+      asked = {"messages": talks}
+    texts = model.generate(**asked, batch_size=arguments.batch_size, **options)
     for prompt, text in zip(prompts, texts, strict=True):
       print(json.dumps({"prompt": prompt, "completion": text}))
     return
   is_given = arguments.prompt is not None
   for prompt in [arguments.prompt] if is_given else _typed_prompts():
     pieces = []
-    for piece in model.stream(prompt, **options):
+    said.append(_message("user", prompt))
+    one = {"messages": said} if arguments.chat else {"prompt": prompt}
+    for piece in model.stream(**one, **options):
       print(piece, end="", flush=True)
       pieces.append(piece)
     print()
+    said.append(_message("assistant", "".join(pieces)))
     if arguments.attention:
       _draw(model.attention(prompt, "".join(pieces)), arguments.attention)
 
@@ -100,6 +119,10 @@ def _layout(asked: str) -> Layout | None:
       )
     sizes[axis] = int(count)
   return sharded_models.make_layout(sizes, SHARDING)
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+  return {"role": role, "content": content}
 
 
 def _draw(maps: dict[str, Any], path: str) -> None:

@@ -114,6 +114,9 @@ COMMANDS: dict[str, str] = {
     "--max_new_tokens=2"
   ),
   "python -m calm_jax.generate --model=DIR_OR_ID": "--max_new_tokens=2",
+  "python -m calm_jax.generate --model=DIR_OR_ID --chat": (
+    "Needs an instruct model; tests/generation/test_messages.py talks to one."
+  ),
   "python -m calm_jax.generate --model=DIR_OR_ID --quantise=int8"
   ' --prompt="..."': "--max_new_tokens=2",
   'python -m calm_jax.generate --model=my-composition --prompt="Once upon"'

@@ -3,6 +3,7 @@
 composition.safetensors   Θ_C: the trained leaves, under their names
 calm_config.json          connections, options, origins and hashes of the models
 README.md                 a model card
+chat_template.jinja       that of the anchor's tokenizer, if it has one
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from calm_jax.core.errors import InputError, check_choice, check_folder
 from calm_jax.core.version import __version__
 from calm_jax.models import quantisation
 from calm_jax.models.hf import loading
+from calm_jax.text.side_files import CHAT_TEMPLATE, read_chat_template
 from calm_jax.text.tokenizer import find_tokenizer
 
 WEIGHTS = "composition.safetensors"
@@ -93,6 +95,8 @@ def save(
   safetensors.numpy.save_file(theta, folder / WEIGHTS, {"format": "calm_jax"})
   config["sha256"] = files.sha256(folder / WEIGHTS)
   (folder / CARD).write_text(model_card(config), encoding="utf-8")
+  if model.tokenizer and (template := model.tokenizer.chat_template):
+    (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
   # Last: a folder that has it is complete.
   files.write_json(folder / CONFIG, config)
 
@@ -210,7 +214,7 @@ def load(
   shardings: Callable[[str], Callable] | None,
 ) -> Model:
   """Reads what `save` wrote; see `language_model.load_composed`."""
-  names = (WEIGHTS, CONFIG, CARD)
+  names = (WEIGHTS, CONFIG, CARD, CHAT_TEMPLATE)
   folder = hub.locate(path_or_hub_id, revision, names).folder
   config = read_config(folder)
   sources = model_files.find(folder, config, anchor, augmenting)
@@ -243,9 +247,16 @@ def load(
     compositions.append(untrained(frozen["anchor"], {name: one}, **options))
   composed = join_compositions(compositions)
   theta = _read_theta(folder, config["sha256"], composed.params["composition"])
-  params = composed.params | {"composition": theta}
+  tokenizer, template = composed.tokenizer, folder / CHAT_TEMPLATE
+  if tokenizer and template.is_file():
+    # What it was trained with, whatever the anchor's folder has now.
+    text = read_chat_template(template)
+    tokenizer = dataclasses.replace(tokenizer, chat_template=text)
   return dataclasses.replace(
-    composed, params=params, origin=str(path_or_hub_id)
+    composed,
+    params=composed.params | {"composition": theta},
+    tokenizer=tokenizer,
+    origin=str(path_or_hub_id),
   )
 
 

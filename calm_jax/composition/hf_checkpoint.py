@@ -14,6 +14,7 @@ from calm_jax.core import hub
 from calm_jax.core.errors import InputError, check_folder, check_int
 from calm_jax.models import decoder, quantisation
 from calm_jax.models.hf import export, loading
+from calm_jax.text.side_files import CHAT_TEMPLATE
 from calm_jax.text.tokenizer import find_tokenizer
 
 
@@ -84,6 +85,10 @@ def export_hf(
     copy = pathlib.Path(folder) / name
     copy.parent.mkdir(exist_ok=True)
     shutil.copyfile(path, copy)
+  if model.tokenizer and (template := model.tokenizer.chat_template):
+    # That of a composition's anchor may be the composition's own.
+    copy = pathlib.Path(folder) / CHAT_TEMPLATE
+    copy.write_text(template, encoding="utf-8")
 
 
 def _text_files(model: Model) -> dict[str, pathlib.Path]:

@@ -43,12 +43,12 @@ def stream(
   finished: Callable[[int, list[int]], bool] | None = None,
   batch_size: int = 64,
   replacement: Replacement | None = None,
+  stop_ids: Rows[int] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
   """Continues prompts, a few tokens at a time.
 
   Args:
-    model: its tokenizer, if any, says which tokens end a continuation; these
-      are not returned.
+    model: continues the prompts.
     prompts: non-empty lists of token ids, any lengths.
     seeds: one a prompt, 0 if None; other prompts change no prompt's samples.
     finished: called with (index of the prompt, its new tokens so far); ends
@@ -56,6 +56,8 @@ def stream(
     batch_size: rows that decode together.
     replacement: of the states that the anchor is given of its augmenting
       models.
+    stop_ids: tokens that end a continuation, and are not returned; those of
+      the model's tokenizer, if it has one, if None.
 
   Yields:
     (index of a prompt, its next tokens), at least one token.
@@ -83,10 +85,8 @@ def stream(
       for name, joined in model.spec.augmenting
       if name in readers and visibility.reads_new_text(joined.visibility)
     ]
-    row_seeds = [seeds[i] for i in indices]
-    state = _prefill(
-      model, batch, followers, row_seeds, sampler, max_new_tokens, slots
-    )
+    read = model, batch, followers, [seeds[i] for i in indices], stop_ids
+    state = _prefill(*read, sampler, max_new_tokens, slots)
     yield from _continue(
       model, state, followers, indices, sampler, max_new_tokens, finished
     )
@@ -105,6 +105,7 @@ def _prefill(
   batch: Batch,
   followers: list["Follower"],
   seeds: list[int],
+  stop_ids: Rows[int] | None,
   sampler: Sampler,
   max_new_tokens: int,
   slots: int,
@@ -115,15 +116,16 @@ def _prefill(
   for name, row in batch.augmenting.items():
     all_slots[name] = row.tokens.shape[1]
   all_slots |= {follower.name: follower.slots for follower in followers}
+  if stop_ids is None:
+    stop_ids = model.tokenizer.stop_ids if model.tokenizer else ()
   spare = len(batch.anchor.tokens) - len(seeds)
   seeds_B = np.array(seeds + [0] * spare, np.uint32)
-  stop_ids = list(model.tokenizer.stop_ids) if model.tokenizer else []
   return decode_steps.start(
     model.params,
     model.spec,
     batch,
     seeds_B,
-    np.array(stop_ids or [-1], np.int32),
+    np.array(list(stop_ids) or [-1], np.int32),
     np.int32(max_new_tokens),
     batching.allowed_ids(model),
     slots=tuple(all_slots.items()),

@@ -32,7 +32,8 @@ class HuggingFaceBackend:
   """A tokenizer.json.
 
   It has `pieces` by id ("" at ids that the vocabulary skips), the `vocab` by
-  piece, `special_ids` ("bos" and "eos" of the model file) and a `spelling`.
+  piece, `special_ids` ("bos" and "eos" of the model file), `added_ids` of
+  tokens that are found before a text is split, and a `spelling`.
   """
 
   def __init__(self, tokenizer: tokenizers.Tokenizer):
@@ -46,6 +47,7 @@ class HuggingFaceBackend:
       pieces[index] = piece
     self.pieces, self.special_ids = tuple(pieces), {}
     model, added = tokenizer.model, tokenizer.get_added_tokens_decoder()
+    self.added_ids = frozenset(added)
     self._skipped = {i for i, token in added.items() if token.special}
     unknown = getattr(model, "unk_token", None)
     self._skipped.add(self.vocab.get(unknown or ""))
@@ -79,6 +81,7 @@ class SentencePieceBackend:
     self._skipped = {
       i for i in ids if processor.is_control(i) or processor.is_unknown(i)
     }
+    self.added_ids = frozenset()  # It does not tell which are user-defined.
     spelled = _with_spaces(self.pieces)
     for i in ids:
       if processor.is_byte(i):

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from calm_jax.core import files
-from calm_jax.core.errors import InputError
+from calm_jax.core.errors import InputError, check_text
 
+CHAT_TEMPLATE = "chat_template.jinja"
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
@@ -59,6 +60,20 @@ class SideFiles(NamedTuple):
     special = [t for t, said in self.tokens().items() if said.get("special")]
     ids["named_special_ids"] = frozenset(map(vocab.get, special)) - {None}
     return ids
+
+  def named_tokens(self) -> dict[str, str]:
+    """The tokens that a chat template may name, such as "eos_token"."""
+    names = {*self.special_tokens_map, *self.tokenizer_config}
+    kinds = [n.removesuffix("_token") for n in names if n.endswith("_token")]
+    return {f"{k}_token": piece for k in kinds if (piece := self._named(k))}
+
+  def chat_template(self) -> str | None:
+    """The chat template, the default one of several; None without one."""
+    found = self.tokenizer_config.get("chat_template")
+    if isinstance(found, list):
+      named = {each["name"]: each["template"] for each in found}
+      found = named.get("default")
+    return None if found is None else check_text("chat_template", found)
 
   def check_named(self, kind: str, vocab: Collection[str]) -> None:
     """Raises InputError if a kind of token is named that is not of `vocab`."""
@@ -114,7 +129,17 @@ def read(folder: Path | None) -> SideFiles:
   for name, content in side._asdict().items():
     if (path := folder / f"{name}.json").is_file():
       content.update(files.read_json(path))
+  if (path := folder / CHAT_TEMPLATE).is_file():
+    side.tokenizer_config["chat_template"] = read_chat_template(path)
   return side
+
+
+def read_chat_template(path: Path) -> str:
+  """The text of a chat_template.jinja; InputError if it is not UTF-8."""
+  try:
+    return path.read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise InputError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _contents(value: Any) -> list[str]:

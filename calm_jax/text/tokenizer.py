@@ -5,7 +5,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,9 @@ class Tokenizer:
   # Of the table of the model that it belongs to, which may be fewer or more
   # than there are tokens; None if it belongs to none.
   rows: int | None = None
+  # Of its files, for `text.chat`, with the tokens that a template may name.
+  chat_template: str | None = None
+  named_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def __repr__(self) -> str:
     return f"Tokenizer({self.source!r}, vocab_size={self.vocab_size})"
@@ -109,7 +112,7 @@ class Tokenizer:
     """
     ids = self.encode(prompt)
     given = self.with_bos(self.check(ids))
-    new = self._continuation(ids, prompt, completion)
+    new = self.continuation(ids, prompt, completion)
     spells_bos = not ids and given == new[:1] == [self.bos_id]
     return given, new[1:] if spells_bos else new
 
@@ -118,11 +121,12 @@ class Tokenizer:
 
     They follow `encode(prompt)`, even if `encode(prompt + completion)` differs.
     """
-    return self._continuation(self.encode(prompt), prompt, completion)
+    return self.continuation(self.encode(prompt), prompt, completion)
 
-  def _continuation(
+  def continuation(
     self, ids: list[int], prompt: str, completion: str
   ) -> list[int]:
+    """`encode_continuation` of a prompt that was encoded as `ids`."""
     joined = self.encode(prompt + completion)
     if joined[: len(ids)] == ids:
       return self.check(joined[len(ids) :])
@@ -169,6 +173,11 @@ class Tokenizer:
       # The prompt ended within a character, which `new_ids` complete.
       prompt = prompt.rstrip("\ufffd")
     return joined.removeprefix(prompt)
+
+  @property
+  def added_ids(self) -> frozenset[int]:
+    """Ids of tokens that are found in a text before it is split."""
+    return self._backend.added_ids
 
   @functools.cached_property
   def _silent_ids(self) -> frozenset[int | None]:
@@ -237,7 +246,16 @@ def _load(file: Path, source: Path) -> Tokenizer:
   side = side_files.read(file.parent if file.name in _FILES else None)
   backend = backends.read(file, side)
   ids = side.special_ids(backend.vocab, backend.special_ids)
-  return Tokenizer(backend.pieces, source=str(source), _backend=backend, **ids)
+  numbers = {f"{kind}_token": ids[f"{kind}_id"] for kind in ("bos", "eos")}
+  numbered = {n: backend.pieces[i] for n, i in numbers.items() if i is not None}
+  return Tokenizer(
+    backend.pieces,
+    source=str(source),
+    _backend=backend,
+    chat_template=side.chat_template(),
+    named_tokens=numbered | side.named_tokens(),
+    **ids,
+  )
 
 
 def train_sentencepiece(
