@@ -8,16 +8,20 @@ B batch, L anchor length, M augmenting length, D anchor width, V vocabulary,
 N heads, S slots of a cache.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from calm_jax.composition import augmenting, cross_attention, visibility
 from calm_jax.composition.connections import Composition
+from calm_jax.composition.cross_attention import CrossAttention
 from calm_jax.core.batch import Batch
 from calm_jax.core.errors import InputError
 from calm_jax.models import cache as cache_lib
 from calm_jax.models import decoder
+from calm_jax.models.attention import SegmentMask
 
 Array = jax.Array
 
@@ -89,6 +93,19 @@ def check(spec: Composition, batch: Batch) -> None:
         )
 
 
+class _Term(NamedTuple):
+  """A connection with the keys and values that its cross-attention reads."""
+
+  attention: CrossAttention
+  keys_values: dict[str, Array]
+  mask: Array | SegmentMask
+  gate: Array | None  # of a control: what the contribution is multiplied by
+
+  def contribution(self, x_BLD: Array) -> Array:
+    y_BLD = self.attention.attend(x_BLD, self.keys_values, self.mask)
+    return y_BLD if self.gate is None else y_BLD * self.gate.astype(y_BLD.dtype)
+
+
 def states(
   params: dict,
   spec: Composition,
@@ -117,42 +134,24 @@ def states(
   Returns:
     Hidden states after the last layer [B, L, D], and the updated cache or None.
   """
-  lengths, control = lengths or {}, batch.control
-  by_segments = cache is None and weights is None and control is None
-  by_segments = by_segments and cross_attention.reads_segments(spec.anchor)
-  new: dict[str, dict] = {"augmenting": {}, "cross": {}}
-  # By the anchor's layer, cross-attentions with keys and values, and the mask;
-  # and what each contribution is multiplied by, if by anything.
-  by_layer: dict[int, list[tuple]] = {}
+  lengths = lengths or {}
+  plain = cache is None and weights is None and batch.control is None
+  by_segments = plain and cross_attention.reads_segments(spec.anchor)
   with jax.named_scope("augmenting"):
-    for name, joined in spec.augmenting:
-      sequence = batch.augmenting.get(name, batch.anchor)
-      read = augmenting.keys_values(
-        params, spec, name, sequence, cache, index, lengths.get(name), control
-      )
-      for kind, kept in read.items():
-        new[kind][name] = kept
-      segments = read["augmenting"]["segments"]
-      if control is not None:
-        segments = segments[control.rows_B]
-      mask = visibility.attention_mask(
-        joined.visibility, batch, name, segments, index, by_segments
-      )
-      for connection in joined.connections:
-        attention = cross_attention.bound(params, spec, name, connection)
-        gate = None if control is None else control.gates[name][connection.name]
-        term = attention, (read["cross"][connection.name], mask), gate
-        by_layer.setdefault(connection.anchor, []).append(term)
+    by_layer, new = _read_augmenting(
+      params, spec, batch, cache, index, lengths, by_segments
+    )
 
   def contribute(layer, x):
     terms = by_layer.get(layer, [])
     if weights is not None:
-      weights.extend(a.probabilities(x, *given) for a, given, _ in terms)
+      weights.extend(
+        t.attention.probabilities(x, t.keys_values, t.mask) for t in terms
+      )
     if not terms:
       return x
     # All contributions to a layer come from the same hidden state.
-    made = [(a.attend(x, *given), gate) for a, given, gate in terms]
-    return x + sum(y if g is None else y * g.astype(y.dtype) for y, g in made)
+    return x + sum(term.contribution(x) for term in terms)
 
   with jax.named_scope("anchor"):
     x, new["anchor"] = augmenting.run(
@@ -166,6 +165,41 @@ def states(
       contribute,
     )
   return x, None if cache is None else new
+
+
+def _read_augmenting(
+  params: dict,
+  spec: Composition,
+  batch: Batch,
+  cache: dict | None,
+  index: Array | None,
+  lengths: dict[str, Array],
+  by_segments: bool,
+) -> tuple[dict[int, list[_Term]], dict[str, dict]]:
+  """Runs the augmenting models: each anchor layer's terms, and a new cache."""
+  by_layer: dict[int, list[_Term]] = {}
+  new: dict[str, dict] = {"augmenting": {}, "cross": {}}
+  control = batch.control
+  for name, joined in spec.augmenting:
+    sequence = batch.augmenting.get(name, batch.anchor)
+    read = augmenting.keys_values(
+      params, spec, name, sequence, cache, index, lengths.get(name), control
+    )
+    for kind, kept in read.items():
+      new[kind][name] = kept
+    segments = read["augmenting"]["segments"]
+    if control is not None:
+      segments = segments[control.rows_B]
+    mask = visibility.attention_mask(
+      joined.visibility, batch, name, segments, index, by_segments
+    )
+    for connection in joined.connections:
+      attention = cross_attention.bound(params, spec, name, connection)
+      keys_values = read["cross"][connection.name]
+      gate = None if control is None else control.gates[name][connection.name]
+      term = _Term(attention, keys_values, mask, gate)
+      by_layer.setdefault(connection.anchor, []).append(term)
+  return by_layer, new
 
 
 def attention_weights(
