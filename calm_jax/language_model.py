@@ -7,7 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from calm_jax.composition import checkpoint, forward, hf_checkpoint
+from calm_jax.composition import (
+  checkpoint,
+  forward,
+  hf_checkpoint,
+  transformers_folder,
+)
 from calm_jax.composition.connections import Composition
 from calm_jax.composition.model import Model
 from calm_jax.composition.model_files import Location
@@ -44,7 +49,7 @@ class LanguageModel(Model):
   stream = text.stream
   score = text.score
   cross_attention = attention_maps.cross_attention
-  export_hf = hf_checkpoint.export_hf
+  export_hf = transformers_folder.export_hf
   save = checkpoint.save
   push_to_hub = checkpoint.push_to_hub
 

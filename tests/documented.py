@@ -245,6 +245,9 @@ COMMANDS: dict[str, str] = {
   "python -m calm_jax.plan --config=configs/compose.py --topology=v5p:2x2x2"
   " --search --config.anchor=configs/shapes/llama3-70b.json"
   f" --config.augmenting=configs/shapes/llama3-8b.json {_LONG_ROWS}": _PLANS,
+  "python -m calm_jax.export --model=my-composition --folder=my-export": (
+    "tests/composition/test_transformers_folder.py runs the command."
+  ),
   # Benchmarks.
   "python -m benchmarks.probe": (
     "Needs a run's folder; tests/test_benchmarks.py probes a made model."

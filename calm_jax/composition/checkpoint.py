@@ -71,7 +71,7 @@ def save(
       )
   names = ["anchor", *(f"augmenting/{n}" for n, _ in model.spec.augmenting)]
   run = folder if keep_paths else None
-  models = {part: _describe(model, part, run) for part in names}
+  models = {part: describe(model, part, run) for part in names}
   for name, _ in model.spec.augmenting:
     same = name not in model.tokenizers
     models[f"augmenting/{name}"]["same_tokens"] = same
@@ -101,7 +101,7 @@ def save(
   files.write_json(folder / CONFIG, config)
 
 
-def _describe(
+def describe(
   model: Model, part: str, folder: pathlib.Path | None
 ) -> dict[str, Any]:
   """A frozen model's entry in calm_config.json: its origin and its hashes."""

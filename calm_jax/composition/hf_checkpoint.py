@@ -50,49 +50,51 @@ def load(
 
 
 def export_hf(
-  model: Model,
-  folder: str | os.PathLike,
-  max_shard_size: int = export.MAX_SHARD_SIZE,
+  model: Model, folder: str | os.PathLike, max_shard_size: int
 ) -> None:
-  """Writes a single model as a new folder that transformers loads.
-
-  It has the config.json and tokenizer files that the model was loaded with;
-  one that was not loaded from a checkpoint is written as a Llama. No file
-  holds more than `max_shard_size` bytes of tensors. Raises InputError for a
-  composition, a quantised model, a folder that holds a model, or parameters
-  that are not those of the config.json.
-  """
+  """Writes a single model; see `transformers_folder.export_hf`."""
   folder = check_folder("folder", folder)
   max_shard_size = check_int("max_shard_size", max_shard_size, 1)
-  if model.is_composed:
-    raise InputError(
-      "a composition is no Hugging Face model: save() it, or export its parts "
-      "by part('anchor').export_hf(FOLDER)"
-    )
+  export.check_new(folder)
+  copied = text_files(model)
+  export.write(folder, tensors(model), max_shard_size)
+  copy_text_files(model, copied, folder)
+
+
+def tensors(model: Model) -> export.Tensors:
+  """Returns a single model as a checkpoint's tensors.
+
+  It has the config.json that it was loaded with, or a Llama's. Raises
+  InputError if it is quantised, or not what the config.json describes.
+  """
   if kind := quantisation.kind_of(model.params):
     raise InputError(
-      f"the model is in {kind}, which is no longer what was trained: export it "
-      "from where it was loaded, without quantise"
+      f"{model.origin or 'the model'} is in {kind}, no longer what was "
+      "trained: export it from where it was loaded, without quantise"
     )
-  source = model.sources.get("anchor")
-  text_files = _text_files(model)
-  described = None
+  source, described = model.sources.get("anchor"), None
   if source is not None:
     described = hub.read_config(source.folder, source.ignore)
   config, params = model.spec.anchor, model.params["anchor"]
-  export.save_params(folder, config, params, described, max_shard_size)
-  for name, path in text_files.items():
-    copy = pathlib.Path(folder) / name
+  return export.tensors(config, params, described)
+
+
+def copy_text_files(
+  model: Model, copied: dict[str, pathlib.Path], folder: pathlib.Path
+) -> None:
+  """Copies some of a model's `text_files`, and writes its chat template."""
+  for name, path in copied.items():
+    copy = folder / name
     copy.parent.mkdir(exist_ok=True)
     shutil.copyfile(path, copy)
   if model.tokenizer and (template := model.tokenizer.chat_template):
     # That of a composition's anchor may be the composition's own.
-    copy = pathlib.Path(folder) / CHAT_TEMPLATE
+    copy = folder / CHAT_TEMPLATE
     copy.write_text(template, encoding="utf-8")
 
 
-def _text_files(model: Model) -> dict[str, pathlib.Path]:
-  """The tokenizer's files, by the name they have in a checkpoint."""
+def text_files(model: Model) -> dict[str, pathlib.Path]:
+  """Finds a model's tokenizer files, by the names they have in a checkpoint."""
   if "anchor" in model.sources:
     folder = model.sources["anchor"].folder
   elif model.tokenizer is None:

@@ -21,6 +21,7 @@ from calm_jax.core.files import read_json
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 ADAPTER = "adapter_config.json"
 COMPOSITION = "calm_config.json"  # in place of CONFIG, of a composition
 _SMALL_FILES = (
@@ -35,7 +36,7 @@ _SMALL_FILES = (
 TEXT_FILES = (
   "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
   "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-  "merges.txt", "generation_config.json", "chat_template.jinja",
+  "merges.txt", GENERATION, "chat_template.jinja",
   "additional_chat_templates/*.jinja",
 )
 # fmt: on

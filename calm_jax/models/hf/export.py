@@ -4,8 +4,8 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -25,36 +25,29 @@ from calm_jax.models.hf.tensor_tables import Entry
 MAX_SHARD_SIZE = 5 * 10**9
 
 
-def save_params(
-  folder: str | os.PathLike,
+class Tensors(NamedTuple):
+  """A model as its checkpoint holds it: `value` makes each tensor by name."""
+
+  config_json: dict[str, Any]
+  shapes: dict[str, tuple[int, ...]]
+  dtype: str
+  value: Callable[[str], np.ndarray]
+  prefix: str = ""  # of all tensors but those of the head
+
+  def backbone(self) -> Self:
+    """The tensors without those of the head, as transformers' `AutoModel`."""
+    names = [n for n in self.shapes if n.startswith(self.prefix)]
+    shapes = {n.removeprefix(self.prefix): self.shapes[n] for n in names}
+    value, prefix = self.value, self.prefix
+    return self._replace(shapes=shapes, value=lambda n: value(prefix + n))
+
+
+def tensors(
   config: ModelConfig,
   params: Mapping[str, Any],
   config_json: Mapping[str, Any] | None = None,
-  max_shard_size: int = MAX_SHARD_SIZE,
-) -> None:
-  """Writes a checkpoint that transformers and `load_params` read.
-
-  Parameters keep their bits, and one tensor at a time is held besides them.
-  config.json is written last: a folder that has one is complete. Tokenizer
-  files and `config.compute` are not written.
-
-  Args:
-    folder: is created; must not hold a checkpoint yet.
-    params: the tree of `decoder.param_shapes(config)`, of one dtype.
-    config_json: the config.json to write, whose family names the tensors; a
-      Llama's made from `config` if None.
-    max_shard_size: bytes of tensors in one file, unless one alone is larger.
-
-  Raises:
-    InputError: the folder holds weights already, or the tree or config_json
-      does not fit the config.
-  """
-  folder = pathlib.Path(folder)
-  for name in (hub.CONFIG, hub.WEIGHTS, hub.INDEX):
-    if (folder / name).exists():
-      raise InputError(
-        f"{folder} holds a model already ({name}); give another folder"
-      )
+) -> Tensors:
+  """Returns a model as a checkpoint's tensors; arguments as `save_params`."""
   dtype = _check_tree(params, config)
   if config_json is None:
     config_json = families.to_hf(config, dtype)
@@ -70,15 +63,60 @@ def save_params(
   table = tensor_tables.tensor_table(config_json)
   entries = tensor_tables.entries(table, config)
   leaves = trees.flatten(params)
-  folder.mkdir(parents=True, exist_ok=True)
-  weight_files.write_tensors(
-    folder,
+  return Tensors(
+    config_json,
     {name: parts[0].shape for name, parts in entries.items()},
     dtype,
     lambda name: _gather(entries[name], leaves, dtype),
-    max_shard_size,
+    table.layer.partition(".")[0] + ".",
   )
-  text = json.dumps(config_json, indent=2) + "\n"
+
+
+def save_params(
+  folder: str | os.PathLike,
+  config: ModelConfig,
+  params: Mapping[str, Any],
+  config_json: Mapping[str, Any] | None = None,
+  max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+  """Writes a checkpoint that transformers and `load_params` read.
+
+  Parameters keep their bits. Tokenizer files and `config.compute` are not
+  written.
+
+  Args:
+    folder: is created; must not hold a checkpoint yet.
+    params: the tree of `decoder.param_shapes(config)`, of one dtype.
+    config_json: the config.json to write, whose family names the tensors; a
+      Llama's made from `config` if None.
+    max_shard_size: bytes of tensors in one file, unless one alone is larger.
+
+  Raises:
+    InputError: the folder holds weights already, or the tree or config_json
+      does not fit the config.
+  """
+  folder = pathlib.Path(folder)
+  check_new(folder)
+  write(folder, tensors(config, params, config_json), max_shard_size)
+
+
+def check_new(folder: pathlib.Path) -> None:
+  """Raises InputError for a folder that holds a checkpoint."""
+  for name in (hub.CONFIG, hub.WEIGHTS, hub.INDEX):
+    if (folder / name).exists():
+      raise InputError(
+        f"{folder} holds a model already ({name}); give another folder"
+      )
+
+
+def write(folder: pathlib.Path, made: Tensors, max_shard_size: int) -> None:
+  """Writes tensors, one of which is held at a time, and then their config.json:
+  a folder that has one is complete."""
+  folder.mkdir(parents=True, exist_ok=True)
+  weight_files.write_tensors(
+    folder, made.shapes, made.dtype, made.value, max_shard_size
+  )
+  text = json.dumps(made.config_json, indent=2) + "\n"
   files.write_atomically(folder / hub.CONFIG, text)
 
 
