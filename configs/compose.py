@@ -38,11 +38,13 @@ def get_config(variant: str = "frozen") -> ConfigDict:
       "text_field": ExampleSource.text_field,
       "prompt_field": ExampleSource.prompt_field,
       "completion_field": ExampleSource.completion_field,
+      "messages_field": ExampleSource.messages_field,
     }
   )
 
   def source(path: str) -> ExampleSource:
-    names = ("text_field", "prompt_field", "completion_field")
+    kinds = ("text", "prompt", "completion", "messages")
+    names = [f"{kind}_field" for kind in kinds]
     fields = {name: config.get_ref(name) for name in names}
     return ExampleSource(config.get_ref(path), **fields)
 

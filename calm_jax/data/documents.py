@@ -5,6 +5,9 @@ tokenizer has them; a BOS that the text begins with is that one. Plain text (an
 empty prompt) longer than a row goes on in windows, each of which starts with
 the last token of the one before, so that every token is a target once. An
 example with a prompt has one window only.
+
+A conversation is tokenised by the chat template, which writes the special
+tokens itself (`text.chat`). It becomes one document, or one for each answer.
 """
 
 import dataclasses
@@ -18,6 +21,7 @@ import numpy as np
 from calm_jax.core.errors import InputError, check_choice
 from calm_jax.data.examples import TextExample
 from calm_jax.data.packing import host_rows
+from calm_jax.text import chat
 from calm_jax.text.alignment import AlignedReader, ChunkEncoder
 from calm_jax.text.tokenizer import Tokenizer
 
@@ -36,13 +40,17 @@ class RowOptions:
       and the examples are shuffled before they are packed. None: one pass in
       order, the last batch filled up with empty rows.
     pack: fill rows with consecutive examples; else one example a row.
-    too_long: what becomes of an example with a prompt that is longer than a
-      row: "error"; "cut", its completion loses its end, and it is dropped if
-      nothing is left of that; "drop". `TextSource.truncation` counts them.
+    too_long: what becomes of an example with a prompt, or a conversation, that
+      is longer than a row: "error"; "cut", its completion loses its end, and it
+      is dropped if nothing is left of that; "drop". `TextSource.truncation`
+      counts them.
     augmenting: by name, the encoders of augmenting models with other tokens.
     augmenting_length: M, slots of a row of theirs; 0 for what the longest
       row needs.
     augmenting_limits: by name, how many tokens of one text each of them reads.
+    answers_apart: whether each answer of a conversation is an example by
+      itself, for models that see by where a prompt ends; always so with
+      `augmenting`.
   """
 
   tokenizer: Tokenizer
@@ -56,6 +64,7 @@ class RowOptions:
   )
   augmenting_length: int = 0
   augmenting_limits: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  answers_apart: bool = False
   process_index: int = 0
   process_count: int = 1
 
@@ -108,11 +117,13 @@ class Segment(NamedTuple):
   """An example, or a window of one, that fits a row."""
 
   tokens: np.ndarray  # int32, of the anchor
-  prompt_length: int  # of BOS and prompt, at least 1
+  prompt_length: int  # of what is before the first answer, at least 1
   origin: str
   # By name the tokens that an augmenting model reads, and for each of `tokens`
   # how many of those it sees.
   augmenting: dict[str, tuple[np.ndarray, np.ndarray]]
+  # Of a conversation, for each token whether it is learnt.
+  learnt: np.ndarray | None = None
 
 
 class _Document(NamedTuple):
@@ -121,6 +132,7 @@ class _Document(NamedTuple):
   example: TextExample
   tokens: np.ndarray
   prompt_length: int  # of BOS and prompt, 0 if there is neither
+  learnt: np.ndarray | None = None  # of a conversation
 
 
 def make_segments(
@@ -138,23 +150,24 @@ def make_segments(
   num_tokens = 0
   for example in examples:
     try:
-      document = _tokenise(example, options.tokenizer)
-      windows = _windows(document, options)
+      documents = _tokenise(example, options)
+      pieces = [_windows(document, options) for document in documents]
     except InputError as error:
       raise InputError(f"{example.origin}: {error}") from error
-    total, kept = len(document.tokens), len(windows[0].tokens)
-    num_tokens += total
-    if kept < total:
-      if not example.prompt:
-        lost["split"].append(total - kept)
-      elif options.too_long == "error":
-        refused.append(document)
-      elif options.too_long == "cut" and kept > document.prompt_length:
-        lost["cut"].append(total - kept)
-      else:
-        lost["dropped"].append(total)
-        windows = []
-    fitted.append(windows)
+    for document, windows in zip(documents, pieces, strict=True):
+      total, kept = len(document.tokens), len(windows[0].tokens)
+      num_tokens += total
+      if kept < total:
+        if example.is_plain:
+          lost["split"].append(total - kept)
+        elif options.too_long == "error":
+          refused.append(document)
+        elif options.too_long == "cut" and kept > document.prompt_length:
+          lost["cut"].append(total - kept)
+        else:
+          lost["dropped"].append(total)
+          windows = []
+      fitted.append(windows)
   if refused:
     excess = f"{refused[0].example.origin}: {_excess(refused[0], options)}"
     more = f" (and {len(refused) - 1:,} more)" if len(refused) > 1 else ""
@@ -176,7 +189,21 @@ def make_segments(
   return segments, Truncation(len(examples), num_tokens, **counts)
 
 
-def _tokenise(example: TextExample, tokenizer: Tokenizer) -> _Document:
+def _tokenise(example: TextExample, options: RowOptions) -> list[_Document]:
+  """The document of an example; of a conversation perhaps several."""
+  tokenizer = options.tokenizer
+  if example.messages:
+    apart = options.answers_apart or bool(options.augmenting)
+    made = chat.conversations(tokenizer, example.messages, apart)
+    return [
+      _Document(
+        example,
+        np.array(tokenizer.check(ids), np.int32),
+        learnt.index(True),
+        np.array(learnt),
+      )
+      for ids, learnt in made
+    ]
   given, new = tokenizer.encode_pair(example.prompt, example.completion)
   eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
   ids = np.array(tokenizer.check(given + new + eos), np.int32)
@@ -184,7 +211,18 @@ def _tokenise(example: TextExample, tokenizer: Tokenizer) -> _Document:
     raise InputError(
       f"{len(ids)} tokens, so there is nothing to predict; remove it"
     )
-  return _Document(example, ids, len(given))
+  return [_Document(example, ids, len(given))]
+
+
+def texts(example: TextExample, tokenizer: Tokenizer) -> tuple[str, str]:
+  """The prompt and completion of an example; of a conversation those of its
+  last answer, as the chat template writes them."""
+  if not example.messages:
+    return example.prompt, example.completion
+  roles = [message["role"] for message in example.messages]
+  end = len(roles) - roles[::-1].index(chat.ASSISTANT)
+  prompt, answer = chat.answered(tokenizer, example.messages[:end])
+  return prompt, answer.removesuffix(chat.frame(tokenizer).after)
 
 
 def _windows(document: _Document, options: RowOptions) -> list[Segment]:
@@ -192,7 +230,7 @@ def _windows(document: _Document, options: RowOptions) -> list[Segment]:
   windows = [_window(document, 0, options)]
   # One token of overlap: the first of a window is nobody's target there.
   start = len(windows[0].tokens) - 1
-  while start < len(document.tokens) - 1 and not document.example.prompt:
+  while start < len(document.tokens) - 1 and document.example.is_plain:
     windows.append(_window(document, start, options))
     start += len(windows[-1].tokens) - 1
   return windows
@@ -209,7 +247,7 @@ def _window(document: _Document, start: int, options: RowOptions) -> Segment:
     aligned[name] = ids, visible
     limit = options.segment_limit(name)
     size = min(size, int(np.searchsorted(visible, limit, "right")))
-  if size < 2 and not document.example.prompt:
+  if size < 2 and document.example.is_plain:
     raise InputError(
       f"{_excess(document, options)}; raise augmenting_length if the model"
       " reads more, or shorten or remove the example"
@@ -223,13 +261,14 @@ def _window(document: _Document, start: int, options: RowOptions) -> Segment:
       name: (ids[: visible[size - 1]] if size else ids[:0], visible[:size])
       for name, (ids, visible) in aligned.items()
     },
+    None if document.learnt is None else document.learnt[:size],
   )
 
 
 def _excess(document: _Document, options: RowOptions) -> str:
   """Says for which model, and by how much, a document is too long."""
   count = len(document.tokens)
-  if document.example.prompt and count > options.length:
+  if not document.example.is_plain and count > options.length:
     return f"{count} tokens with its prompt, and a row has {options.length}"
   limit = min(map(options.segment_limit, options.augmenting))
   return f"the augmenting model reads more than {limit} tokens beside it"

@@ -14,6 +14,7 @@ from calm_jax.core.errors import InputError, check_text
 from calm_jax.core.typed_fields import Fraction
 from calm_jax.data import records
 from calm_jax.data.templates import Texts, own_fields, templates
+from calm_jax.text.chat import Messages
 
 T = TypeVar("T")
 
@@ -26,12 +27,19 @@ _NAMED = 10
 class TextExample:
   """A text that is given, "" for plain text, and the text that is learnt.
 
-  `origin` says where it came from, for messages: "data.jsonl line 3".
+  Of a conversation these are what its assistant is told, and says; `messages`
+  have the order. `origin` says where it came from: "data.jsonl line 3".
   """
 
   prompt: str
   completion: str
   origin: str
+  messages: Messages = ()
+
+  @property
+  def is_plain(self) -> bool:
+    """True for plain text, which may go on in a further row."""
+    return not self.prompt and not self.messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +58,9 @@ class ExampleSource:
     columns: names for a tsv file, which has no header, or two parallel files.
     prompt, completion: templates over a record's fields (see `templates`), the
       prompt "" for plain text. Both "": the fields named below.
-    text_field, prompt_field, completion_field: a record with both of the latter
-      is a prompt and its completion; another, such as a line of a text file, is
+    text_field, prompt_field, completion_field, messages_field: a record with a
+      prompt and a completion is an example of these, one with messages a
+      conversation (docs/data.md); another, such as a line of a text file, is
       plain text.
     rows: a slice of the good examples, such as ":5000" or "5000:".
     bad_lines: the share of lines that may be bad; they are named and skipped.
@@ -68,6 +77,7 @@ class ExampleSource:
   text_field: str = "text"
   prompt_field: str = "prompt"
   completion_field: str = "completion"
+  messages_field: str = "messages"
   rows: str = ""
   bad_lines: Fraction = 0.0
   data_dir: str = ""
@@ -89,7 +99,8 @@ def read_examples(
   for origin, read in _entries(source, kind):
     try:
       if (record := read()) is not None:
-        examples.append(TextExample(*texts(record), origin))
+        given, learnt, messages = texts(record)
+        examples.append(TextExample(given, learnt, origin, messages))
     except ValueError as error:
       bad.append(f"{origin}: {error}")
   if bad:
@@ -203,7 +214,7 @@ def _texts(source: ExampleSource, kind: str) -> Texts:
       f" {names[1]}; name them so in columns, or give templates, such as the"
       f" completion {'{' + columns[-1] + '}'!r}"
     )
-  return own_fields(*names)
+  return own_fields(*names[:2], source.messages_field, names[2])
 
 
 def _entries(source: ExampleSource, kind: str) -> Iterator[records.Entry]:

@@ -79,6 +79,7 @@ def make_batch(
   batch_size: int,
   length: int,
   augmenting: Mapping[str, tuple[TokenLists, np.ndarray, int]] | None = None,
+  learnt: np.ndarray | None = None,
 ) -> batch_lib.Batch:
   """Lays N examples out as the segments of rows; rows without any are empty.
 
@@ -92,6 +93,7 @@ def make_batch(
     augmenting: by name of each augmenting model with another tokenizer, the
       examples in its tokens; how many of those each token of `anchor` may see;
       and M.
+    learnt: for each token of `anchor`, whether it counts instead.
   """
   shape = batch_size, length
   first_of_row_N = np.searchsorted(rows_N, rows_N, side="left")
@@ -116,7 +118,9 @@ def make_batch(
     )
   has_next = position < anchor.lengths_N[example] - 1
   targets = np.where(has_next, np.append(anchor.tokens[1:], 0), 0)
-  counts = has_next & (position + 1 >= prompt_lengths_N[example])
+  if learnt is None:
+    learnt = position >= prompt_lengths_N[example]
+  counts = has_next & np.append(learnt[1:], False)
   arrays = anchor.tokens, numbers_N[example], position
   return batch_lib.Batch(
     batch_lib.Sequence(*(_lay_out(x, slots, shape) for x in arrays)),

@@ -45,6 +45,9 @@ class TextSource:
     self._prompt_lengths_N = np.array([s.prompt_length for s in segments])
     join = packing.TokenLists.join
     self._anchor = join([segment.tokens for segment in segments])
+    self._learnt = None
+    if any(segment.learnt is not None for segment in segments):
+      self._learnt = np.concatenate([_learnt(s) for s in segments])
     self._augmenting, self._visible = {}, {}
     for name in options.augmenting:
       ids, seen = zip(*(s.augmenting[name] for s in segments), strict=True)
@@ -104,6 +107,7 @@ class TextSource:
       batch_size=len(rows_B),
       length=self.options.length,
       augmenting=augmenting,
+      learnt=None if self._learnt is None else self._learnt[places],
     )
 
   def describe(self, index: int) -> str:
@@ -142,6 +146,8 @@ class TextSource:
     digest, options = hashlib.sha256(), self.options
     digest.update(self._anchor.tokens.tobytes())
     arrays = [self._anchor.lengths_N, self._prompt_lengths_N]
+    if self._learnt is not None:
+      arrays.append(self._learnt)
     for name, other in self._augmenting.items():
       arrays += [other.tokens, other.lengths_N, self._visible[name]]
     for array in arrays:
@@ -203,6 +209,13 @@ def _mix(orders: list[Epochs], weights: list[int]) -> Sequence[int]:
   return grain.MapDataset.mix(
     [grain.MapDataset.source(order) for order in orders], weights
   )
+
+
+def _learnt(segment: Segment) -> np.ndarray:
+  """For each token of a segment whether it is learnt, bool."""
+  if segment.learnt is not None:
+    return segment.learnt
+  return np.arange(len(segment.tokens)) >= segment.prompt_length
 
 
 def _longest(lengths_N: np.ndarray, rows_N: np.ndarray) -> int:

@@ -10,8 +10,11 @@ from collections.abc import Callable, Sequence
 
 from calm_jax.core.errors import InputError, check_text
 from calm_jax.data.records import Record
+from calm_jax.text import chat
+from calm_jax.text.chat import Messages
 
-Texts = Callable[[Record], tuple[str, str]]
+# Of a record its prompt, completion, and messages if it is a conversation.
+Texts = Callable[[Record], tuple[str, str, Messages]]
 
 
 def templates(prompt: str, completion: str, columns: Sequence[str]) -> Texts:
@@ -22,7 +25,7 @@ def templates(prompt: str, completion: str, columns: Sequence[str]) -> Texts:
   """
   fills = _template(prompt, columns), _template(completion, columns)
 
-  def texts(record: Record) -> tuple[str, str]:
+  def texts(record: Record) -> tuple[str, str, Messages]:
     given, learnt = (fill(record) for fill in fills)
     if prompt and not given:
       raise ValueError(f"its prompt is empty, of the template {prompt!r}")
@@ -31,19 +34,22 @@ def templates(prompt: str, completion: str, columns: Sequence[str]) -> Texts:
   return texts
 
 
-def own_fields(prompt: str, completion: str, text: str) -> Texts:
-  """A function that takes `prompt` and `completion`, else `text` as plain."""
+def own_fields(prompt: str, completion: str, messages: str, text: str) -> Texts:
+  """A function that takes `prompt` and `completion`, or else a conversation of
+  `messages`, or else `text` as plain."""
 
-  def texts(record: Record) -> tuple[str, str]:
+  def texts(record: Record) -> tuple[str, str, Messages]:
     if prompt in record and completion in record:
       return _checked(
         _string_field(record, prompt), _string_field(record, completion)
       )
+    if messages in record:
+      return _conversation(chat.check(record[messages], messages))
     if text in record:
       return _checked("", _string_field(record, text))
     raise ValueError(
-      f"expected {text!r}, or {prompt!r} and {completion!r}, but it has"
-      f" {_names(record)}; name the fields in the data configuration"
+      f"expected {text!r}, or {prompt!r} and {completion!r}, or {messages!r},"
+      f" but it has {_names(record)}; name the fields in the data configuration"
     )
 
   return texts
@@ -96,11 +102,20 @@ def _template(template: str, columns: Sequence[str]) -> Callable[[Record], str]:
   return fill
 
 
-def _checked(prompt: str, completion: str) -> tuple[str, str]:
+def _checked(prompt: str, completion: str) -> tuple[str, str, Messages]:
   if not completion:
     raise ValueError("there is no text to learn; remove the line")
   check_text("it", prompt + completion)
-  return prompt, completion
+  return prompt, completion, ()
+
+
+def _conversation(messages: Messages) -> tuple[str, str, Messages]:
+  """The texts of a conversation that are given, and that are learnt."""
+  texts: dict[bool, list[str]] = {True: [], False: []}
+  for message in messages:
+    texts[message["role"] == chat.ASSISTANT].append(message["content"])
+  given, learnt, _ = _checked("\n".join(texts[False]), "".join(texts[True]))
+  return given, learnt, messages
 
 
 def _string_field(record: Record, name: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from calm_jax.core.typed_fields import Count, Range
+from calm_jax.data import documents
 from calm_jax.data.examples import TextExample
 from calm_jax.evals import suite
 from calm_jax.evals.audit import AuditSet
@@ -68,7 +69,7 @@ def _cut(
 
   Where a model has no BOS, the first character of plain text is given.
   """
-  prompt, completion = example.prompt, example.completion
+  prompt, completion = documents.texts(example, model.text())
   tokenizers = [model.text(), *model.tokenizers.values()]
   if not prompt and any(t.bos_id is None for t in tokenizers):
     prompt, completion = completion[:1], completion[1:]

@@ -14,7 +14,7 @@ import numpy as np
 
 from calm_jax.core import files
 from calm_jax.core.errors import InputError, check_choice
-from calm_jax.data import examples, facts, pipeline
+from calm_jax.data import documents, examples, facts, pipeline
 from calm_jax.data.documents import RowOptions
 from calm_jax.data.examples import TextExample
 from calm_jax.data.rows import TextSource
@@ -126,7 +126,7 @@ class TextExperiment:
     # What cannot be measured at the end is found now.
     length = self._eval_length({"": model})
     for held_out in self.held_out.values():
-      if any(example.prompt for example in held_out):
+      if not all(example.is_plain for example in held_out):
         self._eval_source(model, held_out, length)
     watched = [e for name in names for e in self.held_out[name]]
     options = self._row_options(model, stage, seed=None)
@@ -145,6 +145,7 @@ class TextExperiment:
       tokenizer=model.text(),
       augmenting={n: chunk_encoder(t) for n, t in model.tokenizers.items()},
       augmenting_limits=limits,
+      answers_apart=any(a.visibility == "encoder" for a in joined.values()),
       **options,
     )
 
@@ -220,7 +221,11 @@ class TextExperiment:
       read = f"windows of {length}, not of eval_length={asked}"
       print(f"a model reads {length} tokens at most: {read}", flush=True)
     for name, held_out in self.held_out.items():
+      is_chat = any(example.messages for example in held_out)
       for column, model in models.items():
+        if is_chat and model.text().chat_template is None:
+          print(f"{column} has no chat template for {name}", flush=True)
+          continue
         score = functools.partial(self._score, model, length)
         metrics, rows = perplexity(held_out, score)
         is_anchors = model.text().fingerprint == self._tokenizer.fingerprint
@@ -302,7 +307,7 @@ class TextExperiment:
     del data
     example = next(iter(self.held_out.values()))[0]
     encode = self._tokenizer.encode_pair
-    prompt, new = encode(example.prompt, example.completion)
+    prompt, new = encode(*documents.texts(example, self._tokenizer))
     ids = (prompt + new)[:PICTURE_TOKENS]
     ids = ids[: batching.num_readable(model, ids, len(prompt))]
     prompt_length = min(len(prompt), len(ids))

@@ -9,12 +9,12 @@ from calm_jax.data.templates import own_fields, templates
 def test_templates():
   texts = templates("{{{source}}} ->", " {n:03d} {pair[de]}", ())
   record = {"source": "a{b}", "n": 7, "pair": {"de": "x"}, "more": None}
-  assert texts(record) == ("{a{b}} ->", " 007 x")
-  assert templates("", "{text}", ("text",))({"text": "a"}) == ("", "a")
+  assert texts(record) == ("{a{b}} ->", " 007 x", ())
+  assert templates("", "{text}", ("text",))({"text": "a"}) == ("", "a", ())
   # A field may be empty where the whole is not.
   assert templates("{q}\n{input}", "{a}", ())(
     {"q": "Sort", "input": "", "a": "b"}
-  ) == ("Sort\n", "b")
+  ) == ("Sort\n", "b", ())
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def test_empty_texts():
 
 
 def test_own_fields():
-  texts = own_fields("q", "a", "body")
-  assert texts({"q": "x", "a": "y", "body": "z"}) == ("x", "y")
-  assert texts({"q": "x", "body": "z"}) == ("", "z")
+  texts = own_fields("q", "a", "talk", "body")
+  assert texts({"q": "x", "a": "y", "body": "z"}) == ("x", "y", ())
+  assert texts({"q": "x", "body": "z"}) == ("", "z", ())
   with pytest.raises(ValueError, match="expected 'body', or 'q' and 'a'"):
     texts({"q": "x"})

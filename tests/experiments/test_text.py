@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 
+import chats
 import helpers
 import numpy as np
 import pytest
@@ -17,9 +18,13 @@ import calm_jax
 from calm_jax.composition.connections import Composition
 from calm_jax.core.errors import InputError
 from calm_jax.data.examples import ExampleSource
+from calm_jax.experiments.audit_sets import AuditOptions
 from calm_jax.experiments.text import PICTURE_TOKENS, TextExperiment
 from calm_jax.experiments.text_task import Share, TextData, TextTask
 from calm_jax.language_model import LanguageModel
+from calm_jax.models.hf import export
+from calm_jax.text import chat
+from calm_jax.text.tokenizer import load_tokenizer
 from calm_jax.training import step
 
 LENGTH = 8
@@ -326,3 +331,45 @@ def test_stages_read_what_their_model_does(tmp_path, model):
   assert not alone.augmenting and not alone.visible
   [evaluated] = experiment.eval_batches(stage, composed)
   assert evaluated.visible["augmenting"].shape == (8, 40)
+
+
+def test_conversations_are_learnt_and_measured(tmp_path, capsys):
+  folder = chats.write(tmp_path / "instruct", "llama_3")
+  size = load_tokenizer(folder).vocab_size
+  shape = spelled.SHAPE | {"vocab_size": size, "max_length": 256}
+  export.save_params(folder, *helpers.model(3, **shape))
+  instruct = calm_jax.load_model(folder)
+  base = calm_jax.load_model(spelled.save(tmp_path / "base", 4, max_length=256))
+  roles = ["user", "assistant"] * 2
+  talk = [{"role": r, "content": f"a {r}"} for r in roles]
+  path = write(tmp_path / "talk.jsonl", [{"messages": talk}] * 2)
+  experiment = make(
+    tmp_path, instruct, data=path, eval_data=path, eval_length=200
+  )
+  stage = tiny.stage(data=mixture(data=1.0), batch_size=1, length=200)
+  batch = experiment.source(stage, instruct, seed=0)[0]
+  encoder = calm_jax.compose(instruct, instruct, 1, visibility="encoder")
+  apart = experiment.source(stage, encoder, seed=0)
+  assert apart.num_rows == 2 * experiment.source(stage, instruct, 0).num_rows
+  assert apart[0].prompt_ends[0, 0] in (
+    len(chat.encode_prompt(instruct.tokenizer, talk[:n])) for n in (1, 3)
+  )
+  result = experiment.evaluate({"anchor": instruct, "augmenting": base}, None)
+  said = capsys.readouterr().out
+  assert "augmenting has no chat template for domain" in said
+  [(ids, learnt)] = chat.conversations(instruct.tokenizer, talk)
+  assert sum(learnt) == batch.weights.sum()
+  logits = np.asarray(instruct.logits(np.array([ids]))[0], np.float64)
+  logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+  nats = -sum(
+    logits[t - 1, ids[t]] for t, is_learnt in enumerate(learnt) if is_learnt
+  )
+  assert result["bits_per_byte"]["domain"] == {
+    "anchor": pytest.approx(nats / math.log(2) / len("a assistant" * 2), 1e-5)
+  }
+  path = write(
+    tmp_path / "two.jsonl", [{"messages": t} for t in (talk, talk[2:])]
+  )
+  experiment = make(tmp_path, instruct, eval_data=path, eval_length=200)
+  sets = experiment.audit_sets(encoder, None, AuditOptions(examples=2))
+  assert sets["domain"].completions == ["a assistant"] * 2

@@ -20,10 +20,7 @@ from calm_jax.models.hf import export
 from calm_jax.text import chat
 from calm_jax.text.tokenizer import load_tokenizer
 
-SHAPE = {
-  "width": 8, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
-  "head_dim": 4, "mlp_width": 8, "max_length": 512,
-}  # fmt: skip
+SHAPE = spelled.SHAPE | {"max_length": 512}
 TALKS = [
   [{"role": "user", "content": text}] for text in ("the cat", "once", "12", "x")
 ]
