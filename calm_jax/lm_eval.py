@@ -11,6 +11,7 @@ Needs the extra `eval`.
 import json
 import pathlib
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ from calm_jax import cli, language_model
 from calm_jax.core.errors import InputError, check_choice, check_int, check_seed
 from calm_jax.generation import batching, decode, scoring
 from calm_jax.generation.sampling import Sampler
-from calm_jax.text import stop_strings
+from calm_jax.text import chat, stop_strings
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _AUTO = 16  # rows at once, for batch_size=auto
@@ -109,6 +110,41 @@ class CalmJax(TemplateLM):
     if add_bos_token is None:
       add_bos_token = _puts_bos(self.model.sources["anchor"].folder)
     self._add_bos = add_bos_token
+    self._stop_ids = self._text.stop_ids
+
+  def chat_template(self, chat_template: bool | str = False) -> str | None:
+    """The chat template, which the harness keeps with its results."""
+    if not chat_template:
+      return None
+    if isinstance(chat_template, str):
+      raise InputError(
+        f"--apply_chat_template {chat_template}: calm_jax knows the default "
+        "template only; give the flag without a name"
+      )
+    self._stop_ids = chat.frame(self._text).stop_ids
+    return self._text.chat_template
+
+  def apply_chat_template(
+    self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+  ) -> str:
+    """Writes a conversation, which may end within an answer, as `hf` does.
+
+    That includes leaving the system message out where the template refuses it;
+    a warning says so. Answers then end where the template ends a turn, too.
+    """
+    self._stop_ids = chat.frame(self._text).stop_ids
+    options = {
+      "add_generation_prompt": add_generation_prompt,
+      "continue_final_message": not add_generation_prompt,
+    }
+    try:
+      return chat.render(self._text, chat_history, **options)
+    except InputError as error:
+      rest = [each for each in chat_history if each["role"] != "system"]
+      if len(rest) == len(chat_history):
+        raise
+      warnings.warn(f"{error}; its system message is left out", stacklevel=2)
+      return chat.render(self._text, rest, **options)
 
   @property
   def eot_token_id(self) -> int | None:
@@ -253,6 +289,7 @@ class CalmJax(TemplateLM):
       seeds=[self._seed + number for number in numbers],
       finished=stopped if until else None,
       batch_size=self._batch_size,
+      stop_ids=self._stop_ids,
     )
     return [stop_strings.cut(self._text.decode(new), until) for new in out]
 

@@ -71,9 +71,15 @@ def evaluate(
 
 
 def evaluate_hf(
-  include_path: str, tasks: Sequence[str], folder, rows: int = 1, **model_args
+  include_path: str,
+  tasks: Sequence[str],
+  folder,
+  rows: int = 1,
+  settings: dict | None = None,
+  **model_args,
 ) -> dict[str, list]:
   """`evaluate` of the harness's own model of a checkpoint, `rows` at once."""
   model_args = {"pretrained": str(folder), "dtype": "float32"} | model_args
-  settings = {"model_args": model_args, "device": "cpu", "batch_size": rows}
+  settings = settings or {}
+  settings |= {"model_args": model_args, "device": "cpu", "batch_size": rows}
   return evaluate(include_path, tasks, "hf", **settings)

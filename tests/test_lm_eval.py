@@ -10,12 +10,15 @@ import pathlib
 import subprocess
 import sys
 
+import chats
 import harness
 import helpers
 import jax
 import numpy as np
 import pytest
 import real_tokenizers
+import spelled
+import transformers
 
 import calm_jax
 from calm_jax.core.errors import InputError
@@ -104,6 +107,40 @@ def test_a_text_that_spells_the_bos_gets_no_second_one(
     assert adapter.tok_encode(text) == ids
     assert adapter.tok_encode(text, add_special_tokens=True) == ids
   assert adapter.tok_encode("a", add_special_tokens=False) == chat.encode("a")
+
+
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory):
+  folder = chats.write(tmp_path_factory.mktemp("chat"), "gemma")
+  size = tokenizer.load_tokenizer(folder).vocab_size
+  shape = spelled.SHAPE | {"vocab_size": size, "max_length": 256}
+  export.save_params(folder, *helpers.model(1, **shape))
+  return CalmJax(str(folder), batch_size=1), folder
+
+
+def test_chats_are_written_as_hf_writes_them(chatting):
+  adapter, folder = chatting
+  theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
+  talk = [{"role": r, "content": "a cat"} for r in ("user", "assistant")]
+  for add in (True, False):
+    options = {"add_generation_prompt": add, "continue_final_message": not add}
+    want = theirs.apply_chat_template(talk, tokenize=False, **options)
+    assert adapter.apply_chat_template(talk, add) == want
+  system = [{"role": "system", "content": "x"}]
+  text = adapter.apply_chat_template([*system, talk[0]])
+  assert "x\n\na cat" in text
+  with pytest.raises(InputError, match="must alternate"):
+    adapter.apply_chat_template(talk[:1] * 2)
+  # What it refuses because of the system message is written without it.
+  with pytest.warns(UserWarning, match="its system message is left out"):
+    text = adapter.apply_chat_template([talk[0], *system, talk[1]])
+  assert text == theirs.apply_chat_template(
+    talk, tokenize=False, add_generation_prompt=True
+  )
+  assert adapter.chat_template(True) == chats.GEMMA
+  assert adapter.chat_template(False) is None
+  with pytest.raises(InputError, match="--apply_chat_template rag"):
+    adapter.chat_template("rag")
 
 
 def test_rolling_log_likelihoods_predict_each_token_once(adapter):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import pathlib
 
+import chats
+import helpers
 import numpy as np
 import pytest
+import spelled
 from harness import TASKS, evaluate, evaluate_hf, write
 
 import calm_jax
@@ -18,6 +21,8 @@ pytest.importorskip(
   "lm_eval", reason="lm-evaluation-harness is not installed (extra eval)"
 )
 from calm_jax.lm_eval import CalmJax
+from calm_jax.models.hf import export
+from calm_jax.text.tokenizer import load_tokenizer
 
 LONG = (
   "Once upon a time, there was a big dog named Max. He liked to run and play "
@@ -90,3 +95,22 @@ def test_a_fresh_composition_is_its_anchor_there_too(folder, tmp_path):
   ).save(tmp_path / "composed")
   ours = evaluate(tasks, TASKS, CalmJax(str(tmp_path / "composed"), **settings))
   assert_same(ours, evaluate_hf(tasks, TASKS, folder, **settings))
+
+
+def test_chats_are_the_same_as_hf(tmp_path):
+  folder = chats.write(tmp_path / "model", "gemma")
+  size = load_tokenizer(folder).vocab_size
+  shape = spelled.SHAPE | {"vocab_size": size, "max_length": 256}
+  export.save_params(folder, *helpers.model(1, **shape))
+  docs = {
+    "tiny_choice": [{"context": "once", "choices": ["a", "cat"], "target": 0}],
+    "tiny_rolling": [{"text": "the cat"}],
+    "tiny_generate": [{"context": "the cat"}, {"context": "a mat"}],
+  }
+  options = {"until": ["\n\n"], "max_gen_toks": 16}
+  tasks = write(tmp_path, docs, options)
+  chat = {"apply_chat_template": True, "system_instruction": "x"}
+  ours = evaluate(tasks, TASKS, CalmJax(str(folder)), **chat)
+  theirs = evaluate_hf(tasks, TASKS, folder, settings=chat)
+  assert_same(ours, theirs)
+  assert ours != evaluate(tasks, TASKS, CalmJax(str(folder)))
