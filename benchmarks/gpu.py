@@ -154,7 +154,9 @@ def _key_values(stage: str):
     )
     with tempfile.TemporaryDirectory() as folder:
       config.workdir = folder
-      run = recipe.run_recipe(read_settings(config))
+      settings = read_settings(config)
+      with recipe.make_trackers(settings) as trackers:
+        run = recipe.run_recipe(settings, trackers)
       line = [x for x in read_metrics(Path(folder, stage)) if "loss" in x][-1]
       source = run.experiment.source(run.settings.last, run.untrained, 0)
       began, count = time.perf_counter(), 10

@@ -86,6 +86,11 @@ def main(config: ConfigDict) -> dict[str, Any]:
 def _plan(config: ConfigDict) -> list[Trial]:
   """All runs that config.ablations asks for, trial by trial."""
   kinds, trials = config.ablations.kinds, config.ablations.trials
+  if "jsonl" not in config.trackers:
+    raise InputError(
+      "ablations read the held-out loss from metrics.jsonl: config.trackers="
+      f"{config.trackers!r} needs jsonl"
+    )
   if config.distributed:
     raise InputError(
       "ablations are runs of one process: leave config.distributed, or start "
@@ -124,7 +129,9 @@ def _finished(trial: Trial) -> Results | None:
 
 def execute(trial: Trial) -> Results:
   """Trains and evaluates a trial, and writes its results.json."""
-  settings, trained = trial.settings, recipe.run_recipe(trial.settings)
+  settings = trial.settings
+  with recipe.make_trackers(settings) as trackers:
+    trained = recipe.run_recipe(settings, trackers)
   [(last, final)] = trained.models.items()
   models = {"composed": final}
   if settings.kind == "composed" and not settings.trial:

@@ -18,7 +18,8 @@ part left out where it is absent:
 
 import argparse
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,17 @@ from calm_jax import cli
 from calm_jax.core.errors import check_folder
 from calm_jax.core.files import write_atomically, write_json
 from calm_jax.reporting import runs, tables
+from calm_jax.reporting.figures import save_figure
 from calm_jax.reporting.grid import HOW_TO_READ
 from calm_jax.reporting.page import page
-from calm_jax.reporting.table import as_csv, as_markdown, print_tables
+from calm_jax.reporting.pictures import pictures
+from calm_jax.reporting.table import (
+  as_csv,
+  as_markdown,
+  as_numbers,
+  print_tables,
+)
+from calm_jax.training.trackers import Tracker
 
 
 def main() -> None:
@@ -85,6 +94,28 @@ def print_results(
   """Prints the tables of a run that hold a number of ours."""
   made = tables.tables(runs.find_groups([workdir]))
   print_tables([table for table in made if not table.empty], console)
+
+
+def log_results(
+  workdir: str | os.PathLike, trackers: Sequence[Tracker]
+) -> None:
+  """Logs a run's report, its tables and its figures, which become PNG files."""
+  groups, folder = runs.find_groups([workdir]), Path(workdir)
+  made = [table for table in tables.tables(groups) if not table.empty]
+  figures, drawn = {}, any(tracker.shows_figures for tracker in trackers)
+  for group in groups:
+    named = f"{group.name} " if len(groups) > 1 else ""
+    for picture in pictures(group) if drawn else ():
+      name = re.sub(r"\W+", "-", f"{named}{picture.title}").lower()
+      figures[name] = folder / "figures" / f"{name}.png"
+      figures[name].parent.mkdir(exist_ok=True)
+      save_figure(picture.figure, figures[name])
+  for tracker in trackers:
+    for table in made:
+      tracker.table(table.name, *as_numbers(table))
+    for name, path in figures.items():
+      tracker.figure(name, path)
+    tracker.artefact("report", folder / "report.html")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ def main(config: ConfigDict) -> dict[str, Any]:
   settings = config_files.read_settings(config)
   if settings.distributed:
     processes.start(settings.heartbeat)
-  with processes.quiet_but_first():
-    run = recipe.run_recipe(settings)
+  with processes.quiet_but_first(), recipe.make_trackers(settings) as trackers:
+    run = recipe.run_recipe(settings, trackers)
     # With the models that config.add_to brings.
     fields = ("anchor", "augmenting")
     models = {name: getattr(run.settings, name) for name in fields}
@@ -42,7 +42,11 @@ def main(config: ConfigDict) -> dict[str, Any]:
     if jax.process_index() == 0:
       report.write_report(run.folder, results)
       report.print_results(run.folder)
+      report.log_results(run.folder, trackers.started())
     save_models(run)
+    if settings.last.model == "composed":
+      for tracker in trackers.started():
+        tracker.artefact("composition", run.folder / "composition")
   return results
 
 

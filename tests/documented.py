@@ -57,10 +57,10 @@ _TWO_STEPS = " ".join(
 _KV = (
   f"{_TINY_MODELS} {_TWO_STEPS} --config.task.num_keys=200"
   " --config.task.num_examples=8 --config.composition.num_connections=1"
-  " --config.audit.examples=0"
+  " --config.audit.examples=0 --config.trackers=jsonl"
 )
 _TEXT = (
-  "--config.workdir=out/{name} --config.dtype=float32"
+  "--config.workdir=out/{name} --config.dtype=float32 --config.trackers=jsonl"
   " --config.audit.examples=0 "
 ) + " ".join(
   f"--config.stages.compose.{field}={value}"
@@ -290,6 +290,7 @@ COMMANDS: dict[str, str] = {
     "Google's, named by docs/launch.md."
   ),
   "pip install -e '.[eval]'": _INSTALLS,
+  "pip install -e '.[wandb]'": _INSTALLS,
   "pip install xprof": _INSTALLS,
   "python -m pip install -e '.[gpu]'": _INSTALLS,
   "python -m pip install -e '.[hf]'": _INSTALLS,

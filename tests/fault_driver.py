@@ -65,7 +65,7 @@ def train(
   params, _ = trainer.run_stage(
     "compose", stage, spec, params,
     Source(share, hangs, broken=broken, poisoned=poisoned), [], folder,
-    origins={}, seed=0, layout=layout, watchdog=watchdog,
+    tiny.tracked(folder), origins={}, seed=0, layout=layout, watchdog=watchdog,
   )  # fmt: skip
   trained, _ = trees.partition(params, trees.mask(params, stage.trainable))
   trained = processes.fetch(trees.flatten(trained))

@@ -23,6 +23,7 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from calm_jax import train
@@ -116,7 +117,8 @@ def run(
   try:
     params, _ = trainer.run_stage(
       "compose", asked, model.spec, model.params, source,
-      [Source()[900]], folder, origins={}, seed=0, layout=layout,
+      [Source()[900]], folder, tiny.tracked(folder), origins={}, seed=0,
+      layout=layout,
     )  # fmt: skip
   except OSError:
     return

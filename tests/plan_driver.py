@@ -21,6 +21,7 @@ from calm_jax.experiments.config_files import read_settings
 from calm_jax.planning import estimate, programs, search, shapes, topology
 from calm_jax.planning.shapes import Job
 from calm_jax.training import step as step_lib
+from calm_jax.training.trackers import Trackers
 from configs import kv
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
@@ -103,7 +104,9 @@ def truth(folder: str, axes: dict[str, int], **changes) -> dict[str, dict]:
   """What both say of one config."""
   settings = read_settings(config_of(folder, axes, **changes))
   return {
-    "compiler": by_compiler(first_step(lambda: recipe.run_recipe(settings))),
+    "compiler": by_compiler(
+      first_step(lambda: recipe.run_recipe(settings, Trackers()))
+    ),
     "plan": by_plan(shapes.job(settings), ONE | axes, jax.device_count()),
   }
 

@@ -20,6 +20,7 @@ from calm_jax.core.errors import InputError
 from calm_jax.experiments import config_files, recipe, run_models, variants
 from calm_jax.reporting import table, tables
 from calm_jax.training import checkpoint, step
+from calm_jax.training.trackers import Trackers
 
 KINDS = ("composed", "lora")
 
@@ -144,7 +145,9 @@ def test_started_again_it_makes_what_is_missing_only(finished, monkeypatch):
 def test_a_fine_tuned_m_b_is_written_as_a_checkpoint(finished):
   workdir, _ = finished
   settings = config_files.read_settings(quick(workdir, "finetune"))
-  run = recipe.run_recipe(settings)  # Which takes the m_B that is there.
+  run = recipe.run_recipe(
+    settings, Trackers()
+  )  # Which takes the m_B that is there.
   counts = run.parameters
   assert counts["trained"] == counts["anchor"]
   assert list(run.frozen_models) == ["anchor"]  # There is no m_A in it.

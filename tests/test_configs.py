@@ -26,6 +26,7 @@ from calm_jax.experiments.key_values import SPLITS, KeyValueExperiment
 from calm_jax.experiments.settings import Settings
 from calm_jax.language_model import LanguageModel
 from calm_jax.training import optimizer
+from calm_jax.training.trackers import Trackers
 from configs import kv, ntl
 
 FOLDER = pathlib.Path(kv.__file__).parent
@@ -192,7 +193,7 @@ def paper_run(tmp_path_factory):
     )
   for stage in config.stages.values():
     stage.update(steps=1, batch_size=2, warmup=0)
-  return recipe.run_recipe(read_settings(config))
+  return recipe.run_recipe(read_settings(config), Trackers())
 
 
 def test_the_papers_size_can_be_trained(paper_run):

@@ -12,6 +12,7 @@ import tiny
 import calm_jax
 from calm_jax import train
 from calm_jax.core.errors import InputError
+from calm_jax.experiments import config_files, recipe
 from calm_jax.training import checkpoint, run_identity, step, trainer
 from calm_jax.training.metrics import read_metrics
 from configs import kv
@@ -21,7 +22,7 @@ def small(workdir):
   """Two steps of each stage, of models of two layers."""
   config = kv.get_config("tiny")
   config.workdir = str(workdir)
-  config.alternatives = ()
+  config.alternatives, config.trackers = (), "jsonl"  # draws no figures
   config.task.num_keys = 80
   config.task.num_examples = 8
   config.audit.update(examples=4, draws=1)
@@ -49,7 +50,9 @@ def cached_programs(tmp_path_factory):
 def finished(tmp_path_factory):
   """(workdir, results) of a run."""
   workdir = tmp_path_factory.mktemp("kv")
-  return workdir, train.main(small(workdir))
+  config = small(workdir)
+  config.trackers = "jsonl,tensorboard"
+  return workdir, train.main(config)
 
 
 def test_results(finished):
@@ -121,6 +124,36 @@ def test_each_stage_is_measured(finished):
     assert [r["step"] for r in lines if "eval_loss" in r] == [2]
 
 
+def test_trackers_have_the_tables_figures_and_artefacts(finished):
+  workdir, results = finished
+  lines = (workdir / "run.jsonl").read_text().splitlines()
+  first, *lines, last = map(json.loads, lines)
+  assert first["config"]["stages"]["compose"]["steps"] == 2
+  assert last == {"failed": False}
+  tables = {x["table"]: x for x in lines if "table" in x}
+  assert {"table-1", "overhead"} <= tables.keys()
+  table = tables["table-1"]
+  [row] = [row for row in table["rows"] if row[0] == "NUM-MATH"]
+  shown = dict(zip(table["header"], row, strict=True))
+  for label, name in ("m_B", "anchor"), ("composed", "composed"):
+    assert shown[f"{label} (ours)"] == results["table1"]["num_math"][name]
+    assert shown[f"{label} (paper)"] > 70
+  figures = {x["figure"]: x["path"] for x in lines if "figure" in x}
+  assert {"training-loss", "where-the-composed-model-looks"} <= figures.keys()
+  for path in figures.values():
+    assert (workdir / path).read_bytes().startswith(b"\x89PNG")
+  paths = {x["artefact"]: x["path"] for x in lines if "artefact" in x}
+  assert paths == {"report": "report.html", "composition": "composition"}
+
+
+def test_only_the_first_process_tracks(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  settings = config_files.read_settings(small(tmp_path / "run"))
+  with recipe.make_trackers(settings) as trackers:
+    assert trackers.started() == []
+  assert not (tmp_path / "run").exists()
+
+
 def test_the_composition_can_be_loaded(finished):
   workdir, results = finished
   model = calm_jax.load_composed(workdir / "composition")
@@ -152,8 +185,9 @@ def test_a_second_call_trains_nothing_and_says_the_same(finished, monkeypatch):
 
   workdir, results = finished
   monkeypatch.setattr(step, "make_step", never)
-  again = train.main(small(workdir))
-  assert again == results
+  config = small(workdir)
+  config.trackers = results["config"]["trackers"]
+  assert train.main(config) == results
 
 
 def test_a_second_composition_of_the_same_models(finished, monkeypatch):

@@ -20,6 +20,7 @@ from calm_jax.core.batch import Batch
 from calm_jax.data import packing
 from calm_jax.training import trainer
 from calm_jax.training.stage import Stage
+from calm_jax.training.trackers import Trackers
 
 SHAPE = {
   "vocab_size": 17, "width": 8, "num_layers": 2, "num_heads": 2,
@@ -85,6 +86,13 @@ def stage(**changes) -> Stage:
   )  # fmt: skip
 
 
+def tracked(directory: Path, names: str = "jsonl", steps: int = 0):
+  """Trackers of a run whose only stage is in its own folder."""
+  if jax.process_index() != 0:
+    return Trackers()
+  return Trackers(names, directory, {}, {"compose": steps})
+
+
 @dataclasses.dataclass
 class Run:
   """The arguments of `trainer.run_stage` that tests do not care about."""
@@ -96,6 +104,7 @@ class Run:
   eval_batches: tuple = ()
   seed: int = 0
   profile: str = ""
+  trackers: str = "jsonl"
 
   def __post_init__(self):
     self.spec, self.params = compose(self.dtype)
@@ -106,18 +115,20 @@ class Run:
 
   def result(self) -> tuple:
     """Runs the stage; returns the whole tree and the cost."""
-    return trainer.run_stage(
-      "compose",
-      self.stage,
-      self.spec,
-      self.params,
-      self.source,
-      list(self.eval_batches),
-      self.directory,
-      origins={"anchor": "models/anchor"},
-      seed=self.seed,
-      profile=self.profile,
-    )
+    with tracked(self.directory, self.trackers, self.stage.steps) as log:
+      return trainer.run_stage(
+        "compose",
+        self.stage,
+        self.spec,
+        self.params,
+        self.source,
+        list(self.eval_batches),
+        self.directory,
+        log,
+        origins={"anchor": "models/anchor"},
+        seed=self.seed,
+        profile=self.profile,
+      )
 
 
 def leaves(params: dict) -> dict[str, np.ndarray]:

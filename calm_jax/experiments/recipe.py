@@ -24,8 +24,9 @@ from calm_jax.experiments.text import TextExperiment
 from calm_jax.language_model import LanguageModel
 from calm_jax.parallel import processes
 from calm_jax.parallel.sharding import Layout
-from calm_jax.training import profiler, trainer
+from calm_jax.training import profiler, trackers, trainer
 from calm_jax.training.stage import Stage
+from calm_jax.training.trackers import Trackers
 from calm_jax.training.utilisation import Cost
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
@@ -92,13 +93,31 @@ class TrainedRun:
     }
 
 
-def run_recipe(settings: Settings) -> TrainedRun:
+def make_trackers(settings: Settings) -> Trackers:
+  """Makes the trackers of a run, in the first process; none in the others.
+
+  Raises InputError for settings that no run can have.
+  """
+  check(settings)
+  if jax.process_index() != 0:
+    return Trackers()
+  names = (*settings.recipe, *settings.alternatives)
+  return Trackers(
+    settings.trackers,
+    Path(settings.workdir, settings.output),
+    dataclasses.asdict(settings),
+    {name: settings.stages[name].steps for name in names},
+  )
+
+
+def run_recipe(settings: Settings, log: Trackers) -> TrainedRun:
   """Runs all stages, from wherever an earlier process left them.
+
+  `log` is what `make_trackers` returned.
 
   Raises InputError if the settings ask for what is not there, or the folder
   holds a run of other settings.
   """
-  check(settings)
   settings = saved_composition.resolve(settings)
   _check_models(settings)
   layout = make_layout(settings)
@@ -111,7 +130,7 @@ def run_recipe(settings: Settings) -> TrainedRun:
     name: _make_batches(settings, name, experiment, model, layout)
     for name in (*settings.recipe, *settings.alternatives)
   }
-  run_stage = functools.partial(_run_stage, settings, layout, model.spec)
+  run_stage = functools.partial(_run_stage, settings, layout, model.spec, log)
   costs: dict[str, Cost] = {}
   params = model.params
   for name in settings.recipe[:-1]:
@@ -132,13 +151,15 @@ def run_recipe(settings: Settings) -> TrainedRun:
 
 
 def check(settings: Settings) -> None:
-  """Raises InputError unless stages are there and workdir can be a folder."""
+  """Raises InputError unless stages and trackers are there and workdir can be
+  a folder."""
   if "://" in settings.workdir:
     raise InputError(
       f"workdir={settings.workdir!r} is an address, not a folder: mount the "
       "bucket, as docs/launch.md says, and give the folder"
     )
   check_folder("config.workdir", settings.workdir)
+  trackers.check(settings.trackers)
   if not settings.recipe:
     raise InputError(
       "config.recipe is empty: name at least one stage, such as 'compose'"
@@ -255,6 +276,7 @@ def _run_stage(
   settings: Settings,
   layout: Layout | None,
   spec: Composition,
+  log: Trackers,
   name: str,
   params: dict,
   batches: tuple[Any, list],
@@ -279,6 +301,7 @@ def _run_stage(
     params,
     *batches,
     Path(settings.workdir, output, name),
+    log,
     origins=origins,
     seed=settings.stage_seed(name),
     layout=layout,

@@ -107,6 +107,9 @@ class Settings:
   # Steps of every stage that are traced for TensorBoard, such as "20:25" for
   # six of them; "" for none.
   profile: str = ""
+  # Where numbers, tables and figures go, with commas: keys of
+  # `training.trackers.TRACKERS`. Reports draw the loss from jsonl.
+  trackers: str = "jsonl,tensorboard"
   heartbeat: Count = 100  # seconds after which a silent process counts as gone
   # Folders or hub ids; a model without one is trained from scratch, in the
   # shape of anchor_model or augmenting_model. Several m_A are a dict by name.

@@ -93,9 +93,14 @@ def as_markdown(table: Table) -> str:
   return "\n".join(lines)
 
 
-def as_csv(table: Table) -> str:
-  """Writes a column for each number of a cell: paper, ours, interval, p."""
-  columns: list[list[str]] = []
+def as_numbers(
+  table: Table,
+) -> tuple[list[str], list[list[str | float | None]]]:
+  """Returns a header, and rows with a column for each number of a cell.
+
+  Those are the paper's, ours, the ends of the interval, p, and trials.
+  """
+  columns: list[list] = []
   for at, head in enumerate(table.header):
     cells = [row[at] for row in table.rows]
     if not any(isinstance(cell, Cell) for cell in cells):
@@ -107,10 +112,21 @@ def as_csv(table: Table) -> str:
       if field == "trials":
         values = [v if v and v > 1 else None for v in values]
       if field == "ours" or any(value is not None for value in values):
-        texts = ["" if value is None else f"{value:g}" for value in values]
-        columns.append([f"{head} ({field})", *texts])
+        columns.append([f"{head} ({field})", *values])
+  header, *rows = map(list, zip(*columns, strict=True))
+  return header, rows
+
+
+def as_csv(table: Table) -> str:
+  """Writes the rows of `as_numbers`, with six digits."""
+  header, rows = as_numbers(table)
   file = io.StringIO()
-  csv.writer(file, lineterminator="\n").writerows(zip(*columns, strict=True))
+  writer = csv.writer(file, lineterminator="\n")
+  writer.writerow(header)
+  for row in rows:
+    writer.writerow(
+      [f"{x:g}" if isinstance(x, int | float) else x for x in row]
+    )
   return file.getvalue()
 
 

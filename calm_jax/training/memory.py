@@ -1,8 +1,11 @@
-"""The memory of a training step by kind, for when there is not enough."""
+"""The memory of training: its peak, and a step's by kind where there is not
+enough."""
 
 import contextlib
 import math
 import os
+import resource
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +50,20 @@ class MemoryWatch(contextlib.AbstractContextManager):
       lines += _advice(parts, self._spec, self._stage, self._name)
     lines += [f"{self._kept()}; JAX said: {str(error).splitlines()[0]:.300}"]
     raise OutOfMemory("\n".join(lines)) from error
+
+
+def peak_gib() -> float:
+  """Returns the most memory that was in use at once, in GiB.
+
+  It is that of a device of this process, or, where devices do not count it as
+  on a CPU, that of this process.
+  """
+  devices = [device.memory_stats() or {} for device in jax.local_devices()]
+  peaks = [x["peak_bytes_in_use"] for x in devices if "peak_bytes_in_use" in x]
+  if peaks:
+    return max(peaks) / _GIB
+  unit = 1 if sys.platform == "darwin" else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB
 
 
 def step_memory(

@@ -32,10 +32,10 @@ from calm_jax.training import (
 )
 from calm_jax.training import step as step_lib
 from calm_jax.training.checkpoint import Checkpoints, restore_trainable
-from calm_jax.training.metrics import MetricWriter
 from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.progress import Progress
 from calm_jax.training.stage import Stage
+from calm_jax.training.trackers import Log, Trackers
 from calm_jax.training.utilisation import Cost, Meter
 from calm_jax.training.watchdog import Watchdog
 
@@ -50,6 +50,7 @@ def run_stage(
   source,
   eval_batches: Sequence[Batch],
   directory: Path,
+  trackers: Trackers,
   *,
   origins: dict[str, str],
   seed: int,
@@ -65,6 +66,7 @@ def run_stage(
   Args:
     source: indexable batches, with `describe(index)` and `fingerprint`; all
       rows of a batch, or this process's share (`Layout.share`).
+    trackers: of the run; without any in all processes but the first.
     origins: see `run_identity.describe`.
     watchdog, profile: see `Settings`.
 
@@ -99,6 +101,7 @@ def run_stage(
     source,
     eval_batches,
     directory,
+    trackers,
     identity,
     layout,
     watchdog,
@@ -128,6 +131,7 @@ class _Run:
   source: Any
   eval_batches: Sequence[Batch]
   directory: Path
+  trackers: Trackers
   identity: dict
   layout: Layout | None
   watchdog: float
@@ -209,24 +213,22 @@ class _Run:
 
 
 class _StepLog:
-  """Fetches and writes a step's metrics once the next step is dispatched.
+  """Fetches and logs a step's metrics once the next step is dispatched.
 
   So the device is never idle.
   """
 
-  def __init__(
-    self, run: _Run, writer: MetricWriter, progress: Progress, meter: Meter
-  ):
-    self._run, self._writer, self._progress = run, writer, progress
+  def __init__(self, run: _Run, log: Log, progress: Progress, meter: Meter):
+    self._run, self._log, self._progress = run, log, progress
     self._meter, self._pending = meter, None
 
   def add(self, number: int, metrics: dict[str, jax.Array]) -> None:
-    """Takes the metrics of a step and writes those of the one before."""
+    """Takes the metrics of a step and logs those of the one before."""
     self.flush()
     self._pending = number, metrics
 
   def flush(self) -> None:
-    """Writes what is pending; raises TrainingDiverged if it is not finite."""
+    """Logs what is pending; raises TrainingDiverged if it is not finite."""
     if self._pending is None:
       return
     (number, metrics), self._pending = self._pending, None
@@ -244,7 +246,7 @@ class _StepLog:
     if number % run.stage.log_every and number != run.stage.steps:
       return
     rates = self._meter.rates()
-    self._writer.write(number, values | rates)
+    self._log(number, values | rates | {"memory_gib": memory.peak_gib()})
     self._progress.update(number, loss=values["loss"], **rates)
 
 
@@ -252,17 +254,17 @@ def _train(
   run: _Run, spec: Composition, mask: Tree, trainable: Tree, frozen: Tree
 ) -> tuple[Tree, Cost]:
   """Trains from the newest checkpoint on: (trained leaves, cost)."""
-  stage, writes = run.stage, jax.process_index() == 0
+  stage = run.stage
   optimizer = make_optimizer(stage, mask)
   state = step_lib.initial_state(optimizer, trainable, run.layout)
   state, iterator, cost = run.resume(state)
   step = step_lib.make_step(spec, stage, optimizer, run.layout)
   evaluate = step_lib.make_eval(spec, stage.model)
   first, began = int(state["step"]), time.monotonic() - cost.seconds
-  profiled = run.profiled if writes else range(0)
+  profiled = run.profiled if jax.process_index() == 0 else range(0)
   peak = utilisation.find_peak(spec.anchor.compute.dtype, run.layout)
   with (
-    MetricWriter(run.directory, resume_step=first, active=writes) as writer,
+    run.trackers.stage(run.name, run.directory, first) as write,
     Progress(stage.steps, first, run.name) as progress,
     signals.deferred(run.last_checkpoint) as request,
     Watchdog(run.watchdog) as watch,
@@ -272,7 +274,7 @@ def _train(
     ) as memory_watch,
   ):
     meter = Meter(peak, stage.steps, cost.flops)
-    log, poll = _StepLog(run, writer, progress, meter), processes.Poll()
+    log, poll = _StepLog(run, write, progress, meter), processes.Poll()
     for number in range(first + 1, stage.steps + 1):
       watch.expect(f"step {number}", compiles=number == first + 1)
       batch = run.next_batch(iterator, number)
@@ -298,7 +300,7 @@ def _train(
       if evaluates:
         watch.expect(f"the evaluation after step {number}", compiles=True)
         loss = run.held_out_loss(evaluate, state["trainable"], frozen)
-        writer.write(number, {"eval_loss": loss})
+        write(number, {"eval_loss": loss})
       if saves:
         watch.expect(f"the save of step {number}")
         cost = Cost(time.monotonic() - began, meter.flops)
