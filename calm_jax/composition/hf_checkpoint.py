@@ -14,7 +14,7 @@ from calm_jax.core import hub
 from calm_jax.core.errors import InputError, check_folder, check_int
 from calm_jax.models import decoder, quantisation
 from calm_jax.models.hf import export, loading
-from calm_jax.text.side_files import CHAT_TEMPLATE
+from calm_jax.text import side_files
 from calm_jax.text.tokenizer import find_tokenizer
 
 
@@ -87,9 +87,10 @@ def copy_text_files(
     copy = folder / name
     copy.parent.mkdir(exist_ok=True)
     shutil.copyfile(path, copy)
-  if model.tokenizer and (template := model.tokenizer.chat_template):
-    # That of a composition's anchor may be the composition's own.
-    copy = folder / CHAT_TEMPLATE
+  template = model.tokenizer.chat_template if model.tokenizer else None
+  if template and side_files.read(folder).chat_template() != template:
+    # A composition's may be another one than that of its anchor's folder.
+    copy = folder / side_files.CHAT_TEMPLATE
     copy.write_text(template, encoding="utf-8")
 
 

@@ -130,25 +130,25 @@ def conversations(
 
   Each answer stands behind the tokens that a model would be asked for it with,
   those of `encode_prompt`, and is learnt up to the token that ends its turn.
-  One conversation holds all answers if the template writes the earlier ones as
-  they were generated. It does not where, say, it drops their reasoning: then
-  such an answer has a conversation to itself, which ends with it, as all have
-  if `apart`. Messages after the last answer are left out.
+  One conversation goes on with the next answer if the tokens that ask for that
+  begin with all of its own. They do not where, say, a template drops earlier
+  reasoning: then another conversation begins, as after each answer if `apart`.
+  Messages after the last answer are left out.
 
   Raises:
     InputError: nobody answers, or as `answered` does.
   """
   made: list[Conversation] = []
-  stops, text = frame(tokenizer).stop_ids, ""
+  stops = frame(tokenizer).stop_ids
   for i, message in enumerate(messages):
     if message["role"] != ASSISTANT:
       continue
     prompt, answer = answered(tokenizer, messages[: i + 1])
-    if apart or not made or not prompt.startswith(text):
+    asked = tokenizer.encode(prompt)
+    if apart or not made or asked[: len(made[-1].ids)] != made[-1].ids:
       made.append(Conversation([], []))
-      text = ""
     ids, learnt = made[-1]
-    ids += tokenizer.continuation(ids, text, prompt.removeprefix(text))
+    ids += asked[len(ids) :]
     learnt += [False] * (len(ids) - len(learnt))
     new = tokenizer.continuation(ids, prompt, answer)
     if not new:
@@ -157,7 +157,6 @@ def conversations(
     count = ends[-1] if ends else len(new)
     ids += new
     learnt += [True] * count + [False] * (len(new) - count)
-    text = prompt + answer
   if not made:
     raise InputError(f"no message has the role {ASSISTANT!r}")
   return made

@@ -136,3 +136,17 @@ def test_a_composition_keeps_its_template(model, folder, tmp_path):
   composed.part("anchor").export_hf(tmp_path / "exported")
   exported = load_tokenizer(tmp_path / "exported")
   assert exported.chat_template == chats.LLAMA_3
+
+
+def test_several_templates_are_exported_as_they_were(tmp_path):
+  chats.write(tmp_path / "model", "smollm")
+  size = load_tokenizer(tmp_path / "model").vocab_size
+  config = helpers.model(0, **SHAPE | {"vocab_size": size})
+  export.save_params(tmp_path / "model", *config)
+  calm_jax.load_model(tmp_path / "model").export_hf(tmp_path / "copy")
+  assert not (tmp_path / "copy" / "chat_template.jinja").exists()
+  texts = [
+    (tmp_path / name / "tokenizer_config.json").read_text()
+    for name in ("model", "copy")
+  ]
+  assert texts[0] == texts[1]
