@@ -6,8 +6,7 @@ layers run in `CalmForCausalLM.forward`, one by one. All read the same ids.
 Visibility: an anchor position attends to the tokens of m_A up to and including
 its own (with visibility="unmasked", to all that are given), never to padding.
 
-B batch, L new tokens, S tokens with those of the cache, D width of the anchor,
-E of an augmenting model, N heads, H head width.
+B batch, L new tokens, S all, N heads, H their width, D anchor's width, E m_A's.
 """
 
 import hashlib
@@ -46,8 +45,8 @@ class CalmConfig(hf.PretrainedConfig):
       "connections": pairs of layers [i, j] counted from 1, and the options
       "visibility", "norm", "positions", "output_scale"}.
     norm_eps: epsilon of the connections' norms.
-    sources: if the folder holds the connections only, where the anchor and the
-      augmenting models are: {"name", "revision", "sha256"} each.
+    sources: where all models are, if the folder holds the connections only:
+      {"name", "revision", "sha256"} each.
   """
 
   model_type = "calm"
@@ -74,10 +73,7 @@ def _find(path: str, source: dict) -> str:
     with open(os.path.join(folder, name), "rb") as file:
       found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-      raise ValueError(
-        f"{folder}/{name} has changed: its sha256 is {found}, not {expected}; "
-        "a composition works with no other model"
-      )
+      raise ValueError(f"{folder}/{name} has changed since it was composed")
   return folder
 
 
@@ -100,8 +96,7 @@ def _distances(seen_BLS: Tensor) -> Tensor:
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
   """A mask to add to scores: 0 where seen, else the lowest number."""
-  lowest = torch.finfo(dtype).min
-  return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, lowest)
+  return (~seen).to(dtype) * torch.finfo(dtype).min
 
 
 class CalmConnection(nn.Module):
@@ -165,8 +160,12 @@ class DecoderPass:
   ):
     self.model, backbone, config = model, model.base_model, model.config
     self.layers = _attribute(backbone, "layers", "h")
-    scale = getattr(config, "embedding_multiplier", 1.0)
-    self.embedded = backbone.get_input_embeddings()(ids_BL) * scale
+    embed, scale = backbone.get_input_embeddings(), 1.0
+    if config.model_type in ("gemma", "gemma2", "granite"):
+      # In new versions Gemma's embedding scales by itself.
+      own = 1.0 if hasattr(embed, "embed_scale") else config.hidden_size**0.5
+      scale = getattr(config, "embedding_multiplier", own)
+    self.embedded = embed(ids_BL) * scale
     if hasattr(backbone, "wpe"):
       self.embedded = self.embedded + backbone.wpe(positions_BL)
     self.inputs = {"position_ids": positions_BL, "use_cache": cache is not None}
@@ -221,8 +220,7 @@ class CalmAugmenting(nn.Module):
   def read(self, ids_BL, positions_BL, seen_BLS, cache, real_BLS):
     """Runs the model up to its last connection.
 
-    Returns, by the layer of the anchor, lists of a connection and the keys,
-    values and mask that it attends to.
+    Returns {anchor's layer: [(connection, its keys, values and mask), ...]}.
     """
     run = DecoderPass(self.model, ids_BL, positions_BL, seen_BLS, cache)
     h_BLE, tapped = run.embedded, {}
@@ -246,6 +244,7 @@ class CalmForCausalLM(hf.PreTrainedModel, hf.GenerationMixin):
 
   config_class = CalmConfig
   _supports_sdpa = True
+  accepts_loss_kwargs = False
 
   def __init__(self, config: CalmConfig):
     super().__init__(config)
@@ -253,9 +252,8 @@ class CalmForCausalLM(hf.PreTrainedModel, hf.GenerationMixin):
     self.augmenting = nn.ModuleList(
       CalmAugmenting(j, anchor, config.norm_eps) for j in config.augmenting
     )
-    is_eager = config._attn_implementation == "eager"  # or else as suits each
-    self.how = {"attn_implementation": "eager" if is_eager else None}
-    self.how["dtype"] = config.dtype
+    how = "eager" if config._attn_implementation == "eager" else None
+    self.how = {"dtype": config.dtype, "attn_implementation": how}
     if not config.sources:  # or else `from_pretrained` brings the models
       self.anchor = hf.AutoModelForCausalLM.from_config(anchor, **self.how)
       for one in self.augmenting:
@@ -265,14 +263,12 @@ class CalmForCausalLM(hf.PreTrainedModel, hf.GenerationMixin):
   @classmethod
   def from_pretrained(cls, path, *args, config=None, **kwargs):
     """Loads a folder, and the models that it refers to if there are any."""
-    if config is None:
-      config = CalmConfig.from_pretrained(path)
+    config = config or CalmConfig.from_pretrained(path)
     model = super().from_pretrained(path, *args, config=config, **kwargs)
     if not config.sources:
       return model
     loaded, device, auto = [], model.device, hf.AutoModelForCausalLM
-    configs = [joined["config"] for joined in config.augmenting]
-    configs = [config.anchor, *configs]
+    configs = [config.anchor, *(one["config"] for one in config.augmenting)]
     for source, settings in zip(config.sources, configs, strict=True):
       how = {"revision": source["revision"] or "main", **model.how}
       how["config"] = hf.AutoConfig.for_model(**settings)
@@ -296,7 +292,7 @@ class CalmForCausalLM(hf.PreTrainedModel, hf.GenerationMixin):
     if cache is None:
       return [None] * len(counts)
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
-      raise ValueError("the cache must be a DynamicCache() without config")
+      raise ValueError("no static or sliding cache: give a DynamicCache()")
     missing = sum(counts) - len(cache.layers)
     cache.layers.extend(DynamicLayer() for _ in range(missing))
     layers = iter(cache.layers)
@@ -313,16 +309,21 @@ class CalmForCausalLM(hf.PreTrainedModel, hf.GenerationMixin):
     use_cache: bool = False,
     labels: Tensor | None = None,
     logits_to_keep: int = 0,
+    **others,
   ) -> CausalLMOutputWithPast:
     """Computes next-token logits [B, L, V], and the loss of `labels` if given.
 
-    `attention_mask` [B, S] is 0 at padding, on either side. There is one text
-    a row. `cache`, which older versions call `past_key_values`, holds the
-    tokens before; with `use_cache` there is one in the result.
+    `attention_mask` [B, S] is 0 at padding, on either side; a row is one text.
+    `cache` (in older versions `past_key_values`) holds the tokens before.
     """
+    # Older versions also say where in the cache they are, and what is None.
+    given = {name for name, value in others.items() if value is not None}
+    if given - {"cache_position"}:
+      raise TypeError(f"a composition does not take {given}")
     cache = past_key_values if cache is None else cache
     if use_cache and cache is None:
       cache = DynamicCache()
+    own, *parts = self._caches(cache)
     before = 0 if cache is None else cache.get_seq_length()
     rows, length = input_ids.shape
     if attention_mask is None:
@@ -332,10 +333,9 @@ class CalmForCausalLM(hf.PreTrainedModel, hf.GenerationMixin):
     real_BLS = attention_mask.bool()[:, None].expand(-1, length, -1)
     seen_BLS = real_BLS & (_distances(real_BLS) >= 0)
     inputs = input_ids, position_ids, seen_BLS
-    own, *others = self._caches(cache)
     read = [
       augmenting.read(*inputs, part, real_BLS)
-      for augmenting, part in zip(self.augmenting, others, strict=True)
+      for augmenting, part in zip(self.augmenting, parts, strict=True)
     ]
     run = DecoderPass(self.anchor, *inputs, own)
     x_BLD = run.embedded

@@ -162,7 +162,7 @@ def test_references(composed, loaded, tmp_path):
   helpers.flip(copy / "model.safetensors")
   config["sources"][1]["name"] = str(copy)
   files.write_json(folder / "config.json", config)
-  with pytest.raises(ValueError, match="has changed: its sha256"):
+  with pytest.raises(ValueError, match="has changed since it was composed"):
     load(folder)
 
 
@@ -211,6 +211,14 @@ def test_the_future_is_not_seen(modeling, positions):
       for name, model in models.items()
     }
     assert differ["causal"] == 0 < differ["unmasked"]
+
+
+def test_what_it_does_not_take_is_named(modeling):
+  model = random_model(modeling, options.config_json("llama"))
+  with pytest.raises(TypeError, match=r"does not take.*output_hidden_states"):
+    model(**ragged(), output_hidden_states=True)
+  with pytest.raises(ValueError, match="no static or sliding cache"):
+    model.generate(**ragged(), cache_implementation="static", max_new_tokens=2)
 
 
 @pytest.mark.parametrize("family", options.FAMILIES)
