@@ -114,3 +114,19 @@ def test_chats_are_the_same_as_hf(tmp_path):
   theirs = evaluate_hf(tasks, TASKS, folder, settings=chat)
   assert_same(ours, theirs)
   assert ours != evaluate(tasks, TASKS, CalmJax(str(folder)))
+
+
+def test_an_exported_composition(folder, tmp_path):
+  settings = {"max_length": 60, "add_bos_token": True}
+  tasks = write(
+    tmp_path, {name: rows[:2] for name, rows in DOCS.items()}, OPTIONS
+  )
+  model = calm_jax.load_model(str(folder))
+  composed = calm_jax.compose(model, model, 2, output_init="normal")
+  composed.save(tmp_path / "composed")
+  composed.export_hf(tmp_path / "exported")
+  ours = evaluate(tasks, TASKS, CalmJax(str(tmp_path / "composed"), **settings))
+  settings["trust_remote_code"] = True
+  theirs = evaluate_hf(tasks, TASKS, tmp_path / "exported", **settings)
+  assert_same(ours, theirs)
+  assert ours != evaluate(tasks, TASKS, CalmJax(str(folder), max_length=60))
