@@ -22,7 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from calm_jax import cli
-from calm_jax.composition import checkpoint, cross_attention, model_files
+from calm_jax.composition import (
+  checkpoint,
+  cross_attention,
+  gguf_files,
+  model_files,
+)
 from calm_jax.composition.connections import Composition, connect
 from calm_jax.core import hub, trees
 from calm_jax.core.errors import check_float, check_int
@@ -194,7 +199,8 @@ def _shown(value: float | None) -> str:
 
 
 def _config(name: str, ignore: Collection[str] = ()) -> ModelConfig:
-  return loading.load_config(hub.locate(name, None, _FILES).folder, ignore)
+  folder = gguf_files.locate(name, None, _FILES).folder
+  return loading.load_config(folder, ignore)
 
 
 def _model_table(configs: dict[str, ModelConfig]) -> Table:

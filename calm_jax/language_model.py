@@ -10,13 +10,13 @@ import numpy as np
 from calm_jax.composition import (
   checkpoint,
   forward,
+  gguf_files,
   hf_checkpoint,
   transformers_folder,
 )
 from calm_jax.composition.connections import Composition
 from calm_jax.composition.model import Model
 from calm_jax.composition.model_files import Location
-from calm_jax.core import hub
 from calm_jax.core.batch import Batch
 from calm_jax.core.errors import (
   InputError,
@@ -147,7 +147,7 @@ def load_model(
     InputError: a missing folder, a family or option that is not supported, or
       tensors that are unknown, missing, duplicate, misshapen or truncated.
   """
-  source = hub.locate(path_or_hub_id, revision)
+  source = gguf_files.locate(path_or_hub_id, revision)
   loaded = hf_checkpoint.load(source, dtype, shardings, quantise, ignore)
   return LanguageModel(**vars(loaded))
 

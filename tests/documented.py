@@ -290,6 +290,7 @@ COMMANDS: dict[str, str] = {
     "Google's, named by docs/launch.md."
   ),
   "pip install -e '.[eval]'": _INSTALLS,
+  "pip install -e '.[gguf]'": _INSTALLS,
   "pip install -e '.[wandb]'": _INSTALLS,
   "pip install xprof": _INSTALLS,
   "python -m pip install -e '.[gpu]'": _INSTALLS,

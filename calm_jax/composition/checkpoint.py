@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.numpy
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from calm_jax.composition import hf_checkpoint, model_files
+from calm_jax.composition import gguf_files, hf_checkpoint, model_files
 from calm_jax.composition.model import Model, join_compositions, untrained
 from calm_jax.composition.model_card import model_card
 from calm_jax.composition.model_files import Location
@@ -177,7 +177,7 @@ def describes_composition(
   InputError for a single model with locations of the models of a composition.
   """
   names = (CONFIG, hub.CONFIG)
-  folder = hub.locate(path_or_hub_id, None, names).folder
+  folder = gguf_files.locate(path_or_hub_id, None, names).folder
   is_composed = (folder / CONFIG).exists()
   if any(locations) and not is_composed:
     raise InputError(

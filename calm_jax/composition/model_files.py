@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from calm_jax.composition import gguf_files
 from calm_jax.core import files, hub
 from calm_jax.core.errors import InputError, check_type
 from calm_jax.models.hf import weight_files
@@ -75,7 +76,7 @@ def find(
     if location is None:
       location = _place(folder, saved, config.get("folder"))
     try:
-      sources[part] = hub.locate(location, revision, patterns)
+      sources[part] = gguf_files.locate(location, revision, patterns)
     except InputError as error:
       missing[part] = error
   if missing:

@@ -49,9 +49,8 @@ _OTHERS = {
     ".save_pretrained(NEW), and give NEW"
   ),
   "*.gguf": (
-    "GGUF, the format of llama.cpp. Give the checkpoint that it was made from, "
-    "or convert it by transformers: AutoModelForCausalLM.from_pretrained("
-    "FOLDER, gguf_file=NAME).save_pretrained(NEW)"
+    "GGUF, the format of llama.cpp. Give the path of the .gguf file itself, or "
+    "the checkpoint that it was made from"
   ),
   "global_step* zero_to_fp32.py *_states.pt": (
     "DeepSpeed's training state. Its own zero_to_fp32.py, with "

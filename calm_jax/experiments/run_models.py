@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from calm_jax.composition import cross_attention, execution
+from calm_jax.composition import cross_attention, execution, gguf_files
 from calm_jax.composition import model as model_lib
 from calm_jax.composition.connections import Composition, connect
 from calm_jax.composition.execution import Work
-from calm_jax.core import hub, trees
+from calm_jax.core import trees
 from calm_jax.experiments import (
   quantisation_plan,
   saved_composition,
@@ -44,7 +44,9 @@ def load(settings: Settings, layout: Layout | None) -> dict[str, LanguageModel]:
   for side, name in settings.checkpoints.items():
     if side in loaded:
       continue
-    config = loading.load_config(hub.locate(name).folder, settings.ignore)
+    config = loading.load_config(
+      gguf_files.locate(name).folder, settings.ignore
+    )
     shapes = decoder.param_shapes(config)
     bits = quantisation_plan.bits_when_loaded(settings, side, shapes)
     shardings = sharded_models.shardings(layout, settings.parts[side])

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from calm_jax.composition import gguf_files
 from calm_jax.composition.connections import Composition
 from calm_jax.core import errors, files, hub
 from calm_jax.core.batch import Batch, Sequence
@@ -64,7 +65,7 @@ def _models(settings: Settings) -> dict[str, ModelConfig]:
 def _read(path_or_hub_id: str, ignore: str) -> ModelConfig:
   if path_or_hub_id.endswith(".json"):
     return families.from_hf(files.read_json(Path(path_or_hub_id)))
-  folder = hub.locate(path_or_hub_id, files=[hub.CONFIG]).folder
+  folder = gguf_files.locate(path_or_hub_id, files=[hub.CONFIG]).folder
   return loading.load_config(folder, ignore)
 
 

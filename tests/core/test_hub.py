@@ -82,7 +82,7 @@ def test_weights_that_are_missing_or_an_adapters(tmp_path):
 def test_a_file_in_place_of_a_folder(tmp_path):
   folder = make(tmp_path / "x", "m.gguf", "model.safetensors", "m.zip")
   for name, said in (
-    ("m.gguf", "GGUF"), ("m.zip", "an archive"),
+    ("m.gguf", "gguf"), ("m.zip", "an archive"),
     ("model.safetensors", "a file; give the folder"),
   ):  # fmt: skip
     with pytest.raises(InputError, match=said):
