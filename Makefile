@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests and examples run on the CPU, whatever else the machine has.
 CPU := JAX_PLATFORMS=cpu
 
-.PHONY: kv facts ablations test test-all parity lm-eval lint format clean
+.PHONY: kv facts ablations test test-all parity lm-eval lint format docs clean
 
 # XLA takes and returns its scratch memory at every step; in huge pages that
 # costs far fewer page faults. Other C libraries ignore it.
@@ -50,6 +50,10 @@ format: $(VENV)/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# A site of README.md, docs/ and all docstrings: build/docs/index.html.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 clean:
 	rm -rf $(VENV) build *.egg-info
 
@@ -75,4 +79,8 @@ $(VENV)/parity: $(VENV)/dev
 
 $(VENV)/lm-eval: $(VENV)/parity
 	$(BIN)/python -m pip install --quiet --editable '.[test,parity,eval]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@

@@ -25,6 +25,11 @@ def code_lines(page: pathlib.Path) -> list[str]:
   return re.findall(r"^(?: {4}|> )(.*)$", text, re.MULTILINE)
 
 
+def blocks(page: pathlib.Path) -> list[str]:
+  """Blocks of Python, in the order of the page."""
+  return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)
+
+
 def shown() -> set[str]:
   """All commands, in lines of code and in sentences, written alike."""
   found = set()
@@ -100,6 +105,21 @@ _PLANS = (
 )
 _OF_FULL_SIZE = "Measures the small pair of 61 M parameters; it has no other."
 _LAUNCHES = "Makes machines; tests/test_launch.py runs it against stand-ins."
+
+# Blocks of Python by how they begin, that no test runs as they are written.
+NOT_RUN: dict[str, str] = {
+  '"nova": ': _NOVA,
+  'FAMILIES = {..., "nova"': _NOVA,
+  "model = transformers.AutoModelForCausalLM.from_pretrained(": (
+    "Needs torch; tests/parity/test_composition_in_torch.py does it."
+  ),
+  "whole = transformers.AutoModelForImageTextToText": (
+    "Needs torch and a model that reads pictures."
+  ),
+  'more = composed.add("code", calm_jax.load_model("org/code", revision=': (
+    "Downloads; tests/composition/test_parts.py adds, drops and joins."
+  ),
+}
 
 COMMANDS: dict[str, str] = {
   # Commands of the package.
@@ -305,7 +325,7 @@ COMMANDS: dict[str, str] = {
 } | {
   f"make {target}": "Installs into .venv; test_docs.py knows the target."
   for target in (
-    ".venv/installed", "ablations", "facts", "format", "kv", "lint", "lm-eval",
-    "parity", "test", "test-all",
+    ".venv/installed", "ablations", "docs", "facts", "format", "kv", "lint",
+    "lm-eval", "parity", "test", "test-all",
   )
 }  # fmt: skip

@@ -107,6 +107,23 @@ def test_the_readme_is_short():
   assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
+def test_blocks_that_no_test_runs_are_there_and_say_why():
+  """tests/test_documented.py runs the others."""
+  there = [block for page in PAGES for block in documented.blocks(page)]
+  for start, reason in documented.NOT_RUN.items():
+    assert any(block.startswith(start) for block in there), start
+    for file in re.findall(r"\btests/[\w/]+\.py", reason):
+      assert (ROOT / file).is_file(), file
+
+
+@pytest.mark.parametrize("picture", sorted((ROOT / "docs").rglob("*.png")))
+def test_bitmaps_are_shown_with_a_description(picture):
+  shown = "\n".join(page.read_text() for page in PAGES)
+  name = re.escape(picture.name)
+  [words] = re.findall(rf"!\[([^\]]+)\]\([\w/.-]*{name}\)", shown)
+  assert len(words) > 100
+
+
 @pytest.mark.parametrize("picture", sorted((ROOT / "docs").glob("*.svg")))
 def test_pictures_are_described_and_used(picture):
   root = xml.etree.ElementTree.parse(picture).getroot()

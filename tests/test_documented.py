@@ -10,21 +10,34 @@ import sys
 
 import documented
 import made_runs
+import numpy as np
 import pytest
 import spelled
 
 import calm_jax
+from calm_jax import train
+from calm_jax.experiments import config_files
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz O.:+="
+LETTERS = "abcdefghijklmnopqrstuvwxyz AHO.:+-=0123456789"
 # The folders of checkpoints and compositions that the commands name.
 SMOL = "HuggingFaceTB/SmolLM2-"
 MODELS = ("DIR_OR_ID", "PATH_OR_ID", f"{SMOL}360M", f"{SMOL}135M")
 COMPOSITIONS = ("my-composition", "runs/mine/composition")
+TEMPLATE = (
+  "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}. {% endfor %}"
+)
+# What blocks of a page take for granted.
+GIVEN = {
+  "evaluation.md": {"data": "data"},
+  "generation.md": {"tokens": np.ones((1, 4), int)},
+}
 RUN = {
   command: flags
   for command, flags in documented.COMMANDS.items()
   if not flags.endswith(".")
 }
+# What they write, which must not be there before.
+WRITTEN = {"compose.md": "my-composition"}
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +47,7 @@ def place(tmp_path_factory):
   (place / "configs").symlink_to(documented.ROOT / "configs")
   for seed, name in enumerate(MODELS):
     spelled.save(place / name, seed, LETTERS, max_length=256)
+  (place / MODELS[0] / "chat_template.jinja").write_text(TEMPLATE)
   anchor, augmenting = (
     calm_jax.load_model(str(place / name)) for name in MODELS[:2]
   )
@@ -42,11 +56,39 @@ def place(tmp_path_factory):
   made_runs.ablations(place / "runs")
   for name in (*COMPOSITIONS, "runs/kv/composition"):
     composed.save(place / name)
+  (place / "path" / "to").mkdir(parents=True)
+  for at, names in enumerate(
+    (("here", "path/to/anchor"), ("there", "path/to/augmenting"))
+  ):
+    for name in names:
+      (place / name).symlink_to(place / MODELS[at])
   lines = [json.dumps({"text": "once upon a time."}) + "\n"] * 40
   for name in ("train.jsonl", "test.jsonl"):
     (place / name).write_text("".join(lines))
   (place / "file.jsonl").write_text('{"prompt": "Once"}\n{"prompt": "a"}\n')
   return place
+
+
+@pytest.mark.parametrize(
+  "page",
+  [*filter(documented.blocks, documented.PAGES)],
+  ids=lambda page: page.name,
+)
+def test_python_runs(page, place, tmp_path, monkeypatch):
+  """Runs a page's blocks of Python in turn.
+
+  `train.main` only checks the config: the command that README.md shows beside
+  it trains with the same one, in the test below.
+  """
+  for entry in place.iterdir():
+    if entry.name != WRITTEN.get(page.name):
+      (tmp_path / entry.name).symlink_to(entry)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(train, "main", config_files.read_settings)
+  names = {"calm_jax": calm_jax} | GIVEN.get(page.name, {})
+  for block in documented.blocks(page):
+    if not block.startswith(tuple(documented.NOT_RUN)):
+      exec(compile(block, page.name, "exec"), names)
 
 
 @pytest.mark.parametrize("command", RUN)

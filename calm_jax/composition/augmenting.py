@@ -80,8 +80,8 @@ def keys_values(
     control: changes the states that keys and values are made of.
 
   Returns:
-    {"augmenting": its part of the cache as of `run`,
-     "cross": {connection: {"key", "value"}}}.
+    {"augmenting": its part of the cache as of `run`, "cross": {connection:
+    {"key", "value"}}}.
   """
   joined, old = dict(spec.augmenting)[name], None
   if cache is not None:
