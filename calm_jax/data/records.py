@@ -12,6 +12,7 @@ import numpy as np
 
 from calm_jax.core import files
 from calm_jax.core.errors import InputError
+from calm_jax.core.extras import import_extra
 
 Record = dict[str, Any]
 Entry = files.Entry[Record]
@@ -99,13 +100,7 @@ def hf(path: str, split: str) -> Iterator[Entry]:
   not of save_to_disk.
   """
   name, _, config = path.partition(":")
-  try:
-    import datasets
-  except ImportError as error:
-    raise InputError(
-      f"hf:{name}: the package datasets is not installed; install it with"
-      " pip install 'calm_jax[hf]'"
-    ) from error
+  datasets = import_extra(f"hf:{name}", "datasets", "hf")
   saved = ("dataset_info.json", "dataset_dict.json")
   try:
     if any((Path(name) / file).is_file() for file in saved):

@@ -18,6 +18,7 @@ from tensorboardX import SummaryWriter
 
 from calm_jax.core import files
 from calm_jax.core.errors import InputError, check_choice
+from calm_jax.core.extras import import_extra
 from calm_jax.training.metrics import FILE_NAME, read_records
 
 # Logs the numbers of a step of a stage, by name.
@@ -296,14 +297,7 @@ def check(names: str) -> list[str]:
 
 
 def _import_wandb() -> ModuleType:
-  try:
-    import wandb
-  except ImportError as error:
-    raise InputError(
-      "config.trackers: the package wandb is not installed; install it with"
-      " pip install 'calm_jax[wandb]'"
-    ) from error
-  return wandb
+  return import_extra("config.trackers", "wandb", "wandb")
 
 
 def _write_line(file, values: Mapping[str, Any]) -> None:

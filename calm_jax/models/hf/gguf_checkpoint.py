@@ -6,14 +6,14 @@ The weights are dequantised to float32 by the package gguf.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from calm_jax.core import files, hub
 from calm_jax.core.errors import InputError, check_choice
-from calm_jax.models.hf import weight_files
+from calm_jax.core.extras import import_extra
+from calm_jax.models.hf import export, weight_files
 
 Json = dict[str, Any]
 
@@ -75,7 +75,7 @@ class GgufFile:
   """
 
   def __init__(self, path: Path):
-    self._gguf, self.path = _import_gguf(path), path
+    self._gguf, self.path = import_extra(str(path), "gguf", "gguf"), path
     try:
       reader = self._gguf.GGUFReader(path)
       self.metadata = {k: x.contents() for k, x in reader.fields.items()}
@@ -112,7 +112,7 @@ class GgufFile:
       shapes,
       "float32",
       lambda name: self._value(theirs[name], config),
-      10 << 30,
+      export.MAX_SHARD_SIZE,
     )
     files.write_json(folder / hub.CONFIG, config)
 
@@ -216,14 +216,3 @@ def _gemma3(config: Json, given: Mapping[str, Any]) -> Json:
       for layer in range(layers)
     ],
   }
-
-
-def _import_gguf(path: Path) -> ModuleType:
-  try:
-    import gguf
-  except ImportError as error:
-    raise InputError(
-      f"{path}: the package gguf is not installed; install it with pip install"
-      " 'calm_jax[gguf]'"
-    ) from error
-  return gguf
