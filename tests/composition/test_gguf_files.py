@@ -322,6 +322,10 @@ def test_what_cannot_be_read_is_named(gguf, tmp_path, sentencepiece_model):
   write_gguf(gguf, path, config | {"model_type": "qwen2moe"}, {})
   with pytest.raises(InputError, match=r"'qwen2moe' is none of .*gemma3"):
     gguf_files.locate(path)
+  bare = {k: v for k, v in config.items() if k != "sliding_window"}
+  write_gguf(gguf, path, bare | {"model_type": "gemma3_text"}, {}, keys)
+  with pytest.raises(InputError, match=r"lacks .*gemma3\.attention\.sliding_w"):
+    gguf_files.locate(path)
   path.write_bytes(b"GGUF")
   with pytest.raises(InputError, match="no GGUF file"):
     gguf_files.locate(path)

@@ -35,6 +35,7 @@ _KEYS = {
   "rope.freq_base": "rope_theta",
 }
 _WINDOW = "attention.sliding_window"
+_NEEDED = ("block_count", "embedding_length", "attention.head_count")
 # What follows from other keys, and is checked.
 _SAME = ("attention.value_length", "rope.dimension_count")
 _SCALING = {
@@ -117,13 +118,19 @@ class GgufFile:
     files.write_json(folder / hub.CONFIG, config)
 
   def config(self) -> Json:
-    """Returns config.json; InputError for an option that is not known."""
+    """Returns config.json.
+
+    Raises InputError for an option that is not known, or one that is missing.
+    """
     prefix = f"{self.name}."
     given = {
       key.removeprefix(prefix): value
       for key, value in self.metadata.items()
       if key.startswith(prefix)
     }
+    needed = _NEEDED if self.name != "gemma3" else (*_NEEDED, _WINDOW)
+    if missing := [prefix + key for key in needed if key not in given]:
+      raise InputError(f"{self.path} lacks the options {missing}")
     rows = int(self._tensors["token_embd.weight"].shape[1])
     found: Json = {"model_type": _FAMILIES[self.name], "vocab_size": rows}
     found["tie_word_embeddings"] = "output.weight" not in self._tensors
