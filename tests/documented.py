@@ -311,6 +311,7 @@ COMMANDS: dict[str, str] = {
   ),
   "pip install -e '.[eval]'": _INSTALLS,
   "pip install -e '.[gguf]'": _INSTALLS,
+  "pip install -e '.[quant]'": _INSTALLS,
   "pip install -e '.[wandb]'": _INSTALLS,
   "pip install xprof": _INSTALLS,
   "python -m pip install -e '.[gpu]'": _INSTALLS,
