@@ -71,6 +71,9 @@ FAMILIES = {
     "no window": {"sliding_window": None}, "long window": LONG_WINDOW,
     "head_dim": _WIDE, "tied": _TIED, "yarn": _YARN,
   }),
+  "ministral": (_GEMMA | WINDOW | {
+    "layer_types": [SLIDING, FULL, FULL, SLIDING],
+  }, {"all windows": {"layer_types": None}, "yarn": _YARN}),
   "qwen2": (_BASE, {
     "windows": _QWEN, "all windows": _QWEN | {"max_window_layers": 0},
     "layer_types": _QWEN | {"layer_types": [SLIDING, FULL, SLIDING, FULL]},
@@ -130,6 +133,10 @@ FAMILIES = {
   "olmo2": (_BASE, {
     "attention_bias": _BIAS, "own key heads": _OWN, "tied": _TIED,
     "linear": _LINEAR,
+  }),
+  "olmo3": (_BASE | WINDOW | {"rope_theta": 400.0}, {
+    "layer_types": {"layer_types": [FULL, FULL, SLIDING, SLIDING]},
+    "no window": {"layer_types": [FULL] * 4}, "yarn": _YARN,
   }),
   "smollm3": (_BASE, {
     "no_rope_layers": {"no_rope_layers": [0, 1, 1, 0]},

@@ -17,10 +17,12 @@ import transformers
 from golden import options
 
 NAMES = {
-  "llama": "Llama 1 to 3.x", "mistral": "Mistral", "qwen2": "Qwen2, Qwen2.5",
+  "llama": "Llama 1 to 3.x", "mistral": "Mistral",
+  "ministral": "Ministral", "qwen2": "Qwen2, Qwen2.5",
   "qwen3": "Qwen3", "gemma": "Gemma", "gemma2": "Gemma 2",
   "gemma3_text": "Gemma 3 (text)", "gpt2": "GPT-2",
   "gpt_neox": "GPT-NeoX (Pythia)", "phi3": "Phi-3", "olmo2": "OLMo 2",
+  "olmo3": "OLMo 3",
   "smollm3": "SmolLM3", "starcoder2": "StarCoder2", "granite": "Granite",
   "mixtral": "Mixtral", "qwen3_moe": "Qwen3-MoE",
 }  # fmt: skip

@@ -106,16 +106,27 @@ def gemma2(hf: Json) -> Json:
   return _gemma_scales(hf) | rotary(hf) | _alternating(hf, 2)
 
 
-def gemma3(hf: Json) -> Json:
-  """Reads Gemma 3, whose windowed layers have other rotary positions."""
-  thetas = dict(zip(_KINDS, (1e6, 1e4), strict=True))
-  head_dim = _head_dim(hf)
-  ropes = rope_config.read_ropes(hf, head_dim, thetas)
-  windows = _alternating(hf, hf["sliding_window_pattern"])
-  rope, local_rope = ropes.values()
+def _two_ropes(hf: Json, every: int, *thetas: float) -> Json:
+  """Reads `_alternating`, and the windowed layers' other rotary positions.
+
+  The bases `thetas` are the defaults of full layers and of those with windows.
+  """
+  head_dim, windows = _head_dim(hf), _alternating(hf, every)
+  by_kind = dict(zip(_KINDS, thetas, strict=True))
+  rope, local_rope = rope_config.read_ropes(hf, head_dim, by_kind).values()
   if windows:
     windows["local_rope"] = local_rope
-  return _gemma_scales(hf) | windows | {"head_dim": head_dim, "rope": rope}
+  return windows | {"head_dim": head_dim, "rope": rope}
+
+
+def gemma3(hf: Json) -> Json:
+  return _gemma_scales(hf) | _two_ropes(
+    hf, hf["sliding_window_pattern"], 1e6, 1e4
+  )
+
+
+def olmo3(hf: Json) -> Json:
+  return _two_ropes(hf, 4, 5e5, 5e5)
 
 
 def gpt2(hf: Json) -> Json:

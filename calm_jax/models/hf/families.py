@@ -23,6 +23,7 @@ _MISTRAL = _DEFAULTS | {
   "num_key_value_heads": 8, "max_position_embeddings": 4096 * 32,
   "sliding_window": 4096,
 }
+_OLMO2 = _DEFAULTS | _NO_BIAS | {"rms_norm_eps": 1e-5}
 _WINDOW = {
   "sliding_window": 4096, "use_sliding_window": False,
   "max_position_embeddings": 32768,
@@ -41,12 +42,16 @@ _GEMMA2 = {k: v for k, v in _GEMMA.items() if k != "hidden_act"} | {
   "sliding_window": 4096, "layer_types": None,
 }
 _SANDWICH = {"norm": "rms_plus_one", "post_norm": True}
+_POST_NORMS = {"pre_norm": False, "post_norm": True}
 _GEMMA_ONLY = {"use_bidirectional_attention": (False,)}
 _EXPERTS = {"num_experts": "num_local_experts"}
 
 FAMILIES = {
   "llama": ConfigTable(config_fields.rotary, _LLAMA),
   "mistral": ConfigTable(config_fields.windowed, _MISTRAL),
+  "ministral": ConfigTable(
+    config_fields.windowed, _MISTRAL | {"layer_types": None}
+  ),
   "qwen2": ConfigTable(
     config_fields.qwen, _QWEN, fixed={"attention_bias": True}
   ),
@@ -103,8 +108,11 @@ FAMILIES = {
     },
   ),
   "olmo2": ConfigTable(
-    config_fields.rotary, _DEFAULTS | _NO_BIAS | {"rms_norm_eps": 1e-5},
-    fixed={"pre_norm": False, "post_norm": True, "qk_norm": "full"},
+    config_fields.rotary, _OLMO2, fixed=_POST_NORMS | {"qk_norm": "full"}
+  ),
+  "olmo3": ConfigTable(
+    config_fields.olmo3, _OLMO2 | {"sliding_window": 4096, "layer_types": None},
+    fixed=_POST_NORMS | {"qk_norm": "full"},
   ),
   "smollm3": ConfigTable(
     config_fields.smollm3, _LLAMA | _WINDOW | {

@@ -144,11 +144,14 @@ def _mixture(module: str, gate: str, up: str, down: str) -> TensorTable:
 
 _MIXTRAL = _mixture(".block_sparse_moe", "w1", "w3", "w2")
 _QWEN3_MOE = _mixture(".mlp", "gate_proj", "up_proj", "down_proj")
+_LLAMAS = (
+  "gemma", "granite", "llama", "ministral", "mistral", "qwen2", "qwen3",
+  "smollm3",
+)
 FAMILIES = {
-  "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA,
-  "gemma": _LLAMA, "gemma2": _SANDWICH, "gemma3_text": _SANDWICH,
-  "gpt2": _GPT2, "gpt_neox": _NEOX, "phi3": _PHI3, "olmo2": _SANDWICH,
-  "smollm3": _LLAMA, "starcoder2": _STARCODER2, "granite": _LLAMA,
+  **dict.fromkeys(_LLAMAS, _LLAMA),
+  **dict.fromkeys(("gemma2", "gemma3_text", "olmo2", "olmo3"), _SANDWICH),
+  "gpt2": _GPT2, "gpt_neox": _NEOX, "phi3": _PHI3, "starcoder2": _STARCODER2,
   "mixtral": _MIXTRAL, "qwen3_moe": _QWEN3_MOE,
 }
 # fmt: on

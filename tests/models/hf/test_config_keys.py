@@ -109,6 +109,8 @@ OFFICIAL = {
   "Mistral 7B v0.3": ("mistral", "attention_dropout sliding_window rope_theta"),
   "Mistral NeMo": ("mistral", "attention_dropout head_dim sliding_window "
                    "rope_theta"),
+  "Ministral": ("ministral", "attention_dropout head_dim layer_types "
+                "sliding_window rope_theta"),
   "Qwen2": ("qwen2", f"max_window_layers {_QWEN}"),
   "Qwen2.5": ("qwen2", f"max_window_layers {_QWEN}; use_mrope"),
   "Qwen2.5 1M": ("qwen2", f"max_window_layers {_QWEN}; "
@@ -139,6 +141,8 @@ OFFICIAL = {
                  "auto_map full_attn_mod interpolate_factor lm_head_bias "
                  "mlp_bias"),
   "OLMo 2": ("olmo2", f"attention_bias attention_dropout pad_token_id {_ROPE}"),
+  "OLMo 3": ("olmo3", "attention_bias attention_dropout layer_types "
+             f"pad_token_id sliding_window {_ROPE}"),
   "SmolLM3": ("smollm3", "attention_bias layer_types mlp_bias no_rope_layers "
               f"no_rope_layer_interval pad_token_id pretraining_tp {_QWEN}; "
               "max_window_layers"),

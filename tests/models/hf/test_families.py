@@ -102,6 +102,7 @@ def test_refuses(changes, message):
 
 REFUSED = {
   "mistral": {"sliding_window": 0},
+  "ministral": {"layer_types": ["chunked_attention"] * 4},
   "qwen2": {"layer_types": ["full_attention", "sliding_attention"] * 2},
   "qwen3": {"layer_types": ["chunked_attention"] * 4},
   "gemma": {"hidden_activation": "relu"},
@@ -111,6 +112,7 @@ REFUSED = {
   "gpt_neox": {"rope_scaling": {"rope_type": "longer", "factor": 2.0}},
   "phi3": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
   "olmo2": {"is_causal": False},
+  "olmo3": {"sliding_window": None},
   "smollm3": {"no_rope_layers": [1, 0]},
   "starcoder2": {"attention_chunk_size": 8},
   "granite": {"partial_rotary_factor": 0.5},
