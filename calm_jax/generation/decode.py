@@ -2,8 +2,8 @@
 
 A batch is laid out once (`batching`), read by `decode_steps.start` and
 continued by `decode_steps.advance` for up to CHUNK tokens at a time. An
-augmenting model with a tokenizer of its own cannot read along on the device: a
-`Follower` feeds it between two steps.
+augmenting model with a tokenizer of its own is fed by a `Follower` between two
+steps.
 
 B rows, S stop tokens, T new tokens.
 """
@@ -16,17 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm_jax.composition import inference, visibility
-from calm_jax.composition.connections import Augmenting
+from calm_jax.composition import inference
 from calm_jax.composition.model import Model
-from calm_jax.core.batch import Batch, Control, Sequence
-from calm_jax.generation import batching, decode_steps
+from calm_jax.core.batch import Batch
+from calm_jax.generation import batching, decode_steps, followers
 from calm_jax.generation.batching import Ids
 from calm_jax.generation.decode_steps import DecodeState
+from calm_jax.generation.followers import Follower
 from calm_jax.generation.replacements import Replacement
 from calm_jax.generation.sampling import GREEDY, Sampler
 from calm_jax.parallel import processes
-from calm_jax.text.alignment import AlignedReader
 
 Array = jax.Array
 
@@ -46,6 +45,9 @@ def stream(
   stop_ids: Rows[int] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
   """Continues prompts, a few tokens at a time.
+
+  A continuation ends early, with a warning, where an augmenting model has read
+  as many tokens of its own as it was made for.
 
   Args:
     model: continues the prompts.
@@ -80,15 +82,11 @@ def stream(
     model, prompts, lengths, batch_size, least, replacement
   )
   for indices, batch, readers in batches:
-    followers = [
-      Follower(name, joined, readers[name], batch.augmenting[name])
-      for name, joined in model.spec.augmenting
-      if name in readers and visibility.reads_new_text(joined.visibility)
-    ]
-    read = model, batch, followers, [seeds[i] for i in indices], stop_ids
+    following = followers.of_batch(model, batch, readers)
+    read = model, batch, following, [seeds[i] for i in indices], stop_ids
     state = _prefill(*read, sampler, max_new_tokens, slots)
     yield from _continue(
-      model, state, followers, indices, sampler, max_new_tokens, finished
+      model, state, following, indices, sampler, max_new_tokens, finished
     )
 
 
@@ -103,7 +101,7 @@ def generate(model: Model, prompts: Ids, **options) -> list[list[int]]:
 def _prefill(
   model: Model,
   batch: Batch,
-  followers: list["Follower"],
+  following: list[Follower],
   seeds: list[int],
   stop_ids: Rows[int] | None,
   sampler: Sampler,
@@ -115,7 +113,7 @@ def _prefill(
   all_slots = dict.fromkeys(names, slots)
   for name, row in batch.augmenting.items():
     all_slots[name] = row.tokens.shape[1]
-  all_slots |= {follower.name: follower.slots for follower in followers}
+  all_slots |= {follower.name: follower.slots for follower in following}
   if stop_ids is None:
     stop_ids = model.tokenizer.stop_ids if model.tokenizer else ()
   spare = len(batch.anchor.tokens) - len(seeds)
@@ -136,14 +134,14 @@ def _prefill(
 def _continue(
   model: Model,
   state: DecodeState,
-  followers: list["Follower"],
+  following: list[Follower],
   indices: list[int],
   sampler: Sampler,
   max_new_tokens: int,
   finished: Callable[[int, list[int]], bool] | None,
 ) -> Iterator[tuple[int, list[int]]]:
   """Continues the rows of a batch, which are the prompts `indices`."""
-  size = 1 if followers else min(CHUNK, max_new_tokens)
+  size = 1 if following else min(CHUNK, max_new_tokens)
   left = max_new_tokens - 1
 
   advance_rows = decode_steps.advance_on(jax.default_backend(), model.params)
@@ -162,7 +160,7 @@ def _continue(
     )
 
   # The device need not wait for the host where that changes nothing.
-  goes_ahead = not followers and finished is None
+  goes_ahead = not following and finished is None
   made: list[list[int]] = [[] for _ in indices]
   new_BT = jnp.where(state.done_B, -1, state.token_B)[:, None]
   while True:
@@ -183,60 +181,11 @@ def _continue(
       return
     if ahead is None:
       cache = state.cache
-      for follower in followers:
+      for follower in following:
         newest_B = np.where(done_B, -1, new_BT[:, -1])
-        cache = follower.follow(model, cache, newest_B, state.control)
+        cache, is_full_B = follower.follow(
+          model, cache, newest_B, state.control
+        )
+        done_B |= is_full_B
       ahead = advance(state._replace(done_B=done_B, cache=cache))
     state, new_BT = ahead
-
-
-def follower_slots(length: int) -> int:
-  """Slots of a follower's cache at first, for prompts of so many tokens."""
-  return batching.round_up(2 * length)
-
-
-class Follower:
-  """Feeds one augmenting model the tokens that growing texts complete.
-
-  Its cache has `slots`, and grows if they do not suffice.
-  """
-
-  def __init__(
-    self,
-    name: str,
-    joined: Augmenting,
-    readers: list[AlignedReader],
-    prompt: Sequence,
-  ):
-    self.name, self._joined, self._readers = name, joined, readers
-    self._lengths_B = prompt.segments.sum(axis=1)  # tokens read so far
-    self._slot = prompt.tokens.shape[1]  # the next free one
-    self.slots = follower_slots(self._slot)
-
-  def follow(
-    self, model: Model, cache: dict, new_B: np.ndarray, control: Control | None
-  ) -> dict:
-    """Reads what the newest token of each row (-1 for none) completes.
-
-    The cache of all models is donated; returns the new one. Raises InputError
-    if the model would read beyond its length limit.
-    """
-    ids = [
-      reader.push(int(token)) if token >= 0 else []
-      for reader, token in zip(self._readers, new_B, strict=False)
-    ]
-    longest = max(map(len, ids))
-    if not longest:
-      return cache
-    size = 1 << (longest - 1).bit_length()
-    if self._slot + size > self.slots:
-      self.slots = batching.round_up(2 * self.slots)
-      cache = decode_steps.grow(cache, self.name, self.slots)
-    sequence = batching.pad(ids, len(new_B), size, first=self._lengths_B)
-    self._lengths_B = self._lengths_B + (sequence.segments > 0).sum(axis=1)
-    batching.check_length(self.name, self._joined, self._lengths_B.max())
-    slot = np.int32(self._slot)
-    self._slot += size
-    return decode_steps.feed(
-      model.params, model.spec, cache, sequence, slot, control, name=self.name
-    )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from calm_jax.composition import augmenting, forward, visibility
 from calm_jax.composition.connections import Composition
 from calm_jax.core.batch import Batch, Control, Sequence
-from calm_jax.generation.sampling import Sampler
+from calm_jax.generation.sampling import RowSampler, Sampler
 from calm_jax.models import cache as cache_lib
 from calm_jax.models import joined
 
@@ -36,7 +36,7 @@ class DecodeState(NamedTuple):
   # scalings that depend on the length take it for the text's. Models with other
   # tokenizers are not there.
   lengths: dict[str, Array]
-  stop_S: Array  # the tokens that end a row
+  stop_S: Array  # the tokens that end a row, or [B, S] by row
   allowed_V: Array | None  # those that may be picked; None for all
   logits_BV: Array  # float32, that `token_B` was picked from
   token_B: Array  # the newest token of each row, not read yet
@@ -44,12 +44,22 @@ class DecodeState(NamedTuple):
   seen_BV: Array | None  # tokens so far; None without a repetition penalty
   done_B: Array  # whether a stop token was picked
   control: Control | None  # the batch's
+  by_row: RowSampler | None = None  # in place of one `Sampler` for all rows
+
+
+class Tops(NamedTuple):
+  """Log-probabilities in nats of T tokens a row, and of the likeliest ones."""
+
+  chosen_BT: Array  # float32, of the token that was picked
+  ids_BTN: Array  # int32, the likeliest first
+  values_BTN: Array  # float32
 
 
 def _pick(state: DecodeState, sampler: Sampler) -> DecodeState:
   """Picks the next token of each row from the logits."""
   keys_B, seen_BV, draw_B = state.keys_B, state.seen_BV, None
-  if sampler.temperature > 0:
+  sampler = state.by_row or sampler
+  if sampler.draws:
     keys_B, draw_B = jax.vmap(jax.random.split, out_axes=1)(keys_B)
   logits_BV = state.logits_BV
   if state.allowed_V is not None:
@@ -75,6 +85,7 @@ def start(
   stop_S: Array,
   max_new_tokens: Array,
   allowed_V: Array | None = None,
+  by_row: RowSampler | None = None,
   *,
   slots: tuple[tuple[str, int], ...],
   sampler: Sampler,
@@ -85,8 +96,10 @@ def start(
     params: from `inference.prepare`; of the models in `spec`.
     batch: from `batching.batches`.
     seeds_B: a seed a row, uint32.
-    stop_S, max_new_tokens: int32; the token ids that end a row.
+    stop_S, max_new_tokens: int32; the token ids that end a row. Both may be
+      given by row, [B, S] and [B].
     allowed_V: of `batching.allowed_ids`.
+    by_row: draws in place of `sampler`.
     slots: (model, slots of its cache), for all models.
   """
   B, P = batch.anchor.tokens.shape
@@ -119,6 +132,7 @@ def start(
     seen_BV=seen_BV,
     done_B=~is_real_BL.any(-1),
     control=batch.control,
+    by_row=by_row,
   )
   return _pick(state, sampler)
 
@@ -166,7 +180,8 @@ def _advance(
   *,
   sampler: Sampler,
   size: int,
-) -> tuple[DecodeState, Array]:
+  tops: int = 0,
+) -> tuple[DecodeState, Array] | tuple[DecodeState, Array, Tops]:
   """Reads the newest tokens and picks the next, again and again.
 
   Args:
@@ -176,21 +191,26 @@ def _advance(
       makes `size`, and only the first `steps` count: a state is good for
       another call if they were all.
     size: columns of the result.
+    tops: how many of the likeliest tokens the third result names; without it
+      there are two.
 
   Returns:
     The state, and the tokens picked, int32 [B, size]; -1 from a stop token on.
   """
 
   def go_on(carry):
-    i, state, _ = carry
+    i, state, *_ = carry
     return (i < steps) & ~state.done_B.all()
 
   def body(carry):
-    i, state, out_BT = carry
+    i, state, out_BT, *told = carry
     state = _step(params, spec, state, sampler)
     is_new_B = (i < steps) & ~state.done_B
     column_B = jnp.where(is_new_B, state.token_B, -1)
-    return i + 1, state, out_BT.at[:, i].set(column_B)
+    if told:
+      new = log_probabilities(state.logits_BV, state.token_B, tops)
+      told = jax.tree.map(lambda x, y: x.at[:, i].set(y[:, 0]), told, [new])
+    return i + 1, state, out_BT.at[:, i].set(column_B), *told
 
   def loop(carry):
     # At a condition that depends on data, a GPU waits for the host.
@@ -204,14 +224,30 @@ def _advance(
     cache = _change_caches(
       cache, names, lambda c: cache_lib.begin(c, size, first)
     )
-  out_BT = jnp.full((len(state.token_B), size), -1, jnp.int32)
+  shape = len(state.token_B), size
+  out_BT = jnp.full(shape, -1, jnp.int32)
+  told = [_no_tops(*shape, tops, state.logits_BV.dtype)] if tops else []
   with jax.named_scope("decode"):
-    carry = jnp.int32(0), state._replace(cache=cache), out_BT
-    _, state, out_BT = loop(carry)
+    carry = jnp.int32(0), state._replace(cache=cache), out_BT, *told
+    _, state, out_BT, *told = loop(carry)
   if not on_gpu:
     cache = _change_caches(state.cache, names, cache_lib.settle)
     state = state._replace(cache=cache)
-  return state, out_BT
+  return state, out_BT, *told
+
+
+def _no_tops(rows: int, size: int, tops: int, dtype: jnp.dtype) -> Tops:
+  shape = rows, size
+  ids_BTN = jnp.zeros((*shape, tops), jnp.int32)
+  return Tops(jnp.zeros(shape, dtype), ids_BTN, ids_BTN.astype(dtype))
+
+
+def log_probabilities(logits_BV: Array, token_B: Array, tops: int) -> Tops:
+  """Log-probabilities of the newest tokens, before any temperature (T = 1)."""
+  all_BV = jax.nn.log_softmax(logits_BV)
+  chosen_B1 = jnp.take_along_axis(all_BV, token_B[:, None], axis=-1)
+  values_BN, ids_BN = jax.lax.top_k(all_BV, tops)
+  return Tops(chosen_B1, ids_BN[:, None], values_BN[:, None])
 
 
 def advance_on(platform: str, params: dict) -> Callable:
@@ -230,7 +266,7 @@ def _compiled(side_by_side: bool) -> Callable:
     options = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
   return jax.jit(
     _advance,
-    static_argnames=("spec", "sampler", "size"),
+    static_argnames=("spec", "sampler", "size", "tops"),
     donate_argnames="state",
     compiler_options=options,
   )

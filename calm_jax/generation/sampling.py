@@ -1,9 +1,12 @@
 """Picks the next token from its logits."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from calm_jax.core.errors import check_float, check_int
 
@@ -42,6 +45,11 @@ class Sampler:
     for name, value in checked.items():
       object.__setattr__(self, name, value)  # numpy's numbers as Python's
 
+  @property
+  def draws(self) -> bool:
+    """True if it needs random keys."""
+    return self.temperature > 0
+
   def __call__(self, keys_B: Array, logits_BV: Array, seen_BV: Array) -> Array:
     """The next token of each row, int32 [B], drawn with a random key a row.
 
@@ -74,6 +82,72 @@ class Sampler:
       is_kept_BV = logits_BV >= most + jnp.log(self.min_p)
       logits_BV = jnp.where(is_kept_BV, logits_BV, -jnp.inf)
     return logits_BV
+
+
+class RowSampler(NamedTuple):
+  """The fields of a `Sampler` for each row; without a repetition penalty.
+
+  A row is drawn as its sampler alone would draw it, with the same keys.
+  """
+
+  temperature_B: Array  # float32
+  top_k_B: Array  # int32
+  top_p_B: Array  # float32
+  min_p_B: Array  # float32
+
+  draws = True
+  repetition_penalty = 1.0
+
+  @classmethod
+  def of(cls, samplers: Sequence[Sampler]) -> "RowSampler":
+    """The samplers of rows as arrays, for samplers without a penalty."""
+    for sampler in samplers:
+      check_float("repetition_penalty", sampler.repetition_penalty, 1, 1)
+    types = np.float32, np.int32, np.float32, np.float32
+    names = (name.removesuffix("_B") for name in cls._fields)
+    return cls(
+      *(
+        np.array([getattr(sampler, name) for sampler in samplers], dtype)
+        for name, dtype in zip(names, types, strict=True)
+      )
+    )
+
+  def __call__(self, keys_B: Array, logits_BV: Array, seen_BV: None) -> Array:
+    """The next token of each row, int32 [B]."""
+    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+    def draw() -> Array:
+      scale_B1 = jnp.maximum(self.temperature_B, 1 / _MOST)[:, None]
+      kept_BV = self._filtered(logits_BV / scale_B1)
+      drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV)
+      is_drawn_B = self.temperature_B > 0
+      return jnp.where(is_drawn_B, drawn_B.astype(jnp.int32), greedy_B)
+
+    # Drawing passes over the vocabulary several times.
+    return jax.lax.cond((self.temperature_B > 0).any(), draw, lambda: greedy_B)
+
+  def _filtered(self, logits_BV: Array) -> Array:
+    V = logits_BV.shape[-1]
+    filters_B = (self.top_k_B > 0) | (self.top_p_B < 1) | (self.min_p_B > 0)
+
+    def filtered() -> Array:
+      ordered_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
+      k_B = jnp.where(self.top_k_B > 0, self.top_k_B, V)
+      k_B1 = jnp.minimum(k_B, V)[:, None]
+      kept_BV = _likeliest(logits_BV, ordered_BV, k_B1)
+      is_first_BV = jnp.arange(V) < k_B1
+      ordered_BV = jnp.where(is_first_BV, ordered_BV, -jnp.inf)
+      p_BV = jax.nn.softmax(ordered_BV, axis=-1)
+      before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
+      top_p_B1 = self.top_p_B[:, None]
+      stays_BV = before_BV < top_p_B1 * (1 - _ROUNDING)
+      count_B1 = stays_BV.sum(axis=-1, keepdims=True).clip(1)
+      count_B1 = jnp.where(top_p_B1 < 1, count_B1, V)
+      kept_BV = _likeliest(kept_BV, ordered_BV, count_B1)
+      least_B = kept_BV.max(axis=-1) + jnp.log(self.min_p_B)
+      return jnp.where(kept_BV >= least_B[:, None], kept_BV, -jnp.inf)
+
+    return jax.lax.cond(filters_B.any(), filtered, lambda: logits_BV)
 
 
 def _likeliest(

@@ -14,7 +14,7 @@ from calm_jax.core import flops, trees
 from calm_jax.core.batch import plain_batch, plain_sequence
 from calm_jax.core.errors import InputError
 from calm_jax.experiments import run_models, sharded_models
-from calm_jax.generation import batching, decode, decode_steps
+from calm_jax.generation import batching, decode, decode_steps, followers
 from calm_jax.generation.sampling import GREEDY
 from calm_jax.parallel import placement, sharding
 from calm_jax.planning import gpu_topology, shapes
@@ -173,7 +173,7 @@ def _start(placed: Placed, prompts: Prompts) -> tuple[tuple, dict[str, Any]]:
     if name in job.own:
       length = min(prompts.length, joined.config.max_length)
       own[name] = prompts_BL[:, :length]
-      slots[name] = decode.follower_slots(length)
+      slots[name] = followers.first_slots(length)
   # Counts for all models, as `batching` makes them.
   batch = plain_batch(prompts_BL)._replace(
     augmenting={name: plain_sequence(rows_BM) for name, rows_BM in own.items()},

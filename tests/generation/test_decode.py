@@ -194,15 +194,37 @@ def test_positions_that_depend_on_the_length_of_the_text():
   assert plain != got
 
 
-def test_an_own_tokenizer_that_reads_too_much_is_an_error(spelled):
+def test_a_text_ends_where_an_own_tokenizer_has_read_its_limit(spelled, caplog):
   spec, params = helpers.compose()
   joined = dict(spec.augmenting)["kv"]
+  limited = dataclasses.replace(joined.config, max_length=10)
+  limited = dataclasses.replace(joined, config=limited)
+  model = spelled(spec, params, ["kv"])
   short = dataclasses.replace(
-    joined, config=dataclasses.replace(joined.config, max_length=6)
+    model, spec=Composition(spec.anchor, (("kv", limited),))
   )
-  spec = Composition(spec.anchor, (("kv", short),))
-  with pytest.raises(InputError, match=r"'kv' would read .* limit is 6"):
-    decode.generate(spelled(spec, params, ["kv"]), PROMPTS, max_new_tokens=40)
+  whole = decode.generate(model, PROMPTS, max_new_tokens=40)
+  readable = [p for p in PROMPTS if len(Spelled().read(p, 0)[0]) <= 10]
+  got = dict(
+    zip(
+      map(tuple, readable),
+      decode.generate(short, readable, max_new_tokens=40),
+      strict=True,
+    )
+  )
+  ends_early = 0
+  for prompt, longer in zip(PROMPTS, whole, strict=True):
+    if prompt not in readable:
+      continue
+    _, counts = Spelled().read(prompt + longer, 0)
+    # The token that completes too much is the last one.
+    most = sum(count <= 10 for count in counts) + 1 - len(prompt)
+    assert got[tuple(prompt)] == longer[:most]
+    ends_early += most < 40
+  assert 0 < ends_early < len(readable)
+  assert "has read its 10 tokens" in caplog.text
+  with pytest.raises(InputError, match=r"'kv' would read .* limit is 10"):
+    decode.generate(short, [PROMPTS[3] * 3], max_new_tokens=1)
 
 
 def test_many_lengths_are_few_programs():
