@@ -3,6 +3,7 @@
 A command that takes a config runs by `run_with_config`, any other by `guarded`.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import errno
@@ -25,6 +26,7 @@ from calm_jax.core import errors
 from calm_jax.core.errors import InputError
 from calm_jax.core.typed_fields import typed
 from calm_jax.experiments.settings import Settings
+from calm_jax.models import quantisation
 from calm_jax.training import signals
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -97,6 +99,23 @@ def guarded(main: Callable[[], None]) -> None:
   """Runs main(); its errors end as for `run_with_config`."""
   with _exit_codes(), signals.raised(Settings.grace, _nothing_kept):
     main()
+
+
+def model_flags(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags that say which model to load, and where its parts are."""
+  flag = parser.add_argument
+  flag(
+    "--model", required=True, help="a checkpoint or composition: folder or id"
+  )
+  flag("--anchor", help="where a composition's anchor is, if it was moved")
+  flag("--augmenting", help="the same of its m_A; of several NAME=DIR,NAME=DIR")
+
+
+def number_flags(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags that say in which numbers a model computes."""
+  flag = parser.add_argument
+  flag("--dtype", help="of weights and computation")
+  flag("--quantise", choices=quantisation.KINDS, help="the models' matrices")
 
 
 def keep_compiled_programs() -> None:

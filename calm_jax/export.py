@@ -19,12 +19,8 @@ def main() -> None:
     prog="python -m calm_jax.export", description=__doc__.split("\n")[0]
   )
   flag = parser.add_argument
-  flag(
-    "--model", required=True, help="a checkpoint or composition: folder or id"
-  )
+  cli.model_flags(parser)
   flag("--folder", required=True, help="the new folder")
-  flag("--anchor", help="where a composition's anchor is, if it was moved")
-  flag("--augmenting", help="the same of its m_A; of several NAME=DIR,NAME=DIR")
   flag("--dtype", help="of the weights; as saved by default")
   flag("--ignore", default="", help="keys of config.json, with commas")
   flag(

@@ -26,12 +26,9 @@ from calm_jax.core.errors import InputError
 from calm_jax.data.examples import read_prompts
 from calm_jax.experiments import sharded_models
 from calm_jax.generation.sampling import Sampler
-from calm_jax.models import quantisation
 from calm_jax.parallel import mesh
 from calm_jax.parallel.rules import SHARDING
 from calm_jax.parallel.sharding import Layout
-from calm_jax.reporting import figures
-from calm_jax.reporting.attention import attention_figure
 
 # Flags that are arguments of `LanguageModel.generate`, with their defaults.
 _OPTIONS = {"max_new_tokens": 128, "seed": 0} | vars(Sampler())
@@ -42,11 +39,7 @@ def _arguments() -> argparse.Namespace:
     prog="python -m calm_jax.generate", description=__doc__.split("\n")[0]
   )
   flag = parser.add_argument
-  flag(
-    "--model", required=True, help="a checkpoint or composition: folder or id"
-  )
-  flag("--anchor", help="where a composition's anchor is, if it was moved")
-  flag("--augmenting", help="the same of its m_A; of several NAME=DIR,NAME=DIR")
+  cli.model_flags(parser)
   which = parser.add_mutually_exclusive_group()
   which.add_argument("--prompt", help="the text to continue")
   which.add_argument("--prompts", type=Path, help='a file of lines {"prompt"}')
@@ -58,8 +51,7 @@ def _arguments() -> argparse.Namespace:
     "--stop", action="append", default=[], help="ends a text; may be repeated"
   )
   flag("--batch_size", type=int, default=64)
-  flag("--dtype", help="of weights and computation")
-  flag("--quantise", choices=quantisation.KINDS, help="the models' matrices")
+  cli.number_flags(parser)
   flag("--ignore", default="", help="keys of config.json, with commas")
   flag("--mesh", help="devices along axes: tensor=4, or fsdp=-1 for all")
   flag("--attention", help="a .png file: where a composition looks meanwhile")
@@ -80,8 +72,6 @@ def main() -> None:
   options = {name: getattr(arguments, name) for name in (*_OPTIONS, "stop")}
   # Before the model is loaded, which may take long.
   Sampler(**{name: options[name] for name in vars(Sampler())})
-  if arguments.attention:
-    figures.load_matplotlib()
   prompts = read_prompts(arguments.prompts) if arguments.prompts else []
   layout = _layout(arguments.mesh) if arguments.mesh else None
   names = ("dtype", "quantise", "ignore", "anchor", "augmenting")
@@ -130,10 +120,14 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def _draw(maps: dict[str, Any], path: str) -> None:
+  # Imported here: matplotlib would take half of the time to the first token.
+  from calm_jax.reporting.attention import attention_figure
+  from calm_jax.reporting.figures import save_figure
+
   names = ("weights", "tokens", "connections", "prompt_length")
   shown = [maps[name] for name in names]
   figure = attention_figure(*shown, maps.get("augmenting_tokens"))
-  figures.save_figure(figure, path)
+  save_figure(figure, path)
 
 
 def _typed_prompts() -> Iterator[str]:

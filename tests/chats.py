@@ -11,7 +11,9 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
+import helpers
 import real_tokenizers
+import spelled
 from tokenizers import (
   Regex,
   decoders,
@@ -21,6 +23,9 @@ from tokenizers import (
   trainers,
 )
 from tokenizers import Tokenizer as Backend
+
+from calm_jax.models.hf import export
+from calm_jax.text.tokenizer import load_tokenizer
 
 LLAMA_3 = """{{- bos_token }}
 {%- if messages[0]['role'] == 'system' %}
@@ -291,3 +296,12 @@ def _written(name, system, turns):
     is_learnt = several or is_last
     pieces += [(given, False), (learnt, is_learnt), (rest, False)]
   return pieces
+
+
+def save_model(folder: Path, family: str) -> Path:
+  """Writes a small random model of 512 tokens with a family's template."""
+  write(folder, family)
+  size = load_tokenizer(folder).vocab_size
+  shape = spelled.SHAPE | {"max_length": 512, "vocab_size": size}
+  export.save_params(folder, *helpers.model(0, **shape))
+  return folder

@@ -119,6 +119,7 @@ NOT_RUN: dict[str, str] = {
   'more = composed.add("code", calm_jax.load_model("org/code", revision=': (
     "Downloads; tests/composition/test_parts.py adds, drops and joins."
   ),
+  "from openai import OpenAI": "Asks a server; tests/serving does it.",
 }
 
 COMMANDS: dict[str, str] = {
@@ -280,6 +281,9 @@ COMMANDS: dict[str, str] = {
   "python -m benchmarks.generate --pair=gemma --dtype=bfloat16 --rows=1,8"
   " --new=208": _GENERATE,
   "python -m benchmarks.generate --growth": _OF_FULL_SIZE,
+  "python -m benchmarks.serve --model=DIR_OR_ID": (
+    "Takes minutes; tests/serving has its tests."
+  ),
   "python -m benchmarks.train_step": _STEP,
   "python -m benchmarks.train_step --weighted=0.2": _STEP,
   "python -m benchmarks.train_step --remat=full --unroll=1"
@@ -311,8 +315,11 @@ COMMANDS: dict[str, str] = {
   ),
   "pip install -e '.[eval]'": _INSTALLS,
   "pip install -e '.[gguf]'": _INSTALLS,
-  "pip install -e '.[quant]'": _INSTALLS,
   "pip install -e '.[wandb]'": _INSTALLS,
+  "pip install -e '.[serve]'": _INSTALLS,
+  "python -m calm_jax.serve --model=runs/mine/composition --name=mine": (
+    "Serves until it is ended; tests/serving has its tests."
+  ),
   "pip install xprof": _INSTALLS,
   "python -m pip install -e '.[gpu]'": _INSTALLS,
   "python -m pip install -e '.[hf]'": _INSTALLS,

@@ -29,11 +29,7 @@ OPTIONS = {"temperature": 2.0, "seed": 1, "max_new_tokens": 100}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("models") / "anchor"
-  chats.write(folder, "llama_3")
-  size = load_tokenizer(folder).vocab_size
-  export.save_params(folder, *helpers.model(0, vocab_size=size, **SHAPE))
-  return folder
+  return chats.save_model(tmp_path_factory.mktemp("models") / "m", "llama_3")
 
 
 @pytest.fixture(scope="module")
