@@ -60,8 +60,9 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
+# A run draws its report.
 $(VENV)/installed: setup.cfg pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable '.[report]'
 	touch $@
 
 $(VENV)/hf: $(VENV)/installed

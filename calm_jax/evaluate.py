@@ -63,9 +63,10 @@ def main(config: ConfigDict, options: EvaluateOptions) -> dict[str, Any]:
   if settings.distributed:
     processes.start(settings.heartbeat)
   with processes.quiet_but_first():
+    draw = report.can_draw()
     results = _evaluate(settings, options, config_files.to_dict(config))
     if jax.process_index() == 0:
-      report.write_report(Path(options.out), results)
+      report.write_results(Path(options.out), results, draw)
       report.print_results(Path(options.out))
   return results
 

@@ -29,6 +29,8 @@ from calm_jax.generation.sampling import Sampler
 from calm_jax.parallel import mesh
 from calm_jax.parallel.rules import SHARDING
 from calm_jax.parallel.sharding import Layout
+from calm_jax.reporting import figures
+from calm_jax.reporting.attention import attention_figure
 
 # Flags that are arguments of `LanguageModel.generate`, with their defaults.
 _OPTIONS = {"max_new_tokens": 128, "seed": 0} | vars(Sampler())
@@ -72,6 +74,8 @@ def main() -> None:
   options = {name: getattr(arguments, name) for name in (*_OPTIONS, "stop")}
   # Before the model is loaded, which may take long.
   Sampler(**{name: options[name] for name in vars(Sampler())})
+  if arguments.attention:
+    figures.load_matplotlib()
   prompts = read_prompts(arguments.prompts) if arguments.prompts else []
   layout = _layout(arguments.mesh) if arguments.mesh else None
   names = ("dtype", "quantise", "ignore", "anchor", "augmenting")
@@ -120,14 +124,10 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def _draw(maps: dict[str, Any], path: str) -> None:
-  # Imported here: matplotlib would take half of the time to the first token.
-  from calm_jax.reporting.attention import attention_figure
-  from calm_jax.reporting.figures import save_figure
-
   names = ("weights", "tokens", "connections", "prompt_length")
   shown = [maps[name] for name in names]
   figure = attention_figure(*shown, maps.get("augmenting_tokens"))
-  save_figure(figure, path)
+  figures.save_figure(figure, path)
 
 
 def _typed_prompts() -> Iterator[str]:

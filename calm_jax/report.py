@@ -26,10 +26,10 @@ from typing import Any
 from rich.console import Console
 
 from calm_jax import cli
-from calm_jax.core.errors import check_folder
+from calm_jax.core.errors import InputError, check_folder
 from calm_jax.core.files import write_atomically, write_json
 from calm_jax.reporting import runs, tables
-from calm_jax.reporting.figures import save_figure
+from calm_jax.reporting.figures import load_matplotlib, save_figure
 from calm_jax.reporting.grid import HOW_TO_READ
 from calm_jax.reporting.page import page
 from calm_jax.reporting.pictures import pictures
@@ -57,7 +57,8 @@ def write(folders: Iterable[str | os.PathLike], out: str | os.PathLike) -> Path:
   """Writes the report of some runs; returns the path of report.html.
 
   Raises:
-    InputError: no run is in a folder, or a file there is not what a run writes.
+    InputError: no run is in a folder, a file there is not what a run writes, or
+      there are figures to draw, and no matplotlib.
     ValueError: a metrics.jsonl holds a line that is not JSON.
   """
   out, groups = check_folder("out", out), runs.find_groups(folders)
@@ -73,19 +74,37 @@ def write(folders: Iterable[str | os.PathLike], out: str | os.PathLike) -> Path:
   return out / "report.html"
 
 
-def write_report(
-  workdir: str | os.PathLike, results: Mapping[str, Any]
-) -> Path:
-  """Writes results.json and the report of a run into its folder.
+def can_draw() -> bool:
+  """Returns whether matplotlib is installed; prints what a run lacks without.
+
+  A run asks it before it trains, and then does not fail at its end.
+  """
+  try:
+    load_matplotlib()
+  except InputError as error:
+    print(
+      f"{error}. This run will write its numbers, but no report and no figures;"
+      " `python -m calm_jax.report` makes them later",
+      flush=True,
+    )
+    return False
+  return True
+
+
+def write_results(
+  workdir: str | os.PathLike, results: Mapping[str, Any], draw: bool
+) -> None:
+  """Writes results.json of a run into its folder, and the report if it can.
 
   The results are at least one of "table1", "perplexity", "bits_per_byte" and
   "evals"; optionally "table1_parts", "parameters", "seconds", "stage_flops",
   "examples", "answer", "config", "flops" and "other_runs" (name -> results).
-  Accuracies are in percent.
+  Accuracies are in percent. `draw` is what `can_draw` said.
   """
   # Before all else: no fault below may lose the numbers.
   write_json(Path(workdir) / runs.RESULTS, results)
-  return write([workdir], workdir)
+  if draw:
+    write([workdir], workdir)
 
 
 def print_results(
@@ -97,15 +116,15 @@ def print_results(
 
 
 def log_results(
-  workdir: str | os.PathLike, trackers: Sequence[Tracker]
+  workdir: str | os.PathLike, trackers: Sequence[Tracker], draw: bool
 ) -> None:
-  """Logs a run's report, its tables and its figures, which become PNG files."""
+  """Logs a run's tables; if `draw`, its report and its figures, PNG files."""
   groups, folder = runs.find_groups([workdir]), Path(workdir)
   made = [table for table in tables.tables(groups) if not table.empty]
-  figures, drawn = {}, any(tracker.shows_figures for tracker in trackers)
+  figures, shown = {}, draw and any(each.shows_figures for each in trackers)
   for group in groups:
     named = f"{group.name} " if len(groups) > 1 else ""
-    for picture in pictures(group) if drawn else ():
+    for picture in pictures(group) if shown else ():
       name = re.sub(r"\W+", "-", f"{named}{picture.title}").lower()
       figures[name] = folder / "figures" / f"{name}.png"
       figures[name].parent.mkdir(exist_ok=True)
@@ -115,7 +134,8 @@ def log_results(
       tracker.table(table.name, *as_numbers(table))
     for name, path in figures.items():
       tracker.figure(name, path)
-    tracker.artefact("report", folder / "report.html")
+    if draw:
+      tracker.artefact("report", folder / "report.html")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
   if settings.distributed:
     processes.start(settings.heartbeat)
   with processes.quiet_but_first(), recipe.make_trackers(settings) as trackers:
+    draw = report.can_draw()
     run = recipe.run_recipe(settings, trackers)
     # With the models that config.add_to brings.
     fields = ("anchor", "augmenting")
@@ -40,9 +41,9 @@ def main(config: ConfigDict) -> dict[str, Any]:
     described = config_files.to_dict(config) | models
     results = _evaluate(run) | {"config": described}
     if jax.process_index() == 0:
-      report.write_report(run.folder, results)
+      report.write_results(run.folder, results, draw)
       report.print_results(run.folder)
-      report.log_results(run.folder, trackers.started())
+      report.log_results(run.folder, trackers.started(), draw)
     save_models(run)
     if settings.last.model == "composed":
       for tracker in trackers.started():

@@ -124,9 +124,9 @@ within() {
 
 # pin EXTRA: sets from --ref `pinned` (a short name), `archive` (the file with
 # the source; empty for a release) and `source` (the requirement that is
-# installed, with EXTRA).
+# installed, with EXTRA and what runs may need).
 pin() {
-  local extra=$1 file
+  local extra="$1,report,quant,sacrebleu" file
   if [[ ${opt[ref]} == ==* ]]; then
     pinned=${opt[ref]#==} archive="" source="calm_jax[$extra]${opt[ref]}"
     return

@@ -315,6 +315,7 @@ COMMANDS: dict[str, str] = {
   ),
   "pip install -e '.[eval]'": _INSTALLS,
   "pip install -e '.[gguf]'": _INSTALLS,
+  "pip install -e '.[quant]'": _INSTALLS,
   "pip install -e '.[wandb]'": _INSTALLS,
   "pip install -e '.[serve]'": _INSTALLS,
   "python -m calm_jax.serve --model=runs/mine/composition --name=mine": (

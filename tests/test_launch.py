@@ -337,7 +337,10 @@ def test_a_release_brings_its_configs(place):
   place.play()
   done = place.launch("tpu_vm.sh", *TPU, "--ref===1.2", "--dry-run", *TRAIN)
   assert done.returncode == 0, done.stderr
-  assert "calm_jax[tpu]==1.2" in done.stdout and "archive" not in done.stdout
+  assert (
+    "calm_jax[tpu,report,quant,sacrebleu]==1.2" in done.stdout
+    and "archive" not in done.stdout
+  )
   assert "cd .venv/share/calm_jax" in done.stdout
   setup = configparser.ConfigParser()
   setup.read(LAUNCH.parent / "setup.cfg")

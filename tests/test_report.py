@@ -146,7 +146,7 @@ def test_results_json_holds_numpy_and_infinite_numbers(tmp_path):
     "parameters": {"anchor": np.int64(7)},
     "config": {"dtype": np.float32, "layers": (1, np.arange(2))},
   }
-  report.write_report(tmp_path / "new", results)
+  report.write_results(tmp_path / "new", results, draw=True)
   read = json.loads((tmp_path / "new" / "results.json").read_text())
   assert read["perplexity"]["a"] == {"anchor": 2.5, "composed": "Infinity"}
   assert read["parameters"] == {"anchor": 7}
@@ -160,7 +160,7 @@ def test_a_bad_file_does_not_lose_the_results(tmp_path):
   (folder / "results.json").unlink()
   np.savez(folder / "attention.npz", weights=np.zeros(3))
   with pytest.raises(InputError, match="prompt_length"):
-    report.write_report(folder, results)
+    report.write_results(folder, results, draw=True)
   assert json.loads((folder / "results.json").read_text()) == results
 
 

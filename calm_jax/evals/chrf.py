@@ -1,11 +1,12 @@
 """chrF with beta = 1 (the paper's chrF1), by sacrebleu."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
-from sacrebleu.metrics import CHRF
 
+from calm_jax.core.extras import import_extra
 from calm_jax.evals.base import Judgement, Row
 
 ORDERS = 6  # lengths of the character n-grams, from 1
@@ -23,9 +24,14 @@ class Chrf(NamedTuple):
   signature: str
 
 
+def load_metrics() -> ModuleType:
+  """Imports sacrebleu's metrics; InputError names the extra that has them."""
+  return import_extra("chrF and BLEU", "sacrebleu.metrics", "sacrebleu")
+
+
 def chrf1(predictions: Sequence[str], references: Sequence[str]) -> Chrf:
   """Computes the chrF1 of N predictions, with one reference each."""
-  metric = CHRF(beta=1)
+  metric = load_metrics().CHRF(beta=1)
   texts = list(predictions), [list(references)]
   corpus = metric.corpus_score(*texts)
   # sacrebleu's public functions give scores without their counts. setup.cfg
@@ -56,8 +62,16 @@ def from_counts(counts: np.ndarray) -> np.ndarray:
   return 200 * precision * recall / np.where(total > 0, total, 1)
 
 
-def judge(rows: list[Row]) -> Judgement:
-  """chrF1 of the rows' "prediction" against their "completion"."""
+def judge() -> Callable[[list[Row]], Judgement]:
+  """Returns what judges rows by the chrF1 of "prediction" and "completion".
+
+  InputError if sacrebleu is missing: before a training, not at its end.
+  """
+  load_metrics()
+  return _judge
+
+
+def _judge(rows: list[Row]) -> Judgement:
   texts = ([row[k] for row in rows] for k in ("prediction", "completion"))
   value, sentences, counts, signature = chrf1(*texts)
   rows = [

@@ -25,7 +25,7 @@ class CodeToText(fewshot.FewShot):
     """Reads the files; InputError if they are not as they must be."""
     items = fewshot.take(read_codexglue(self.path), self.rows, self.limit)
     pool = fewshot.take(read_codexglue(self.pool), self.pool_rows)
-    return self.few_shot("code_to_text", "chrf1", items, pool, chrf.judge)
+    return self.few_shot("code_to_text", "chrf1", items, pool, chrf.judge())
 
 
 def read_codexglue(path: str | Path) -> list[dict[str, Any]]:

@@ -7,10 +7,8 @@ the delta: how much worse a model does on it.
 
 import dataclasses
 
-from sacrebleu.metrics import BLEU
-
 from calm_jax.core.errors import InputError
-from calm_jax.evals import fewshot, maths, statistics
+from calm_jax.evals import chrf, fewshot, maths, statistics
 from calm_jax.evals.base import Evaluation, Judgement, Prompt
 
 
@@ -29,6 +27,7 @@ class Silver(maths.Maths):
 
   def evaluation(self) -> Evaluation:
     """Reads the files; InputError if they are not as they must be."""
+    metrics = chrf.load_metrics()
     originals, returned = (
       fewshot.take(maths.read_gsm(path, self.language), limit=self.limit)
       for path in (self.path, self.returned)
@@ -42,9 +41,9 @@ class Silver(maths.Maths):
     before, after = self.solve(originals), self.solve(returned)
     references = [problem["question"] for problem in originals]
     hypotheses = [problem["question"] for problem in returned]
-    bleu = BLEU()
+    bleu = metrics.BLEU()
     overlap = bleu.corpus_score(hypotheses, [references])
-    sentence = BLEU(effective_order=True)  # a short text has no 4-grams
+    sentence = metrics.BLEU(effective_order=True)  # a short text has no 4-grams
     overlaps = [
       sentence.sentence_score(hypothesis, [reference]).score
       for hypothesis, reference in zip(hypotheses, references, strict=True)

@@ -37,7 +37,7 @@ class Translation(fewshot.FewShot):
         read_flores(self.path, self.language, s) for s in ("devtest", "dev")
       )
       items = fewshot.take(items, limit=self.limit)
-    return self.few_shot("translation", "chrf1", items, pool, chrf.judge)
+    return self.few_shot("translation", "chrf1", items, pool, chrf.judge())
 
 
 def read_flores(

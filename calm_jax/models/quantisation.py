@@ -13,6 +13,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 
 from calm_jax.core import trees
 from calm_jax.core.errors import InputError, check_choice
+from calm_jax.core.extras import import_extra
 
 Array = jax.Array
 
@@ -34,8 +36,15 @@ _QUANTISED = re.compile(
 
 
 def check(kind: str) -> None:
-  """Raises InputError unless it is one of KINDS."""
+  """Raises InputError unless it is one of KINDS, and qwix is there for it."""
   check_choice("quantise", kind, KINDS)
+  if kind:
+    _load_qwix()
+
+
+def _load_qwix() -> ModuleType:
+  # Here: it takes half a second, and few need it.
+  return import_extra("quantise", "qwix", "quant")
 
 
 def quantise(params: dict, kind: str) -> dict:
@@ -72,8 +81,6 @@ def input_axis(name: str, ndim: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("kind", "axis"))
 def _quantised(weight: Array, kind: str, axis: int) -> dict[str, Array]:
-  import qwix  # Here: it takes half a second, and few need it.
-
   # Two neighbours of the last axis share a byte: an odd one cannot.
   if weight.shape[-1] % 2:
     kind = "int8"
@@ -89,7 +96,7 @@ def _quantised(weight: Array, kind: str, axis: int) -> dict[str, Array]:
   def attempt(best, end):
     values, scale, least = best
     most = jnp.repeat(end * largest, size, axis=axis)
-    made = qwix.quantize(
+    made = _load_qwix().quantize(
       jnp.clip(wide, -most, most),
       jnp.dtype(kind),
       channelwise_axes=[i for i in range(weight.ndim) if i != axis],

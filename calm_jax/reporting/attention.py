@@ -3,9 +3,7 @@
 import math
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from calm_jax.core.errors import InputError
 from calm_jax.reporting import figures
@@ -21,7 +19,7 @@ def attention_figure(
   connections: Sequence[str],
   prompt_length: int,
   augmenting_tokens: Sequence[str] | None = None,
-) -> Figure:
+) -> figures.Figure:
   """Draws the cross-attention of each connection while an answer is written.
 
   One panel per connection, averaged over its heads. A row is a token of the
@@ -55,7 +53,7 @@ def attention_figure(
     max(across * (width * len(columns) + 0.5) + 0.5, 5.5),
     down * (height * len(rows) + 0.4) + 1.9,
   )
-  with matplotlib.rc_context({**figures.STYLE, "axes.grid": False}):
+  with figures.style(grid=False):
     shared = {"sharex": True, "sharey": True}
     figure, panels = figures.make_panels(count, across, size, **shared)
     images = _draw(panels, weights_CTM)

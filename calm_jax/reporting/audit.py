@@ -3,11 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from calm_jax.core import files
-from calm_jax.reporting.figures import STYLE, make_panels
+from calm_jax.reporting.figures import Figure, make_panels, style
 from calm_jax.reporting.runs import RunGroup, model_label
 from calm_jax.reporting.table import Cell, Table
 
@@ -122,7 +119,7 @@ def bars_figure(found: list[AuditEntry], ylabel: str) -> Figure:
   found = found[:_MOST_PANELS]
   columns = min(len(found), 3)
   rows = -(-len(found) // columns)
-  with matplotlib.rc_context(STYLE):
+  with style():
     size = (max(3.4 * columns, 5), 3.0 * rows)
     figure, panels = make_panels(len(found), columns, size)
     for at, (axes, one) in enumerate(zip(panels, found, strict=True)):

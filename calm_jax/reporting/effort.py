@@ -4,11 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from calm_jax.core.errors import InputError
-from calm_jax.reporting.figures import STYLE, make_panels
+from calm_jax.reporting.figures import Figure, make_panels, style
 from calm_jax.reporting.predictions import wilson_interval
 from calm_jax.reporting.runs import Column, RunGroup
 
@@ -62,7 +59,7 @@ def effort_figure(benchmarks: Mapping[str, Sequence[Effort]]) -> Figure:
   columns = min(len(benchmarks), 2)
   rows = math.ceil(len(benchmarks) / columns)
   size = (max(3.4 * columns, 5), 2.7 * rows + 1)
-  with matplotlib.rc_context(STYLE):
+  with style():
     figure, panels = make_panels(len(benchmarks), columns, size, sharey=True)
     for axes, (title, found) in zip(panels, benchmarks.items(), strict=True):
       if not any(effort.trained for effort in found):
@@ -96,8 +93,10 @@ def _draw(axes, found: Sequence[Effort]) -> None:
       ms=8,
     )
   lines = [effort for effort in found if not effort.trained]
-  for effort, style in zip(lines, (":", "--", "-.", "-") * 2, strict=False):
-    axes.axhline(effort.accuracy, ls=style, color="#0072B2", label=effort.label)
+  for effort, dashes in zip(lines, (":", "--", "-.", "-") * 2, strict=False):
+    axes.axhline(
+      effort.accuracy, ls=dashes, color="#0072B2", label=effort.label
+    )
   counts = [effort.trained for effort in trained]
   axes.set_xscale("log")
   axes.set_xlim(min(counts) / 3, max(counts) * 3)

@@ -8,17 +8,21 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-import matplotlib
 import numpy as np
-from matplotlib import ticker
-from matplotlib.figure import Figure
 
 from calm_jax.core.errors import InputError
+from calm_jax.core.extras import import_extra
 from calm_jax.reporting.predictions import CountsByTerms, wilson_interval
 from calm_jax.reporting.runs import MODELS
 
+if TYPE_CHECKING:
+  import matplotlib.figure
+
+Figure: TypeAlias = "matplotlib.figure.Figure"
 DPI = 150
 
 
@@ -32,10 +36,10 @@ class Gain(NamedTuple):
   p_value: float
 
 
-STYLE = {"font.size": 11, "axes.titlesize": 11}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
-STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.color": "0.88"}
-STYLE |= {"legend.frameon": False}
+_STYLE = {"font.size": 11, "axes.titlesize": 11}
+_STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
+_STYLE |= {"axes.axisbelow": True, "grid.color": "0.88"}
+_STYLE |= {"legend.frameon": False}
 # Okabe and Ito's colours can be told apart with any colour vision.
 _LINES = {
   "augmenting": ("augmenting $m_A$", "s:", "#0072B2"),
@@ -43,6 +47,16 @@ _LINES = {
   "composed": ("composed", "o-", "#000000"),
 }
 _LANGUAGES = 50  # in a row of `gains_figure`
+
+
+def load_matplotlib() -> ModuleType:
+  """Imports matplotlib; InputError names the extra that has it."""
+  return import_extra("figures and reports", "matplotlib", "report")
+
+
+def style(grid: bool = True) -> AbstractContextManager:
+  """Returns a context in which figures are drawn in the style of reports."""
+  return load_matplotlib().rc_context(_STYLE | {"axes.grid": grid})
 
 
 def loss_figure(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
@@ -63,7 +77,7 @@ def loss_figure(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     raise InputError(f"no loss to draw in the stages {list(stages)}")
   columns = min(len(curves), 3)
   size = (max(3.5 * columns, 5), 3.0 * math.ceil(len(curves) / columns))
-  with matplotlib.rc_context(STYLE):
+  with style():
     figure, panels = make_panels(len(curves), columns, size)
     for axes, (name, pair) in zip(panels, curves.items(), strict=True):
       _draw_loss(axes, *pair)
@@ -86,7 +100,7 @@ def accuracy_figure(counts: CountsByTerms) -> Figure:
   models = [model for model in MODELS if model in shown]
   terms = sorted({number for _, by_terms in pairs for number in by_terms})
   size = (max(4.2 * len(counts), 5), 3.7)
-  with matplotlib.rc_context(STYLE):
+  with style():
     figure, panels = make_panels(len(counts), len(counts), size, sharey=True)
     for axes, (title, by_model) in zip(panels, counts.items(), strict=True):
       for at, model in enumerate(models):
@@ -115,7 +129,7 @@ def gains_figure(gains: Sequence[Gain]) -> Figure:
     raise InputError("no languages to draw")
   rows = [gains[i : i + _LANGUAGES] for i in range(0, len(gains), _LANGUAGES)]
   size = (max(0.19 * max(map(len, rows)) + 1, 5), 2.9 * len(rows))
-  with matplotlib.rc_context(STYLE):
+  with style():
     figure, panels = make_panels(len(rows), 1, size, sharey=True)
     for axes, row in zip(panels, rows, strict=True):
       for at, gain in enumerate(row):
@@ -135,7 +149,9 @@ def make_panels(
   count: int, columns: int, size: tuple[float, float], **options
 ) -> tuple[Figure, np.ndarray]:
   """Makes a figure with `count` panels, row by row."""
-  figure = Figure(figsize=size, layout="constrained")
+  import matplotlib.figure
+
+  figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
   rows = math.ceil(count / columns)
   panels = figure.subplots(rows, columns, squeeze=False, **options).ravel()
   for axes in panels[count:]:
@@ -146,7 +162,7 @@ def make_panels(
 def svg(figure: Figure) -> bytes:
   """Returns an SVG file, the same for the same figure."""
   file = io.BytesIO()
-  with matplotlib.rc_context({"svg.hashsalt": "calm_jax"}):
+  with load_matplotlib().rc_context({"svg.hashsalt": "calm_jax"}):
     figure.savefig(file, format="svg", metadata={"Date": None})
   return file.getvalue()
 
@@ -174,6 +190,8 @@ def curve(lines: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
 
 
 def _draw_loss(axes, training: np.ndarray, held_out: np.ndarray) -> None:
+  from matplotlib import ticker
+
   steps, losses = training
   lone = "o" if len(steps) == 1 else None
   axes.plot(steps, losses, color="0.65", lw=0.6, label="as logged")

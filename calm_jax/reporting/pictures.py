@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from calm_jax.core.errors import InputError
 from calm_jax.reporting import audit, effort, figures, paper
@@ -23,7 +22,7 @@ _QUESTIONS = "questions"  # the task of evaluations by exact match
 class Picture(NamedTuple):
   """A figure, its title, and a description in words."""
 
-  figure: Figure
+  figure: figures.Figure
   title: str
   caption: str
 
