@@ -20,10 +20,8 @@ facts: $(VENV)/hf
 ablations: $(VENV)/installed
 	$(BIN)/python -m calm_jax.ablations --config=configs/kv.py:ablations
 
-# Most of the time goes into compiling programs that run for moments. Fused
-# operations are slowest to compile by way of MLIR.
-PYTEST := $(CPU) JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
-  XLA_FLAGS=--xla_cpu_use_fusion_emitters=false \
+# Most of the time goes into compiling programs that run for moments.
+PYTEST = $(CPU) JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
   $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
   --ignore=tests/parity
 

@@ -6,12 +6,16 @@ pytest puts the folder of this file on the path, hence `import helpers` and
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 
+import compiler
 import jax
 import pytest
 import stand_ins
+
+os.environ.setdefault("XLA_FLAGS", compiler.FLAGS)
 
 # A shell starts what runs in the background with SIGINT ignored, and so would
 # be all processes that tests start and interrupt.

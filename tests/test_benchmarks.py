@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import compiler
 import helpers
 import jax
 import jax.numpy as jnp
@@ -55,8 +56,7 @@ def probed():
     env=os.environ
     | {
       "PYTHONPATH": str(helpers.ROOT),
-      "XLA_FLAGS": "--xla_backend_optimization_level=0"
-      " --xla_cpu_use_fusion_emitters=false",
+      "XLA_FLAGS": f"--xla_backend_optimization_level=0 {compiler.FLAGS}",
       "JAX_PLATFORMS": "cpu",
     },
     capture_output=True,

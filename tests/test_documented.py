@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 
+import compiler
 import documented
 import made_runs
 import numpy as np
@@ -99,7 +100,7 @@ def test_the_command_runs(command, place):
     "PYTHONPATH": str(documented.ROOT),
     "JAX_PLATFORMS": "cpu",
     "HF_HUB_OFFLINE": "1",
-    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+    "XLA_FLAGS": compiler.FLAGS,
   }
   run = subprocess.run(
     [sys.executable, *arguments],

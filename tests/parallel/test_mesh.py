@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiler
 import jax
 import mesh_driver
 import numpy as np
@@ -47,8 +48,7 @@ def start(folder: Path, jobs: dict, devices: int, **variables):
       "JAX_PLATFORMS": "cpu",
       # Quick to compile, for programs that run for moments.
       "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-      " --xla_backend_optimization_level=0"
-      " --xla_cpu_use_fusion_emitters=false",
+      f" --xla_backend_optimization_level=0 {compiler.FLAGS}",
     },
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
   )  # fmt: skip

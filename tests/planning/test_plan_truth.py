@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import compiler
 import jax
 import numpy as np
 import plan_driver
@@ -43,8 +44,7 @@ def child(tmp_path_factory):
       "PYTHONPATH": os.pathsep.join(sys.path),
       "JAX_PLATFORMS": "cpu",
       "XLA_FLAGS": "--xla_force_host_platform_device_count=8"
-      " --xla_backend_optimization_level=0"
-      " --xla_cpu_use_fusion_emitters=false",
+      f" --xla_backend_optimization_level=0 {compiler.FLAGS}",
     },
     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
   )  # fmt: skip
