@@ -1,12 +1,19 @@
-"""Runs the commands that README.md and docs/ show, at tiny size."""
+"""Runs the commands that README.md and docs/ show, at tiny size.
+
+They run as for a user who has installed the wheel, in a folder that is not the
+checkout; of the checkout it has configs/ and benchmarks/.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import venv
+import zipfile
 
 import compiler
 import documented
@@ -37,6 +44,9 @@ RUN = {
   for command, flags in documented.COMMANDS.items()
   if not flags.endswith(".")
 }
+# This one runs as where no extra is installed.
+BARE = "python -m calm_jax.train --config=configs/kv.py"
+EXTRAS = ("matplotlib", "qwix", "sacrebleu", "datasets", "gguf", "wandb")
 # What they write, which must not be there before.
 WRITTEN = {"compose.md": "my-composition"}
 
@@ -45,7 +55,12 @@ WRITTEN = {"compose.md": "my-composition"}
 def place(tmp_path_factory):
   """A folder with all files and folders that the commands name."""
   place = tmp_path_factory.mktemp("place")
-  (place / "configs").symlink_to(documented.ROOT / "configs")
+  for name in ("configs", "benchmarks"):
+    (place / name).symlink_to(documented.ROOT / name)
+  (place / "bare").mkdir()
+  (place / "bare" / "sitecustomize.py").write_text(
+    f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS}))\n"
+  )
   for seed, name in enumerate(MODELS):
     spelled.save(place / name, seed, LETTERS, max_length=256)
   (place / MODELS[0] / "chat_template.jinja").write_text(TEMPLATE)
@@ -68,6 +83,50 @@ def place(tmp_path_factory):
     (place / name).write_text("".join(lines))
   (place / "file.jsonl").write_text('{"prompt": "Once"}\n{"prompt": "a"}\n')
   return place
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+  """The wheel, built of a copy: builds leave files in the folder."""
+  folder = tmp_path_factory.mktemp("wheel")
+  for name in ("calm_jax", "configs"):
+    no_cache = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(documented.ROOT / name, folder / name, ignore=no_cache)
+  for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    shutil.copy(documented.ROOT / name, folder)
+  build = "from setuptools import build_meta; build_meta.build_wheel('.')"
+  subprocess.run([sys.executable, "-c", build], cwd=folder, check=True)
+  [path] = folder.glob("*.whl")
+  return path
+
+
+@pytest.fixture(scope="module")
+def python(wheel, place):
+  """Python of a new environment with the wheel and this one's packages."""
+  folder = wheel.parent / "environment"
+  venv.create(folder)
+  python = folder / "bin" / "python"
+  pip = [sys.executable, "-m", "pip", f"--python={python}", "install", "-q"]
+  options = ("--no-deps", "--no-index", "--no-compile")
+  subprocess.run([*pip, *options, wheel], check=True)
+  [packages] = folder.glob("lib/*/site-packages")
+  here = [path for path in sys.path if path.endswith("-packages")]
+  (packages / "here.pth").write_text("\n".join(here))
+  ask = "from importlib.util import find_spec; print(find_spec('calm_jax'))"
+  run = [python, "-c", ask]
+  environment = os.environ | {"PYTHONPATH": ""}
+  found = subprocess.check_output(run, cwd=place, env=environment, text=True)
+  assert str(packages / "calm_jax" / "__init__.py") in found
+  return python
+
+
+def test_the_wheel_holds_all_files_of_the_package(wheel):
+  package = wheel.parent / "calm_jax"
+  files = [p for p in package.rglob("*") if p.is_file()]
+  with zipfile.ZipFile(wheel) as archive:
+    held = {name for name in archive.namelist() if name.startswith("calm_jax/")}
+  assert held == {str(path.relative_to(wheel.parent)) for path in files}
+  assert {"calm_jax/py.typed", "calm_jax/sandbox/syscalls.txt"} <= held
 
 
 @pytest.mark.parametrize(
@@ -93,17 +152,17 @@ def test_python_runs(page, place, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("command", RUN)
-def test_the_command_runs(command, place):
+def test_the_command_runs(command, place, python):
   arguments = shlex.split(f"{command} {RUN[command]}")
   assert arguments.pop(0) == "python"
   environment = os.environ | {
-    "PYTHONPATH": str(documented.ROOT),
+    "PYTHONPATH": "bare" if command == BARE else "",
     "JAX_PLATFORMS": "cpu",
     "HF_HUB_OFFLINE": "1",
     "XLA_FLAGS": compiler.FLAGS,
   }
   run = subprocess.run(
-    [sys.executable, *arguments],
+    [python, *arguments],
     cwd=place,
     env=environment,
     capture_output=True,
@@ -113,3 +172,7 @@ def test_the_command_runs(command, place):
   )
   assert run.returncode == 0, run.stderr[-3000:]
   assert run.stdout.strip()
+  if command == BARE:
+    assert "install 'calm_jax[report]'" in run.stdout
+    written = {path.name for path in (place / "out" / "kv").iterdir()}
+    assert "results.json" in written and "report.html" not in written
