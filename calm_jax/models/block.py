@@ -79,7 +79,8 @@ class Attention(nn.Module):
     k_BSKH = project("key", c.qk_norm)
     v_BSKH = project("value")
     if rope is not None:
-      q_BLNH, k_BSKH = rotate(q_BLNH, rope), rotate(k_BSKH, rope)
+      q_BLNH = rotate(q_BLNH, rope, c.interleaved_rope)
+      k_BSKH = rotate(k_BSKH, rope, c.interleaved_rope)
     if c.scale_by_depth:
       q_BLNH = q_BLNH / jnp.asarray(layer + 1, q_BLNH.dtype)
     new = {"key": k_BSKH.swapaxes(1, 2), "value": v_BSKH.swapaxes(1, 2)}

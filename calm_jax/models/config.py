@@ -101,6 +101,8 @@ class ModelConfig:
   residual_scale: float = 1.0  # factor of the outputs of attention and MLP
   rope: Rope | None = None  # the default one, unless learned_positions
   local_rope: Rope | None = None  # of layers with a window; None for `rope`
+  # Whether rope turns features (2i, 2i + 1) together, not those R/2 apart.
+  interleaved_rope: bool = False
   nope_layers: tuple[int, ...] = ()  # layers without positions
   # A table of max_length embeddings before the first layer, and no rope.
   learned_positions: bool = False

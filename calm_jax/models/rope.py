@@ -137,13 +137,21 @@ def tables(
   return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
-def rotate(x_BLNH: Array, rope: tuple[Array, Array]) -> Array:
+def rotate(
+  x_BLNH: Array, rope: tuple[Array, Array], interleaved: bool = False
+) -> Array:
   """Rotates pairs (i, i + R/2) of queries or keys by (cos, sin) of `tables`.
 
-  Features from R on pass through.
+  If `interleaved`, the pairs are (2i, 2i + 1), and come back as (i, i + R/2):
+  products of queries and keys do not depend on the order of their features.
+  Those from R on pass through.
   """
   cos, sin = rope
   half = cos.shape[-1]
-  a, b, rest = jnp.split(x_BLNH.astype(cos.dtype), (half, 2 * half), axis=-1)
+  x = x_BLNH.astype(cos.dtype)
+  if interleaved:
+    R = 2 * half
+    x = jnp.concatenate([x[..., :R:2], x[..., 1:R:2], x[..., R:]], axis=-1)
+  a, b, rest = jnp.split(x, (half, 2 * half), axis=-1)
   y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
   return y.astype(x_BLNH.dtype)

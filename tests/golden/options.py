@@ -25,6 +25,7 @@ _BASE = experts.BASE
 _TIED = {"tie_word_embeddings": True}
 _UNTIED = {"tie_word_embeddings": False}
 _BIAS = {"attention_bias": True}
+_NO_BIAS = {"attention_bias": False}
 _WIDE = {"head_dim": 14}
 _SHARED = {"num_key_value_heads": 1}
 _OWN = {"num_key_value_heads": 6}
@@ -122,7 +123,7 @@ FAMILIES = {
     "sequential": {"use_parallel_residual": False},
     "rotary_pct": {"rotary_pct": 0.5}, "whole": {"rotary_pct": 1.0},
     "rotary_emb_base": {"rotary_emb_base": 300.0, "rotary_pct": 0.5},
-    "no attention_bias": {"attention_bias": False}, "tied": _TIED,
+    "no attention_bias": _NO_BIAS, "tied": _TIED,
     "tanh gelu": {"hidden_act": "gelu_new"},
     "linear": _LINEAR | {"rotary_pct": 0.5},
   }),
@@ -165,6 +166,11 @@ FAMILIES = {
     "attention_bias": _BIAS, "mlp_bias": {"mlp_bias": True}, "tied": _TIED,
     "llama3": _LLAMA3,
   }),
+  "glm": (_BASE | {"head_dim": 12}, {
+    "no attention_bias": _NO_BIAS, "tied": _TIED,
+    "partial": {"partial_rotary_factor": 0.7}, "llama3": _LLAMA3,
+  }),
+  "glm4": (_BASE | {"head_dim": 12}, {"no attention_bias": _NO_BIAS}),
 } | experts.FAMILIES  # fmt: skip
 # What changes no arithmetic on these sequences, and must not.
 INERT = {

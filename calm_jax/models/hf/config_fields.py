@@ -144,6 +144,10 @@ def phi3(hf: Json) -> Json:
   return fields
 
 
+def glm(hf: Json) -> Json:
+  return rotary(hf, fraction=0.5) | {"output_bias": False}
+
+
 def mixtral(hf: Json) -> Json:
   fields = experts(hf) | {"normalise_experts": True}
   return fields | rotary(hf, 1e6) | _windows(hf)

@@ -47,8 +47,8 @@ REQUIRED = frozenset({
 _REMEDY = "leave it out: ignore=({key!r},), or --ignore={key} of a command"
 # Keys whose null differs from their default in transformers.
 _NULLABLE = {
-  "num_key_value_heads", "sliding_window", "attn_logit_softcapping",
-  "final_logit_softcapping",
+  "num_key_value_heads", "head_dim", "sliding_window",
+  "attn_logit_softcapping", "final_logit_softcapping",
 }
 _QUANTISED = ("quantization_config", "quantization", "compression_config")
 # Keys that transformers reads in all families, and the values computed here.

@@ -44,6 +44,11 @@ _GEMMA2 = {k: v for k, v in _GEMMA.items() if k != "hidden_act"} | {
 _SANDWICH = {"norm": "rms_plus_one", "post_norm": True}
 _POST_NORMS = {"pre_norm": False, "post_norm": True}
 _GEMMA_ONLY = {"use_bidirectional_attention": (False,)}
+_GLM = _DEFAULTS | {
+  "num_key_value_heads": 2, "head_dim": 128, "attention_bias": True,
+  "max_position_embeddings": 131_072, "rms_norm_eps": 1.5625e-7,
+}
+_INTERLEAVED = {"interleaved_rope": True}
 _EXPERTS = {"num_experts": "num_local_experts"}
 
 FAMILIES = {
@@ -134,6 +139,10 @@ FAMILIES = {
       "embedding_multiplier": 1.0, "residual_multiplier": 1.0,
       "attention_multiplier": 1.0, "logits_scaling": 1.0,
     },
+  ),
+  "glm": ConfigTable(config_fields.glm, _GLM, fixed=_INTERLEAVED),
+  "glm4": ConfigTable(
+    config_fields.glm, _GLM, fixed=_INTERLEAVED | {"post_norm": True}
   ),
   "mixtral": ConfigTable(
     config_fields.mixtral, _MISTRAL | {

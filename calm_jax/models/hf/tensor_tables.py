@@ -98,6 +98,11 @@ _PHI3 = TensorTable({
   **_OUTER, **_PRE_NORMS,
   ".self_attn.o_proj": "attention/output", ".mlp.down_proj": "mlp/down",
 })
+_GLM = TensorTable(_OUTER | _SELF_ATTENTION | _PRE_NORMS | {
+  ".mlp.gate_up_proj": "mlp/gate mlp/up", ".mlp.down_proj": "mlp/down",
+  ".post_self_attn_layernorm": "attention_post_norm",
+  ".post_mlp_layernorm": "mlp_post_norm",
+})
 _STARCODER2 = TensorTable(_OUTER | _SELF_ATTENTION | _PRE_NORMS | {
   ".mlp.c_fc": "mlp/up", ".mlp.c_proj": "mlp/down",
 })
@@ -151,7 +156,8 @@ _LLAMAS = (
 FAMILIES = {
   **dict.fromkeys(_LLAMAS, _LLAMA),
   **dict.fromkeys(("gemma2", "gemma3_text", "olmo2", "olmo3"), _SANDWICH),
-  "gpt2": _GPT2, "gpt_neox": _NEOX, "phi3": _PHI3, "starcoder2": _STARCODER2,
+  "glm": _GLM, "glm4": _GLM, "gpt2": _GPT2, "gpt_neox": _NEOX,
+  "phi3": _PHI3, "starcoder2": _STARCODER2,
   "mixtral": _MIXTRAL, "qwen3_moe": _QWEN3_MOE,
 }
 # fmt: on

@@ -20,7 +20,8 @@ from calm_jax.models.hf import config_keys, families, rope_config, weight_files
 # Names that transformers' code reads of a config and no file gives: methods of
 # mappings, and attributes of its own; and those of the vision tower of Gemma 3.
 _NO_KEYS = {
-  "__class__", "_post_init_done", "get", "items", "pop", "default_theta",
+  "__class__", "_post_init_done", "get", "items", "pop", "setdefault",
+  "default_theta",
   "convert_rope_params_to_dict", "standardize_rope_params", "validate_rope",
   "sub_configs_defaults", "number_of_conv_states", "vision_config",
   "image_size", "patch_size", "mm_tokens_per_image", "layer_norm_eps",
@@ -153,6 +154,10 @@ OFFICIAL = {
   "Granite 3": ("granite", "attention_bias attention_dropout "
                 "attention_multiplier embedding_multiplier logits_scaling "
                 f"mlp_bias pad_token_id residual_multiplier {_ROPE}"),
+  "GLM-4": ("glm", "attention_bias attention_dropout head_dim pad_token_id "
+            "partial_rotary_factor rope_theta"),
+  "GLM-4 0414": ("glm4", "attention_bias attention_dropout head_dim "
+                 "pad_token_id partial_rotary_factor rope_theta"),
   "Mixtral 8x7B": ("mixtral", _MIXTRAL),
   "Mixtral 8x22B": ("mixtral", f"router_jitter_noise {_MIXTRAL}"),
   "Qwen3-MoE": ("qwen3_moe", "attention_bias decoder_sparse_step head_dim "
