@@ -6,8 +6,9 @@ Clients of OpenAI's package, each in a thread of this process, ask for one
 greedy answer after the other; the server is a process of its own. Some clients
 are bad: one reads a stream slowly, one leaves its streams, one sends what is no
 JSON. Prints answers and how many differ from those that `generate` gives alone,
-tokens a second beside those of `generate` for --rows prompts at once, times to
-the first token, and the server's memory at a quarter of the run and at its end.
+times to the first token, the server's memory at a quarter of the run and at its
+end, and the tokens a second that it makes in between, beside those of
+`generate` for --rows prompts at once.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Load:
   def __init__(self, url: str, want: dict[str, str], new: int, until: float):
     self.url, self.want, self.new, self.until = url, want, new, until
     self.first: list[float] = []
-    self.answers = self.tokens = self.wrong = 0
+    self.answers = self.wrong = 0
     self.errors: list[str] = []
     # One for all: to make one takes longer than to ask.
     self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
@@ -46,16 +47,18 @@ class Load:
     while time.monotonic() < self.until:
       seed += 1
       prompt = prompts[seed % len(prompts)]
-      begun, first, text, tokens = time.monotonic(), None, "", 0
+      begun, first, text = time.monotonic(), None, ""
       try:
         events = self.client.completions.create(
-          model="load", prompt=prompt, max_tokens=self.new, temperature=0,
-          stream=True, stream_options={"include_usage": True},
-        )  # fmt: skip
+          model="load",
+          prompt=prompt,
+          max_tokens=self.new,
+          temperature=0,
+          stream=True,
+        )
         for event in events:
           first = first or time.monotonic() - begun
-          text += event.choices[0].text if event.choices else ""
-          tokens += event.usage.completion_tokens if event.usage else 0
+          text += event.choices[0].text
           time.sleep(pause)
           if leaves:
             events.close()
@@ -64,11 +67,17 @@ class Load:
         self.errors.append(repr(error))
         continue
       with self._lock:
-        self.tokens += tokens
         if not leaves:
           self.answers += 1
           self.wrong += text != self.want[prompt]
           self.first.append(first or 0.0)
+
+  def made(self) -> int:
+    """Tokens that the server has made for all clients so far."""
+    text = httpx.get(f"{self.url}/metrics").text
+    found = re.search(r"^calm_jax_new_tokens_total (\d+)$", text, re.M)
+    assert found
+    return int(found[1])
 
   def send_nonsense(self) -> None:
     while time.monotonic() < self.until:
@@ -104,10 +113,12 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   flag = parser.add_argument
   flag("--model", required=True)
-  for name, default in {
-    "clients": 64, "seconds": 120, "rows": 16, "new": 48, "port": 8123,
-  }.items():  # fmt: skip
-    flag(f"--{name}", type=int, default=default)
+  flag("--clients", type=int, default=64)
+  flag("--seconds", type=int, default=120)
+  flag("--rows", type=int, default=16)
+  flag("--chunk", type=int, default=8)
+  flag("--new", type=int, default=48, help="tokens of an answer")
+  flag("--port", type=int, default=8123)
   given = parser.parse_args()
   model = calm_jax.load_model(given.model)
   words = WORDS.split()
@@ -118,7 +129,8 @@ def main() -> None:
   server = subprocess.Popen(
     [
       *(sys.executable, "-m", "calm_jax.serve", f"--model={given.model}"),
-      *("--name=load", f"--port={given.port}", f"--rows={given.rows}"),
+      *("--name=load", f"--port={given.port}"),
+      *(f"--rows={given.rows}", f"--chunk={given.chunk}"),
     ]
   )
   try:
@@ -138,33 +150,47 @@ def _run(
       break
     except httpx.TransportError:
       time.sleep(0.2)
-  # Its programs are compiled by a first round that does not count.
-  for seconds, name in ((given.seconds / 4, "warm"), (given.seconds, "load")):
-    load = Load(url, want, given.new, time.monotonic() + seconds)
-    clients = [
-      threading.Thread(target=load.ask, args=(7 * i,))
-      for i in range(given.clients)
-    ]
-    bad = [
-      threading.Thread(target=load.ask, args=(1, 0.5)),
-      threading.Thread(target=load.ask, args=(2, 0.0, True)),
-      threading.Thread(target=load.send_nonsense),
-    ]
-    begun, before = time.monotonic(), memory(pid)
-    for thread in clients + bad:
-      thread.start()
-    for thread in clients + bad:
-      thread.join()
-    rate = load.tokens / (time.monotonic() - begun)
-    times = statistics.quantiles(load.first, n=20)
-    print(
-      f"{name}: {load.answers} answers, {load.wrong} differ, "
-      f"{len(load.errors)} errors {load.errors[:1]}\n"
-      f"  {rate:.0f} tokens/s, generate {alone:.0f}: {rate / alone:.2f}\n"
-      f"  first token: median {times[9]:.2f} s, p95 {times[18]:.2f} s\n"
-      f"  memory {before:.0f} to {memory(pid):.0f} MB",
-      flush=True,
-    )
+  # Programs of longer caches are compiled by a round that does not count.
+  _put_load(given, want, alone, url, pid, given.seconds / 4)
+  print(_put_load(given, want, alone, url, pid, given.seconds), flush=True)
+
+
+def _put_load(
+  given: argparse.Namespace,
+  want: dict[str, str],
+  alone: float,
+  url: str,
+  pid: int,
+  seconds: float,
+) -> str:
+  """Runs all clients for some time; says what they have seen."""
+  begun = time.monotonic()
+  load = Load(url, want, given.new, begun + seconds)
+  clients = [(7 * i,) for i in range(given.clients)]
+  bad = [(1, 0.5), (2, 0.0, True)]
+  threads = [
+    threading.Thread(target=load.ask, args=arguments)
+    for arguments in (*clients, *bad)
+  ]
+  threads.append(threading.Thread(target=load.send_nonsense))
+  for thread in threads:
+    thread.start()
+  seen = []  # (seconds, tokens, megabytes) at a quarter and at the end
+  for share in (0.25, 1.0):
+    time.sleep(max(0.0, begun + share * seconds - time.monotonic()))
+    seen.append((time.monotonic(), load.made(), memory(pid)))
+  for thread in threads:
+    thread.join()
+  (t, made, before), (t_end, made_end, after) = seen
+  rate = (made_end - made) / (t_end - t)
+  times = statistics.quantiles(load.first, n=20)
+  return (
+    f"{load.answers} answers, {load.wrong} differ, "
+    f"{len(load.errors)} errors {load.errors[:1]}\n"
+    f"{rate:.0f} tokens/s, generate {alone:.0f}: {rate / alone:.2f}\n"
+    f"first token: median {times[9]:.2f} s, p95 {times[18]:.2f} s\n"
+    f"memory {before:.0f} to {after:.0f} MB"
+  )
 
 
 if __name__ == "__main__":
