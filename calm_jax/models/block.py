@@ -81,6 +81,8 @@ class Attention(nn.Module):
     if rope is not None:
       q_BLNH = rotate(q_BLNH, rope, c.interleaved_rope)
       k_BSKH = rotate(k_BSKH, rope, c.interleaved_rope)
+    if context.query_scale is not None:
+      q_BLNH = q_BLNH * context.query_scale.astype(q_BLNH.dtype)
     if c.scale_by_depth:
       q_BLNH = q_BLNH / jnp.asarray(layer + 1, q_BLNH.dtype)
     new = {"key": k_BSKH.swapaxes(1, 2), "value": v_BSKH.swapaxes(1, 2)}

@@ -104,6 +104,8 @@ class ModelConfig:
   # Whether rope turns features (2i, 2i + 1) together, not those R/2 apart.
   interleaved_rope: bool = False
   nope_layers: tuple[int, ...] = ()  # layers without positions
+  # (g, n): the queries at position p grow by 1 + g log(1 + floor(p / n)).
+  query_growth: tuple[float, int] | None = None
   # A table of max_length embeddings before the first layer, and no rope.
   learned_positions: bool = False
   window: int | None = None  # latest keys that a query sees, its own too

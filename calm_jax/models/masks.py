@@ -29,6 +29,8 @@ class Context(NamedTuple):
   # Those of layers with a window, of which a `SegmentMask` says nothing.
   local_rope: tuple[Array, Array] | None
   local_mask: Array | SegmentMask
+  # Factors of queries by their positions, [B, L, 1, 1]; None for one.
+  query_scale: Array | None
 
 
 def make_context(
@@ -79,7 +81,12 @@ def make_context(
 
   rope = turn(config.rope)
   local_rope = turn(config.local_rope) or rope
-  return Context(rope, mask, index, local_rope, local_mask)
+  query_scale = None
+  if config.query_growth is not None:
+    growth, length = config.query_growth
+    steps_BL11 = (positions_BL // length)[..., None, None].astype(dtype)
+    query_scale = 1 + growth * jnp.log1p(steps_BL11)
+  return Context(rope, mask, index, local_rope, local_mask, query_scale)
 
 
 def self_attention_mask(

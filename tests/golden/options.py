@@ -75,6 +75,11 @@ FAMILIES = {
   "ministral": (_GEMMA | WINDOW | {
     "layer_types": [SLIDING, FULL, FULL, SLIDING],
   }, {"all windows": {"layer_types": None}, "yarn": _YARN}),
+  "ministral3": (_BASE | {"head_dim": 10, "rope_parameters": {
+    "rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "mscale": 1.0,
+    "mscale_all_dim": 1.0, "original_max_position_embeddings": 4,
+    "llama_4_scaling_beta": 0.3,
+  }}, {"window": WINDOW, "tied": _TIED}),
   "qwen2": (_BASE, {
     "windows": _QWEN, "all windows": _QWEN | {"max_window_layers": 0},
     "layer_types": _QWEN | {"layer_types": [SLIDING, FULL, SLIDING, FULL]},

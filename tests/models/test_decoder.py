@@ -105,6 +105,7 @@ CACHED = {
   "smollm3": ("smollm3", "windows", {}),
   "gpt2": ("gpt2", "scaled by depth", {}),
   "mixtral": ("mixtral", "window", {}),
+  "ministral3": ("ministral3", "window", {"interleaved_rope": True}),
   "dynamic": ("llama", "dynamic", {"rope": Rope(
     8, kind="dynamic", factor=2.0, original_length=10
   )}),

@@ -18,7 +18,8 @@ from golden import options
 
 NAMES = {
   "llama": "Llama 1 to 3.x", "mistral": "Mistral",
-  "ministral": "Ministral", "qwen2": "Qwen2, Qwen2.5",
+  "ministral": "Ministral", "ministral3": "Ministral 3 (text)",
+  "qwen2": "Qwen2, Qwen2.5",
   "qwen3": "Qwen3", "gemma": "Gemma", "gemma2": "Gemma 2",
   "gemma3_text": "Gemma 3 (text)", "gpt2": "GPT-2",
   "gpt_neox": "GPT-NeoX (Pythia)", "phi3": "Phi-3", "olmo2": "OLMo 2",

@@ -3,10 +3,11 @@
 Each function takes a config.json with its family's defaults.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
-from calm_jax.core.errors import InputError, check_choice
+from calm_jax.core.errors import InputError, check_choice, check_float
 from calm_jax.models.hf import rope_config
 
 Json = dict[str, Any]
@@ -123,6 +124,20 @@ def gemma3(hf: Json) -> Json:
   return _gemma_scales(hf) | _two_ropes(
     hf, hf["sliding_window_pattern"], 1e6, 1e4
   )
+
+
+def ministral3(hf: Json) -> Json:
+  """Reads yarn, and with it the growth of queries."""
+  options = {}
+  for key in ("rope_scaling", "rope_parameters"):
+    options |= rope_config.read_options(hf, key)
+  options = options or rope_config.MINISTRAL3
+  rope = {k: v for k, v in options.items() if k not in rope_config.GROWTH}
+  fields = windowed(hf | {"rope_parameters": rope, "rope_scaling": None})
+  check_choice("rope_type", fields["rope"].kind, ("yarn",))
+  growth = options[rope_config.GROWTH[0]]
+  check_float(rope_config.GROWTH[0], growth, 0, math.inf)
+  return fields | {"query_growth": (growth, fields["rope"].original_length)}
 
 
 def olmo3(hf: Json) -> Json:

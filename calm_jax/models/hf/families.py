@@ -57,6 +57,12 @@ FAMILIES = {
   "ministral": ConfigTable(
     config_fields.windowed, _MISTRAL | {"layer_types": None}
   ),
+  "ministral3": ConfigTable(
+    config_fields.ministral3, _MISTRAL | {
+      "head_dim": 128, "rms_norm_eps": 1e-5, "sliding_window": None,
+      "max_position_embeddings": 262_144,
+    },
+  ),
   "qwen2": ConfigTable(
     config_fields.qwen, _QWEN, fixed={"attention_bias": True}
   ),

@@ -150,8 +150,8 @@ def _mixture(module: str, gate: str, up: str, down: str) -> TensorTable:
 _MIXTRAL = _mixture(".block_sparse_moe", "w1", "w3", "w2")
 _QWEN3_MOE = _mixture(".mlp", "gate_proj", "up_proj", "down_proj")
 _LLAMAS = (
-  "gemma", "granite", "llama", "ministral", "mistral", "qwen2", "qwen3",
-  "smollm3",
+  "gemma", "granite", "llama", "ministral", "ministral3", "mistral",
+  "qwen2", "qwen3", "smollm3",
 )
 FAMILIES = {
   **dict.fromkeys(_LLAMAS, _LLAMA),

@@ -112,6 +112,8 @@ OFFICIAL = {
                    "rope_theta"),
   "Ministral": ("ministral", "attention_dropout head_dim layer_types "
                 "sliding_window rope_theta"),
+  "Ministral 3": ("ministral3", "attention_dropout head_dim rope_parameters "
+                  "sliding_window"),
   "Qwen2": ("qwen2", f"max_window_layers {_QWEN}"),
   "Qwen2.5": ("qwen2", f"max_window_layers {_QWEN}; use_mrope"),
   "Qwen2.5 1M": ("qwen2", f"max_window_layers {_QWEN}; "

@@ -103,6 +103,7 @@ def test_refuses(changes, message):
 REFUSED = {
   "mistral": {"sliding_window": 0},
   "ministral": {"layer_types": ["chunked_attention"] * 4},
+  "ministral3": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
   "qwen2": {"layer_types": ["full_attention", "sliding_attention"] * 2},
   "qwen3": {"layer_types": ["chunked_attention"] * 4},
   "gemma": {"hidden_activation": "relu"},
@@ -132,7 +133,10 @@ def test_every_family_refuses_by_name(family):
     families.from_hf({k: v for k, v in good.items() if k != "vocab_size"})
   if family != "llama":
     (key,) = REFUSED[family]
-    name = {"rope_scaling": "rope_type", "sliding_window": "window"}
+    name = {
+      "rope_scaling": "rope_type", "sliding_window": "window",
+      "rope_parameters": "llama_4_scaling_beta",
+    }  # fmt: skip
     with pytest.raises(InputError, match=name.get(key, key)):
       families.from_hf(good | REFUSED[family])
 
