@@ -16,6 +16,8 @@ import reference
 import transformers
 from golden import options
 
+from calm_jax.models.hf import families
+
 NAMES = {
   "llama": "Llama 1 to 3.x", "mistral": "Mistral",
   "ministral": "Ministral", "ministral3": "Ministral 3 (text)",
@@ -63,7 +65,8 @@ transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW)
 with transformers, on lines of text: tokens, logits, greedy texts, an exported
 copy, lm-eval's scores. Gemma 3 270M, on 203 lines in six languages and Python:
 logits are off by 4.3e-04 at most, lm-eval's scores of a line by 1.1e-03 nats,
-which is torch's rounding; all else is equal.
+which is torch's rounding; all else is equal. Read from its GGUF file in Q4_K_M,
+it gives the greedy texts that transformers gives from the same file.
 
 `python tests/parity/table.py` wrote this, with transformers {version}. For
 the base of each family, and for every option on top of it, transformers writes
@@ -74,6 +77,12 @@ most 1e-4. `tests/golden/options.py` says what the options are.
 
 | family | `model_type` | options | largest error |
 |---|---|---|---|
+"""
+MISSING = """
+## Families that are refused by name
+
+| `model_type` | why it is not computed |
+|---|---|
 """
 
 
@@ -92,8 +101,9 @@ def main() -> None:
     for family, (_, cases) in options.FAMILIES.items()
   ]
   head = HEAD.format(version=transformers.__version__)
+  missing = [f"| `{f}` | {why} |\n" for f, why in families.MISSING.items()]
   path = pathlib.Path(__file__).parents[2] / "docs" / "families.md"
-  path.write_text(head + "".join(rows))
+  path.write_text(head + "".join([*rows, MISSING, *missing]))
 
 
 if __name__ == "__main__":

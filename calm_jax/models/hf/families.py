@@ -170,6 +170,18 @@ FAMILIES = {
   ),
 }
 # fmt: on
+# Families that people ask for and that are not computed, and why.
+MISSING = {
+  "gemma3n_text": "it mixes several residual streams, and has embeddings for "
+  "each layer, layers that share keys and values, and sparse activations",
+  "gemma4_text": "heads of full layers are wider than those with windows; some "
+  "models also have embeddings for each layer, layers that share keys and "
+  "values, values that are keys, or experts beside an MLP",
+  "qwen3_5_text": "most layers have linear attention (a gated delta net with a "
+  "convolution and a recurrent state) in place of keys and values; the others "
+  "have gated attention",
+  "qwen3_next": "it has the layers of Qwen 3.5, and experts",
+}
 # transformers' names of activations; `to_hf` writes the first of each.
 ACTIVATIONS = {
   "silu": "silu",
@@ -190,6 +202,10 @@ def from_hf(hf: Json) -> ModelConfig:
       here. Never an approximation.
   """
   name, text = hf.get("model_type"), hf.get("text_config")
+  kinds = [name, text.get("model_type")] if isinstance(text, dict) else [name]
+  for kind in MISSING:
+    if kind in kinds:
+      raise InputError(f"model_type={kind!r} is not computed: {MISSING[kind]}")
   if name not in sorted(FAMILIES) and isinstance(text, dict):
     raise InputError(
       f"model_type={name!r} is not of text alone; only its text model, "

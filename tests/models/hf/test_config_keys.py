@@ -11,6 +11,7 @@ import warnings
 import pytest
 import transformers_reads
 from golden import cases, options
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from calm_jax import compose, load_composed, load_model
 from calm_jax.core import hub
@@ -289,6 +290,15 @@ def test_a_multimodal_model_says_how_to_take_its_text_model():
   text = options.config_json("gemma3_text")
   with pytest.raises(InputError, match=r"'gemma3_text', could.*families\.md"):
     families.from_hf({"model_type": "gemma3", "text_config": text})
+
+
+@pytest.mark.parametrize("family", families.MISSING)
+def test_what_a_family_needs_is_said(family):
+  assert family in CONFIG_MAPPING_NAMES
+  config = options.config_json("llama") | {"model_type": family}
+  for asked in (config, {"model_type": "seen", "text_config": config}):
+    with pytest.raises(InputError, match=f"'{family}' is not computed: .+ "):
+      families.from_hf(asked)
 
 
 @pytest.mark.parametrize("family", options.FAMILIES)
