@@ -171,6 +171,13 @@ FAMILIES = {
     "attention_bias": _BIAS, "mlp_bias": {"mlp_bias": True}, "tied": _TIED,
     "llama3": _LLAMA3,
   }),
+  "exaone4": (_BASE | WINDOW, {
+    "no window": {"sliding_window": None, "layer_types": [FULL] * 4},
+    "layer_types": {"layer_types": [SLIDING, FULL] * 2}, "llama3": _LLAMA3,
+  }),
+  "seed_oss": (_GEMMA, {
+    "output bias": {"attention_out_bias": True}, "no bias": _NO_BIAS,
+  }),
   "glm": (_BASE | {"head_dim": 12}, {
     "no attention_bias": _NO_BIAS, "tied": _TIED,
     "partial": {"partial_rotary_factor": 0.7}, "llama3": _LLAMA3,

@@ -27,6 +27,7 @@ NAMES = {
   "gpt_neox": "GPT-NeoX (Pythia)", "phi3": "Phi-3", "olmo2": "OLMo 2",
   "olmo3": "OLMo 3",
   "smollm3": "SmolLM3", "starcoder2": "StarCoder2", "granite": "Granite",
+  "exaone4": "EXAONE 4", "seed_oss": "Seed-OSS",
   "glm": "GLM-4 (2024)", "glm4": "GLM-4 (0414)",
   "mixtral": "Mixtral", "qwen3_moe": "Qwen3-MoE",
 }  # fmt: skip

@@ -159,6 +159,14 @@ def phi3(hf: Json) -> Json:
   return fields
 
 
+def exaone4(hf: Json) -> Json:
+  """Reads windows; where there are any, full layers have no positions."""
+  windows = _alternating(hf, 4)
+  full = windows.get("full_layers", range(hf["num_hidden_layers"]))
+  nope = () if hf["sliding_window"] is None else tuple(full)
+  return rotary(hf) | windows | {"nope_layers": nope}
+
+
 def glm(hf: Json) -> Json:
   return rotary(hf, fraction=0.5) | {"output_bias": False}
 

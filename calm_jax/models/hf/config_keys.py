@@ -29,7 +29,7 @@ COPIED = {
     "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon",
   ),
   "attention_bias": ("attention_bias", "use_bias"),
-  "output_bias": ("attention_bias", "use_bias"),
+  "output_bias": ("attention_bias", "use_bias", "attention_out_bias"),
   "mlp_bias": ("mlp_bias", "use_bias"),
   "tie_embeddings": ("tie_word_embeddings",),
   "parallel_residual": ("use_parallel_residual",),
@@ -123,7 +123,7 @@ class ConfigTable(NamedTuple):
         )
     computed, refused = self.computed(), REFUSED | self.only
     for key, value in hf.items():
-      if key in computed or key in refused:
+      if key in computed or key in REFUSED:
         _check_type(key, value)
     length = (self.defaults | hf).get("max_position_embeddings", math.inf)
     if (hf.get("sliding_window") or 0) >= length:

@@ -146,6 +146,20 @@ FAMILIES = {
       "attention_multiplier": 1.0, "logits_scaling": 1.0,
     },
   ),
+  "exaone4": ConfigTable(
+    config_fields.exaone4, _DEFAULTS | {
+      "num_key_value_heads": 32, "rms_norm_eps": 1e-5, "sliding_window": 4096,
+      "layer_types": None,
+    },
+    fixed=_POST_NORMS | {"qk_norm": "head"},
+    only={"sliding_window_pattern": (0, 4, "LLLG")},
+  ),
+  "seed_oss": ConfigTable(
+    config_fields.rotary, _LLAMA | {
+      "num_key_value_heads": 8, "head_dim": 128, "attention_bias": True,
+      "attention_out_bias": False, "max_position_embeddings": 524_288,
+    },
+  ),
   "glm": ConfigTable(config_fields.glm, _GLM, fixed=_INTERLEAVED),
   "glm4": ConfigTable(
     config_fields.glm, _GLM, fixed=_INTERLEAVED | {"post_norm": True}

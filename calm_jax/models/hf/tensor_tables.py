@@ -151,11 +151,12 @@ _MIXTRAL = _mixture(".block_sparse_moe", "w1", "w3", "w2")
 _QWEN3_MOE = _mixture(".mlp", "gate_proj", "up_proj", "down_proj")
 _LLAMAS = (
   "gemma", "granite", "llama", "ministral", "ministral3", "mistral",
-  "qwen2", "qwen3", "smollm3",
+  "qwen2", "qwen3", "seed_oss", "smollm3",
 )
+_SANDWICHES = "exaone4", "gemma2", "gemma3_text", "olmo2", "olmo3"
 FAMILIES = {
   **dict.fromkeys(_LLAMAS, _LLAMA),
-  **dict.fromkeys(("gemma2", "gemma3_text", "olmo2", "olmo3"), _SANDWICH),
+  **dict.fromkeys(_SANDWICHES, _SANDWICH),
   "glm": _GLM, "glm4": _GLM, "gpt2": _GPT2, "gpt_neox": _NEOX,
   "phi3": _PHI3, "starcoder2": _STARCODER2,
   "mixtral": _MIXTRAL, "qwen3_moe": _QWEN3_MOE,

@@ -157,6 +157,11 @@ OFFICIAL = {
   "Granite 3": ("granite", "attention_bias attention_dropout "
                 "attention_multiplier embedding_multiplier logits_scaling "
                 f"mlp_bias pad_token_id residual_multiplier {_ROPE}"),
+  "EXAONE 4": ("exaone4", "attention_dropout layer_types sliding_window "
+               f"sliding_window_pattern {_ROPE}"),
+  "Seed-OSS": ("seed_oss", "attention_bias attention_dropout head_dim mlp_bias "
+               "attention_out_bias pad_token_id pretraining_tp "
+               f"residual_dropout {_ROPE}"),
   "GLM-4": ("glm", "attention_bias attention_dropout head_dim pad_token_id "
             "partial_rotary_factor rope_theta"),
   "GLM-4 0414": ("glm4", "attention_bias attention_dropout head_dim "
@@ -192,7 +197,8 @@ _VALUES = {
   "norm_epsilon": 1e-5, "use_bias": True, "logits_scaling": 8.0,
   "attention_multiplier": 0.0156, "embedding_multiplier": 12.0,
   "residual_multiplier": 0.22, "num_experts_per_tok": 2,
-  "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
+  "attention_out_bias": False, "decoder_sparse_step": 1,
+  "mlp_only_layers": [], "norm_topk_prob": True,
 }  # fmt: skip
 
 
@@ -210,6 +216,8 @@ def official(name):
   values |= _VALUES | tiny
   if family == "gemma3_text":
     values["sliding_window"] = 5
+  if family == "exaone4":
+    values["sliding_window_pattern"] = "LLLG"
   if family.startswith("gemma"):
     values["hidden_act"] = "gelu_pytorch_tanh"
   keys |= {*tiny} & {"num_experts_per_tok", "moe_intermediate_size"}

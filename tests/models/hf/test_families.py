@@ -117,6 +117,8 @@ REFUSED = {
   "smollm3": {"no_rope_layers": [1, 0]},
   "starcoder2": {"attention_chunk_size": 8},
   "granite": {"partial_rotary_factor": 0.5},
+  "exaone4": {"sliding_window_pattern": "LG"},
+  "seed_oss": {"partial_rotary_factor": 0.5},
   "glm": {"sliding_window": 5},
   "glm4": {"rope_scaling": {"rope_type": "longer", "factor": 2.0}},
   "mixtral": {"layer_types": ["sliding_attention"] * 4},
