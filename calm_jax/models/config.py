@@ -10,7 +10,7 @@ from calm_jax.models.rope import Rope
 NORMS = ("rms", "rms_plus_one", "layer")
 QK_NORMS = (None, "head", "full")
 ATTENTIONS = ("xla", "pieces", "cudnn", "splash")
-ACTIVATIONS = ("silu", "relu", "gelu", "gelu_exact")
+ACTIVATIONS = ("silu", "relu", "relu2", "gelu", "gelu_exact")
 REMATS = ("none", "dots", "full")
 
 

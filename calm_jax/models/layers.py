@@ -86,6 +86,8 @@ def activation(name: str) -> Callable[[Array], Array]:
   """Returns the function of one of config.ACTIVATIONS."""
   if name == "gelu_exact":
     return functools.partial(jax.nn.gelu, approximate=False)
+  if name == "relu2":
+    return lambda x: jnp.square(jax.nn.relu(x))
   return getattr(jax.nn, name)
 
 

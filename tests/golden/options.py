@@ -183,6 +183,9 @@ FAMILIES = {
     "partial": {"partial_rotary_factor": 0.7}, "llama3": _LLAMA3,
   }),
   "glm4": (_BASE | {"head_dim": 12}, {"no attention_bias": _NO_BIAS}),
+  "helium": (_BASE | {"head_dim": 8}, {"mlp_bias": {"mlp_bias": True}}),
+  "ernie4_5": (_GEMMA, {"bias": {"use_bias": True}}),
+  "arcee": (_BASE, {"mlp_bias": {"mlp_bias": True}, "yarn": _YARN}),
 } | experts.FAMILIES  # fmt: skip
 # What changes no arithmetic on these sequences, and must not.
 INERT = {

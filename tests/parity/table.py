@@ -29,6 +29,7 @@ NAMES = {
   "smollm3": "SmolLM3", "starcoder2": "StarCoder2", "granite": "Granite",
   "exaone4": "EXAONE 4", "seed_oss": "Seed-OSS",
   "glm": "GLM-4 (2024)", "glm4": "GLM-4 (0414)",
+  "helium": "Helium", "ernie4_5": "ERNIE 4.5 (dense)", "arcee": "Arcee AFM",
   "mixtral": "Mixtral", "qwen3_moe": "Qwen3-MoE",
 }  # fmt: skip
 HEAD = """# Model families

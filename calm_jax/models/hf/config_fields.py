@@ -171,6 +171,14 @@ def glm(hf: Json) -> Json:
   return rotary(hf, fraction=0.5) | {"output_bias": False}
 
 
+def helium(hf: Json) -> Json:
+  return rotary(hf, 1e5) | {"output_bias": False}
+
+
+def ernie(hf: Json) -> Json:
+  return rotary(hf, 5e5)
+
+
 def mixtral(hf: Json) -> Json:
   fields = experts(hf) | {"normalise_experts": True}
   return fields | rotary(hf, 1e6) | _windows(hf)

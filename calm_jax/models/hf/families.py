@@ -164,6 +164,28 @@ FAMILIES = {
   "glm4": ConfigTable(
     config_fields.glm, _GLM, fixed=_INTERLEAVED | {"post_norm": True}
   ),
+  "helium": ConfigTable(
+    config_fields.helium, _LLAMA | {
+      "num_key_value_heads": 20, "head_dim": 128, "rms_norm_eps": 1e-8,
+      "max_position_embeddings": 4096,
+    },
+    fixed=_INTERLEAVED,
+  ),
+  "ernie4_5": ConfigTable(
+    config_fields.ernie, _DEFAULTS | {
+      "num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1e-5,
+      "max_position_embeddings": 131_072, "use_bias": False,
+      "tie_word_embeddings": True,
+    },
+    fixed=_INTERLEAVED,
+  ),
+  "arcee": ConfigTable(
+    config_fields.rotary, _LLAMA | {
+      "rms_norm_eps": 1e-5, "hidden_act": "relu2",
+      "max_position_embeddings": 4096,
+    },
+    fixed={"gated_mlp": False},
+  ),
   "mixtral": ConfigTable(
     config_fields.mixtral, _MISTRAL | {
       "rms_norm_eps": 1e-5, "sliding_window": None, "num_local_experts": 8,
@@ -201,6 +223,7 @@ ACTIVATIONS = {
   "silu": "silu",
   "swish": "silu",
   "relu": "relu",
+  "relu2": "relu2",
   "gelu_pytorch_tanh": "gelu",
   "gelu_new": "gelu",
   "gelu_fast": "gelu",

@@ -150,8 +150,8 @@ def _mixture(module: str, gate: str, up: str, down: str) -> TensorTable:
 _MIXTRAL = _mixture(".block_sparse_moe", "w1", "w3", "w2")
 _QWEN3_MOE = _mixture(".mlp", "gate_proj", "up_proj", "down_proj")
 _LLAMAS = (
-  "gemma", "granite", "llama", "ministral", "ministral3", "mistral",
-  "qwen2", "qwen3", "seed_oss", "smollm3",
+  "arcee", "ernie4_5", "gemma", "granite", "helium", "llama", "ministral",
+  "ministral3", "mistral", "qwen2", "qwen3", "seed_oss", "smollm3",
 )
 _SANDWICHES = "exaone4", "gemma2", "gemma3_text", "olmo2", "olmo3"
 FAMILIES = {

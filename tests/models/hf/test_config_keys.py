@@ -166,6 +166,11 @@ OFFICIAL = {
             "partial_rotary_factor rope_theta"),
   "GLM-4 0414": ("glm4", "attention_bias attention_dropout head_dim "
                  "pad_token_id partial_rotary_factor rope_theta"),
+  "Helium 1": ("helium", "attention_bias attention_dropout head_dim mlp_bias "
+               "pad_token_id rope_theta"),
+  "ERNIE 4.5 0.3B": ("ernie4_5", f"head_dim pad_token_id use_bias {_ROPE}"),
+  "AFM 4.5B": ("arcee", "attention_bias attention_dropout head_dim mlp_bias "
+               f"{_ROPE}"),
   "Mixtral 8x7B": ("mixtral", _MIXTRAL),
   "Mixtral 8x22B": ("mixtral", f"router_jitter_noise {_MIXTRAL}"),
   "Qwen3-MoE": ("qwen3_moe", "attention_bias decoder_sparse_step head_dim "

@@ -121,6 +121,9 @@ REFUSED = {
   "seed_oss": {"partial_rotary_factor": 0.5},
   "glm": {"sliding_window": 5},
   "glm4": {"rope_scaling": {"rope_type": "longer", "factor": 2.0}},
+  "helium": {"attention_chunk_size": 8},
+  "ernie4_5": {"partial_rotary_factor": 0.5},
+  "arcee": {"is_causal": False},
   "mixtral": {"layer_types": ["sliding_attention"] * 4},
   "qwen3_moe": {"mlp_only_layers": [1]},
 }  # fmt: skip

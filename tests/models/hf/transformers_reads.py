@@ -47,7 +47,10 @@ def aliases(family: str) -> dict[str, str]:
 
 
 def nullable(family: str) -> set[str]:
-  """Returns fields that may be null, which is not what they are by default."""
+  """Returns fields that may be null, which is not what they are by default.
+
+  Where that is False null means the same.
+  """
   module = _MODULES.get(family, family)
   path = _ROOT / "models" / module / f"configuration_{module}.py"
   configs = _definitions(path).values()
@@ -56,7 +59,7 @@ def nullable(family: str) -> set[str]:
     name
     for name, field in _fields(config).items()
     if "None" in ast.unparse(field.annotation)
-    and ast.unparse(field.value) != "None"
+    and ast.unparse(field.value) not in ("None", "False")
   }
 
 
