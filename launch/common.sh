@@ -8,7 +8,8 @@ fi
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # The versions of uv, which installs the package, and of Python. Dependencies
-# are installed at the lower bounds of setup.cfg, the versions that were tested.
+# are the newest that there were when the commit was made: each machine of a run,
+# and one that takes the place of another, has the same.
 uv=0.13.9
 python=3.12
 # After these exit codes of the trainer, the same command goes on where it
@@ -123,12 +124,12 @@ within() {
 }
 
 # pin EXTRA: sets from --ref `pinned` (a short name), `archive` (the file with
-# the source; empty for a release) and `source` (the requirement that is
-# installed, with EXTRA and what runs may need).
+# the source; empty for a release), `source` (the requirement that is installed,
+# with EXTRA and what runs may need) and `made` (when; empty for a release).
 pin() {
   local extra="$1,report,quant,sacrebleu" file
   if [[ ${opt[ref]} == ==* ]]; then
-    pinned=${opt[ref]#==} archive="" source="calm_jax[$extra]${opt[ref]}"
+    pinned=${opt[ref]#==} archive="" made="" source="calm_jax[$extra]${opt[ref]}"
     return
   fi
   need git "install git, or give a release: --ref===VERSION"
@@ -136,6 +137,7 @@ pin() {
     "${opt[ref]:-HEAD}^{commit}") ||
     wrong "--ref=${opt[ref]} is not a commit of $root"
   pinned=${commit:0:12} source=".[$extra]"
+  made=$(git -C "$root" show --no-patch --format=%cI "$commit")
   archive="$root/build/calm_jax-$pinned.tar.gz"
   for file in "${trainer[@]}"; do
     [[ $file == --config=* ]] || continue
@@ -155,8 +157,8 @@ make_archive() {
 # Shell text that installs `source` into .venv of the current folder.
 install_text() {
   echo "uv venv --allow-existing --python $python .venv &&" \
-    "uv pip install --python .venv/bin/python --resolution lowest-direct" \
-    "$(quoted "$source")"
+    "uv pip install --python .venv/bin/python" \
+    "${made:+--exclude-newer $made }$(quoted "$source")"
 }
 
 # Shell text that sets $at to the folder where install_text installed, and goes

@@ -9,6 +9,7 @@ from pathlib import Path
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+MADE = "2026-01-02T03:04:05+00:00"
 # It writes its arguments down. The first line of PLAY that fits the call is
 # what it does then, once; otherwise it succeeds and says nothing.
 STAND_IN = r"""#!/usr/bin/env bash
@@ -82,10 +83,10 @@ class Place:
 
   def play(self, *lines: str) -> None:
     """What stand-ins do from here on; forgets the calls so far."""
-    commit = f"git*rev-parse*\t0\t{COMMIT}"
+    commit = f"git*rev-parse*\t0\t{COMMIT}", f"git*show*\t0\t{MADE}"
     (self.folder / "calls").write_text("")
     (self.folder / "play").write_text(
-      "".join(f"{x}\n" for x in [commit, *lines])
+      "".join(f"{x}\n" for x in [*commit, *lines])
     )
 
   def run(self, *command: str, **env: str) -> subprocess.CompletedProcess:
@@ -113,7 +114,7 @@ class Place:
     found = [call.split("\0")[:-1] for call in text.split("\x1e")[:-1]]
     if of:
       return [call[1:] for call in found if call[0] == of]
-    quiet = ("rev-parse", "cat-file", "status")
+    quiet = ("rev-parse", "cat-file", "status", "show")
     return [
       call
       for call in found

@@ -17,6 +17,7 @@ from stand_ins import (
   JOBSETS,
   LAUNCH,
   LOCAL,
+  MADE,
   POD_UP,
   QUEUE,
   SLURM,
@@ -84,9 +85,9 @@ def test_a_pod_is_queued_for_filled_and_deleted(place):
   archive = f"{place.folder}/checkout/build/calm_jax-{COMMIT[:12]}.tar.gz"
   ssh = [*tpus, "tpu-vm", "ssh", "calm", "--worker=all", "--internal-ip"]
   calls = place.calls()
-  assert [call.pop(8)[:10] for call in (calls[6], calls[7])] == [
-    "--command="
-  ] * 2
+  install, train = (call.pop(8) for call in (calls[6], calls[7]))
+  assert install.startswith("--command=") and train.startswith("--command=")
+  assert f" --exclude-newer {MADE} '.[tpu" in install
   assert calls == [
     queue,
     [
@@ -340,6 +341,7 @@ def test_a_release_brings_its_configs(place):
   assert (
     "calm_jax[tpu,report,quant,sacrebleu]==1.2" in done.stdout
     and "archive" not in done.stdout
+    and "--exclude-newer" not in done.stdout
   )
   assert "cd .venv/share/calm_jax" in done.stdout
   setup = configparser.ConfigParser()
