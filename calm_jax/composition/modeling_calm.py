@@ -22,6 +22,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+# transformers 4 reads the models' configs without an error, but differently.
+if int(hf.__version__.split(".")[0]) < 5:
+  raise ImportError(f"it needs transformers 5, and this is {hf.__version__}")
+
 # The names that versions and families of transformers have for a cache.
 _CACHES = ("cache", "past_key_values", "layer_past")
 # What generation and evaluation look up in a config; here it is the anchor's.

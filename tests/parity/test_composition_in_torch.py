@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import runpy
 import shutil
 
 import helpers
@@ -219,6 +220,12 @@ def test_what_it_does_not_take_is_named(modeling):
     model(**ragged(), output_hidden_states=True)
   with pytest.raises(ValueError, match="no static or sliding cache"):
     model.generate(**ragged(), cache_implementation="static", max_new_tokens=2)
+
+
+def test_transformers_4_is_refused(monkeypatch):
+  monkeypatch.setattr(transformers, "__version__", "4.57.6")
+  with pytest.raises(ImportError, match=r"transformers 5, and this is 4\.57"):
+    runpy.run_path(str(transformers_folder.MODELING))
 
 
 @pytest.mark.parametrize("family", options.FAMILIES)
