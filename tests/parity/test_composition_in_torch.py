@@ -223,7 +223,7 @@ def test_what_it_does_not_take_is_named(modeling):
 
 
 def test_transformers_4_is_refused(monkeypatch):
-  monkeypatch.setattr(transformers, "__version__", "4.57.6")
+  monkeypatch.setattr("transformers.__version__", "4.57.6")
   with pytest.raises(ImportError, match=r"transformers 5, and this is 4\.57"):
     runpy.run_path(str(transformers_folder.MODELING))
 
