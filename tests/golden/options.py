@@ -72,14 +72,14 @@ FAMILIES = {
     "no window": {"sliding_window": None}, "long window": LONG_WINDOW,
     "head_dim": _WIDE, "tied": _TIED, "yarn": _YARN,
   }),
-  "ministral": (_GEMMA | WINDOW | {
+  "ministral": (_GEMMA | WINDOW | _YARN | {
     "layer_types": [SLIDING, FULL, FULL, SLIDING],
-  }, {"all windows": {"layer_types": None}, "yarn": _YARN}),
+  }, {"all windows": {"layer_types": None}}),
   "ministral3": (_BASE | {"head_dim": 10, "rope_parameters": {
     "rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "mscale": 1.0,
     "mscale_all_dim": 1.0, "original_max_position_embeddings": 4,
     "llama_4_scaling_beta": 0.3,
-  }}, {"window": WINDOW, "tied": _TIED}),
+  }}, {"window": WINDOW}),
   "qwen2": (_BASE, {
     "windows": _QWEN, "all windows": _QWEN | {"max_window_layers": 0},
     "layer_types": _QWEN | {"layer_types": [SLIDING, FULL, SLIDING, FULL]},
@@ -140,9 +140,9 @@ FAMILIES = {
     "attention_bias": _BIAS, "own key heads": _OWN, "tied": _TIED,
     "linear": _LINEAR,
   }),
-  "olmo3": (_BASE | WINDOW | {"rope_theta": 400.0}, {
+  "olmo3": (_BASE | WINDOW | _YARN | {"rope_theta": 400.0}, {
     "layer_types": {"layer_types": [FULL, FULL, SLIDING, SLIDING]},
-    "no window": {"layer_types": [FULL] * 4}, "yarn": _YARN,
+    "no window": {"layer_types": [FULL] * 4},
   }),
   "smollm3": (_BASE, {
     "no_rope_layers": {"no_rope_layers": [0, 1, 1, 0]},
@@ -171,21 +171,20 @@ FAMILIES = {
     "attention_bias": _BIAS, "mlp_bias": {"mlp_bias": True}, "tied": _TIED,
     "llama3": _LLAMA3,
   }),
-  "exaone4": (_BASE | WINDOW, {
+  "exaone4": (_BASE | WINDOW | _LLAMA3, {
     "no window": {"sliding_window": None, "layer_types": [FULL] * 4},
-    "layer_types": {"layer_types": [SLIDING, FULL] * 2}, "llama3": _LLAMA3,
+    "layer_types": {"layer_types": [SLIDING, FULL] * 2},
   }),
   "seed_oss": (_GEMMA, {
     "output bias": {"attention_out_bias": True}, "no bias": _NO_BIAS,
   }),
   "glm": (_BASE | {"head_dim": 12}, {
-    "no attention_bias": _NO_BIAS, "tied": _TIED,
-    "partial": {"partial_rotary_factor": 0.7}, "llama3": _LLAMA3,
+    "no attention_bias": _NO_BIAS, "partial": {"partial_rotary_factor": 0.7},
   }),
-  "glm4": (_BASE | {"head_dim": 12}, {"no attention_bias": _NO_BIAS}),
+  "glm4": (_BASE | _YARN | {"head_dim": 12}, {"no attention_bias": _NO_BIAS}),
   "helium": (_BASE | {"head_dim": 8}, {"mlp_bias": {"mlp_bias": True}}),
   "ernie4_5": (_GEMMA, {"bias": {"use_bias": True}}),
-  "arcee": (_BASE, {"mlp_bias": {"mlp_bias": True}, "yarn": _YARN}),
+  "arcee": (_BASE | _YARN, {"mlp_bias": {"mlp_bias": True}}),
 } | experts.FAMILIES  # fmt: skip
 # What changes no arithmetic on these sequences, and must not.
 INERT = {

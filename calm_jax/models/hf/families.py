@@ -208,11 +208,17 @@ FAMILIES = {
 # fmt: on
 # Families that people ask for and that are not computed, and why.
 MISSING = {
+  "apertus": "the activation of its MLP (xIELU) has parameters",
+  "cohere": "one norm, without a bias, is before both attention and MLP",
+  "cohere2": "one norm, without a bias, is before both attention and MLP",
   "gemma3n_text": "it mixes several residual streams, and has embeddings for "
   "each layer, layers that share keys and values, and sparse activations",
   "gemma4_text": "heads of full layers are wider than those with windows; some "
   "models also have embeddings for each layer, layers that share keys and "
   "values, values that are keys, or experts beside an MLP",
+  "granitemoehybrid": "most of its models have state-space layers (Mamba 2), "
+  "or experts beside an MLP",
+  "hunyuan_v1_dense": "queries and keys are normed after their rotation",
   "qwen3_5_text": "most layers have linear attention (a gated delta net with a "
   "convolution and a recurrent state) in place of keys and values; the others "
   "have gated attention",
