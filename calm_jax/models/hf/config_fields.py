@@ -128,15 +128,13 @@ def gemma3(hf: Json) -> Json:
 
 def ministral3(hf: Json) -> Json:
   """Reads yarn, and with it the growth of queries."""
-  options = {}
-  for key in ("rope_scaling", "rope_parameters"):
-    options |= rope_config.read_options(hf, key)
-  options = options or rope_config.MINISTRAL3
-  rope = {k: v for k, v in options.items() if k not in rope_config.GROWTH}
+  rope = rope_config.read_options(hf, "rope_scaling")
+  rope = rope or rope_config.read_options(hf, "rope_parameters")
+  name = "llama_4_scaling_beta"
+  growth = check_float(name, rope.pop(name), 0, math.inf)
+  rope.pop("max_position_embeddings", None)
   fields = windowed(hf | {"rope_parameters": rope, "rope_scaling": None})
   check_choice("rope_type", fields["rope"].kind, ("yarn",))
-  growth = options[rope_config.GROWTH[0]]
-  check_float(rope_config.GROWTH[0], growth, 0, math.inf)
   return fields | {"query_growth": (growth, fields["rope"].original_length)}
 
 

@@ -60,7 +60,11 @@ FAMILIES = {
   "ministral3": ConfigTable(
     config_fields.ministral3, _MISTRAL | {
       "head_dim": 128, "rms_norm_eps": 1e-5, "sliding_window": None,
-      "max_position_embeddings": 262_144,
+      "max_position_embeddings": 262_144, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "mscale": 1.0,
+        "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384,
+        "llama_4_scaling_beta": 0.1,
+      },
     },
   ),
   "qwen2": ConfigTable(

@@ -34,12 +34,6 @@ _OPTIONS = {
 # The keys of a config.json that are read here, and GPT-NeoX's own besides.
 _DICTS = ("rope_parameters", "rope_scaling")
 KEYS = frozenset({*_DICTS, THETA[0], FRACTION[0], _LENGTH, _LONGEST})
-# What Ministral 3 has among its options besides, and its default options.
-GROWTH = ("llama_4_scaling_beta", _LONGEST)
-MINISTRAL3 = {
-  "type": "yarn", "rope_theta": 1e6, "factor": 16.0, _LENGTH: 16384,
-  "mscale": 1.0, "mscale_all_dim": 1.0, GROWTH[0]: 0.1,
-}  # fmt: skip
 NEOX_KEYS = (THETA[1], FRACTION[1])
 
 
