@@ -42,6 +42,8 @@ lm-eval: $(VENV)/lm-eval
 lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/pyrefly check --python-interpreter-path=$(BIN)/python \
+	  --min-severity=error
 	$(BIN)/shellcheck -x launch/*
 
 format: $(VENV)/dev

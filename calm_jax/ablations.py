@@ -55,6 +55,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
     flush=True,
   )
   runs: Runs = {kind: [] for kind in kinds}
+  summary: dict[str, Any] = {}
   spent: list[float] = []
   for trial in plan:
     kind, number = trial.settings.kind, trial.settings.trial

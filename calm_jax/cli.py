@@ -35,7 +35,7 @@ _WRONG_PATH = (
   *(FileNotFoundError, FileExistsError, PermissionError),
   *(IsADirectoryError, NotADirectoryError),
 )
-_FLAGS = {
+_FLAGS: dict[Any, Callable[..., Any]] = {
   str: flags.DEFINE_string,
   bool: flags.DEFINE_bool,
   int: flags.DEFINE_integer,
@@ -123,6 +123,7 @@ def keep_compiled_programs() -> None:
 
   In JAX_COMPILATION_CACHE_DIR if that is set, else in ~/.cache/calm_jax.
   """
+  # pyrefly: ignore [missing-attribute]  # JAX defines its options by name.
   if not jax.config.jax_compilation_cache_dir:
     folder = Path.home() / ".cache" / "calm_jax"
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -166,8 +167,11 @@ def _exit_codes() -> Iterator[None]:
   One of several processes ends at once, so that the others learn that it is
   gone. An orderly end would wait for them, while they wait for it.
   """
-  # In one line, without the place in the source.
-  warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+
+  def in_one_line(message, category, filename, lineno, line=None) -> str:
+    return f"warning: {message}\n"  # without the place in the source
+
+  warnings.formatwarning = in_one_line
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       # Of an encoding without a character, its number is written.

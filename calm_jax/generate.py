@@ -30,7 +30,7 @@ from calm_jax.parallel import mesh
 from calm_jax.parallel.rules import SHARDING
 from calm_jax.parallel.sharding import Layout
 from calm_jax.reporting import figures
-from calm_jax.reporting.attention import attention_figure
+from calm_jax.reporting.attention import draw_maps
 
 # Flags that are arguments of `LanguageModel.generate`, with their defaults.
 _OPTIONS = {"max_new_tokens": 128, "seed": 0} | vars(Sampler())
@@ -71,7 +71,9 @@ def main() -> None:
   """Runs the command line."""
   arguments = _arguments()
   cli.keep_compiled_programs()
-  options = {name: getattr(arguments, name) for name in (*_OPTIONS, "stop")}
+  options: dict[str, Any] = {
+    name: getattr(arguments, name) for name in (*_OPTIONS, "stop")
+  }
   # Before the model is loaded, which may take long.
   Sampler(**{name: options[name] for name in vars(Sampler())})
   if arguments.attention:
@@ -84,7 +86,7 @@ def main() -> None:
   system = arguments.system
   said = [] if system is None else [_message("system", system)]
   if arguments.prompts:
-    asked: dict[str, list] = {"prompts": prompts}
+    asked: dict[str, Any] = {"prompts": prompts}
     if arguments.chat:
       talks = [[*said, _message("user", prompt)] for prompt in prompts]
       asked = {"messages": talks}
@@ -96,14 +98,15 @@ def main() -> None:
   for prompt in [arguments.prompt] if is_given else _typed_prompts():
     pieces = []
     said.append(_message("user", prompt))
-    one = {"messages": said} if arguments.chat else {"prompt": prompt}
-    for piece in model.stream(**one, **options):
+    asked = {"messages": said} if arguments.chat else {"prompt": prompt}
+    for piece in model.stream(**asked, **options):
       print(piece, end="", flush=True)
       pieces.append(piece)
     print()
     said.append(_message("assistant", "".join(pieces)))
     if arguments.attention:
-      _draw(model.attention(prompt, "".join(pieces)), arguments.attention)
+      maps = model.attention(prompt, "".join(pieces))
+      figures.save_figure(draw_maps(maps), arguments.attention)
 
 
 def _layout(asked: str) -> Layout | None:
@@ -121,13 +124,6 @@ def _layout(asked: str) -> Layout | None:
 
 def _message(role: str, content: str) -> dict[str, str]:
   return {"role": role, "content": content}
-
-
-def _draw(maps: dict[str, Any], path: str) -> None:
-  names = ("weights", "tokens", "connections", "prompt_length")
-  shown = [maps[name] for name in names]
-  figure = attention_figure(*shown, maps.get("augmenting_tokens"))
-  figures.save_figure(figure, path)
 
 
 def _typed_prompts() -> Iterator[str]:

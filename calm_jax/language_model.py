@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from calm_jax.composition import (
   checkpoint,
@@ -113,7 +112,7 @@ class LanguageModel(Model):
     )
     return audit.audit(examples, columns, batch_size)
 
-  def attention(self, prompt: str, completion: str) -> dict[str, np.ndarray]:
+  def attention(self, prompt: str, completion: str) -> dict[str, Any]:
     """`cross_attention` of a text, and "prompt_length" in tokens."""
     check_text("prompt", prompt)
     check_text("completion", completion)
@@ -160,7 +159,7 @@ def load_composed(
   dtype: str | None = None,
   revision: str | None = None,
   quantise: str | None = None,
-  shardings: Callable[[str], Callable] | None = None,
+  shardings: Callable[[str], Callable | None] | None = None,
 ) -> LanguageModel:
   """Loads what `LanguageModel.save` wrote, and the models that it joins.
 
@@ -194,7 +193,7 @@ def load_any(
   *,
   anchor: Location | None = None,
   augmenting: Location | Mapping[str, Location] | None = None,
-  shardings: Callable[[str], Callable] | None = None,
+  shardings: Callable[[str], Callable | None] | None = None,
   ignore: Collection[str] = (),
 ) -> LanguageModel:
   """`load_composed` or `load_model`, whichever the folder or id is for."""

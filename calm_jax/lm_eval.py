@@ -15,8 +15,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import transformers
-
 try:
   from lm_eval import utils
   from lm_eval.__main__ import cli_evaluate
@@ -34,6 +32,7 @@ from calm_jax.core.errors import InputError, check_choice, check_int, check_seed
 from calm_jax.generation import batching, decode, scoring
 from calm_jax.generation.sampling import Sampler
 from calm_jax.text import chat, stop_strings
+from calm_jax.text.backends import load_tokenizer
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _AUTO = 16  # rows at once, for batch_size=auto
@@ -153,8 +152,13 @@ class CalmJax(TemplateLM):
   @property
   def prefix_token_id(self) -> int:
     """The token before a text without a context: BOS, else EOS."""
-    bos = self._text.bos_id
-    return self._text.eos_id if bos is None else bos
+    for token in (self._text.bos_id, self._text.eos_id):
+      if token is not None:
+        return token
+    raise InputError(
+      "a text without a context needs a BOS or EOS token, and the tokenizer of "
+      "the model has neither"
+    )
 
   @property
   def tokenizer_name(self) -> str:
@@ -276,9 +280,10 @@ class CalmJax(TemplateLM):
     def stopped(_: int, new: list[int]) -> bool:
       return stop_strings.find(self._text.decode(new), until) >= 0
 
-    first = [self.prefix_token_id]
     prompts = [
-      self._readable_end(self.tok_encode(text)[-room:] or first, 0, longest)
+      self._readable_end(
+        self.tok_encode(text)[-room:] or [self.prefix_token_id], 0, longest
+      )
       for text in contexts
     ]
     out = decode.generate(
@@ -297,9 +302,7 @@ class CalmJax(TemplateLM):
 def _puts_bos(folder: pathlib.Path) -> bool:
   """True if a checkpoint's own tokenizer begins every text with BOS."""
   try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-      str(folder), trust_remote_code=False
-    )
+    tokenizer = load_tokenizer(folder)
   except (OSError, ValueError, KeyError, ImportError) as error:
     raise InputError(
       f"transformers cannot read the tokenizer of {folder} ({error}): say "

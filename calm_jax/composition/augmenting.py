@@ -40,6 +40,7 @@ def run(
   """
   segments, layer_cache = sequence.segments, None
   if cache is not None:
+    assert index is not None
     layer_cache, old = cache["layers"], cache["segments"]
     segments = jax.lax.dynamic_update_slice(old, segments, (0, index))
   if cache is None and config.compute.reads_segments:
@@ -113,7 +114,7 @@ def keys_values(
     if control is not None:
       h_BME, positions = replaced(control, h_BME, positions, layer)
     made = attention.keys_values(h_BME, positions)
-    if old is not None:
+    if old is not None and index is not None:
       made = cache_lib.extend(old["cross"][connection.name], made, 0, index)
     cross[connection.name] = made
   return {"augmenting": kept, "cross": cross}

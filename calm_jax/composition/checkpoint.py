@@ -211,7 +211,7 @@ def load(
   dtype: str | None,
   revision: str | None,
   quantise: str | None,
-  shardings: Callable[[str], Callable] | None,
+  shardings: Callable[[str], Callable | None] | None,
 ) -> Model:
   """Reads what `save` wrote; see `language_model.load_composed`."""
   names = (WEIGHTS, CONFIG, CARD, CHAT_TEMPLATE)

@@ -98,7 +98,9 @@ class Composition:
       config = joined.config.with_compute(**changes(f"augmenting/{name}"))
       augmenting.append((name, dataclasses.replace(joined, config=config)))
     anchor = self.anchor.with_compute(**changes("anchor"))
-    return Composition(anchor, tuple(augmenting))
+    return dataclasses.replace(
+      self, anchor=anchor, augmenting=tuple(augmenting)
+    )
 
 
 def default_connections(

@@ -4,6 +4,8 @@ B batch, L anchor length, M augmenting length, D anchor width, E augmenting
 width, N heads, H head width.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -125,7 +127,7 @@ class CrossAttention(nn.Module):
     return out_BLD * size_BL1.astype(out_BLD.dtype)
 
   def probabilities(
-    self, x_BLD: Array, keys_values: dict, mask_BLM: Array
+    self, x_BLD: Array, keys_values: dict, mask_BLM: Any
   ) -> Array:
     """Attention weights of each head, float32 [B, N, L, M], for pictures."""
     q_BLNH = self._query(x_BLD, mask_BLM)

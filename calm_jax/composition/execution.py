@@ -244,7 +244,7 @@ def _fits(needed: float, device: Device) -> bool:
 
 
 def activation_bytes(
-  config: ModelConfig, kernel: str, rows: int, length: int, tensor: int = 1
+  config: ModelConfig, kernel: str, rows: float, length: int, tensor: int = 1
 ) -> float:
   """Estimates the bytes of what "dots" keeps of a layer.
 
@@ -264,7 +264,12 @@ def activation_bytes(
 
 
 def kept_bytes(
-  config: ModelConfig, remat: str, kernel: str, rows: int, length: int, tensor=1
+  config: ModelConfig,
+  remat: str,
+  kernel: str,
+  rows: float,
+  length: int,
+  tensor: int = 1,
 ) -> float:
   """Estimates the bytes that the backward pass finds of a layer."""
   if remat == "full":

@@ -8,7 +8,7 @@ B batch, L anchor length, M augmenting length, D anchor width, V vocabulary,
 N heads, S slots of a cache.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +114,7 @@ def states(
   index: Array | None = None,
   lengths: dict[str, Array] | None = None,
   weights: list[Array] | None = None,
-) -> tuple[Array, dict | None]:
+) -> tuple[Array, Any]:
   """The composed layers: H'_Bj = H_Bj + f_cross(f_proj(H_Ai), H_Bj).
 
   Args:

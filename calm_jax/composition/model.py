@@ -284,8 +284,8 @@ def _check_same_anchor(a: Model, b: Model) -> None:
       "the compositions have different anchors: "
       f"{a.spec.anchor} and {b.spec.anchor}"
     )
-  both = a.tokenizer, b.tokenizer
-  if None not in both and both[0].fingerprint != both[1].fingerprint:
+  prints = {x.tokenizer.fingerprint for x in (a, b) if x.tokenizer is not None}
+  if len(prints) > 1:
     raise InputError("the compositions have anchors with different tokenizers")
   anchors = [m.params["anchor"] for m in (a, b)]
   ours, theirs = map(trees.flatten, anchors)

@@ -130,7 +130,8 @@ def _locations(
     advice = "give a folder, a hub id, or a dict of them by name"
     check_type("augmenting", augmenting, Mapping, advice)
   locations = {"anchor": anchor} if anchor else {}
-  for name, location in (augmenting or {}).items():
+  named = augmenting if isinstance(augmenting, Mapping) else {}
+  for name, location in named.items():
     if name not in names:
       raise InputError(f"no augmenting model {name!r}; there are {names}")
     locations[f"augmenting/{name}"] = location

@@ -152,7 +152,7 @@ class Interrupted(Preempted):
   """SIGINT arrived; the message names the checkpoint that is kept."""
 
 
-EXIT_CODES = {
+EXIT_CODES: dict[type[BaseException], int] = {
   InputError: 2,
   TrainingDiverged: 65,
   OutOfMemory: 71,

@@ -194,7 +194,7 @@ def read_lines(path: Readable) -> Iterator[tuple[int, bytes]]:
   try:
     check_content(path)
     with path.open("rb") as raw:
-      start = raw.peek(64)
+      start = raw.peek(64)  # pyrefly: ignore [missing-attribute]  # Buffered.
       for magic, is_what in _NO_LINES.items():
         if start.startswith(magic):
           raise InputError(f"{path} is no file of lines of text but {is_what}")

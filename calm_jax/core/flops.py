@@ -35,7 +35,7 @@ def count_jaxpr(
   return sum(_count_equation(e, trips, kernels_only) for e in jaxpr.eqns)
 
 
-def _count_equation(equation: core.JaxprEqn, trips, kernels_only) -> int:
+def _count_equation(equation: Any, trips, kernels_only) -> int:
   name, params = equation.primitive.name, equation.params
   if name == "dot_general":
     if kernels_only:

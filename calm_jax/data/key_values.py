@@ -217,7 +217,8 @@ def _pools(
     counts = options.levelling ** (digits.max() - digits)
     everything = np.repeat(everything, counts)
   held_in, held_out = np.flatnonzero(kv.held_in), np.flatnonzero(~kv.held_in)
-  pools = {"all": (everything,), "held_in": (held_in,), "held_out": (held_out,)}
+  pools: dict[str, tuple] = {"all": (everything,)}
+  pools |= {"held_in": (held_in,), "held_out": (held_out,)}
   pools["mixed"] = (everything, held_in, held_out)
   check_choice("keys", keys, list(pools))
   if not all(len(pool) for pool in pools[keys]):

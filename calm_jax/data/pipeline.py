@@ -76,7 +76,7 @@ def text_source(
   return TextSource(segments, seeds, weights, options)
 
 
-def _part_seed(seed: int, name: str) -> int:
+def _part_seed(seed: int | None, name: str) -> int:
   """A seed for each part, so that parts do not follow each other's order."""
   digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
   return int.from_bytes(digest[:4], "little")

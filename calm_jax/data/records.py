@@ -80,7 +80,7 @@ def tfds(name: str, split: str, data_dir: str) -> Iterator[Entry]:
   import tensorflow_datasets
 
   try:
-    records = tensorflow_datasets.data_source(
+    records: Any = tensorflow_datasets.data_source(
       name, split=split, data_dir=data_dir or None
     )
   except Exception as error:  # Of many kinds, of its own and of the data set.
@@ -127,7 +127,7 @@ def _saved_split(saved, name: str, split: str):
   return saved[split]
 
 
-def _plain(value):
+def _plain(value) -> Any:
   """Bytes as text and numpy's scalars as Python's, within dicts too."""
   if isinstance(value, dict):
     return {key: _plain(v) for key, v in value.items()}

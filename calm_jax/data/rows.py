@@ -6,6 +6,7 @@ import json
 import operator
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -29,7 +30,7 @@ class TextSource:
   def __init__(
     self,
     parts: Mapping[str, tuple[list[Segment], Truncation]],
-    seeds: Mapping[str, int | None],
+    seeds: Mapping[str, Any],
     weights: Mapping[str, int],
     options: RowOptions,
   ):
@@ -194,6 +195,7 @@ class Epochs(Sequence[int]):
   def __len__(self) -> int:
     return sys.maxsize
 
+  # pyrefly: ignore [bad-override]  # Nobody asks for a slice.
   def __getitem__(self, index: int) -> int:
     epoch, place = divmod(index, len(self._rows))
     return self._rows.start + int(self._order(epoch)[place])
@@ -203,7 +205,7 @@ class Epochs(Sequence[int]):
     return rng.permutation(np.arange(len(self._rows), dtype=np.int32))
 
 
-def _mix(orders: list[Epochs], weights: list[int]) -> Sequence[int]:
+def _mix(orders: list[Epochs], weights: list[int]) -> Any:
   if len(orders) == 1:
     return orders[0]
   return grain.MapDataset.mix(

@@ -92,9 +92,9 @@ def audit(
     another example's right answer would be right, in percent, or None.
   """
   entries = {}
-  if examples.judge is not None:
+  if (judge := examples.judge) is not None:
     judged = {
-      column: [_judged(examples, one, batch_size) for one in draws]
+      column: [judge(_answers(examples, one, batch_size)) for one in draws]
       for column, draws in columns.items()
     }
     measured = {
@@ -104,29 +104,29 @@ def audit(
     chance = _chance(judged[CORRECT][0].rows)
     entry = _entry(examples, examples.metric, measured) | {"chance": chance}
     entries["answers"] = entry
-  if examples.completions is not None:
+  if (completions := examples.completions) is not None:
+    texts = examples.prompts, completions
     measured = {
-      column: [_likelihood(examples, one, batch_size) for one in draws]
+      column: [_likelihood(*texts, one, batch_size) for one in draws]
       for column, draws in columns.items()
     }
     entries["likelihood"] = _entry(examples, LIKELIHOOD, measured)
   return entries
 
 
-def _judged(examples: AuditSet, one: Subject, batch_size: int) -> Judgement:
-  outputs = one.generate(
+def _answers(examples: AuditSet, one: Subject, batch_size: int) -> list[str]:
+  return one.generate(
     examples.prompts,
     examples.max_new_tokens,
     stop=examples.stop,
     batch_size=batch_size,
   )
-  return examples.judge(outputs)
 
 
-def _likelihood(examples: AuditSet, one: Subject, batch_size: int) -> Measured:
-  pairs = one.log_likelihoods(
-    examples.prompts, examples.completions, batch_size
-  )
+def _likelihood(
+  prompts: list[str], completions: list[str], one: Subject, batch_size: int
+) -> Measured:
+  pairs = one.log_likelihoods(prompts, completions, batch_size)
   parts_N2 = np.array(pairs, np.float64)
   if not parts_N2[:, 1].all():
     raise InputError("an example of the audit has a completion of no bytes")

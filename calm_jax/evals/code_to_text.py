@@ -35,8 +35,8 @@ def read_codexglue(path: str | Path) -> list[dict[str, Any]]:
   contain the description that is asked for. InputError if there is no such
   file, or a line lacks a field.
   """
-  fields = dict.fromkeys(("code_tokens", "docstring_tokens"), check_texts)
-  fields["language"] = check_text
+  fields = {"code_tokens": check_texts, "docstring_tokens": check_texts}
+  fields |= {"language": check_text}
   return [
     {
       "id": number,

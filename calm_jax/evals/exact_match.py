@@ -20,7 +20,7 @@ def exact_match(
   answers = zip(prompts, completions, predictions, strict=True)
   rows = []
   for i, (prompt, right, prediction) in enumerate(answers):
-    row = {"prompt": prompt, "completion": right, "prediction": prediction}
+    row: Row = {"prompt": prompt, "completion": right, "prediction": prediction}
     row["correct"] = prediction == right
     rows.append(row | {name: values[i] for name, values in columns.items()})
   accuracy = 100 * sum(row["correct"] for row in rows) / len(rows)

@@ -40,7 +40,10 @@ class Template:
     return self._fill(f"{self.before}{{{self.answer}}}{self.ending}", item)
 
   def question(
-    self, item: Mapping, pool: Items, places: Sequence[int]
+    self,
+    item: Mapping,
+    pool: Items | Mapping[int, Mapping],
+    places: Sequence[int],
   ) -> Question:
     """Asks an item after exemplars of a pool."""
     return Question(self.ask(item), {i: self.show(pool[i]) for i in places})

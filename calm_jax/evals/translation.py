@@ -55,8 +55,8 @@ def read_flores(
   raises InputError if the language or its pairs are not there.
   """
   codes = language, TARGET
-  paths = (_flores_file(Path(path), code, split) for code in codes)
-  return read_pairs(*paths, language)
+  text, english = (_flores_file(Path(path), code, split) for code in codes)
+  return read_pairs(text, english, language)
 
 
 def read_pairs(

@@ -30,7 +30,9 @@ class Experiment(Protocol):
     Predictions go into `workdir`; `loaded` are the sides that are not trained.
     """
 
-  def source(self, stage: Stage, model: LanguageModel, seed: int, share=(0, 1)):
+  def source(
+    self, stage: Stage, model: LanguageModel, seed: int, share=(0, 1)
+  ) -> Any:
     """Random access to the training batches of a stage.
 
     Args:

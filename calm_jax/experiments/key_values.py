@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -65,7 +66,8 @@ class KeyValueData:
 class KeyValueExperiment:
   """The stages' data, Table 1, and attention maps; see `Experiment`."""
 
-  task_type, data_type = KeyValueTask, KeyValueData
+  task_type: ClassVar[type] = KeyValueTask
+  data_type: ClassVar[type] = KeyValueData
 
   def __init__(
     self, task: KeyValueTask, seed: int, workdir: Path, loaded: Models
@@ -141,9 +143,9 @@ class KeyValueExperiment:
           accuracy, rows = self._measure(file, model, task, split)
           if has_splits:
             table[row][f"{column}_{split}"] = accuracy
-        # The headline is all keys held out, the last of the splits.
-        table[row][column] = accuracy
-        parts[row][column] = _accuracy_of_parts(rows)
+          # The headline is all keys held out, the last of the splits.
+          table[row][column] = accuracy
+          parts[row][column] = _accuracy_of_parts(rows)
     return {
       "table1": table,
       "table1_parts": parts,

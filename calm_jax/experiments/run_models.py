@@ -185,7 +185,7 @@ def stage_work(
   resident = execution.resident_bytes(*trees.partition(params, mask))
   rows, length = stage.batch_size // stage.accumulate, stage.length
   if layout is not None:
-    along_rows, along_tokens = layout.rule("batch/anchor/tokens")
+    along_rows, along_tokens = layout.rule("batch/anchor/tokens") or ((), ())
     rows = math.ceil(rows / layout.size(along_rows))
     length = math.ceil(length / layout.size(along_tokens))
   packed = getattr(stage.data, "pack", True)

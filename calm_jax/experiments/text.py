@@ -7,7 +7,7 @@ config.
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -52,7 +52,8 @@ class TextExperiment:
   `held_out` are the examples of each held-out set with a path, by name.
   """
 
-  task_type, data_type = TextTask, TextData
+  task_type: ClassVar[type] = TextTask
+  data_type: ClassVar[type] = TextData
 
   def __init__(self, task: TextTask, seed: int, workdir: Path, loaded: Models):
     self._task, self._seed, self._workdir = task, seed, workdir
@@ -130,7 +131,8 @@ class TextExperiment:
         self._eval_source(model, held_out, length)
     watched = [e for name in names for e in self.held_out[name]]
     options = self._row_options(model, stage, seed=None)
-    return list(pipeline.text_source({"": (watched, 1.0)}, options))
+    source = pipeline.text_source({"": (watched, 1.0)}, options)
+    return [source[i] for i in range(len(source))]
 
   def _row_options(
     self, model: LanguageModel, stage: Stage | None = None, **options: Any
@@ -296,7 +298,8 @@ class TextExperiment:
     tokenizer = model.text()
     return [
       (
-        *map(float, sums[e.origin]),
+        float(sums[e.origin][0]),
+        float(sums[e.origin][1]),
         spelled_bytes(tokenizer, e.prompt, e.completion),
       )
       for e in texts

@@ -40,7 +40,7 @@ def cross_attention(
       "several augmenting models with different tokenizers cannot be looked"
       " at together: their keys are different tokens"
     )
-  batch = batching.token_batch(model, [ids], prompt_length)
+  batch = batching.token_batch(model, np.array([ids]), prompt_length)
   weights = processes.fetch(_attention_weights(model.params, model.spec, batch))
   pieces = model.tokenizer.pieces if model.tokenizer else ()
   maps = {

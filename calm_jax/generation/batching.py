@@ -163,7 +163,7 @@ def _left_padded(
   return Batch(anchor, augmenting, visible, ends_BL)
 
 
-def _gaps(lengths: Rows[int], prompts: Rows[int], aligned: bool) -> np.ndarray:
+def _gaps(lengths: np.ndarray, prompts: Rows[int], aligned: bool) -> np.ndarray:
   """Returns the slots after each row that let prompts end together, or 0."""
   after = np.subtract(lengths, prompts)
   return after.max() - after if aligned else np.zeros_like(after)
@@ -184,7 +184,7 @@ def _augmenting_rows(
   together, in each model's rows.
   """
   B, L = shape
-  lengths = [len(ids) for ids in rows_of_ids]
+  lengths = np.array([len(ids) for ids in rows_of_ids])
   gaps = _gaps(lengths, prompt_lengths, aligned)
   augmenting, visible = {}, {}
   for name, row_readers in readers.items():
@@ -219,8 +219,8 @@ def pad(
   length: int,
   *,
   left: bool = True,
-  first: Rows[int] | None = None,
-  gaps: Rows[int] | None = None,
+  first: Rows[int] | np.ndarray | None = None,
+  gaps: np.ndarray | None = None,
 ) -> Sequence:
   """Ids as [rows, length], one segment a row; spare rows are padding.
 

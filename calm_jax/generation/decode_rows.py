@@ -12,6 +12,7 @@ B rows, R rows that enter, S slots, V vocabulary.
 
 import functools
 from collections.abc import Callable, Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +142,7 @@ def enter(
     axis = _slot_axis(old)
     shape = list(given.shape)
     shape[axis] = old.shape[axis]
-    at = [0] * old.ndim
+    at: list[Any] = [0] * old.ndim
     at[axis] = ends[name] - given.shape[axis]
     block = jax.lax.dynamic_update_slice(jnp.zeros(shape, old.dtype), given, at)
     if axis == 1:

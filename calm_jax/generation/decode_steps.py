@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from calm_jax.composition import augmenting, forward, visibility
 from calm_jax.composition.connections import Composition
@@ -42,7 +43,7 @@ class DecodeState(NamedTuple):
   token_B: Array  # the newest token of each row, not read yet
   keys_B: Array  # the random key of each row
   seen_BV: Array | None  # tokens so far; None without a repetition penalty
-  done_B: Array  # whether a stop token was picked
+  done_B: Array | np.ndarray  # whether a stop token was picked
   control: Control | None  # the batch's
   by_row: RowSampler | None = None  # in place of one `Sampler` for all rows
 
@@ -50,12 +51,12 @@ class DecodeState(NamedTuple):
 class Tops(NamedTuple):
   """Log-probabilities in nats of T tokens a row, and of the likeliest ones."""
 
-  chosen_BT: Array  # float32, of the token that was picked
-  ids_BTN: Array  # int32, the likeliest first
-  values_BTN: Array  # float32
+  chosen_BT: Array | np.ndarray  # float32, of the token that was picked
+  ids_BTN: Array | np.ndarray  # int32, the likeliest first
+  values_BTN: Array | np.ndarray  # float32
 
 
-def _pick(state: DecodeState, sampler: Sampler) -> DecodeState:
+def _pick(state: DecodeState, sampler: Sampler | RowSampler) -> DecodeState:
   """Picks the next token of each row from the logits."""
   keys_B, seen_BV, draw_B = state.keys_B, state.seen_BV, None
   sampler = state.by_row or sampler
@@ -250,7 +251,7 @@ def log_probabilities(logits_BV: Array, token_B: Array, tops: int) -> Tops:
   return Tops(chosen_B1, ids_BN[:, None], values_BN[:, None])
 
 
-def advance_on(platform: str, params: dict) -> Callable:
+def advance_on(platform: str, params: dict) -> jax.stages.Wrapped:
   """Returns `_advance`, compiled as suits a platform and these parameters.
 
   One GPU runs kernels side by side that do not wait for each other, such as
@@ -260,7 +261,7 @@ def advance_on(platform: str, params: dict) -> Callable:
 
 
 @functools.cache
-def _compiled(side_by_side: bool) -> Callable:
+def _compiled(side_by_side: bool) -> jax.stages.Wrapped:
   options = None
   if side_by_side:
     options = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}

@@ -50,17 +50,21 @@ class Sampler:
     """True if it needs random keys."""
     return self.temperature > 0
 
-  def __call__(self, keys_B: Array, logits_BV: Array, seen_BV: Array) -> Array:
+  def __call__(
+    self, keys_B: Array | None, logits_BV: Array, seen_BV: Array | None
+  ) -> Array:
     """The next token of each row, int32 [B], drawn with a random key a row.
 
     `seen_BV` is true at the tokens that the repetition penalty is for.
     """
     if self.repetition_penalty != 1:
+      assert seen_BV is not None
       penalty = self.repetition_penalty
       scale = jnp.where(logits_BV > 0, 1 / penalty, penalty)
       logits_BV = jnp.where(seen_BV, logits_BV * scale, logits_BV)
     if self.temperature == 0:
       return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    assert keys_B is not None
     logits_BV = self.filter(logits_BV / max(self.temperature, 1 / _MOST))
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
@@ -90,10 +94,10 @@ class RowSampler(NamedTuple):
   A row is drawn as its sampler alone would draw it, with the same keys.
   """
 
-  temperature_B: Array  # float32
-  top_k_B: Array  # int32
-  top_p_B: Array  # float32
-  min_p_B: Array  # float32
+  temperature_B: Array | np.ndarray  # float32
+  top_k_B: Array | np.ndarray  # int32
+  top_p_B: Array | np.ndarray  # float32
+  min_p_B: Array | np.ndarray  # float32
 
   draws = True
   repetition_penalty = 1.0
@@ -112,8 +116,11 @@ class RowSampler(NamedTuple):
       )
     )
 
-  def __call__(self, keys_B: Array, logits_BV: Array, seen_BV: None) -> Array:
+  def __call__(
+    self, keys_B: Array | None, logits_BV: Array, seen_BV: Array | None
+  ) -> Array:
     """The next token of each row, int32 [B]."""
+    assert keys_B is not None and seen_BV is None
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
     def draw() -> Array:

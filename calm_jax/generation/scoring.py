@@ -73,6 +73,7 @@ def score(
     model, rows_of_ids, lengths, batch_size, replacement=replacement
   )
   for chosen, batch, _ in batches:
+    assert batch.prompt_ends is not None
     targets_BL = np.roll(batch.anchor.tokens, -1, axis=1)
     places = {}
     for row, i in enumerate(chosen):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from calm_jax.composition.model import Model
 from calm_jax.core.errors import (
@@ -31,7 +32,7 @@ def generate(
   batch_size: int = 64,
   replacement: Replacement | None = None,
   **sampling,
-) -> str | list[str]:
+) -> list[str] | Any:
   """Continues texts or conversations, greedily unless a temperature is given.
 
   Args:
@@ -188,7 +189,7 @@ def _asked(
   return _Asked(tokenizer, ids, is_one, True)
 
 
-def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+def _seeds(seed: Any, count: int) -> list[int]:
   try:
     seeds = list(seed)
   except TypeError:

@@ -5,6 +5,7 @@ width, G = N / K queries of a key-value head.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -88,7 +89,7 @@ def _why_not(kernel: str, device: jax.Device, config: ModelConfig) -> str:
 
 def attend(
   q_BLNH: Array,
-  blocks: list[tuple[Array, Array, Array | SegmentMask]],
+  blocks: Sequence[tuple[Array, Array, Array | SegmentMask]],
   scale: float | None = None,
   cap: float | None = None,
   *,
@@ -289,7 +290,7 @@ def _xla(q_BLNH: Array, blocks, scale, cap) -> Array:
   sum_BKR1 = sum(w.sum(axis=-1, keepdims=True) for w in weights)
   if L == 1:  # A GPU then divides in the kernel that sums.
     weights, sum_BKR1 = [w / sum_BKR1 for w in weights], 1
-  out_BKRH = sum(
+  out_BKRH: Any = sum(
     product("bkrs,bksh->bkrh", weights_BKRS.astype(v_BKSH.dtype), v_BKSH)
     for weights_BKRS, (_, v_BKSH, _) in zip(weights, blocks, strict=True)
   )

@@ -23,7 +23,7 @@ Array = jax.Array
 
 
 def _attend(
-  c: ModelConfig, q_BLNH: Array, blocks: list, layer: Array, kernel: str
+  c: ModelConfig, q_BLNH: Array, blocks: list, layer: Array | int, kernel: str
 ) -> Array:
   """Attention of one layer; a `SegmentMask` does not tell its window."""
   everywhere = functools.partial(
@@ -92,6 +92,7 @@ class Attention(nn.Module):
     else:
       # A cache may be of this layer alone; see `decoder.unstack`.
       row = 0 if len(cache["key"]) == 1 else layer
+      assert context.index is not None
       cache = extend(cache, new, row, context.index)
       keys_values, kernel = blocks(cache, row, mask), "xla"
     out_BLNH = _attend(c, q_BLNH, keys_values, layer, kernel)

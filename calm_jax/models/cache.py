@@ -8,6 +8,8 @@ go to a few slots beside it, "recent", the first of which stands for slot
 "first".
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -38,8 +40,8 @@ def _write(cache: dict, new: dict, row: Array | int, index: Array) -> dict:
 
 
 def blocks(
-  cache: dict, row: Array | int, mask_B1LS: Array
-) -> list[tuple[Array, Array, Array]]:
+  cache: dict, row: Array | int, mask_B1LS: Any
+) -> list[tuple[Array, Array, Any]]:
   """Returns (keys, values [B, K, S, H], mask) of each block of a row."""
   key, value = (cache[name][row] for name in NAMES)
   if "recent" not in cache:

@@ -13,6 +13,7 @@ dict with the layers stacked, and matrices perhaps quantised (`quantisation`):
 import functools
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,8 +110,8 @@ def run_layers(
   context: Context,
   start: int = 0,
   stop: int | None = None,
-  cache: dict | tuple | None = None,
-) -> tuple[Array, dict | tuple | None]:
+  cache: Any = None,
+) -> tuple[Array, Any]:
   """Runs layers start+1 .. stop (counting from 1) on the states after `start`.
 
   Returns the hidden states after layer `stop`, by default the last, and the
@@ -259,7 +260,7 @@ def logits(params: dict, config: ModelConfig, x_BLD: Array) -> Array:
 
   Those of what `fill_up` added are the least number.
   """
-  x = norm(config).apply({"params": params["final_norm"]}, x_BLD)
+  x: Any = norm(config).apply({"params": params["final_norm"]}, x_BLD)
   flat = x.reshape(-1, x.shape[-1]).astype(config.compute.dtype)
   if config.tie_embeddings:
     flat = matmul(flat, params["embed"]["embedding"], transposed=True)

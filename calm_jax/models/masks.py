@@ -65,9 +65,10 @@ def make_context(
         "(dynamic, longrope): give `lengths` to decode with a cache of "
         f"{slots} slots"
       )
-    pairs_BLS = mask_BLS
-    if by_segments:
+    if isinstance(mask_BLS, SegmentMask):
       pairs_BLS = self_attention_mask(mask_BLS.queries, mask_BLS.keys)
+    else:
+      pairs_BLS = mask_BLS
     # A token sees those up to itself, and is seen by those from itself on.
     lengths = pairs_BLS.sum(axis=2) + pairs_BLS.sum(axis=1) - 1
   mask = mask_BLS if by_segments else mask_BLS[:, None]

@@ -27,7 +27,7 @@ class MoE(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BLD: Array, layer: Array | None = None) -> Array:
+  def __call__(self, x_BLD: Array, layer: Array | int | None = None) -> Array:
     """Computes the experts' weighted sum, [B, L, D] in x's dtype.
 
     The experts may be those of all layers in one stack, and `layer` says which:

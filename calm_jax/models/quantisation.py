@@ -62,7 +62,7 @@ def quantise(params: dict, kind: str) -> dict:
   )
 
 
-def quantise_leaf(name: str, leaf: Array, kind: str) -> Any:
+def quantise_leaf(name: str, leaf: Any, kind: str) -> Any:
   """Quantises one leaf to a dict, or returns a leaf that stays as it is."""
   if kind and _QUANTISED.fullmatch(name):
     return _quantised(leaf, kind, input_axis(name, leaf.ndim))
@@ -147,7 +147,7 @@ def transpose(weight: Array | dict[str, Array]) -> Array | dict[str, Array]:
 
   An int4 one with an odd number of inputs becomes an int8.
   """
-  if not is_quantised(weight):
+  if not isinstance(weight, Mapping):
     return weight.T
   packed = weight.get("int4")
   values = (weight["int8"] if packed is None else _unpack(packed)).T
@@ -162,7 +162,7 @@ def is_quantised(weight: Any) -> bool:
   return isinstance(weight, Mapping) and bool({"int8", "int4"} & {*weight})
 
 
-def kind_of(params: dict) -> str:
+def kind_of(params: Mapping) -> str:
   """Returns the one of KINDS that a tree was quantised to."""
   ends = {name.rpartition("/")[2] for name in trees.flatten(params)}
   return next((kind for kind in ("int4", "int8") if kind in ends), "")
@@ -170,7 +170,7 @@ def kind_of(params: dict) -> str:
 
 def dense(weight: Array | Mapping[str, Array], dtype) -> Array:
   """Returns an array, or what stands for one, as an array of a dtype."""
-  if not is_quantised(weight):
+  if not isinstance(weight, Mapping):
     return weight.astype(dtype)
   values, scale = weight.get("int8"), weight["scale"]
   if values is None:
@@ -201,7 +201,7 @@ def matmul(
   A quantised W is dequantised where it is needed and never kept: the backward
   pass, which gives x a gradient and W none, does it again.
   """
-  if is_quantised(weight):
+  if isinstance(weight, Mapping):
     return _matmul(x, dict(weight), transposed)
   # A transposed table would be hoisted out of a loop, as a copy.
   contracted = (1,), (1 if transposed else 0,)

@@ -120,18 +120,18 @@ def tables(
     if lengths is None:
       lengths = positions_BL.max(axis=-1) + 1
     lengths = jnp.reshape(lengths, (positions_BL.shape[0], -1, 1, 1))
-  if rope.kind == "dynamic":
-    # theta grows by g^(R/(R-2)); its power -2i/R is g^(-2i/(R-2)).
-    ratio = jnp.maximum(lengths / rope.original_length, 1).astype(dtype)
-    growth = rope.factor * ratio - (rope.factor - 1)
-    i2 = jnp.arange(0, rope.rotary_dim, 2, dtype=dtype)
-    frequencies = frequencies * growth ** (-i2 / (rope.rotary_dim - 2))
-  if rope.kind == "longrope":
-    frequencies = frequencies / jnp.where(
-      lengths > rope.original_length,
-      jnp.asarray(rope.long_factors, dtype),
-      jnp.asarray(rope.short_factors, dtype),
-    )
+    if rope.kind == "dynamic":
+      # theta grows by g^(R/(R-2)); its power -2i/R is g^(-2i/(R-2)).
+      ratio = jnp.maximum(lengths / rope.original_length, 1).astype(dtype)
+      growth = rope.factor * ratio - (rope.factor - 1)
+      i2 = jnp.arange(0, rope.rotary_dim, 2, dtype=dtype)
+      frequencies = frequencies * growth ** (-i2 / (rope.rotary_dim - 2))
+    else:
+      frequencies = frequencies / jnp.where(
+        lengths > rope.original_length,
+        jnp.asarray(rope.long_factors, dtype),
+        jnp.asarray(rope.short_factors, dtype),
+      )
   angles = positions_BL[..., None, None].astype(dtype) * frequencies
   scale = jnp.asarray(rope.attention_factor, dtype)
   return jnp.cos(angles) * scale, jnp.sin(angles) * scale

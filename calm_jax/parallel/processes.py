@@ -33,7 +33,7 @@ def start(heartbeat: int = 100) -> None:
   """
   if jax.distributed.is_initialized():
     return
-  numbers: dict[str, int] = {}
+  numbers: dict[str, Any] = {}
   if _COORDINATOR in os.environ:
     for argument in ("num_processes", "process_id"):
       name = f"JAX_{argument.upper()}"

@@ -145,7 +145,7 @@ class Layout:
       )
     sharding = NamedSharding(self.mesh, partition([axes]))
     held = sharding.addressable_devices_indices_map((batch_size,)).values()
-    ranges = [index[0].indices(batch_size)[:2] for index in held]
+    ranges = [index[0].indices(batch_size)[:2] for index in held if index]
     first, end = min(r[0] for r in ranges), max(r[1] for r in ranges)
     mine = end - first
     if batch_size % mine or first % mine:
@@ -219,7 +219,7 @@ class Layout:
         for dim in range(first, len(shape))
         if shape[dim] % self.size(cut[dim] + names) == 0
       }
-      largest = max(here, key=here.get, default=None)
+      largest = max(here, key=lambda dim: here[dim], default=None)
       if largest is not None:
         cut[largest] += names
       moved.append((names, largest))

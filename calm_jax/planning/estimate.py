@@ -1,6 +1,7 @@
 """Estimates what a compiled program needs of a chip, and its least time."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -57,15 +58,16 @@ def estimate(
   worked = (counts.flops + program.in_kernels / len(devices)) / tokens
   moved = counts.memory / tokens
   sent = {kind: n / tokens for kind, n in counts.sent.items()}
-  work = {"flops": flops, "worked": worked, "moved": moved, "sent": sent}
-  work |= {"kernels": hlo.kernels(text), "unknown_loops": counts.unknown_loops}
+  work: dict[str, Any] = {"flops": flops, "worked": worked, "moved": moved}
+  work |= {"sent": sent, "unknown_loops": counts.unknown_loops}
+  work["kernels"] = hlo.kernels(text)
   if chip.flops:
     seconds = {
       "compute": worked / chip.flops,
       "memory": moved / chip.bandwidth,
       "links": sum(sent.values()) / chip.links,
     }
-    bound = max(seconds, key=seconds.get)
+    bound = max(seconds, key=lambda name: seconds[name])
     work |= {"seconds": seconds, "bound": bound, "step": seconds[bound]}
   return Estimate(memory, total, total <= chip.hbm, unread, **work)
 

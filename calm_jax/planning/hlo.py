@@ -299,18 +299,18 @@ def _flops(product: Instruction, operands: list[Instruction]) -> int:
   if product.kind not in ("dot", "convolution"):
     return 0
   left, right, out = (
-    _numbers(_ARRAY.search(op.type)[2]) for op in (*operands, product)
+    _numbers(_ARRAY.findall(op.type)[0][1]) for op in (*operands, product)
   )
   if product.kind == "convolution":
     return 2 * _convolution(product.attributes, left, right, out)
-  dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.attributes)
-  return 2 * math.prod(out) * math.prod(left[d] for d in _numbers(dims[1]))
+  [dims] = re.findall(r"lhs_contracting_dims=\{([\d,]*)\}", product.attributes)
+  return 2 * math.prod(out) * math.prod(left[d] for d in _numbers(dims))
 
 
 def _convolution(attributes: str, left, right, out) -> int:
   """Counts a TPU's multiplications, whose batches may be in the window."""
-  names = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes).groups()
-  window = re.search(r"window=\{([^}]*)\}|$", attributes)[1] or ""
+  [names] = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+  window = "".join(re.findall(r"window=\{([^}]*)\}", attributes))
   options = re.findall(r"(stride|pad|[lr]hs_dilate)=(\S+)", window)
   lhs, rhs, result = (
     dict(zip(n, s, strict=True))

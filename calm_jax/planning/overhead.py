@@ -188,11 +188,11 @@ def table(
     both = counts[f"paper_{part}"], counts[part]
     rows.append(CostRow(part, f"parameters of {name}", *both))
   for part, name in ("composition", "Θ_C"), ("augmenting", "m_A"):
-    shares = paper[part], model[part]
-    rows.append(CostRow(f"{part}_share", f"{name} / m_B", *shares))
+    share = f"{part}_share"
+    rows.append(CostRow(share, f"{name} / m_B", paper[part], model[part]))
   rank, small = steps["lora_rank"], paper["augmenting"]
   adapter = "LoRA" if rank is None else f"LoRA of rank {rank}"
-  shares = {}
+  shares: dict[str, Any] = {}
   for key, what, expected in (
     ("composed_forward", "forward: composed / m_B", None),
     ("augmenting_forward", "forward: m_A / m_B", None),

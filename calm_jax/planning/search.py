@@ -46,6 +46,12 @@ class Case:
   found: estimate.Estimate | None = None  # if the step was compiled
   reason: str = ""  # why it cannot be
 
+  @property
+  def needs(self) -> estimate.Estimate:
+    """The needs of the step, once it was compiled."""
+    assert self.found is not None
+    return self.found
+
   def __str__(self) -> str:
     sizes = " ".join(f"{n}={s}" for n, s in self.axes.items() if s > 1)
     return f"{sizes or 'one device'}, remat={self.remat}, {self.rows} rows"
@@ -190,10 +196,10 @@ def search(
     began, cpu = time.monotonic(), time.process_time()
     case = compiled(job, target, case)
     done.append(case)
-    scale = max(scale, case.found.total / case.guess)
-    fits = "fits" if case.found.fits else "does not fit"
+    scale = max(scale, case.needs.total / case.guess)
+    fits = "fits" if case.needs.fits else "does not fit"
     say(
-      f"{case}: {case.found.total / 2**30:.2f} GiB, {fits}; compiled in "
+      f"{case}: {case.needs.total / 2**30:.2f} GiB, {fits}; compiled in "
       f"{time.monotonic() - began:.0f} s, of {time.process_time() - cpu:.0f} "
       "CPU seconds"
     )
@@ -228,7 +234,7 @@ def largest(
   unit = case.axes["data"] * case.axes["fsdp"] * job.stage.accumulate
   seen = {case.rows: case}
   rows = 2 * case.rows
-  if not case.found.fits:
+  if not case.needs.fits:
     rows = max(unit, case.rows // 2 // unit * unit)
   for _ in range(3):
     if rows in seen or rows < unit or time.monotonic() > until:
@@ -236,15 +242,15 @@ def largest(
     changed = dataclasses.replace(case, rows=rows, found=None)
     seen[rows] = compiled(job, target, changed)
     rows = _rows_on_line(seen, target.chip.hbm, unit)
-  good = [rows for rows, case in seen.items() if case.found.fits]
+  good = [rows for rows, case in seen.items() if case.needs.fits]
   return max(good, default=0), list(seen.values())
 
 
 def _rows_on_line(seen: dict[int, Case], limit: int, unit: int) -> int:
   """The rows at which the line through the two last totals meets the limit."""
   (a, low), (b, high) = sorted(seen.items())[-2:]
-  slope = (high.found.total - low.found.total) / (b - a)
+  slope = (high.needs.total - low.needs.total) / (b - a)
   if slope <= 0:
     return 2 * b
-  most = a + (limit - low.found.total) / slope
+  most = a + (limit - low.needs.total) / slope
   return int(most // unit) * unit

@@ -47,14 +47,14 @@ def to_json(plan: Plan) -> dict[str, Any]:
   """The plan as `json.dumps` takes it."""
 
   def case_json(case: Case) -> dict[str, Any]:
-    made = dataclasses.asdict(case) | {"text": str(case)}
+    made: dict[str, Any] = dataclasses.asdict(case) | {"text": str(case)}
     if case.found is not None and case.found.step:
       tokens = case.rows * plan.job.stage.length
       made["found"]["tokens_per_second"] = tokens / case.found.step
     return made
 
   cases = [case_json(case) for case in plan.cases]
-  result = {
+  result: dict[str, Any] = {
     "topology": plan.target.name,
     "chip": plan.target.chip._asdict(),
     "chips": len(plan.target.devices),
@@ -65,7 +65,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
   if plan.largest is not None:
     result["largest_batch"] = plan.largest
     result["batches"] = {
-      case.rows: dataclasses.asdict(case.found) for case in plan.batches
+      case.rows: dataclasses.asdict(case.needs) for case in plan.batches
     }
   passes = {"read": plan.reading, "decode": plan.decoding}
   for name, found in passes.items():
@@ -84,7 +84,7 @@ def show(plan: Plan) -> None:
   )
   if not target.exact:
     say(_STAND_IN)
-  programs = {"training step": best.found}
+  programs = {"training step": best.needs}
   if plan.reading is not None:
     title = f"{prompts.rows} prompts of {prompts.length:,} tokens are read"
     programs[title] = plan.reading
@@ -93,14 +93,14 @@ def show(plan: Plan) -> None:
     programs[title] = decoding
   say(_memory_table(programs, target.chip.hbm))
   say(_speed_table(programs))
-  for name, count in best.found.kernels.items():
+  for name, count in best.needs.kernels.items():
     say(f"kernel in {count} places of the step: {name}")
   if len(plan.cases) > 1:
     say(_case_table(plan.cases))
   if len(plan.cases) > _SHOWN:
     say(f"and {len(plan.cases) - _SHOWN} more; --json has them all")
-  if best.found.step:
-    rate = best.rows * plan.job.stage.length / best.found.step
+  if best.needs.step:
+    rate = best.rows * plan.job.stage.length / best.needs.step
     say(f"at most {rate:,.0f} tokens/s in training")
   if decoding is not None and decoding.step:
     say(f"at most {prompts.rows / decoding.step:,.0f} tokens/s in decoding")
@@ -111,7 +111,7 @@ def show(plan: Plan) -> None:
 
 def show_choices(settings: Settings) -> None:
   """Prints what one device of each kind chooses for each stage of a run."""
-  chips = {"cpu": topology.kind("cpu", None)}
+  chips = {"cpu": execution.Device("cpu")}
   for platform, kinds in {"gpu": GPUS, "tpu": TPUS}.items():
     chips |= {n: topology.kind(platform, chip) for n, chip in kinds.items()}
   for stage in (*settings.recipe, *settings.alternatives):
@@ -155,9 +155,10 @@ def _speed_table(programs: dict[str, Estimate]) -> Table:
   }
   for kind in dict.fromkeys(kind for e in estimates for kind in e.sent):
     rows[f"{kind}, sent"] = [_gib(e.sent.get(kind, 0)) for e in estimates]
-  if all(e.seconds for e in estimates):
-    for name in estimates[0].seconds:
-      rows[name] = [f"{1e3 * e.seconds[name]:.3g} ms" for e in estimates]
+  times = [e.seconds for e in estimates if e.seconds]
+  if len(times) == len(estimates):
+    for name in times[0]:
+      rows[name] = [f"{1e3 * seconds[name]:.3g} ms" for seconds in times]
     rows["bound by"] = [e.bound for e in estimates]
   for name, cells in rows.items():
     table.add_row(name, *cells)

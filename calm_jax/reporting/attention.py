@@ -1,7 +1,8 @@
 """Figure of the cross-attention of a composition over one example."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -68,10 +69,21 @@ def attention_figure(
       axes.tick_params(labelbottom=True)
     figure.supylabel("token being predicted", fontsize=11)
     figure.supxlabel("token read by the augmenting model", fontsize=11)
-    bar = {"label": "attention weight, mean of the heads", "location": "top"}
+    bar: dict[str, Any] = {"label": "attention weight, mean of the heads"}
     bar |= {"aspect": 30, "pad": 0.025, "shrink": min(1.0, 5 / size[0])}
-    figure.colorbar(images[-1], ax=figure.axes, **bar)
+    figure.colorbar(images[-1], ax=figure.axes, location="top", **bar)
   return figure
+
+
+def draw_maps(maps: Mapping[str, Any]) -> figures.Figure:
+  """Draws what `LanguageModel.attention` returns, as `attention_figure`."""
+  return attention_figure(
+    maps["weights"],
+    maps["tokens"],
+    maps["connections"],
+    maps["prompt_length"],
+    maps.get("augmenting_tokens"),  # where they are others than the anchor's
+  )
 
 
 def _check_shapes(

@@ -73,8 +73,9 @@ def effort_figure(benchmarks: Mapping[str, Sequence[Effort]]) -> Figure:
     handles = dict(
       zip(*reversed(panels[0].get_legend_handles_labels()), strict=True)
     )
-    place = {"loc": "outside lower center", "ncols": 2}
-    figure.legend(handles.values(), handles.keys(), **place)
+    figure.legend(
+      handles.values(), handles.keys(), loc="outside lower center", ncols=2
+    )
   return figure
 
 

@@ -94,7 +94,7 @@ def _rows(group: RunGroup, block: TableBlock) -> list[TableRow]:
   shown = [subset for subset in numbers if subset != paper.AVERAGE]
   if not papers_only:
     shown += [s for s in names if s not in {*shown, *elsewhere}]
-  rows = [(subset, [names.get(subset)]) for subset in shown]
+  rows = [(subset, [names.get(subset, "")]) for subset in shown]
   # Beside the paper's average, that of the paper's rows.
   averaged = [n for s, n in names.items() if not numbers or s in numbers]
   if paper.AVERAGE in numbers or len(averaged) > 1:
@@ -176,7 +176,7 @@ def _table5_rows(group: RunGroup, benchmark: str, label: str) -> list[TableRow]:
   return rows
 
 
-def _score(name: str | None, run: Run, model: str) -> Cell | None:
+def _score(name: str, run: Run, model: str) -> Cell | None:
   """An evaluation's score with its interval, and p against m_B."""
   entry = run.evaluations.get(name, {})
   score = entry.get("scores", {}).get(model)
@@ -192,9 +192,14 @@ def average_cell(names: Sequence[str], run: Run, model: str) -> Cell | None:
   cells = [_score(name, run, model) for name in names]
   if len(cells) == 1:
     return cells[0]
-  if not cells or None in cells:
-    return None
-  return Cell(sum(cell.ours for cell in cells) / len(cells))
+  values = _values(cells)
+  return Cell(sum(values) / len(values)) if values else None
+
+
+def _values(cells: Sequence[Cell | None]) -> list[float]:
+  """Returns the numbers of cells; none unless each has one."""
+  values = [cell.ours for cell in cells if cell and cell.ours is not None]
+  return values if len(values) == len(cells) else []
 
 
 def better_cell(
@@ -205,9 +210,9 @@ def better_cell(
     return None
   # Not every trial has measured m_B, which is the same for all.
   anchor_run = group.columns["anchor"].runs[0]
-  cells = [_score(name, run, model) for name in names]
-  anchor = [_score(name, anchor_run, "anchor") for name in names]
-  if not cells or None in (*cells, *anchor):
+  values = _values([_score(name, run, model) for name in names])
+  anchor = _values([_score(name, anchor_run, "anchor") for name in names])
+  if not values or not anchor:
     return None
-  pairs = [(a.ours, b.ours) for a, b in zip(cells, anchor, strict=True)]
+  pairs = list(zip(values, anchor, strict=True))
   return Cell(sum(a > b or (ties and a == b) for a, b in pairs), digits=0)

@@ -9,7 +9,7 @@ from calm_jax.reporting.runs import MODELS, Run
 _LOST = "Lost: m_A or m_B is right, the composed is not"
 # By which of m_A, m_B and the composed model are right: Appendix B's three
 # kinds, the second of them in two, and two that it does not name.
-KINDS = {
+KINDS: dict[tuple[bool, ...], str] = {
   (False, False, True): "1. Neither m_A nor m_B is right, the composed is",
   (True, False, True): "2a. Only m_A is right, and the composed too",
   (False, True, True): "2b. Only m_B is right, and the composed too",

@@ -219,7 +219,7 @@ def _legend(figure: Figure, panels) -> None:
   for axes in panels:
     for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
       handles.setdefault(label, handle)
-  place = {"loc": "outside lower center", "ncols": len(handles)}
+  place: Any = {"loc": "outside lower center", "ncols": len(handles)}
   figure.legend(handles.values(), handles.keys(), handlelength=3, **place)
 
 

@@ -68,7 +68,7 @@ def grid(
     if key in of_paper or any(cell.ours is not None for cell in cells):
       columns[key] = cells
   labels = LABELS | {k: c.label for row in rows for k, c in row.columns.items()}
-  header = ("", *(labels.get(key) for key in columns))
+  header = ("", *(labels.get(key, key) for key in columns))
   made = [
     (row.label, *(cells[at] for cells in columns.values()))
     for at, row in enumerate(rows)
@@ -93,7 +93,8 @@ def measure_trials(column: Column, measure: Measure) -> Cell | None:
   cells = [cell for cell in cells if cell is not None]
   if len(cells) < 2:
     return next(iter(cells), None)
-  values, digits = [cell.ours for cell in cells], cells[0].digits
+  values = [cell.ours for cell in cells if cell.ours is not None]
+  digits = cells[0].digits
   mean, trials = sum(values) / len(values), len(values)
   return Cell(mean, min(values), max(values), digits=digits, trials=trials)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from calm_jax.core.errors import InputError
 from calm_jax.reporting import audit, effort, figures, paper
-from calm_jax.reporting.attention import attention_figure
+from calm_jax.reporting.attention import draw_maps
 from calm_jax.reporting.predictions import count_by_terms
 from calm_jax.reporting.runs import Run, RunGroup
 from calm_jax.training.metrics import read_metrics
@@ -184,12 +184,11 @@ def _attention(group: RunGroup) -> Picture | None:
     return None
   with np.load(path, allow_pickle=False) as arrays:
     maps = dict(arrays)
-  names = ["weights", "tokens", "connections", "prompt_length"]
-  if not set(names) <= maps.keys():
+  names = {"weights", "tokens", "connections", "prompt_length"}
+  if not names <= maps.keys():
     raise InputError(f"{path} needs {sorted(names)}, has {[*maps]}")
-  names.append("augmenting_tokens")  # where they are others than the anchor's
   return Picture(
-    attention_figure(*(maps.get(name) for name in names)),
+    draw_maps(maps),
     "Where the composed model looks",
     "Cross-attention of one example, mean of the heads. A row is a token of "
     "the answer, a column a token that the augmenting model has read; the "

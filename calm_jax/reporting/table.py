@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console
@@ -61,7 +61,7 @@ class Table:
   name: str  # of its files
   title: str
   header: tuple[str, ...]
-  rows: list[tuple[str | Cell, ...]]
+  rows: Sequence[tuple[str | Cell, ...]]
   notes: tuple[str, ...] = ()  # full sentences that say what the numbers mean
   bold: frozenset[tuple[int, int]] = frozenset()  # (row, column) to stress
   caption: str = ""  # what the numbers of a cell are

@@ -90,9 +90,9 @@ def accuracy_cell(row: str, run: Run, model: str) -> Cell | None:
   anchor = [bool(r["correct"]) for r in read_rows(run.path(row, "anchor"))]
   p_value = None
   if model != "anchor" and len(anchor) == len(right):
-    parts = (np.array(x, float)[:, None] for x in (right, anchor))
+    ours, theirs = (np.array(x, float)[:, None] for x in (right, anchor))
     mean = statistics.mean_of(len(right))
-    p_value = statistics.compare(*parts, mean).p_value
+    p_value = statistics.compare(ours, theirs, mean).p_value
   return Cell(value, 100 * low, 100 * high, p_value)
 
 

@@ -74,8 +74,9 @@ def headlines(group: RunGroup) -> list[str]:
     better = functools.partial(evaluations.better_cell, names, group, False)
     cell = measure_trials(composed, average)
     count = measure_trials(composed, better)
-    if cell and count and "anchor" in columns:
-      anchor = measure_trials(columns["anchor"], average)
+    of_anchor = columns.get("anchor")
+    anchor = of_anchor and measure_trials(of_anchor, average)
+    if cell and count and anchor:
       text = f"{benchmark}: composed {cell}, m_B {anchor.number}"
       if len(names) > 1:
         text += f", better on {count.number} of {len(names)}"
@@ -86,7 +87,7 @@ def headlines(group: RunGroup) -> list[str]:
 def trials_table(summary: Mapping[str, Any]) -> Table:
   """Makes a row for each kind of `calm_jax.ablations.summarise`."""
   # From the last row, a kind that has all scores; m_B, the first, lacks some.
-  scores = [row["scores"] for row in reversed(summary.values())]
+  scores = [row["scores"] for row in reversed([*summary.values()])]
   labels = list(dict.fromkeys(label for row in scores for label in row))
   rows = []
   for name, row in summary.items():

@@ -24,6 +24,7 @@ import struct
 import sys
 import time
 import types
+from typing import NoReturn
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 NOBODY = 65534
@@ -68,7 +69,7 @@ def read_exactly(fd: int, size: int) -> bytes:
   return data
 
 
-def give_up(error: OSError) -> None:
+def give_up(error: OSError) -> NoReturn:
   """Says what the machine lacks, instead of running a program."""
   os.write(2, json.dumps({"lacks": str(error)}).encode() + b"\n")
   os._exit(1)
@@ -271,7 +272,7 @@ def watch(job: dict, report: int) -> None:
     signal.sigtimedwait({signal.SIGCHLD}, left)
     ended, status, usage = os.wait4(program, os.WNOHANG)
   result = {"status": None, "seconds": time.monotonic() - start}
-  if ended:
+  if ended and usage:
     cpu_seconds = usage.ru_utime + usage.ru_stime
     result |= {"status": status, "cpu_seconds": cpu_seconds}
   os.write(2, json.dumps(result).encode() + b"\n")

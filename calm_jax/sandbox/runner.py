@@ -27,6 +27,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from calm_jax.core.errors import InputError
 
@@ -148,6 +149,7 @@ def _run_one(program: ProgramWithTests, limits: Limits) -> Verdict:
     bufsize=0,
   )
   os.close(its_report)
+  assert process.stdin and process.stdout and process.stderr  # They are pipes.
   with process, open(report, "rb", buffering=0) as report_file:
     try:
       # A child that ended before it read its job has said why.
@@ -180,7 +182,7 @@ def _job(program: ProgramWithTests, limits: Limits) -> bytes:
     if not line.startswith("#")
   ]
   library = str(Path(os.__file__).parents[1])
-  job = MACHINES[machine] | dataclasses.asdict(limits)
+  job: dict[str, Any] = MACHINES[machine] | dataclasses.asdict(limits)
   job |= {"program": program.code, "tests": program.tests}
   job["syscalls"] = [int(row[column]) for row in rows if row[column] != "-"]
   job["visible"] = {
@@ -209,7 +211,8 @@ def _read(most: dict, seconds: float) -> tuple[bytes, bytes, bytes, str]:
           over = TOO_MUCH_OUTPUT
       if time.monotonic() > deadline:
         over = TIMED_OUT
-  return *(bytes(part) for part in data.values()), over
+  output, status, report = (bytes(part) for part in data.values())
+  return output, status, report, over
 
 
 def _judge(

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -67,7 +67,7 @@ class Exchange:
     for ticket in self.tickets:
       ticket.cancel()
 
-  async def each(self) -> AsyncIterator[tuple[int, TextPiece]]:
+  async def each(self) -> AsyncGenerator[tuple[int, TextPiece]]:
     """Yields (choice, piece) until all have ended; raises Refused if one
     fails, which ends the others."""
     left = len(self.tickets)

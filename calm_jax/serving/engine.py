@@ -200,7 +200,7 @@ class Engine:
 
   def _deliver(self, places: dict[int, int], chunk: Chunk) -> None:
     """Gives rows their tokens, and frees those whose answers end by them."""
-    reasons = {}
+    reasons: dict[int, str] = {}
     for row, place in places.items():
       ticket = self._rows[row]
       assert ticket is not None
@@ -217,6 +217,8 @@ class Engine:
         ticket.error = error
       if ticket.error is not None:
         reasons[row] = "error"
-      elif is_enough or reason is not None:
-        reasons[row] = "stop" if is_enough else reason
+      elif is_enough:
+        reasons[row] = "stop"
+      elif reason is not None:
+        reasons[row] = reason
     self._leave(reasons)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -244,8 +245,8 @@ class RowBatch:
         slots=slots,
       )
       lane.move(slot, slots)
-      slot = np.int32(self._lanes[0].slot)
-      self._state = self._state._replace(cache=cache, slot=slot)
+      newest: Any = np.int32(self._lanes[0].slot)
+      self._state = self._state._replace(cache=cache, slot=newest)
 
   def _empty_lanes(self, batch: Batch) -> list[Lane]:
     """One lane for all that read the anchor's tokens, and one for each other.
@@ -286,6 +287,7 @@ class RowBatch:
 
   def _follow(self) -> np.ndarray:
     """Followers read what the newest tokens complete; the rows [B] that end."""
+    assert self._state is not None
     is_full_B = np.zeros(self.rows, bool)
     cache = self._state.cache
     for lane in self._lanes:

@@ -50,7 +50,8 @@ class HuggingFaceBackend:
     self.added_ids = frozenset(added)
     self._skipped = {i for i, token in added.items() if token.special}
     unknown = getattr(model, "unk_token", None)
-    self._skipped.add(self.vocab.get(unknown or ""))
+    if unknown in self.vocab:
+      self._skipped.add(self.vocab[unknown])
     if isinstance(model, tokenizers.models.Unigram):
       self._skipped.add(json.loads(tokenizer.to_str())["model"]["unk_id"])
     texts = {token.content for token in added.values()}
@@ -100,6 +101,15 @@ class SentencePieceBackend:
     return self._processor.decode([i for i in ids if i not in self._skipped])
 
 
+def load_tokenizer(folder: Path) -> Any:
+  """Reads the tokenizer of a folder by transformers."""
+  import transformers
+
+  return transformers.AutoTokenizer.from_pretrained(
+    str(folder), trust_remote_code=False
+  )
+
+
 Backend = HuggingFaceBackend | SentencePieceBackend
 
 
@@ -122,11 +132,7 @@ def read(path: Path, side: SideFiles) -> Backend:
     ):
       model = sentencepiece.SentencePieceProcessor(model_file=str(path))
       return SentencePieceBackend(model)
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-      str(path.parent), trust_remote_code=False
-    ).backend_tokenizer
+    tokenizer = load_tokenizer(path.parent).backend_tokenizer
     backend = HuggingFaceBackend(tokenizer)
   except Exception as error:  # `tokenizers` raises bare Exception.
     raise InputError(f"cannot read the tokenizer {path}: {error}") from error

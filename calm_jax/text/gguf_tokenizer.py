@@ -86,7 +86,7 @@ def _sentencepiece(own: Mapping[str, Any], is_gemma: bool) -> Any:
     )
   )
   spaces = normalizers.Replace(" ", _SPACE)
-  steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback()]
+  steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback()]
   steps.append(decoders.Fuse())
   if own.get("add_space_prefix", True):
     spaces = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces])

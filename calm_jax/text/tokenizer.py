@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -95,9 +96,10 @@ class Tokenizer:
 
   def with_bos(self, ids: list[int]) -> list[int]:
     """Returns the ids with one BOS first, if there is such a token."""
-    if self.bos_id in (None, *ids[:1]):
+    bos = self.bos_id
+    if bos is None or bos in ids[:1]:
       return ids
-    return self.check([self.bos_id]) + ids
+    return self.check([bos]) + ids
 
   def encode_prompt(self, text: str) -> list[int]:
     """Returns the ids of a text, with one BOS whether it spells one or not."""
@@ -270,7 +272,7 @@ def train_sentencepiece(
   """
   path = Path(f"{path_prefix}.model")
   written = io.BytesIO()
-  defaults = {
+  defaults: dict[str, Any] = {
     "model_type": "bpe",
     "split_digits": True,
     "character_coverage": 1.0,
@@ -280,14 +282,14 @@ def train_sentencepiece(
     "num_threads": 1,
     "minloglevel": 2,
   }
-  ids = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+  defaults |= {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
   try:
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(texts),
       # Written through memory: the model file records the path it was given.
       model_writer=written,
       vocab_size=vocab_size,
-      **defaults | ids | options,
+      **defaults | options,
     )
   except (RuntimeError, OSError, ValueError) as error:
     raise InputError(f"cannot train the tokenizer {path}: {error}") from error

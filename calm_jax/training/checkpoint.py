@@ -201,6 +201,7 @@ def restore_trainable(
 
 def _restore(path: Path, want: PyTree, only: str = "") -> ocp.args.Composite:
   """Reads a step, or one part of its state, into `want` or numpy arrays."""
+  # pyrefly: ignore [bad-argument-type]  # Any path will do.
   saved = ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
   if only:
     saved = {only: saved.get(only, {})}

@@ -5,7 +5,6 @@ complete, so that each complete step has one. It holds a checksum of itself.
 """
 
 import hashlib
-import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -80,10 +79,11 @@ def warn(text: str) -> None:
 
 def _newest_intact(
   directory: Path, steps: Sequence[int]
-) -> tuple[int | None, dict[int, str]]:
-  """The newest intact step (None of none), and the damage of each after it.
+) -> tuple[int, dict[int, str]]:
+  """The newest intact step, and the damage of each after it.
 
-  A step without checksums, of an early version, counts as intact.
+  A step without checksums, of an early version, counts as intact. StorageError
+  if there is none.
   """
   damage: dict[int, str] = {}
   for step in sorted(steps, reverse=True):
@@ -94,8 +94,6 @@ def _newest_intact(
     if not (path / _NAME).exists():
       warn(f"{path} has no checksums: whether it is damaged is not known")
     return step, damage
-  if not steps:
-    return None, damage
   raise StorageError(
     "\n  ".join([f"no good checkpoint in {directory}:", *damage.values()])
     + "\nbring the files back, or remove the folder above it to start anew"
@@ -103,7 +101,8 @@ def _newest_intact(
 
 
 def _move_damaged(directory: Path) -> None:
-  steps = ocp.utils.checkpoint_steps(directory)
+  if not (steps := ocp.utils.checkpoint_steps(directory)):
+    return
   intact, damage = _newest_intact(directory, steps)
   for step in sorted(set(steps) - damage.keys()):
     if what := _damage(directory / str(step), "metrics/"):
@@ -115,11 +114,10 @@ def _move_damaged(directory: Path) -> None:
 
 
 def _move_aside(step: Path) -> Path:
-  numbers = (f"-{number}" for number in itertools.count(2))
-  for number in itertools.chain([""], numbers):
-    aside = step.with_name(f"{step.name}.corrupt{number}")
-    if not aside.exists():
-      return step.rename(aside)
+  aside, number = step.with_name(f"{step.name}.corrupt"), 2
+  while aside.exists():
+    aside, number = step.with_name(f"{step.name}.corrupt-{number}"), number + 1
+  return step.rename(aside)
 
 
 def _damage(step: Path, prefix: str = "") -> str | None:

@@ -177,13 +177,13 @@ class Chunks:
       carry: the first one.
       *arrays: [B, L, ...].
     """
-    arrays = [self._share(x) for x in arrays]
+    shares = [self._share(x) for x in arrays]
     if self.n == 1:
-      carry, outputs = run(carry, *arrays, self.weights_RST)
+      carry, outputs = run(carry, *shares, self.weights_RST)
       return carry, jax.tree.map(lambda x: x[None], outputs)
 
     def picked(carry, index_RSl, weights_RSl):
-      return run(carry, *(_take(x, index_RSl) for x in arrays), weights_RSl)
+      return run(carry, *(_take(x, index_RSl) for x in shares), weights_RSl)
 
     def step(carry, chunk):
       shapes = jax.eval_shape(picked, carry, *chunk)[1]

@@ -32,9 +32,9 @@ class MemoryWatch(contextlib.AbstractContextManager):
     self, spec: Composition, stage: Stage, name: str, kept: Callable[[], str]
   ):
     self._spec, self._stage, self._name, self._kept = spec, stage, name, kept
-    self._given: tuple[Callable, Any] | None = None
+    self._given: tuple[jax.stages.Wrapped, Any] | None = None
 
-  def note(self, step: Callable, *arguments: Any) -> None:
+  def note(self, step: jax.stages.Wrapped, *arguments: Any) -> None:
     """Keeps the first step and the shapes of its (state, frozen, batch)."""
     if self._given is None:
       self._given = step, jax.tree.map(_shape, arguments)
@@ -67,7 +67,7 @@ def peak_gib() -> float:
 
 
 def step_memory(
-  step: Callable, arguments: tuple, said: str = ""
+  step: jax.stages.Wrapped, arguments: tuple, said: str = ""
 ) -> dict[str, int | None]:
   """Counts the bytes that a step takes of each device, by kind.
 
@@ -83,7 +83,7 @@ def step_memory(
     "optimizer": rest,
     "batch": batch,
   }
-  sizes = {
+  sizes: dict[str, int | None] = {
     kind: sum(map(_bytes_here, jax.tree.leaves(part)))
     for kind, part in parts.items()
   }
@@ -92,7 +92,8 @@ def step_memory(
     # A program that ran before is not compiled again.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       found = step.lower(*arguments).compile().memory_analysis()
-      sizes["activations"] = found.temp_size_in_bytes
+      if found is not None:
+        sizes["activations"] = found.temp_size_in_bytes
   return sizes
 
 
@@ -145,7 +146,7 @@ def _advice(
   if parts["frozen"]:
     weights.append("--config.quantise.anchor=int8, or int4")
   weights.append("--config.mesh.fsdp=-1 on several devices")
-  given = sum(x for kind, x in parts.items() if kind != "activations")
+  given = sum(parts[kind] or 0 for kind in parts.keys() - {"activations"})
   order = activations + weights
   if parts["activations"] is not None and parts["activations"] < given:
     order = weights + activations

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -34,13 +35,13 @@ class Optimizer:
 
   def update(
     self, gradients: Tree, state: optax.OptState, trainable: Tree
-  ) -> tuple[Tree, optax.OptState]:
+  ) -> tuple[Any, optax.OptState]:
     """Returns the trainable leaves and the state after one update."""
-    updates, state = self.transformation.update(
+    made: Any = self.transformation.update(
       self._masked_tree(gradients), state, self._masked_tree(trainable)
     )
-    updates, _ = trees.partition(updates, self.mask)
-    return optax.apply_updates(trainable, updates), state
+    updates, _ = trees.partition(made[0], self.mask)
+    return optax.apply_updates(trainable, updates), made[1]
 
   def _masked_tree(self, trainable: Tree) -> Tree:
     frozen = dict.fromkeys(trees.flatten(self.mask), optax.MaskedNode())
@@ -65,7 +66,7 @@ def make_optimizer(stage: Stage, mask: Tree) -> Optimizer:
 
   direction = optax.scale_by_adam(stage.b1, stage.b2, stage.eps)
   if stage.optimizer == "muon":
-    transformations = {"muon": _muon(), "adam": direction}
+    transformations: dict[Hashable, Any] = {"muon": _muon(), "adam": direction}
     direction = optax.partition(transformations, _optimizers_of_leaves)
   # Nested as optax.adamw is, for checkpoints of earlier versions.
   updates = optax.chain(
@@ -86,7 +87,7 @@ def _muon() -> optax.GradientTransformation:
   leaves.
   """
 
-  def matrices(tree: Tree) -> Tree:
+  def matrices(tree: Any) -> Any:
     # Layers and experts are stacked on the dimensions before the last two.
     numbers = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     return jax.tree.map(lambda _: numbers, tree)

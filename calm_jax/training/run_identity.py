@@ -29,7 +29,7 @@ _NOT_IDENTITY = (
 def describe(
   stage: Stage,
   spec: Composition,
-  params: trees.Tree,
+  params: dict,
   frozen: trees.Tree,
   origins: Mapping[str, str],
   seed: int,
@@ -113,7 +113,7 @@ def _architecture(spec: Composition) -> dict[str, Any]:
   """The fields of all configs; of how they are computed the dtype only."""
   # `asdict` would copy a mesh.
   spec = spec.with_compute(lambda part: {"place": None})
-  fields = dataclasses.asdict(spec)
+  fields: dict[str, Any] = dataclasses.asdict(spec)
   joined = fields["augmenting"] = dict(fields["augmenting"])
   for config in (fields["anchor"], *(x["config"] for x in joined.values())):
     config["compute"] = {"dtype": config["compute"]["dtype"]}

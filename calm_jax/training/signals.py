@@ -3,8 +3,6 @@
 A spot machine gets SIGTERM some 30 seconds before it is taken away.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import select
@@ -13,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from signal import Signals
 
 from calm_jax.core import errors
 from calm_jax.core.errors import Interrupted, Preempted
@@ -28,7 +27,7 @@ _NEVER_CAUSED = (errors.InputError, errors.TrainingDiverged)
 class Request:
   """A request to stop: the signal that came, None until one does."""
 
-  signal: signal.Signals | None = None
+  signal: Signals | None = None
   # Whether its error was raised where Python ignores errors, as in the callback
   # of JAX for the garbage collector.
   ignored: bool = False

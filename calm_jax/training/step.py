@@ -66,7 +66,7 @@ def make_step(
   stage: Stage,
   optimizer: Optimizer,
   layout: Layout | None = None,
-) -> Callable:
+) -> jax.stages.Wrapped:
   """The jitted update: (state, frozen, batch) -> (state, metrics).
 
   The state is donated; gradients are taken of its trainable leaves only.

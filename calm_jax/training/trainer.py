@@ -136,7 +136,7 @@ class _Run:
   layout: Layout | None
   watchdog: float
   profiled: range  # numbers of the steps that are traced
-  checkpoints: Checkpoints | None = None
+  checkpoints: Checkpoints = dataclasses.field(init=False)
 
   @property
   def checkpoint_folder(self) -> Path:
@@ -164,7 +164,7 @@ class _Run:
       run_identity.remove_mark(self.directory)
       return None
 
-  def resume(self, state: Tree) -> tuple[Tree, Iterator[Batch], Cost]:
+  def resume(self, state: Tree) -> tuple[Tree, pipeline.BatchIterator, Cost]:
     """The newest state, the batches that follow, and the cost until there."""
     iterator = pipeline.BatchIterator(self.source)
     saved = self.checkpoints.restore(state, self.check_identity)
@@ -198,7 +198,8 @@ class _Run:
   def held_out_loss(self, evaluate: Callable, *params: Tree) -> float:
     """The mean loss of the targets of all held-out batches."""
     sums = [evaluate(*params, self.placed(x)) for x in self.eval_batches]
-    loss, weight = map(sum, zip(*processes.fetch(sums), strict=True))
+    pairs: list[tuple[float, float]] = processes.fetch(sums)
+    loss, weight = sum(x for x, _ in pairs), sum(x for _, x in pairs)
     return float(loss / weight)
 
   def position(self, number: int) -> str:
@@ -220,7 +221,8 @@ class _StepLog:
 
   def __init__(self, run: _Run, log: Log, progress: Progress, meter: Meter):
     self._run, self._log, self._progress = run, log, progress
-    self._meter, self._pending = meter, None
+    self._meter = meter
+    self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
   def add(self, number: int, metrics: dict[str, jax.Array]) -> None:
     """Takes the metrics of a step and logs those of the one before."""

@@ -145,6 +145,7 @@ class Meter:
     self._ends, self._compiles = ends[-1:], False
     seconds = ends[-1][0] - ends[0][0]
     each = seconds / (len(ends) - 1)
+    assert self.flops is not None  # They are counted after the first step.
     return {
       "tokens_per_second": sum(tokens for _, tokens in ends[1:]) / seconds,
       "step_seconds": each,

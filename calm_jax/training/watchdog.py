@@ -50,5 +50,6 @@ class Watchdog:
       file=sys.__stderr__,
       flush=True,
     )
-    faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+    if sys.__stderr__ is not None:
+      faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
     os._exit(HUNG)

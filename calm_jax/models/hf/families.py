@@ -261,7 +261,7 @@ def from_hf(hf: Json) -> ModelConfig:
     )
   check_choice("model_type", name, sorted(FAMILIES))
   try:
-    return ModelConfig(**_fields(FAMILIES[name], hf))
+    return ModelConfig(**_fields(FAMILIES[str(name)], hf))
   except KeyError as error:
     raise InputError(f"config.json of a {name} lacks the key {error}") from None
   except InputError as error:
@@ -284,7 +284,7 @@ def to_hf(config: ModelConfig, dtype: str) -> Json:
   Raises:
     InputError: the config is none of a llama.
   """
-  hf = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+  hf: Json = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
   hf |= {k: getattr(config, field) for field, k in FAMILIES["llama"].copied()}
   names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
   hf["hidden_act"] = names[config.activation]

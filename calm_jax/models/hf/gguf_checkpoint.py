@@ -85,7 +85,7 @@ class GgufFile:
       raise InputError(f"{path} is no GGUF file: {error}") from error
     name = self.metadata.get("general.architecture")
     check_choice(f"{path}: general.architecture", name, list(_FAMILIES))
-    self.name = name
+    self.name = str(name)
 
   def write_model(self, folder: Path) -> None:
     """Writes config.json and model.safetensors, in float32.

@@ -80,6 +80,7 @@ def load_params(
         "shardings are not of the model's leaves; they differ in "
         f"{sorted(places.keys() ^ kept.keys())[:_SHOWN]}"
       )
+    # pyrefly: ignore [missing-attribute]  # JAX defines its options by name.
     if dtype == "float64" and not jax.config.jax_enable_x64:
       raise InputError("dtype='float64' needs jax_enable_x64")
     # Leaf after leaf, each of which is then released on the host.

@@ -87,7 +87,9 @@ def _read_rope(
       original = hf.get(_LONGEST)
     fields["original_length"] = int(_number(_LENGTH, original))
     if kind == "longrope" and "factor" not in fields:
-      fields["factor"] = _number(_LONGEST, hf.get(_LONGEST)) / original
+      fields["factor"] = (
+        _number(_LONGEST, hf.get(_LONGEST)) / fields["original_length"]
+      )
   if kind in ("yarn", "longrope") and "attention_factor" not in fields:
     fields["attention_factor"] = _attention_factor(fields, options)
   return Rope(**fields)

@@ -133,7 +133,7 @@ def read_bytes(path: pathlib.Path, start: int, into: np.ndarray) -> None:
   try:
     with path.open("rb", buffering=0) as file:
       file.seek(start)
-      count = file.readinto(into)
+      count = file.readinto(into.data)
   except OSError as error:
     raise InputError(f"cannot read {path}: {error}") from error
   if count != into.size:
@@ -149,9 +149,9 @@ def same(a: Tensor, b: Tensor) -> bool:
     return False
   size = math.prod(a.shape) * FLOATS[a.dtype].itemsize
   for at in range(0, size, _PIECE):
-    both = [np.empty(min(_PIECE, size - at), np.uint8) for _ in range(2)]
-    for tensor, raw in zip((a, b), both, strict=True):
+    one, other = (np.empty(min(_PIECE, size - at), np.uint8) for _ in range(2))
+    for tensor, raw in zip((a, b), (one, other), strict=True):
       read_bytes(tensor.path, tensor.start + at, raw)
-    if not np.array_equal(*both):
+    if not np.array_equal(one, other):
       return False
   return True

@@ -187,7 +187,7 @@ def tensor_table(config_json: Mapping[str, Any]) -> TensorTable:
   """Returns the table of a config.json's family; InputError if unknown."""
   name = config_json.get("model_type")
   check_choice("model_type", name, sorted(FAMILIES))
-  return FAMILIES[name]
+  return FAMILIES[str(name)]
 
 
 def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

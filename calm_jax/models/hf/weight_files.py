@@ -138,7 +138,7 @@ def write_tensors(
   """
   itemsize = np.dtype(dtype).itemsize
   split = huggingface_hub.split_state_dict_into_shards_factory(
-    shapes,
+    dict(shapes),
     get_storage_size=lambda shape: math.prod(shape) * itemsize,
     filename_pattern="model{suffix}.safetensors",
     max_shard_size=max_shard_size,
@@ -169,5 +169,6 @@ def _write_file(path: pathlib.Path, shapes, dtype: str, value) -> None:
   with part.open("wb") as file:
     file.write(len(text).to_bytes(8, "little") + text)
     for name in shapes:
-      file.write(np.ascontiguousarray(value(name)).reshape(-1).view(np.uint8))
+      array = np.ascontiguousarray(value(name)).reshape(-1)
+      file.write(array.view(np.uint8).data)
   part.replace(path)
