@@ -5,7 +5,8 @@ tokenizer of its own. D_C are questions about a fifth of them. The composed
 model is asked about the others, whom no other training text names.
 
 configs/facts.py        trains the anchor too, on English; for two CPU cores
-configs/facts.py:gemma  takes Gemma 3 270M, in the folder --config.anchor
+configs/facts.py:gemma  takes Gemma 3 270M, in the folder --config.anchor; for a
+                        GPU
 configs/facts.py:hub    takes Qwen3-0.6B-Base (Apache 2.0) from the hub
 configs/facts.py:tiny   takes a minute, to see that everything runs
 configs/facts.py:pieces gives m_A a tokenizer of smaller pieces than m_B's
@@ -178,12 +179,18 @@ def _loaded(config: ConfigDict, layers: tuple[int, ...]) -> None:
   config.composition.connections = tuple((2, layer) for layer in layers)
   # The states of these layers are in the hundreds, and W^O starts at zero.
   config.composition.output_scale = "state"
-  # Nearly all of the time goes into the anchor: few steps, and rows that fit.
-  config.stages.compose.update(steps=160, batch_size=16, length=64)
-  # More is too much for an output in units of the state.
-  config.stages.compose.learning_rate = 7e-4
-  config.stages.compose.data.mixture.english.weight = 0.05
-  config.stages.compose.data.mixture.problems.weight = 0.05
+  # A pretrained anchor reads long texts, and m_A, whose tokens are small, reads
+  # them along: what neither has met in training is lost.
+  config.stages.compose.update(
+    steps=300,
+    batch_size=8,
+    length=512,
+    augmenting_length=2048,
+    learning_rate=2e-3,
+  )
+  for name, count, separator in (("english", 16, " "), ("problems", 3, "\n\n")):
+    config.task.sources[name].update(join=count, separator=separator)
+    config.stages.compose.data.mixture[name].weight = 0.3
   config.task.facts.tested = 60
   if shared := os.environ.get("CALM_SHARED", ""):
     # What a pretrained anchor can do, and must not lose.
@@ -193,7 +200,7 @@ def _loaded(config: ConfigDict, layers: tuple[int, ...]) -> None:
       "language": "nno_Latn",
       "path": f"{shared}/data/flores200",
       "shots": 3,
-      "limit": 16,
+      "limit": 64,
       "max_new_tokens": 48,
     }
   # A row has few tokens with a loss, and the head costs as much as the layers.

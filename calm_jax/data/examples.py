@@ -63,6 +63,9 @@ class ExampleSource:
       conversation (docs/data.md); another, such as a line of a text file, is
       plain text.
     rows: a slice of the good examples, such as ":5000" or "5000:".
+    join: how many texts, one after the other, make one example; of plain text
+      only, such as the sentences of a page.
+    separator: what stands between them.
     bad_lines: the share of lines that may be bad; they are named and skipped.
     data_dir: of kind tfds, where prepared data sets are; "" for its own place.
   """
@@ -79,6 +82,8 @@ class ExampleSource:
   completion_field: str = "completion"
   messages_field: str = "messages"
   rows: str = ""
+  join: int = 1
+  separator: str = " "
   bad_lines: Fraction = 0.0
   data_dir: str = ""
 
@@ -113,7 +118,26 @@ def read_examples(
       f"{source.path}: rows {source.rows!r} of {len(examples):,} good examples"
       " leave none"
     )
-  return examples[part]
+  return _joined(source, examples[part])
+
+
+def _joined(
+  source: ExampleSource, examples: list[TextExample]
+) -> list[TextExample]:
+  """Makes one example of each `join` texts; the last one may have fewer."""
+  if source.join == 1:
+    return examples
+  if given := [each.origin for each in examples if not each.is_plain]:
+    raise InputError(
+      f"{source.path}: join={source.join} is for plain text, and {given[0]} has"
+      " a prompt"
+    )
+  joined = []
+  for at in range(0, len(examples), source.join):
+    group = examples[at : at + source.join]
+    text = source.separator.join(each.completion for each in group)
+    joined.append(TextExample("", text, group[0].origin))
+  return joined
 
 
 def _judge(
@@ -177,6 +201,8 @@ def _check(source: ExampleSource, kind: str) -> None:
     problem = "kind parallel takes a second file, target, and two columns"
   elif source.prompt and not source.completion:
     problem = "a template of the prompt and none of the completion; give both"
+  elif source.join < 1:
+    problem = f"join={source.join} must be 1 or more"
   elif not 0 <= source.bad_lines <= 1:
     problem = f"bad_lines {source.bad_lines} is a share, from 0 to 1"
   else:

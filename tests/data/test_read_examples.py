@@ -233,6 +233,16 @@ def test_rows(tmp_path):
       texts(rows)
 
 
+def test_lines_are_joined_to_longer_texts(tmp_path):
+  path = write(tmp_path / "a.txt", *(b"%d" % i for i in range(9)))
+  joined = read(path, rows="1:8", join=3, separator=", ")
+  texts = [example.completion for example in joined]
+  assert texts == ["1, 2, 3", "4, 5, 6", "7"]
+  assert joined[1].origin == f"{path} line 5" and joined[1].is_plain
+  with pytest.raises(InputError, match=r"join=2 .* plain text, and .* line 1"):
+    read(path, join=2, prompt="{text}", completion="{text}")
+
+
 def test_templates_of_a_source(tmp_path):
   path = write(
     tmp_path / "a.jsonl",
@@ -254,6 +264,7 @@ def test_templates_of_a_source(tmp_path):
     ({"kind": "csv"}, r"a\.txt: unknown kind 'csv'; one of jsonl, text"),
     ({"kind": "text", "target": "b"}, "target is of kind parallel"),
     ({"prompt": "{text}"}, "none of the completion"),
+    ({"join": 0}, "join=0 must be 1 or more"),
     ({"bad_lines": 1.5}, "bad_lines 1.5 is a share"),
     ({"bad_lines": 1}, "every line is blank"),
     ({"completion": "{txt}"}, r"a\.txt: .*asks for 'txt', but there is 'text'"),
