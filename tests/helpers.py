@@ -119,17 +119,21 @@ def numbers(size: int, stop_ids=()) -> Tokenizer:
 
 
 def compose(
-  names=("kv",), connections=((2, 2), (3, 4)), seed: int = 0, **options
+  names=("kv",),
+  connections=((2, 2), (3, 4)),
+  seed: int = 0,
+  layers=(4, 3),
+  **options,
 ) -> tuple[Composition, dict]:
-  """A composition; the augmenting models have 3 layers of width 24.
+  """A composition; the augmenting models, of width 24, have layers[1] layers.
 
   W^O is random too, unlike that of `composition.init`: a trained one.
   """
-  anchor, anchor_params = model(1)
+  anchor, anchor_params = model(1, num_layers=layers[0])
   parts, subtrees = [], {}
   for i, name in enumerate(names):
     config, subtrees[name] = model(
-      10 + i, width=24, num_layers=3, num_heads=3, num_kv_heads=1
+      10 + i, width=24, num_layers=layers[1], num_heads=3, num_kv_heads=1
     )
     pairs = tuple(Connection(*c) for c in connections)
     parts.append((name, Augmenting(config, pairs, **options)))

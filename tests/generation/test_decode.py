@@ -27,12 +27,17 @@ PROMPTS = [
 ]
 
 
+def compose(names=("kv",), connections=((1, 1), (2, 2)), **options):
+  """A small composition: each program is compiled for these tests alone."""
+  return helpers.compose(names, connections, layers=(2, 2), **options)
+
+
 def made(kind: str):
   """(spec, params) of "single", "causal" or "encoder"."""
   if kind == "single":
-    config, params = helpers.model(1)
+    config, params = helpers.model(1, num_layers=2)
     return Composition(config), {"anchor": params}
-  return helpers.compose(visibility=kind)
+  return compose(visibility=kind)
 
 
 def naive(params, spec, prompt, new=NEW):
@@ -127,7 +132,7 @@ def test_logits_while_generating_are_those_of_the_finished_text(
   options = dict(CASES[case])
   own = options.pop("own", ())
   window = options.pop("window", None)
-  spec, params = helpers.compose(options.pop("names"), **options)
+  spec, params = compose(options.pop("names"), **options)
   spec = helpers.retype(spec, window=window)
   new = 40  # long enough for an own tokenizer to outgrow its first cache
   seen: list[np.ndarray] = []
@@ -168,12 +173,12 @@ def test_logits_while_generating_are_those_of_the_finished_text(
 def test_joined_matrices_of_a_gpu_make_the_same_texts(case, spelled):
   options = dict(CASES.get(case) or CASES["positions"])
   own = options.pop("own", ())
-  spec, params = helpers.compose(options.pop("names"), **options)
+  spec, params = compose(options.pop("names"), **options)
   spec = helpers.retype(spec, window=5, full_layers=(1,))
   model = spelled(spec, params, own)
   want = decode.generate(model, PROMPTS, max_new_tokens=8)
   spec, params = inference.prepare(spec, params, "joined")
-  assert "transposed" in params["composition"]["kv"]["layer_2_to_2"]["query"]
+  assert "transposed" in params["composition"]["kv"]["layer_1_to_1"]["query"]
   forced = spelled(spec, params, own)
   forced.__dict__["prepared"] = spec, params
   assert decode.generate(forced, PROMPTS, max_new_tokens=8) == want
@@ -195,7 +200,7 @@ def test_positions_that_depend_on_the_length_of_the_text():
 
 
 def test_a_text_ends_where_an_own_tokenizer_has_read_its_limit(spelled, caplog):
-  spec, params = helpers.compose()
+  spec, params = compose()
   joined = dict(spec.augmenting)["kv"]
   limited = dataclasses.replace(joined.config, max_length=10)
   limited = dataclasses.replace(joined, config=limited)
@@ -228,7 +233,7 @@ def test_a_text_ends_where_an_own_tokenizer_has_read_its_limit(spelled, caplog):
 
 
 def test_many_lengths_are_few_programs():
-  spec, params = helpers.compose(names=("a",))  # shapes of no other test
+  spec, params = compose(names=("a",))  # shapes of no other test
   programs = decode_steps.start, decode_steps.advance_on("cpu", params)
   before = sum(program._cache_size() for program in programs)
   prompts = [[1 + i % 60] * (3 * i + 1) for i in range(32)]
@@ -259,7 +264,7 @@ def test_visibility_matters():
 
 
 def test_neighbours_and_padding_change_nothing(monkeypatch):
-  spec, params = helpers.compose(connections=((3, 4),))
+  spec, params = compose(connections=((2, 2),))
   want = generate(params, spec)
   assert generate(params, spec, PROMPTS[::-1]) == want[::-1]
   alone = [generate(params, spec, [prompt])[0] for prompt in PROMPTS]
@@ -315,7 +320,7 @@ def test_a_prompt_of_the_longest_length_is_continued():
 
 
 def test_the_limit_is_that_of_the_shortest_model():
-  spec, _ = helpers.compose()
+  spec, _ = compose()
   shorter = helpers.retype(Composition(spec.anchor), max_length=10)
   limited = Composition(shorter.anchor, spec.augmenting)
   assert Model(limited, {}).max_length == 10

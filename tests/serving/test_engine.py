@@ -94,7 +94,9 @@ def made(tokenizer, own: bool) -> Model:
 
   Of its own ones the first can read 24.
   """
-  spec, params = helpers.compose(("reads", "encoder"))
+  spec, params = helpers.compose(
+    ("reads", "encoder"), connections=((1, 1), (2, 2)), layers=(2, 2)
+  )
   joined = dict(spec.augmenting)
   reads, encoder = joined.values()
   if own:
@@ -124,8 +126,13 @@ def greedy(model) -> list[list[int]]:
   return decode.generate(model, PROMPTS, max_new_tokens=40, stop_ids=[-1])
 
 
-def check_answers(model: Model, engine: Engine, chosen: list[int]) -> None:
-  """Asks for several texts at once; each must be what `generate` makes."""
+def check_answers(
+  model: Model, engine: Engine, chosen: list[int]
+) -> list[list[int]]:
+  """Asks for several texts at once; each must be what `generate` makes.
+
+  Returns what `generate` makes of them with 40 tokens.
+  """
   prompts, seeds = [PROMPTS[i] for i in chosen], chosen
   whole = decode.generate(
     model, prompts, max_new_tokens=40, sampler=DRAWN, seeds=seeds, stop_ids=[-1]
@@ -137,6 +144,7 @@ def check_answers(model: Model, engine: Engine, chosen: list[int]) -> None:
     assert client.reason == "length"
   assert len({tuple(client.ids) for client in got}) == len(got)
   assert engine.running == engine.waiting == 0
+  return whole
 
 
 def test_each_text_is_the_one_that_is_decoded_alone(model, engine):
@@ -146,13 +154,17 @@ def test_each_text_is_the_one_that_is_decoded_alone(model, engine):
 def test_models_with_tokens_of_their_own_follow_each_row(tokenizer):
   model = made(tokenizer, True)
   engine = Engine(model, LIMITS, Metrics())
-  check_answers(model, engine, [0, 1, 2, 4])
-  # One reads its limit, which ends the text.
-  [client] = run(engine, [TextRequest(PROMPTS[1], 40, DRAWN, seed=1)])
+  chosen = [0, 1, 2, 4]
+  whole = check_answers(model, engine, chosen)
+  # A text ends where one has read its limit.
+  early = next(i for i, ids in zip(chosen, whole, strict=True) if len(ids) < 40)
+  prompt = PROMPTS[early]
+  [client] = run(engine, [TextRequest(prompt, 40, DRAWN, seed=early)])
+  assert client.ids == whole[chosen.index(early)]
   assert client.reason == "length"
   read = AlignedReader(tokenizer, chunk_encoder(tokenizer))
-  _, counts = read.read(PROMPTS[1] + client.ids)
-  assert counts[-2] <= 24 < counts[-1] and len(client.ids) < 40
+  _, counts = read.read(prompt + client.ids, len(prompt))
+  assert counts[-2] <= 24 < counts[-1]
   with pytest.raises(InputError, match="'reads' would read"):
     engine.check(TextRequest(PROMPTS[3], 1))
   engine.close()
