@@ -116,10 +116,8 @@ class CalmConnection(nn.Module):
       nn.Linear(D, inner, bias=False) for _ in range(3)
     )
     self.output = nn.Linear(inner, D, bias=False)
-    self.projection_norm, self.query_norm = nn.Identity(), nn.Identity()
-    if joined["norm"]:
-      self.projection_norm = nn.RMSNorm(E, eps)
-      self.query_norm = nn.RMSNorm(D, eps)
+    norm = nn.RMSNorm if joined["norm"] else nn.Identity
+    self.projection_norm, self.query_norm = norm(E, eps), norm(D, eps)
 
   def _split(self, x_BLD: Tensor) -> Tensor:
     return x_BLD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -127,10 +125,8 @@ class CalmConnection(nn.Module):
   def keys_values(self, h_BLE: Tensor, positions_BL: Tensor):
     """Returns keys and values [B, N, L, H], which a cache keeps."""
     h_BLD = self.projection(self.projection_norm(h_BLE))
-    key_BNLH = self._split(self.key(h_BLD))
-    if self.rope:
-      key_BNLH = _rotate(key_BNLH, positions_BL)
-    return key_BNLH, self._split(self.value(h_BLD))
+    key, value = (self._split(f(h_BLD)) for f in (self.key, self.value))
+    return _rotate(key, positions_BL) if self.rope else key, value
 
   def forward(
     self, x_BLD: Tensor, key_BNSH: Tensor, value_BNSH: Tensor, seen_BLS: Tensor
@@ -140,10 +136,9 @@ class CalmConnection(nn.Module):
     if self.rope:
       # A query's position is that of the newest key that it sees.
       query_BNLH = _rotate(query_BNLH, (seen_BLS.sum(-1) - 1).clamp(min=0))
+    attend = functional.scaled_dot_product_attention
     mask = _additive(seen_BLS, query_BNLH.dtype)[:, None]
-    made_BNLH = functional.scaled_dot_product_attention(
-      query_BNLH, key_BNSH, value_BNSH, attn_mask=mask
-    )
+    made_BNLH = attend(query_BNLH, key_BNSH, value_BNSH, attn_mask=mask)
     # What sees nothing, padding, gets nothing.
     made_BLD = made_BNLH.transpose(1, 2).flatten(2)
     made_BLD = self.output(made_BLD * seen_BLS.any(-1, keepdim=True))
@@ -176,9 +171,9 @@ class DecoderPass:
     accepted = inspect.signature(type(self.layers[0]).forward).parameters
     self.inputs[next(name for name in _CACHES if name in accepted)] = cache
     window = getattr(config, "sliding_window", None)
-    every = ["sliding_attention" if window else "full_attention"]
-    every *= len(self.layers)
-    self.kinds = getattr(config, "layer_types", None) or every
+    kind = "sliding_attention" if window else "full_attention"
+    kinds = getattr(config, "layer_types", None)
+    self.kinds = kinds or [kind] * len(self.layers)
     # What depends on the kind of a layer: its mask, and its rotary angles.
     self.by_kind = {}
     for kind in set(self.kinds):
@@ -230,8 +225,8 @@ class CalmAugmenting(nn.Module):
     h_BLE, tapped = run.embedded, {}
     for layer in range(1, 1 + max(i for i, _ in self.joined["connections"])):
       h_BLE = tapped[layer] = run.layer(layer, h_BLE)
-    is_unmasked = self.joined["visibility"] == "unmasked"
-    mask_BLS = real_BLS if is_unmasked else seen_BLS
+    unmasked = self.joined["visibility"] == "unmasked"
+    mask_BLS = real_BLS if unmasked else seen_BLS
     by_layer: dict[int, list[tuple]] = {}
     for number, (i, j) in enumerate(self.joined["connections"]):
       connection = self.connections[f"layer_{i}_to_{j}"]

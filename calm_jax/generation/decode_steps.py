@@ -213,12 +213,6 @@ def _advance(
       told = jax.tree.map(lambda x, y: x.at[:, i].set(y[:, 0]), told, [new])
     return i + 1, state, out_BT.at[:, i].set(column_B), *told
 
-  def loop(carry):
-    # At a condition that depends on data, a GPU waits for the host.
-    if on_gpu:
-      return jax.lax.fori_loop(0, size, lambda _, carry: body(carry), carry)
-    return jax.lax.while_loop(go_on, body, carry)
-
   names, first, cache = _same_tokens(spec, state), state.slot, state.cache
   on_gpu = joined.is_joined(params["anchor"])
   if not on_gpu:  # which writes into its caches in place
@@ -230,7 +224,11 @@ def _advance(
   told = [_no_tops(*shape, tops, state.logits_BV.dtype)] if tops else []
   with jax.named_scope("decode"):
     carry = jnp.int32(0), state._replace(cache=cache), out_BT, *told
-    _, state, out_BT, *told = loop(carry)
+    if on_gpu:  # which would wait for the host at each condition
+      carry = jax.lax.fori_loop(0, size, lambda _, c: body(c), carry)
+    else:
+      carry = jax.lax.while_loop(go_on, body, carry)
+    _, state, out_BT, *told = carry
   if not on_gpu:
     cache = _change_caches(state.cache, names, cache_lib.settle)
     state = state._replace(cache=cache)
