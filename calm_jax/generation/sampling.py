@@ -12,6 +12,7 @@ from calm_jax.core.errors import check_float, check_int
 
 Array = jax.Array
 _MOST = 1e20  # Logits times it, or over it, are finite.
+_MOST_K = 2**31 - 1  # that an int32 holds
 _ROUNDING = 1e-6  # of sums of probabilities in float32
 
 
@@ -35,7 +36,7 @@ class Sampler:
   def __post_init__(self):
     checked = {
       "temperature": check_float("temperature", self.temperature, 0, _MOST),
-      "top_k": check_int("top_k", self.top_k),
+      "top_k": check_int("top_k", self.top_k, 0, _MOST_K),
       "top_p": check_float("top_p", self.top_p, 0, 1, excluded=0),
       "min_p": check_float("min_p", self.min_p, 0, 1, excluded=1),
       "repetition_penalty": check_float(

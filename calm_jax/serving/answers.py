@@ -7,6 +7,8 @@ from calm_jax.serving.tickets import NewTokens
 from calm_jax.text import chat, stop_strings
 from calm_jax.text.tokenizer import Tokenizer
 
+_BEFORE = 64  # tokens of the prompt, on which the text of later ones depends
+
 
 class Token(NamedTuple):
   """A token with its log-probability in nats, and those of likelier ones."""
@@ -41,7 +43,8 @@ class Answer:
     emit: Callable[[TextPiece], None],
   ):
     self.ids: list[int] = []
-    self._tokenizer, self._prompt_ids = tokenizer, prompt_ids
+    # All of a long one would be decoded at each chunk.
+    self._tokenizer, self._prompt_ids = tokenizer, prompt_ids[-_BEFORE:]
     self._stop, self._is_chat, self._emit = stop, is_chat, emit
     self._sent = 0  # characters
 

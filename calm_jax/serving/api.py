@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hmac
 import json
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 from starlette.applications import Starlette
@@ -34,6 +35,8 @@ from calm_jax.serving.tickets import (
   TextRequest,
   Ticket,
 )
+
+_log = logging.getLogger(__name__)
 
 _ENDS = {"stop", "length"}  # of an answer that is whole
 _FAILURES = {
@@ -147,6 +150,9 @@ class Api:
         refused = Refused(499, "the client has left", "cancelled")
       except Refused as error:
         refused = error
+      except Exception:  # Clients read JSON, whatever happens.
+        _log.exception("a request has failed")
+        refused = Refused(*_FAILURES["error"], "server_error")
       return JSONResponse(refused.body(), refused.status, headers)
 
     return guarded
@@ -156,7 +162,7 @@ class Api:
       return
     given = request.headers.get("authorization", "")
     want = f"Bearer {self._key}"
-    if not hmac.compare_digest(given.encode(), want.encode()):
+    if not hmac.compare_digest(given.encode("latin-1"), want.encode()):
       raise Refused(401, "the API key is missing or wrong", "invalid_api_key")
 
   async def _body(self, request: Request) -> bytes:
@@ -177,21 +183,21 @@ class Api:
 
   async def _answer(self, request: Request, is_chat: bool) -> Response:
     body = await self._body(request)
-    most = self._engine.limits.new_tokens
+    limits = self._engine.limits
     # Tokenizing may take long, and others are not to wait for it.
     asked = await run_in_threadpool(
-      protocol.read, body, self._model, is_chat, most
+      protocol.read, body, self._model, is_chat, limits
     )
     if asked.model != self._name:
       self._no_model(asked.model)
-    exchange = self._begin(asked)
+    exchange = await self._begin(asked)
     writer = Writer(asked, self._name)
     if asked.is_streamed:
       events = self._events(exchange, writer)
       return StreamingResponse(events, media_type="text/event-stream")
     return await self._whole(request, exchange, writer)
 
-  def _begin(self, asked: ApiRequest) -> Exchange:
+  async def _begin(self, asked: ApiRequest) -> Exchange:
     """Queues tickets for all answers to a request."""
     loop, pieces = asyncio.get_running_loop(), asyncio.Queue()
     tickets, answers = [], []
@@ -216,7 +222,7 @@ class Api:
         )
         answers.append(answer)
         tickets.append(Ticket(made, answer.receive, answer.end))
-    self._engine.submit(tickets)
+    await run_in_threadpool(self._engine.submit, tickets)  # It reads prompts.
     return Exchange(asked, tickets, answers, pieces)
 
   async def _whole(

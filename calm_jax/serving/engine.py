@@ -73,14 +73,9 @@ class Engine:
   def submit(self, tickets: Sequence[Ticket]) -> None:
     """Queues all of these, or none.
 
-    Raises QueueFull if too many wait, InputError for what can never be
-    queued, and ServerFailed.
+    Raises QueueFull if too many wait, InputError for what no row can take, and
+    ServerFailed.
     """
-    if len(tickets) > self.limits.queue:
-      raise InputError(
-        f"{len(tickets)} answers at once; this server queues "
-        f"{self.limits.queue}"
-      )
     for ticket in tickets:
       self.check(ticket.request)
     with self._changed:

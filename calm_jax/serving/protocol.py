@@ -22,6 +22,7 @@ from calm_jax.core.errors import (
 from calm_jax.generation.sampling import Sampler
 from calm_jax.serving.answers import Token
 from calm_jax.serving.row_batch import TOPS
+from calm_jax.serving.tickets import ServingLimits
 from calm_jax.text import chat, stop_strings
 
 # Accepted with the value that changes nothing, refused with any other.
@@ -36,7 +37,7 @@ _NEUTRAL = {
   "response_format": {"type": "text"},
   "modalities": ["text"],
 }
-_MOST_STOPS = 16
+_MOST_STOPS, _LONGEST_STOPS = 16, 1024  # texts, characters of all
 _PASSED_OVER = {"user", "store", "metadata", "safety_identifier"}
 _BOTH = {
   *("model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "n"),
@@ -67,7 +68,7 @@ class ApiRequest:
 
 
 def read(
-  body: bytes, model: Model, is_chat: bool, most_new_tokens: int
+  body: bytes, model: Model, is_chat: bool, limits: ServingLimits
 ) -> ApiRequest:
   """Reads a request's JSON; raises InputError for what it should not say."""
   try:
@@ -80,21 +81,26 @@ def read(
   _refuse(given, is_chat)
   tokenizer = model.text()
   stop_ids = tuple(tokenizer.stop_ids)
+  n = check_int("n", given.get("n", 1), 1, limits.queue)
   if is_chat:
     messages = chat.check([*map(_joined, _list(given, "messages"))])
     prompts = [chat.encode_prompt(tokenizer, messages)]
     stop_ids = chat.frame(tokenizer).stop_ids
     room = model.max_length - len(prompts[0])
-    default = max(1, min(most_new_tokens, room))
+    default = max(1, min(limits.new_tokens, room))
   else:
-    prompts, default = _prompts(given.get("prompt"), model), 16
+    most = limits.queue // n
+    prompts, default = _prompts(given.get("prompt"), model, most), 16
   asked = given.get("max_completion_tokens", given.get("max_tokens", default))
   seed = given.get("seed", secrets.randbits(32))
-  n = check_int("n", given.get("n", 1), 1, 128)
   options = _object(given, "stream_options")
   stop = stop_strings.check(given.get("stop", ()))
   if len(stop) > _MOST_STOPS:
     raise InputError(f"stop has {len(stop)} texts, more than {_MOST_STOPS}")
+  if (length := sum(map(len, stop))) > _LONGEST_STOPS:
+    raise InputError(
+      f"stop has {length} characters, more than {_LONGEST_STOPS}"
+    )
   return ApiRequest(
     model=check_text("model", given.get("model", "")),
     prompts=prompts,
@@ -172,12 +178,16 @@ def _joined(message: Any) -> Any:
   return message | {"content": "".join(texts)}
 
 
-def _prompts(prompt: Any, model: Model) -> list[list[int]]:
-  """Ids of one prompt or several, each a text or a list of ids."""
+def _prompts(prompt: Any, model: Model, most: int) -> list[list[int]]:
+  """Ids of one prompt or up to `most`, each a text or a list of ids."""
   if isinstance(prompt, str) or _is_ids(prompt):
     prompt = [prompt]
   if not isinstance(prompt, list) or not prompt:
     raise InputError("prompt must be a text, token ids, or a list of either")
+  if len(prompt) > most:  # Before work and memory are spent on them.
+    raise InputError(
+      f"prompt has {len(prompt)} texts; with n this server takes {most} at once"
+    )
   out = []
   for i, each in enumerate(prompt):
     if not _is_ids(each):

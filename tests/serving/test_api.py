@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import re
 import sys
 import threading
@@ -17,9 +18,10 @@ from calm_jax import cli, serve
 from calm_jax.core.errors import InputError
 from calm_jax.generation import decode, scoring
 from calm_jax.generation.sampling import Sampler
+from calm_jax.serving.answers import Answer
 from calm_jax.serving.engine import Engine
 from calm_jax.serving.metrics import Metrics
-from calm_jax.serving.tickets import ServingLimits
+from calm_jax.serving.tickets import NewTokens, ServingLimits
 from calm_jax.text.chat import encode_prompt, frame
 
 openai = pytest.importorskip("openai")
@@ -215,6 +217,17 @@ WRONG = {
   ),
   "no prompt": ('{"model": "tiny"}', 400, "prompt must be"),
   "long": (f'{{"model": "tiny", "prompt": "{"a" * 60_000}"}}', 413, "bytes"),
+  "many": (
+    '{"model": "tiny", "n": 8, "prompt": [[1]' + ", [1]" * 9_000 + "]}", 400,
+    "9001 texts; with n this server takes 8 at once",
+  ),
+  "k": (
+    '{"model": "tiny", "prompt": "a", "top_k": 2147483648}', 400, "top_k"
+  ),
+  "long stop": (
+    f'{{"model": "tiny", "prompt": "a", "stop": "{"a" * 1025}"}}', 400,
+    "1025 characters",
+  ),
   "bad id": ('{"model": "tiny", "prompt": [99999]}', 400, "token ids"),
 }  # fmt: skip
 
@@ -229,6 +242,38 @@ def test_what_is_wrong_is_refused_by_name(served):
     client.chat.completions.create(model="tiny", messages=[{"role": "user"}])
   assert client.models.list().data[0].id == "tiny"
   assert client.models.retrieve("tiny").id == "tiny"
+
+
+def test_the_text_behind_a_long_prompt_is_what_the_whole_adds(model):
+  tokenizer = model.tokenizer
+  ids = tokenizer.encode_prompt("the cat \u00e9\u20ac " * 20)
+  for end in range(len(ids) - 9, len(ids)):  # some within a character
+    pieces = []
+    answer = Answer(tokenizer, ids[:end], [], False, pieces.append)
+    answer.receive(NewTokens(ids[end:], [], []))
+    answer.end("length", None)
+    want = tokenizer.decode_continuation(ids[:end], ids[end:])
+    assert "".join(piece.text for piece in pieces) == want
+
+
+def test_what_nobody_foresaw_is_an_error_in_json(served, monkeypatch):
+  monkeypatch.setattr(served.engine, "check", None)
+  with pytest.raises(openai.InternalServerError) as caught:
+    served.client().completions.create(model="tiny", prompt="a")
+  assert caught.value.body["message"].startswith("the server failed")
+
+
+def test_a_key_may_have_any_letters(model, served):
+  from starlette.requests import Request
+
+  from calm_jax.serving.api import Api, Refused
+
+  api = Api(model, served.engine, "tiny", "Schlüssel")
+  for key, is_right in (("Schlüssel", True), ("Schlussel", False)):
+    headers = [(b"authorization", f"Bearer {key}".encode())]
+    request = Request({"type": "http", "headers": headers})
+    with contextlib.nullcontext() if is_right else pytest.raises(Refused):
+      api._check_key(request)
 
 
 def test_a_key_is_asked_for_and_a_full_queue_says_so(model):
