@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Sequence
 
+import jax
+
 from calm_jax.composition.model import Model
 from calm_jax.core.errors import InputError
 from calm_jax.generation import batching
@@ -180,12 +182,35 @@ class Engine:
         self._rows[row] = ticket
     if not entering:
       return
-    requests = [ticket.request for ticket in entering]
-    for request in requests:
-      self.metrics.prompt_tokens.add(len(request.ids))
-    groups = self._batch.enter(requests, free[: len(requests)])
-    for places, chunk in groups:
-      self._deliver(places, chunk)
+    for ticket in entering:
+      self.metrics.prompt_tokens.add(len(ticket.request.ids))
+    self._enter(dict(zip(free, entering, strict=False)))
+
+  def _enter(self, tickets: dict[int, Ticket]) -> None:
+    """Reads prompts into rows; ends the answers to those that take more memory
+    than there is, as `RowBatch.enter` finds before it changes a row."""
+    requests = [ticket.request for ticket in tickets.values()]
+    try:
+      for places, chunk in self._batch.enter(requests, list(tickets)):
+        self._deliver(places, chunk)
+      return
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      _log.warning("a prompt does not fit into memory: %s", error)
+    # The error, which is gone here, kept what was read.
+    rows = ((row, ticket) for row, ticket in tickets.items() if not ticket.made)
+    left = [row for row, ticket in rows if self._rows[row] is ticket]
+    if len(left) > 1:  # Each of them alone may fit.
+      for row in left:
+        self._enter({row: tickets[row]})
+      return
+    for row in left:
+      count = len(tickets[row].request.ids)
+      tickets[row].error = InputError(
+        f"this server's memory is not enough for a prompt of {count} tokens"
+      )
+    self._leave(dict.fromkeys(left, "error"))
 
   def _decode(self) -> None:
     """Makes a chunk of tokens in all rows."""

@@ -154,14 +154,15 @@ class RowBatch:
       entering = [requests[i] for i in chosen]
       taken = [rows[i] for i in chosen]
       new = self._read(batch, entering)
+      # It waits for the device, so that no row has changed if memory ends.
+      first_R = np.where(new.done_B, -1, new.token_B)
       self._make_room(batch)
-      R = len(new.token_B)
+      R = len(first_R)
       rows_R = np.full(R, self.rows, np.int32)
       rows_R[: len(taken)] = taken
       ends = {
         n: np.int32(lane.slot) for lane in self._lanes for n in lane.names
       }
-      first_R = np.where(new.done_B, -1, new.token_B)
       tops = None
       if any(request.tops for request in entering):
         tops = _log_probabilities(new.logits_BV, new.token_B, tops=TOPS)
@@ -244,6 +245,7 @@ class RowBatch:
         names=lane.names,
         slots=slots,
       )
+      jax.block_until_ready(cache)
       lane.move(slot, slots)
       newest: Any = np.int32(self._lanes[0].slot)
       self._state = self._state._replace(cache=cache, slot=newest)

@@ -237,6 +237,28 @@ def test_an_answer_that_cannot_be_delivered_harms_no_other(greedy, engine):
   assert second.ids == greedy[0][:4]
 
 
+def test_a_prompt_that_no_memory_holds_is_refused_alone(
+  greedy, engine, monkeypatch
+):
+  read = engine._batch._read
+
+  def short_only(batch, requests):
+    if any(len(request.ids) == len(PROMPTS[4]) for request in requests):
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: none left")
+    return read(batch, requests)
+
+  monkeypatch.setattr(engine._batch, "_read", short_only)
+  # The first two are read together; the third gets the row that this leaves.
+  sizes = {1: 40, 4: 4, 0: 4}
+  clients = [Client(TextRequest(PROMPTS[i], n)) for i, n in sizes.items()]
+  engine.submit([client.ticket for client in clients])
+  stays, long, beside = (client.wait() for client in clients)
+  assert isinstance(long.ticket.error, InputError)
+  assert (long.reason, long.ids) == ("error", [])
+  assert (stays.ids, beside.ids) == (greedy[1], greedy[0][:4])
+  assert engine.running == 0 and engine.failure is None
+
+
 def test_an_error_of_the_engine_ends_all_answers(model):
   engine = Engine(model, LIMITS, Metrics())
   engine._batch.advance = broken
