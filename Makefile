@@ -1,11 +1,12 @@
 # Every target sets itself up in .venv; nothing else on the machine changes.
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 # Tests and examples run on the CPU, whatever else the machine has.
 CPU := JAX_PLATFORMS=cpu
 
-.PHONY: kv facts ablations test test-all parity lm-eval lint format docs clean
+.PHONY: kv facts ablations test test-all test-oldest parity lm-eval lint format docs clean
 
 # XLA takes and returns its scratch memory at every step; in huge pages that
 # costs far fewer page faults. Other C libraries ignore it.
@@ -32,6 +33,11 @@ test: $(VENV)/dev
 test-all: $(VENV)/dev
 	$(PYTEST)
 
+# The same tests as `test`, with the lowest versions that setup.cfg allows.
+test-oldest: BIN := $(OLDEST)/bin
+test-oldest: $(OLDEST)/installed
+	$(PYTEST) -m "not slow"
+
 parity: $(VENV)/parity
 	$(CPU) $(BIN)/python -m pytest -n auto tests/parity
 
@@ -55,7 +61,7 @@ docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) build *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -80,6 +86,13 @@ $(VENV)/parity: $(VENV)/dev
 
 $(VENV)/lm-eval: $(VENV)/parity
 	$(BIN)/python -m pip install --quiet --editable '.[test,parity,eval]'
+	touch $@
+
+$(OLDEST)/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python \
+	  --resolution lowest-direct --editable '.[test,hf,wandb]'
 	touch $@
 
 $(VENV)/docs: $(VENV)/installed

@@ -336,5 +336,6 @@ COMMANDS: dict[str, str] = {
   for target in (
     ".venv/installed", "ablations", "docs", "facts", "format", "kv", "lint",
     "lm-eval", "parity", "test", "test-all",
+    "test-oldest",
   )
 }  # fmt: skip

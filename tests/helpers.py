@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from calm_jax.composition import cross_attention, forward
 from calm_jax.composition.connections import Augmenting, Composition, Connection
@@ -24,6 +26,11 @@ from calm_jax.models.rope import Rope
 from calm_jax.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
+# For tests whose reference is transformers 5; calm_jax reads 4's files too.
+transformers_5 = pytest.mark.skipif(
+  importlib.metadata.version("transformers").startswith("4."),
+  reason="transformers 4 differs from 5 here",
+)
 
 
 def rows(*rows_of_parts, length: int) -> Sequence:

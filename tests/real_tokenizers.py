@@ -79,6 +79,8 @@ def _chat(folder: Path) -> Tokenizer:
   backend.add_special_tokens(["<|user|>", "<|end|>"])
   backend.add_tokens(["<b>", "<|begin|>"])
   backend.save(str(folder / "tokenizer.json"))
+  # transformers 4 reads no tokenizer without it.
+  (folder / "config.json").write_text('{"model_type": "gpt2"}')
   config = {"bos_token": "<|begin|>", "eos_token": "</s>"}
   (folder / "tokenizer_config.json").write_text(json.dumps(config))
   return load_tokenizer(folder)

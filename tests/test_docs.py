@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import importlib
+import json
 import pathlib
 import re
 import xml.etree.ElementTree
@@ -25,6 +27,30 @@ def anchors(page: pathlib.Path) -> set[str]:
   titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
   kept = [re.sub(r"[^\w\- ]", "", title.lower()) for title in titles]
   return {title.replace(" ", "-") for title in kept}
+
+
+def test_versions_are_those_that_are_tested():
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / "setup.cfg")
+  needed = setup["options"]["install_requires"]
+  least = dict(re.findall(r"^([\w-]+)>=([\d.]+)$", needed, re.M))
+  for extra, packages in setup["options.extras_require"].items():
+    for bound in re.findall(r"^jax\[.*\]>=(.*)$", packages, re.M):
+      assert bound == least["jax"], extra
+  kinds = re.findall(r":: (3\.\d+)$", setup["metadata"]["classifiers"], re.M)
+  assert setup["options"]["python_requires"] == f">={kinds[0]}"
+  workflow = (ROOT / ".github/workflows/test.yml").read_text()
+  assert f"python: {json.dumps(kinds)}" in workflow
+  assert f'python-version: "{kinds[0]}"' in workflow, "of the oldest versions"
+  text = " ".join((ROOT / "README.md").read_text().split())
+  names, version = "Python|JAX|Flax|transformers|NumPy", r"(\d[\d.]*\d)"
+  said = re.findall(rf"({names}) {version} to {version}", text)
+  said = {name.lower(): ends for name, *ends in said}
+  assert said.pop("python") == [kinds[0], kinds[-1]]
+  assert said.keys() == {"jax", "flax", "transformers", "numpy"}
+  for name, (lowest, newest) in said.items():
+    assert lowest == least[name]
+    assert [*map(int, newest.split("."))] >= [*map(int, lowest.split("."))]
 
 
 @each_page

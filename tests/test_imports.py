@@ -268,6 +268,7 @@ PROBE = """
 import importlib, sys
 sys.modules["torch"] = None  # importing it fails, as where it is missing
 import jax
+import optax.contrib  # that of 0.2.7 changes an option of JAX
 before = dict(jax.config.values)
 for name in sys.argv[1:]:
   importlib.import_module(name)

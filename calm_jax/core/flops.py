@@ -6,7 +6,7 @@ counted within seconds.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -44,9 +44,7 @@ def _count_equation(equation: Any, trips, kernels_only) -> int:
     summed = [equation.invars[0].aval.shape[axis] for axis in contracted]
     return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(summed)
   kernels_only = kernels_only and name != "pallas_call"
-  inner = [
-    count_jaxpr(j, trips, kernels_only) for j in core.jaxprs_in_params(params)
-  ]
+  inner = [count_jaxpr(j, trips, kernels_only) for j in _inner_jaxprs(params)]
   if name == "cond":
     return max(inner)
   times = 1
@@ -63,3 +61,13 @@ def _count_equation(equation: Any, trips, kernels_only) -> int:
       raise ValueError("a matrix product in a while loop: how often is unknown")
     times = trips
   return times * sum(inner)
+
+
+def _inner_jaxprs(params: Mapping[str, Any]) -> Iterator[core.Jaxpr]:
+  """Yields the programs that an equation runs; JAX's is of 0.10.1."""
+  for value in params.values():
+    for item in value if isinstance(value, tuple) else (value,):
+      if isinstance(item, core.Jaxpr):
+        yield item
+      elif isinstance(item, core.ClosedJaxpr):
+        yield item.jaxpr

@@ -6,6 +6,7 @@ run's identity, JSON).
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
@@ -208,10 +210,17 @@ def _restore(path: Path, want: PyTree, only: str = "") -> ocp.args.Composite:
   if want is None:
     want = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
   trees.check_same_structure(saved, want, f"the checkpoint {path}")
+  # A leaf without a sharding is a JAX array to orbax before 0.11.31.
+  restore_args = jax.tree.map(
+    lambda leaf: (
+      leaf
+      if isinstance(leaf, ocp.ArrayRestoreArgs)
+      else dataclasses.replace(leaf, restore_type=np.ndarray)
+    ),
+    ocp.checkpoint_utils.construct_restore_args(want),
+  )
   state = ocp.args.PyTreeRestore(
-    want,
-    restore_args=ocp.checkpoint_utils.construct_restore_args(want),
-    partial_restore=bool(only),
+    want, restore_args=restore_args, partial_restore=bool(only)
   )
   json_item = ocp.args.JsonRestore()
   return _read(path, state=state, data=json_item, meta=json_item)

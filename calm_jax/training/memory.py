@@ -4,6 +4,7 @@ enough."""
 import contextlib
 import math
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable
@@ -41,7 +42,8 @@ class MemoryWatch(contextlib.AbstractContextManager):
 
   def __exit__(self, kind, error, traceback) -> None:
     is_jax = isinstance(error, jax.errors.JaxRuntimeError)
-    if not is_jax or "RESOURCE_EXHAUSTED" not in str(error):
+    # JAX 0.8 calls it INTERNAL on a CPU.
+    if not is_jax or not re.search("RESOURCE_EXHAUSTED|Out of mem", str(error)):
       return
     lines = [f"stage {self._name!r}: the memory of a device is not enough"]
     if self._given is not None:

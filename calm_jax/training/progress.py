@@ -75,7 +75,8 @@ class Progress(contextlib.AbstractContextManager):
       self._print_line()
 
   def __exit__(self, *exc_info) -> None:
-    self._bar.stop()
+    if not self._bar.disable:  # Else rich before 15 prints an empty line.
+      self._bar.stop()
     self._print_line()
 
   def _print_line(self) -> None:

@@ -34,7 +34,8 @@ def pairs(folders):
 
 
 def applied(theirs, messages, **options) -> list[int]:
-  return theirs.apply_chat_template(messages, **options)["input_ids"]
+  out = theirs.apply_chat_template(messages, return_dict=True, **options)
+  return out["input_ids"]
 
 
 def expected(theirs, pieces) -> tuple[list[int], list[bool] | None]:

@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import helpers
 import pytest
 
 from calm_jax.core.errors import InputError
@@ -93,7 +94,9 @@ def write(path, **content):
 
 def test_special_ids_by_name_come_first(tmp_path):
   train(tmp_path)
-  write(tmp_path / "config.json", bos_token_id=7, eos_token_id=8)
+  write(
+    tmp_path / "config.json", model_type="llama", bos_token_id=7, eos_token_id=8
+  )
   write(tmp_path / "generation_config.json", eos_token_id=[2, 9])
   tokenizer = load_tokenizer(tmp_path)
   assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
@@ -101,6 +104,7 @@ def test_special_ids_by_name_come_first(tmp_path):
   write(
     tmp_path / "tokenizer_config.json",
     bos_token=None,
+    add_bos_token=False,
     eos_token={"__type": "AddedToken", "content": "subs:"},
   )
   tokenizer = load_tokenizer(tmp_path)
@@ -154,6 +158,7 @@ def test_continuation_across_a_merge(tmp_path):
   assert tokenizer.encode_continuation("c", "ab") == [vocab["ab"]]
 
 
+@helpers.transformers_5  # wrote their files
 @pytest.mark.parametrize("name", ["stories260k", "babyllama"])
 def test_shared_models_agree(shared, tmp_path, name):
   folder = shared / "models" / name

@@ -58,7 +58,7 @@ def test_a_step_that_is_too_large(tmp_path, monkeypatch):
   helps = re.findall(r"--config\.([\w.]+)", message)
   assert helps[0] == "remat"
   assert "stages.compose.batch_size (now 8)" in message
-  assert "has no checkpoint yet; JAX said: RESOURCE_EXHAUSTED" in message
+  assert re.search("has no checkpoint yet; JAX said: .*Out of memory", message)
 
 
 def test_weights_that_are_too_large(tmp_path, monkeypatch):

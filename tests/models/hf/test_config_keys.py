@@ -8,6 +8,7 @@ import json
 import re
 import warnings
 
+import helpers
 import pytest
 import transformers_reads
 from golden import cases, options
@@ -37,6 +38,7 @@ def from_hf(config):
   return read, " ".join(str(warning.message) for warning in caught)
 
 
+@helpers.transformers_5
 @pytest.mark.parametrize("family", options.FAMILIES)
 def test_what_transformers_reads_is_computed_refused_or_no_arithmetic(family):
   table = families.FAMILIES[family]
@@ -51,6 +53,7 @@ def test_what_transformers_reads_is_computed_refused_or_no_arithmetic(family):
   assert table.aliases == transformers_reads.aliases(family)
 
 
+@helpers.transformers_5
 @pytest.mark.parametrize("family", options.FAMILIES)
 def test_null_is_a_value_where_it_is_one_in_transformers(family):
   table = families.FAMILIES[family]
@@ -305,6 +308,7 @@ def test_a_multimodal_model_says_how_to_take_its_text_model():
     families.from_hf({"model_type": "gemma3", "text_config": text})
 
 
+@helpers.transformers_5
 @pytest.mark.parametrize("family", families.MISSING)
 def test_what_a_family_needs_is_said(family):
   assert family in CONFIG_MAPPING_NAMES

@@ -28,6 +28,7 @@ def test_both_generations_of_config_json_say_the_same(case):
   assert written == families.from_hf(cases.CASES[case])
 
 
+@helpers.transformers_5
 @pytest.mark.parametrize(("family", "case"), options.CASES)
 def test_every_option_in_both_generations(family, case):
   old = options.config_json(family, case)
@@ -44,6 +45,7 @@ def test_every_option_in_both_generations(family, case):
   assert same == inert
 
 
+@helpers.transformers_5
 @pytest.mark.parametrize("family", options.FAMILIES)
 def test_defaults_are_those_of_transformers(family):
   needed = {
