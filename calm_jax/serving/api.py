@@ -10,7 +10,7 @@ import dataclasses
 import hmac
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -70,23 +70,19 @@ class Exchange:
     for ticket in self.tickets:
       ticket.cancel()
 
-  async def each(self) -> AsyncGenerator[tuple[int, TextPiece]]:
-    """Yields (choice, piece) until all have ended; raises Refused if one
-    fails, which ends the others."""
+  async def each(self) -> AsyncIterator[tuple[int, TextPiece]]:
+    """Yields (choice, piece) until all have ended; raises if one fails, so
+    that the caller cancels the others."""
     left = len(self.tickets)
-    try:
-      while left:
-        i, piece = await self.pieces.get()
-        if piece.reason is not None:
-          left -= 1
-          if piece.reason not in _ENDS:
-            if isinstance(piece.error, InputError):
-              raise piece.error
-            status, message = _FAILURES[piece.reason]
-            raise Refused(status, message, piece.reason)
-        yield i, piece
-    finally:
-      self.cancel()
+    while left:
+      i, piece = await self.pieces.get()
+      if piece.reason is not None:
+        left -= 1
+        if piece.reason not in _ENDS:
+          if isinstance(piece.error, InputError):
+            raise piece.error
+          raise Refused(*_FAILURES[piece.reason], piece.reason)
+      yield i, piece
 
   def usage(self) -> dict[str, int]:
     read = sum(map(len, self.asked.prompts))
@@ -252,10 +248,9 @@ class Api:
       if exchange.asked.is_chat:
         for i in range(len(exchange.tickets)):
           yield _event(writer.opening(i))
-      async with contextlib.aclosing(exchange.each()) as each:
-        async for i, piece in each:
-          if piece.text or piece.tokens or piece.reason:
-            yield _event(writer.chunk(i, *piece[:3]))
+      async for i, piece in exchange.each():
+        if piece.text or piece.tokens or piece.reason:
+          yield _event(writer.chunk(i, *piece[:3]))
       if exchange.asked.tells_usage:
         yield _event(writer.closing(exchange.usage()))
     except Refused as error:
