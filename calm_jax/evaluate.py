@@ -19,6 +19,7 @@ from calm_jax.composition import execution
 from calm_jax.core import files
 from calm_jax.core.errors import InputError, check_folder
 from calm_jax.experiments import config_files, recipe, sharded_models
+from calm_jax.experiments.audit_sets import AuditOptions
 from calm_jax.experiments.base import measure
 from calm_jax.experiments.settings import Bits, Settings
 from calm_jax.language_model import LanguageModel
@@ -111,13 +112,7 @@ def _evaluate(
       f"{options.model} reads other tokens than the experiment's: give the "
       "config that it was trained by, its seed and its task's settings too"
     )
-  audited = settings.audit
-  if not options.audit:
-    audited = dataclasses.replace(audited, examples=0)
-  elif not (model.is_composed and audited.examples):
-    raise InputError(
-      "--audit is for compositions, and config.audit.examples is not to be 0"
-    )
+  audited = _audited(settings, options, model)
   data = settings.last.data
   results = measure(experiment, columns, data, folder, audited)
   counts = {side: m.num_params for side, m in frozen.items()}
@@ -132,6 +127,19 @@ def _evaluate(
     # The results are in a folder of their own, not in that of a kind of run.
     "config": config | origins | {"output": ""},
   }
+
+
+def _audited(
+  settings: Settings, options: EvaluateOptions, model: LanguageModel
+) -> AuditOptions:
+  """The audit that was asked for, of no examples for none."""
+  if not options.audit:
+    return dataclasses.replace(settings.audit, examples=0)
+  if not (model.is_composed and settings.audit.examples):
+    raise InputError(
+      "--audit is for compositions, and config.audit.examples is not to be 0"
+    )
+  return settings.audit
 
 
 def _columns(model: LanguageModel) -> dict[str, LanguageModel]:

@@ -69,14 +69,7 @@ def export_hf(
   anchor, *augmenting = (hf_checkpoint.tensors(model.part(n)) for n in names)
   values = _connection_tensors(model)
   if not references:
-    parts = {"anchor": anchor}
-    for number, part in enumerate(augmenting):
-      parts[f"augmenting.{number}.model"] = part.backbone()
-    values |= {
-      f"{prefix}.{name}": (shape, functools.partial(part.value, name))
-      for prefix, part in parts.items()
-      for name, shape in part.shapes.items()
-    }
+    values |= _frozen_tensors(anchor, augmenting)
   folder.mkdir(parents=True, exist_ok=True)
   hf_checkpoint.copy_text_files(model, text_files, folder)
   if model.tokenizer and hub.GENERATION not in text_files:
@@ -90,6 +83,20 @@ def export_hf(
     lambda name: values[name][1]().astype(dtype, copy=False),
   )
   export.write(folder, made, max_shard_size)
+
+
+def _frozen_tensors(
+  anchor: export.Tensors, augmenting: list[export.Tensors]
+) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
+  """The models' tensors by name: (shape, what reads the value)."""
+  parts = {"anchor": anchor}
+  for number, part in enumerate(augmenting):
+    parts[f"augmenting.{number}.model"] = part.backbone()
+  return {
+    f"{prefix}.{name}": (shape, functools.partial(part.value, name))
+    for prefix, part in parts.items()
+    for name, shape in part.shapes.items()
+  }
 
 
 def _config_json(
