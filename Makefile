@@ -41,9 +41,11 @@ test-oldest: $(OLDEST)/installed
 parity: $(VENV)/parity
 	$(CPU) $(BIN)/python -m pytest -n auto tests/parity
 
-# Against lm-evaluation-harness and its own hf model; installs both.
+# Against lm-evaluation-harness and its own hf model; installs both. The latter
+# reads a model of the folder CALM_SHARED.
 lm-eval: $(VENV)/lm-eval
-	$(CPU) $(BIN)/python -m pytest tests/test_lm_eval.py
+	$(CPU) $(BIN)/python -m pytest tests/test_lm_eval.py \
+	  tests/parity/test_harness.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
