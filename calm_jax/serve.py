@@ -21,6 +21,7 @@ from calm_jax.core.errors import (
   check_float,
   check_int,
 )
+from calm_jax.core.extras import import_extra
 from calm_jax.language_model import load_any
 from calm_jax.serving.engine import Engine
 from calm_jax.serving.metrics import Metrics
@@ -61,14 +62,11 @@ def main() -> None:
   arguments = _arguments()
   check_int("port", arguments.port, 0, 65535)
   limits = _limits(arguments)
-  try:  # Before the model is loaded, which may take long.
-    import uvicorn
+  # Before the model is loaded, which may take long.
+  import_extra("calm_jax.serve", "starlette", "serve")
+  uvicorn = import_extra("calm_jax.serve", "uvicorn", "serve")
+  from calm_jax.serving.api import Api
 
-    from calm_jax.serving.api import Api
-  except ImportError as error:
-    raise InputError(
-      f"serving needs the package {error.name}: pip install 'calm_jax[serve]'"
-    ) from error
   key = None
   if arguments.api_key_file:
     key = arguments.api_key_file.read_text().strip()

@@ -14,6 +14,6 @@ def test_the_extra_that_is_missing_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, "uvicorn", None)
   monkeypatch.setattr(sys, "argv", ["serve", "--model=nowhere"])
   with pytest.raises(
-    InputError, match=r"uvicorn: pip install 'calm_jax\[serve\]'"
+    InputError, match=r"uvicorn is not .* pip install 'calm_jax\[serve\]'"
   ):
     serve.main()
