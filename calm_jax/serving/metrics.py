@@ -1,7 +1,6 @@
 """Counts and times of a server, in the text format of Prometheus."""
 
 import threading
-from collections.abc import Sequence
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -19,23 +18,22 @@ class Counter:
 
 
 class Histogram:
-  """Counts of times, in seconds, up to each of several bounds."""
+  """Counts of times, in seconds, up to each of `_SECONDS`."""
 
-  def __init__(self, bounds: Sequence[float] = _SECONDS):
-    self.bounds = bounds
-    self.counts = [0] * len(bounds)  # each of times up to its bound
+  def __init__(self):
+    self.counts = [0] * len(_SECONDS)  # each of times up to its bound
     self.count, self.sum = 0, 0.0
 
   def add(self, seconds: float) -> None:
     self.count += 1
     self.sum += seconds
-    for i, bound in enumerate(self.bounds):
+    for i, bound in enumerate(_SECONDS):
       self.counts[i] += seconds <= bound
 
   def lines(self, name: str) -> list[str]:
     buckets = [
       f'{name}_bucket{{le="{bound:g}"}} {count}'
-      for bound, count in zip(self.bounds, self.counts, strict=True)
+      for bound, count in zip(_SECONDS, self.counts, strict=True)
     ]
     rest = f'{name}_bucket{{le="+Inf"}} {self.count}'
     ends = [f"{name}_sum {self.sum:.6f}", f"{name}_count {self.count}"]
